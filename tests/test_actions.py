@@ -1,0 +1,293 @@
+"""Actions: cards and specs, statistics and normalisation, tokens."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rvlm.actions import (
+    KINDS,
+    ActionSpec,
+    ActionTokenizer,
+    CardError,
+    NormStats,
+    SpecMismatch,
+    StatsAccumulator,
+)
+
+SPECS = {name: ActionSpec.from_card(name) for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")}
+FRANKA, UR = SPECS["tabletop_franka7"], SPECS["tabletop_ur6"]
+
+
+def some_actions(n=200, spec=FRANKA, seed=0):
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1, 1, (n, 7)).astype(np.float32)
+    return spec.set_gripper(actions, rng.random(n) > 0.5)
+
+
+def stats_of(x, kind="q01_q99", **kwargs):
+    return StatsAccumulator().update(x).finish(kind, **kwargs)
+
+
+# --- spec -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_spec_survives_json(spec):
+    assert ActionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_spec_refuses_unknown_and_missing_fields():
+    with pytest.raises(CardError, match=r"unknown fields \['colour'\].*fields that exist"):
+        ActionSpec.from_dict(FRANKA.to_dict() | {"colour": 1})
+    with pytest.raises(CardError, match=r"missing fields \['rate_hz'\]"):
+        ActionSpec.from_dict({k: v for k, v in FRANKA.to_dict().items() if k != "rate_hz"})
+
+
+def test_spec_refuses_another_layout():
+    names = ("gripper", "dx", "dy", "dz", "droll", "dpitch", "dyaw")
+    with pytest.raises(CardError, match=r"six of the arm and 'gripper' last; got \['gripper', 'dx'.*reorder"):
+        dataclasses.replace(FRANKA, names=names)
+    with pytest.raises(CardError, match="'scale' has 2 entries for 7 names"):
+        dataclasses.replace(FRANKA, scale=(1.0, 1.0))
+    with pytest.raises(CardError, match="rotation is 'euler'; expected one of axis_angle, euler_xyz"):
+        dataclasses.replace(FRANKA, rotation="euler")
+    with pytest.raises(CardError, match="they must differ"):
+        dataclasses.replace(FRANKA, gripper_close=1)
+    with pytest.raises(CardError, match=r"expected gripper values at low\[-1\] and high\[-1\]"):
+        dataclasses.replace(FRANKA, gripper_close=0)
+
+
+def test_missing_and_broken_cards_say_what_to_do(tmp_path):
+    with pytest.raises(CardError, match="no data card at .*cards that exist: .*tabletop_franka7"):
+        ActionSpec.from_card("tabletop_francka")
+    card = tmp_path / "mine.md"
+    for text, message in (
+        ("# no matter", "expected YAML front matter"),
+        ("---\na: [\n---\n", "is not YAML"),
+        ("---\na: 1\n---\n", "'rvlm:'"),
+    ):
+        card.write_text(text)
+        with pytest.raises(CardError, match=message):
+            ActionSpec.from_card(card)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4)])
+def test_polarity_follows_the_card_on_the_last_axis(spec, shape):
+    """PITFALLS 2 and 16: sign from the card, gripper and arm split on the last axis for any leading shape."""
+    actions = np.random.default_rng(0).uniform(0.1, 0.9, (*shape, 7))
+    opened, closed = spec.set_gripper(actions, np.ones(shape, bool)), spec.set_gripper(actions, np.zeros(shape, bool))
+    assert (opened[..., -1] == spec.gripper_open).all() and (closed[..., -1] == spec.gripper_close).all()
+    assert spec.is_open(opened).all() and not spec.is_open(closed).any() and spec.is_open(opened).shape == shape
+    assert (opened[..., spec.arm_slice] == actions[..., :6]).all()
+
+
+def test_the_same_number_means_opposite_things_for_two_robots():
+    assert FRANKA.is_open(np.ones(7)) and not UR.is_open(np.ones(7))
+
+
+def test_si_units():
+    assert np.allclose(FRANKA.to_si(np.ones((2, 7)), "dx", "dyaw"), [[0.03, 0.2]] * 2)
+    assert FRANKA.to_si(np.ones((2, 7))).shape == (2, 7)
+    with pytest.raises(SpecMismatch, match=r"no action dimension \['roll'\]; it has \['dx'"):
+        FRANKA.to_si(np.ones(7), "roll")
+
+
+def test_check_names_row_and_dimension():
+    actions = some_actions(10)
+    FRANKA.check(actions)
+    with pytest.raises(SpecMismatch, match=r"expected 7 action dimensions .*got shape \(10, 6\); use the card"):
+        FRANKA.check(actions[:, :6])
+    for value, expected in ((np.nan, "finite numbers"), (np.inf, "finite numbers"), (1.5, "low .* to high")):
+        bad = actions.copy()
+        bad[3, 1] = value
+        with pytest.raises(SpecMismatch, match=rf"expected {expected}.*, got {value} for 'dy' in row 3 \(1 of 10 rows"):
+            FRANKA.check(bad)
+
+
+def test_require_same_names_every_difference():
+    FRANKA.require_same(dataclasses.replace(FRANKA, dataset="another set of the same robot"))
+    with pytest.raises(SpecMismatch) as error:
+        FRANKA.require_same(UR, "policy vs environment")
+    for part in ("policy vs environment", "gripper_open: 1 against -1", "rate_hz: 10 against 8", "scale: [0.03", "convert"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_delta": False},
+        {"rotation": "euler_xyz"},
+        {"cameras": ("wrist", "static")},
+        {"rate_hz": 20},
+        {"image_rotation_deg": 180},
+    ],
+)
+def test_require_same_catches_the_silent_faults(change):
+    with pytest.raises(SpecMismatch, match=next(iter(change))):
+        FRANKA.require_same(dataclasses.replace(FRANKA, **change))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------------
+
+values = arrays(np.float64, st.tuples(st.integers(2, 40), st.just(3)), elements=st.floats(-1e3, 1e3, width=32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(x=values, kind=st.sampled_from(KINDS))
+def test_normalisation_is_an_inverse_pair(x, kind):
+    """PITFALLS 17, constant dimensions included."""
+    x[:, 2] = 7.0
+    stats = stats_of(x, kind)
+    assert np.isfinite(stats.normalize(x)).all()
+    assert np.allclose(stats.unnormalize(stats.normalize(x)), x, atol=1e-6)
+    assert np.allclose(stats.normalize(stats.unnormalize(x)), x, rtol=1e-5, atol=1e-3)
+
+
+def test_no_clip_on_top():
+    x = np.r_[np.zeros(98), 1, 50.0][:, None]
+    stats = stats_of(x)
+    assert stats.normalize(x).max() > 1.5
+    assert np.allclose(stats.unnormalize(stats.normalize(x)), x)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_actions_in_training_units_and_back(spec, kind):
+    actions = some_actions(spec=spec)
+    stats = stats_of(actions, kind)
+    normalized = spec.normalize(actions.reshape(2, 100, 7), stats)
+    assert set(np.unique(normalized[..., -1])) == {0.0, 1.0}
+    assert (normalized[..., -1] == spec.is_open(actions).reshape(2, 100)).all()
+    assert np.allclose(spec.unnormalize(normalized, stats).reshape(-1, 7), actions, atol=1e-6)
+
+
+def test_numpy_and_torch_agree():
+    actions = some_actions()
+    stats = stats_of(actions)
+    tensor = torch.from_numpy(actions)
+    normalized = FRANKA.normalize(tensor, stats)
+    assert normalized.dtype == torch.float32
+    assert np.allclose(normalized.numpy(), FRANKA.normalize(actions, stats), atol=1e-6)
+    assert torch.allclose(FRANKA.unnormalize(normalized, stats), tensor, atol=1e-5)
+    assert FRANKA.is_open(tensor).dtype == torch.bool and FRANKA.to_si(tensor, "dx").shape == (200, 1)
+
+
+def test_float32_stays_float32():
+    actions = some_actions()
+    assert FRANKA.normalize(actions, stats_of(actions)).dtype == np.float32
+
+
+def test_passthrough_leaves_a_dimension_alone():
+    x = some_actions()
+    assert (stats_of(x, passthrough=(6,)).normalize(x)[:, 6] == x[:, 6]).all()
+
+
+def test_another_kind_than_stored_is_refused():
+    """PITFALLS 1."""
+    stats = stats_of(some_actions())
+    stats.normalize(np.ones(7), kind="q01_q99")
+    with pytest.raises(SpecMismatch, match="stored for 'q01_q99' but 'min_max' was asked for; .*recompute"):
+        stats.unnormalize(np.ones(7), kind="min_max")
+    with pytest.raises(SpecMismatch, match="unknown kind of normalisation 'q99'; expected one of q01_q99"):
+        stats_of(np.ones((2, 1)), "q99")
+
+
+def test_the_kinds_differ_where_data_has_tails():
+    """The fault of PITFALLS 1 has an effect at all."""
+    x = np.random.default_rng(0).standard_t(2, (1000, 1))
+    scales = [stats_of(x, kind).offset_and_scale()[1][0] for kind in KINDS]
+    assert len({round(s, 3) for s in scales}) == 4
+
+
+def test_stats_survive_json():
+    stats = stats_of(some_actions(), "mean_std", passthrough=(6,))
+    back = NormStats.from_dict(json.loads(json.dumps(stats.to_dict())))
+    assert back.kind == "mean_std" and back.passthrough == (6,) and back.count == 200 and (back.q99 == stats.q99).all()
+    with pytest.raises(SpecMismatch, match="statistics: expected fields"):
+        NormStats.from_dict(stats.to_dict() | {"q95": []})
+
+
+@settings(max_examples=25, deadline=None)
+@given(x=values, cut=st.integers(0, 40))
+def test_merged_statistics_are_those_of_the_whole(x, cut):
+    """PITFALLS 12: quantiles of a union, not envelopes of its parts' quantiles."""
+    parts = [StatsAccumulator().update(p) for p in (x[cut:], x[:cut])]
+    stats = parts[0].merge(parts[1]).finish()
+    for name, q in (("q01", 0.01), ("q10", 0.1), ("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
+        assert np.allclose(getattr(stats, name), np.quantile(x, q, axis=0), rtol=1e-12)
+    assert np.allclose(stats.mean, x.mean(0)) and np.allclose(stats.std, x.std(0)) and stats.count == len(x)
+
+
+def test_envelopes_would_be_wrong():
+    near, far = np.linspace(0, 1, 990)[:, None], np.linspace(0, 100, 10)[:, None]
+    merged = StatsAccumulator().update(near).merge(StatsAccumulator().update(far)).finish()
+    assert merged.q99[0] < 60 < stats_of(far).q99[0]
+
+
+def test_accumulator_refuses_nonsense():
+    with pytest.raises(SpecMismatch, match="no rows came"):
+        StatsAccumulator().finish()
+    with pytest.raises(SpecMismatch, match="got nan in row 1, dimension 0"):
+        StatsAccumulator().update(np.array([[0.0], [np.nan]]))
+    with pytest.raises(SpecMismatch, match=r"expected an array \(n, 2\), got shape \(3, 4\)"):
+        StatsAccumulator().update(np.ones((1, 2))).update(np.ones((3, 4)))
+
+
+def test_from_parquet_uses_the_given_episodes_only(tmp_path):
+    """PITFALLS 11."""
+    for file, episodes in enumerate(((0, 1), (2,))):
+        path = tmp_path / f"data/chunk-000/file-{file:03d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [[float(e)] * 7 for e in episodes for _ in range(5)]
+        columns = {"action": pa.array(rows, pa.list_(pa.float32(), 7)), "episode_index": np.repeat(episodes, 5)}
+        pq.write_table(pa.table(columns), path)
+    assert NormStats.from_parquet(tmp_path, "action").max[0] == 2
+    training = NormStats.from_parquet(tmp_path, "action", episodes=[0, 1], kind="min_max")
+    assert training.max[0] == 1 and training.count == 10 and training.kind == "min_max"
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arm=arrays(np.float64, (5, 6), elements=st.floats(-1, 1)),
+    gripper=arrays(np.float64, (5, 1), elements=st.floats(0, 1)),
+    bins=st.sampled_from([16, 255, 256]),
+)
+def test_tokens_lose_at_most_half_a_bin(arm, gripper, bins):
+    tokenizer, x = ActionTokenizer(bins), np.concatenate([arm, gripper], 1)
+    ids = tokenizer.encode(x)
+    assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < bins
+    half = np.r_[[1 / bins] * 6, 0.5 / bins]
+    assert (np.abs(tokenizer.decode(ids) - x) <= half + 1e-12).all()
+    assert (tokenizer.encode(tokenizer.decode(ids)) == ids).all()
+
+
+def test_every_id_comes_back():
+    ids = np.repeat(np.arange(256)[:, None], 7, 1)
+    assert (ActionTokenizer().encode(ActionTokenizer().decode(ids)) == ids).all()
+
+
+def test_outside_falls_into_the_end_bins():
+    assert ActionTokenizer().encode(np.array([-3.0, 3, 0, 0, 0, 0, 1])).tolist() == [0, 255, 128, 128, 128, 128, 255]
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_round_trip_error_in_si_units(spec):
+    actions = some_actions(500, spec)
+    stats = stats_of(actions, "min_max")
+    worst = ActionTokenizer().round_trip_error(actions, spec, stats, np.max)
+    half_bin = stats.offset_and_scale()[1] * np.asarray(spec.scale) / 256
+    assert worst.shape == (7,) and (worst[:6] <= half_bin[:6] * 1.001).all() and (worst[:6] > half_bin[:6] * 0.8).all()
+    assert worst[6] == 0
+    assert (ActionTokenizer().round_trip_error(actions, spec, stats) < worst + 1e-9).all()
