@@ -1,0 +1,176 @@
+"""How sure are we? Intervals and tests for success rates.
+
+A success rate from 200 episodes is an estimate: every rate in this project travels with its interval, two policies are
+compared by the interval of their difference, and "replicated" is a word with a stated rule. statsmodels and scipy do the
+arithmetic; this module fixes which method is used where.
+
+Taught in: 06_evaluate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A proportion with its interval.
+
+    Attributes:
+        successes, n: episodes that succeeded, of how many.
+        low, high: ends of the interval, in [0, 1].
+    """
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """Successes per episode, in [0, 1]."""
+        return self.successes / self.n
+
+    def __str__(self) -> str:
+        return f"{self.rate:.0%} [{self.low:.0%}, {self.high:.0%}], {self.successes} of {self.n}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An estimated difference ``a - b`` with its interval, in the units of what was compared (rates: [-1, 1])."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Exact McNemar test: how often only one of two policies solved the same episode.
+
+    Attributes:
+        only_a, only_b: episodes that only that policy solved.
+        p_value: two-sided; chance of a split at least this uneven if both were equally good.
+    """
+
+    n: int
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
+    """Wilson score interval of a success rate.
+
+    Raises:
+        ValueError: no episodes, or more successes than episodes.
+
+    Source: Wilson (1927), Journal of the American Statistical Association 22.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"expected 0 <= successes <= n and n > 0; got {successes} successes of {n}; were any episodes run?")
+    low, high = proportion_confint(int(successes), int(n), alpha=1 - level, method="wilson")
+    return Rate(int(successes), int(n), float(low), float(high))
+
+
+def newcombe(a: Rate, b: Rate, level: float = LEVEL) -> Difference:
+    """Interval of ``a.rate - b.rate`` for two independent sets of episodes.
+
+    Source: Newcombe (1998), Statistics in Medicine 17, method 10.
+    """
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    low, high = confint_proportions_2indep(
+        a.successes, a.n, b.successes, b.n, method="newcomb", compare="diff", alpha=1 - level, correction=False
+    )
+    return Difference(a.rate - b.rate, float(low), float(high))
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
+    """Exact McNemar test of two policies on the same episodes.
+
+    Args:
+        a, b: success of each policy, bool ``(n,)``, in the same order of episodes.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar as exact_test
+
+    a, b = _paired(a, b)
+    a, b = a.astype(bool), b.astype(bool)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    if only_a + only_b == 0:
+        return PairedTest(len(a), 0, 0, 1.0)
+    table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
+    return PairedTest(len(a), only_a, only_b, float(exact_test(table, exact=True).pvalue))
+
+
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVEL, n_resamples: int = 10_000) -> Difference:
+    """Percentile bootstrap of ``mean(a - b)`` over paired episodes (success, return, chain length).
+
+    Args:
+        a, b: one number per episode, ``(n,)``, same episodes in the same order.
+        seed: of the resampling; the same seed gives the same interval.
+    """
+    from scipy.stats import bootstrap
+
+    a, b = _paired(a, b)
+    gain = a.astype(float) - b.astype(float)
+    if len(gain) < 2 or np.ptp(gain) == 0:  # nothing to resample
+        return Difference(float(gain.mean()), float(gain.mean()), float(gain.mean()))
+    interval = bootstrap(
+        (gain,), np.mean, n_resamples=n_resamples, batch=1000, confidence_level=level, method="percentile", rng=seed
+    ).confidence_interval
+    return Difference(float(gain.mean()), float(interval.low), float(interval.high))
+
+
+def episodes_needed(p: float, effect: float, power: float = 0.8, level: float = LEVEL) -> int:
+    """Episodes per policy to see a difference of ``effect`` from a success rate ``p``.
+
+    Args:
+        p: success rate of the first policy, in [0, 1].
+        effect: smallest difference worth seeing; ``p + effect`` must lie in [0, 1].
+        power: chance of seeing it where it is there.
+
+    Source: Cohen (1988), Statistical Power Analysis, section 6 (arcsine effect size, two-sided, independent episodes).
+    """
+    from statsmodels.stats.power import NormalIndPower
+    from statsmodels.stats.proportion import proportion_effectsize
+
+    if effect == 0 or not (0 <= p <= 1 and 0 <= p + effect <= 1):
+        raise ValueError(f"expected p and p + effect within [0, 1] and effect != 0; got p = {p}, effect = {effect}")
+    size = abs(proportion_effectsize(p + effect, p))
+    return math.ceil(NormalIndPower().solve_power(size, alpha=1 - level, power=power, ratio=1))
+
+
+def verdict(difference: Difference, worthwhile: float = 0.0) -> str:
+    """Was the claim "a is better than b" replicated?
+
+    The rule, in this order: *not replicated* if the whole interval of ``a - b`` lies at or below ``worthwhile`` (an effect
+    worth having is excluded); *replicated* if it lies wholly above zero; else *undecided* (more episodes are needed).
+
+    Args:
+        difference: from `newcombe` or `paired_bootstrap`.
+        worthwhile: smallest gain that counts, at least 0, in the same units.
+    """
+    if worthwhile < 0:
+        raise ValueError(f"worthwhile is the smallest gain that counts: expected at least 0, got {worthwhile}")
+    if difference.high <= worthwhile:
+        return "not replicated"
+    return "replicated" if difference.low > 0 else "undecided"
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
+        raise ValueError(f"paired comparison: expected two arrays (n,) over the same episodes, got {a.shape} and {b.shape}")
+    return a, b

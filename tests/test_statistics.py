@@ -1,0 +1,108 @@
+"""Intervals and tests agree with independent formulas and published numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from rvlm.statistics import Difference, episodes_needed, mcnemar, newcombe, paired_bootstrap, verdict, wilson
+
+counts = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_agrees_with_scipy(count, level):
+    rate = wilson(*count, level=level)
+    reference = stats.binomtest(*count).proportion_ci(level, method="wilson")
+    assert (rate.low, rate.high) == pytest.approx((reference.low, reference.high), abs=1e-9)
+    assert rate.low - 1e-12 <= rate.rate <= rate.high + 1e-12
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts, counts)
+def test_newcombe_agrees_with_its_formula(count_a, count_b):
+    a, b = wilson(*count_a), wilson(*count_b)
+    d = a.rate - b.rate
+    expected = d - math.hypot(a.rate - a.low, b.high - b.rate), d + math.hypot(a.high - a.rate, b.rate - b.low)
+    got = newcombe(a, b)
+    assert (got.low, got.high) == pytest.approx(expected, abs=1e-9)
+    mirrored = newcombe(b, a)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-got.high, -got.low), abs=1e-9)
+
+
+def test_newcombe_gives_the_published_example():
+    got = newcombe(wilson(56, 70), wilson(48, 80))  # Newcombe (1998), table II, contrast (a)
+    assert (got.estimate, got.low, got.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(outcomes)
+def test_mcnemar_agrees_with_the_binomial_test(pairs):
+    a, b = np.array(pairs).T
+    got = mcnemar(a, b)
+    discordant = got.only_a + got.only_b
+    expected = stats.binomtest(got.only_a, discordant).pvalue if discordant else 1.0
+    assert got.p_value == pytest.approx(expected)
+    assert (got.only_a - got.only_b) / got.n == pytest.approx(a.mean() - b.mean())
+
+
+def test_paired_bootstrap_is_near_the_normal_interval_and_repeats():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1.0, 1, 400), rng.normal(0.5, 1, 400)
+    got, gain = paired_bootstrap(a, b, seed=1), a - b
+    half = 1.96 * gain.std(ddof=1) / 20
+    assert got.estimate == pytest.approx(gain.mean())
+    assert (got.low, got.high) == pytest.approx((gain.mean() - half, gain.mean() + half), abs=0.02)
+    assert got == paired_bootstrap(a, b, seed=1) != paired_bootstrap(a, b, seed=2)
+
+
+def test_paired_bootstrap_of_identical_outcomes_is_a_point():
+    assert paired_bootstrap([1, 0, 1], [1, 0, 1], seed=0) == Difference(0.0, 0.0, 0.0)
+
+
+def test_episodes_needed_gives_the_power_asked_for():
+    n = episodes_needed(0.5, 0.1, power=0.8)
+    assert n == 387 or n == 388  # Cohen's table: h = 0.2, n about 388
+    assert episodes_needed(0.5, 0.2) < n < episodes_needed(0.5, 0.1, power=0.9)
+    rng = np.random.default_rng(0)
+    a, b = rng.binomial(n, 0.6, 4000) / n, rng.binomial(n, 0.5, 4000) / n
+    z = (a - b) / np.sqrt(a * (1 - a) / n + b * (1 - b) / n)
+    assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "low, high, worthwhile, word",
+    [
+        (0.1, 0.3, 0.0, "replicated"),
+        (-0.3, -0.1, 0.0, "not replicated"),
+        (-0.3, 0.0, 0.0, "not replicated"),
+        (-0.1, 0.1, 0.0, "undecided"),
+        (-0.02, 0.04, 0.05, "not replicated"),
+        (0.01, 0.04, 0.05, "not replicated"),
+        (0.01, 0.10, 0.05, "replicated"),
+    ],
+)
+def test_verdict_follows_its_rule(low, high, worthwhile, word):
+    assert verdict(Difference((low + high) / 2, low, high), worthwhile) == word
+
+
+def test_bad_input_is_one_clear_error():
+    with pytest.raises(ValueError, match="got 0 successes of 0; were any episodes run"):
+        wilson(0, 0)
+    with pytest.raises(ValueError, match="got 5 successes of 4"):
+        wilson(5, 4)
+    with pytest.raises(ValueError, match=r"two arrays \(n,\) over the same episodes, got \(2,\) and \(3,\)"):
+        mcnemar([True, False], [True, False, True])
+    with pytest.raises(ValueError, match="p = 0.95, effect = 0.1"):
+        episodes_needed(0.95, 0.1)
+    with pytest.raises(ValueError, match="at least 0, got -0.1"):
+        verdict(Difference(0, -1, 1), worthwhile=-0.1)
+
+
+def test_rates_read_as_text():
+    assert str(wilson(94, 200)) == "47% [40%, 54%], 94 of 200"
