@@ -1,0 +1,98 @@
+# make reproduce | test | lint | lab | bench | lock | clean. Each sets up what it needs; nothing is done twice.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: env gl reproduce test lint lab bench lock clean help
+
+PYTHON  ?= python3
+PROFILE ?= cpu
+WORKERS ?= 2
+# Where torch is found. A smaller build without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCK  := requirements.lock
+STAMP := $(VENV)/.installed
+# Present while an installation is under way: one that was killed is thrown away and made anew.
+UNDER_WAY := $(VENV)/.under-way
+GL := $(BIN)/python rvlm/envs/gl.py
+CAN_APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends
+
+# Threads that wait must not spin (two busy ones slow each other tenfold); SVT_LOG=1 silences the AV1 banner.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export TOKENIZERS_PARALLELISM := false
+export SVT_LOG := 1
+WITH_GL = export MUJOCO_GL="$$($(GL))";
+
+help:
+	@echo "make reproduce  every notebook, then the report in results/ (PROFILE=smoke|cpu|gpu|full, now $(PROFILE))"
+	@echo "make test       the test suite            make lint   style, types, spelling"
+	@echo "make lab        JupyterLab                make bench  benchmarks/"
+	@echo "make env        only set up $(VENV)         make lock   resolve $(LOCK) anew from pyproject.toml"
+
+env: $(STAMP) gl
+
+$(STAMP): $(LOCK) pyproject.toml
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null && $(CAN_APT); then \
+	  echo "env: installing python3-venv"; apt-get -qq update; $(APT) python3 python3-venv >/dev/null; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "rvlm needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)" >&2; \
+	  echo "name another one: make env PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install -y python3-venv" >&2; exit 1; }
+	@if [ -e $(UNDER_WAY) ]; then echo "env: the last installation was cut short, starting anew"; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(UNDER_WAY)
+	@if ! [ -x $(BIN)/pip ]; then echo "env: making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); fi
+	@torch=$$(grep -m 1 '^torch==' $(LOCK)); echo "env: installing $$torch"; \
+	  $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$torch"
+	@echo "env: installing $$(grep -c '==' $(LOCK)) packages of $(LOCK)"; $(PIP) install -r $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@rm $(UNDER_WAY) && touch $@ && echo "env: ready"
+
+# Rendering without a screen: EGL, else OSMesa.
+gl: $(STAMP)
+	@if $(GL) >/dev/null 2>&1; then exit 0; fi; \
+	if $(CAN_APT); then echo "gl: installing OpenGL for rendering without a screen"; apt-get -qq update; \
+	  for packages in "libegl1 libgl1-mesa-dri" libosmesa6; do \
+	    $(APT) $$packages >/dev/null || true; if $(GL) >/dev/null 2>&1; then exit 0; fi; done; fi; \
+	$(GL) >/dev/null
+
+reproduce: env
+	@$(WITH_GL) $(BIN)/rvlm reproduce --profile $(PROFILE)
+
+# One thread a process: at these model sizes two processes of one thread beat one process of two.
+test: env
+	@$(WITH_GL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/codespell
+	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r $(BIN)/nbstripout --verify --keep-id
+
+lab: env
+	@$(WITH_GL) $(BIN)/jupyter lab notebooks
+
+bench: env
+	@$(WITH_GL) for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
+
+# The pins of pyproject.toml and everything they pull in, resolved in an environment of its own.
+# Left out: torch's CUDA libraries, which belong to the build of torch that a machine chooses.
+lock:
+	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; echo "lock: resolving pyproject.toml"; \
+	$(PYTHON) -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$$pip install "$$(grep -o 'torch==[0-9.]*' pyproject.toml)"; \
+	$$pip install -e '.[dev]'; \
+	sed -n '/^#/p' $(LOCK) > "$$dir/lock"; \
+	$$pip freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | grep -vE '^(nvidia|cuda|triton)' > "$$dir/all"; \
+	grep '^torch==' "$$dir/all" >> "$$dir/lock"; grep -v '^torch==' "$$dir/all" | LC_ALL=C sort -f >> "$$dir/lock"; \
+	cp "$$dir/lock" $(LOCK); echo "lock: $$(grep -c '==' $(LOCK)) packages"
+
+clean:
+	@rm -rf $(VENV) artifacts build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""Robot policies from vision-language models.
+
+`VLA = VLM + action head + history`: any Hugging Face vision-language model becomes a robot policy with
+as little change as possible. The modules follow the data, from demonstrations (`rvlm.episodes`) to
+closed-loop success (`rvlm.evaluation`); README.md lists them. Importing this package loads none of them.
+"""
+
+__version__ = "0.1.0"

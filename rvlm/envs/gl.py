@@ -1,0 +1,66 @@
+"""Which OpenGL draws without a screen: EGL where a driver answers, else OSMesa."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+BACKENDS = ("egl", "osmesa")
+"""MuJoCo's headless OpenGL platforms on Linux, preferred first."""
+
+_PROBE = (
+    "import mujoco; context = mujoco.GLContext(8, 8); context.make_current(); "
+    "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), mujoco.mjtFontScale.mjFONTSCALE_100)"
+)
+
+INSTALL_HELP = """install one of
+  Debian, Ubuntu:  sudo apt-get install -y libegl1 libgl1-mesa-dri    (or libosmesa6)
+  Fedora:          sudo dnf install -y mesa-libEGL mesa-dri-drivers   (or mesa-libOSMesa)
+  conda:           conda install -c conda-forge "mesalib<25.1"
+or set MUJOCO_GL yourself (egl, osmesa, glfw)."""
+
+
+class NoHeadlessOpenGL(RuntimeError):
+    """No OpenGL platform on this machine can draw without a screen."""
+
+
+def choose_gl() -> str:
+    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it.
+
+    Call it before the first `import mujoco`, which reads the variable. Child processes inherit the
+    answer. macOS and Windows have one platform each, which MuJoCo finds itself: there it returns "".
+
+    Raises:
+        NoHeadlessOpenGL: neither EGL nor OSMesa makes a context; names the packages to install.
+    """
+    if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
+        return os.environ.get("MUJOCO_GL", "")
+    complaints = {}
+    for backend in BACKENDS:
+        complaints[backend] = _complaint(backend)
+        if not complaints[backend]:
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+    raise NoHeadlessOpenGL(_explain(complaints))
+
+
+def _complaint(backend: str) -> str:
+    """Make a context in a process of its own; return its last line of error, "" if it worked."""
+    environ = os.environ | {"MUJOCO_GL": backend}
+    probe = subprocess.run([sys.executable, "-c", _PROBE], env=environ, capture_output=True, text=True, check=False)
+    if probe.returncode == 0:
+        return ""
+    return (probe.stderr.strip().splitlines() or [f"ended with status {probe.returncode}"])[-1]
+
+
+def _explain(complaints: dict[str, str]) -> str:
+    tried = "\n".join(f"  {backend}: {complaint}" for backend, complaint in complaints.items())
+    return f"expected OpenGL without a screen, but none of {', '.join(complaints)} made a context:\n{tried}\n{INSTALL_HELP}"
+
+
+if __name__ == "__main__":  # the Makefile asks once and hands the answer to every process
+    try:
+        sys.stdout.write(choose_gl() + "\n")
+    except NoHeadlessOpenGL as error:
+        sys.exit(str(error))
