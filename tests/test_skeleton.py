@@ -1,0 +1,155 @@
+"""Structure rules, in milliseconds: what may stand where, read from the files and their syntax trees."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = {"notebooks", "rvlm", "data_cards", "tests", "environment.yml", "README.md"}
+ALLOWED = REQUIRED | {
+    *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "Makefile", "pyproject.toml", "requirements.lock"),
+    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "results"),
+}
+COMMAND_LINE = {"rvlm/reproduce.py"}  # the one module that may print
+MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|home|root|Users|private/var)/[\w.-]+")
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+TRACKED = tracked()
+MODULES = [name for name in TRACKED if name.startswith("rvlm/") and name.endswith(".py")]
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def calls(module: ast.Module) -> dict[str, int]:
+    """Each called name, dotted as written, and a line where it is called."""
+    return {ast.unparse(node.func): node.lineno for node in ast.walk(module) if isinstance(node, ast.Call)}
+
+
+def imports(module: ast.Module) -> set[str]:
+    """Every absolute module that is imported, at any depth."""
+    names = {alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "rvlm" else {node.module}
+    return names
+
+
+def idea(dotted: str) -> str:
+    """The part of the package that a module belongs to: rvlm.envs.tabletop.arms -> envs."""
+    return dotted.removesuffix(".py").replace("/", ".").split(".")[1]
+
+
+def test_top_level_is_fixed():
+    top = {name.split("/")[0] for name in TRACKED}
+    assert not REQUIRED - top, f"missing: {sorted(REQUIRED - top)}"
+    assert not top - ALLOWED, f"new at the top: {sorted(top - ALLOWED)}; put it under one of {sorted(ALLOWED)}"
+
+
+def test_no_file_names_a_machine():
+    found = {}
+    for name in TRACKED:
+        data = (ROOT / name).read_bytes()
+        if b"\0" not in data and (match := MACHINE_PATH.search(data.decode("utf-8", "replace"))):
+            found[name] = match.group()
+    assert not found, f"absolute paths of one machine: {found}"
+
+
+def test_machine_path_is_recognised():
+    assert MACHINE_PATH.search("read /" + "home/ada/data") and MACHINE_PATH.search('"/' + 'work/main"')
+    assert not MACHINE_PATH.search("notebooks/work/x and https://host/home/page")
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKED if name.endswith(".py")])
+def test_module_is_named_for_its_idea(name):
+    assert Path(name).stem not in {"utils", "util", "helpers", "common", "misc"}, "name the module for its one idea"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_says_what_it_is(name):
+    assert ast.get_docstring(tree(name)), "begin with a docstring in the field's words"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - COMMAND_LINE))
+def test_module_does_not_print(name):
+    line = calls(tree(name)).get("print")
+    assert line is None, f"{name}:{line} prints; return the text, or log it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_downloaded_is_executed(name):
+    module = tree(name)
+    unsafe = imports(module) & {"pickle", "dill", "cloudpickle", "joblib"} | calls(module).keys() & {"torch.load", "eval", "exec"}
+    unsafe |= {
+        f"{keyword.arg}=True"
+        for keyword in ast.walk(module)
+        if isinstance(keyword, ast.keyword)
+        and keyword.arg in {"trust_remote_code", "allow_pickle"}
+        and ast.unparse(keyword.value) == "True"
+    }
+    assert not unsafe, f"{name} uses {sorted(unsafe)}; weights travel as safetensors, data as parquet and json"
+
+
+def test_arrows_run_one_way():
+    graph = {}
+    for name in MODULES:
+        used = {idea(dotted) for dotted in imports(tree(name)) if dotted.startswith("rvlm.")}
+        graph.setdefault(idea(name), set()).update(used - {idea(name)})
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}; move what both need up the way of the data")
+
+
+def test_readme_lists_every_module():
+    readme = (ROOT / "README.md").read_text()
+    unlisted = [
+        name for name in MODULES if Path(name).name != "__init__.py" and name.count("/") == 1 and Path(name).name not in readme
+    ]
+    assert not unlisted, f"add one line each to the tree of README.md: {unlisted}"
+
+
+def test_import_is_light():
+    heavy = "{'torch', 'transformers', 'numpy', 'mujoco', 'pandas', 'matplotlib'}"
+    code = f"import sys, rvlm; sys.exit(' '.join(sorted({heavy} & sys.modules.keys())) or 0)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, f"import rvlm also loads {loaded.stderr.strip()}"
+
+
+def test_headless_opengl_names_packages_when_nothing_draws(monkeypatch):
+    from rvlm.envs import gl
+
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(gl, "_complaint", lambda backend: f"no driver for {backend}")
+    with pytest.raises(
+        gl.NoHeadlessOpenGL, match=r"egl: no driver for egl[\s\S]*osmesa[\s\S]*apt-get install -y libegl1 libgl1-mesa-dri"
+    ):
+        gl.choose_gl()
+
+
+def test_headless_opengl_falls_back_to_osmesa(monkeypatch):
+    from rvlm.envs import gl
+
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(gl, "_complaint", lambda backend: "no driver" if backend == "egl" else "")
+    assert gl.choose_gl() == gl.os.environ["MUJOCO_GL"] == "osmesa"
+
+
+def test_headless_opengl_respects_the_users_choice(monkeypatch):
+    from rvlm.envs import gl
+
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert gl.choose_gl() == "glfw"
