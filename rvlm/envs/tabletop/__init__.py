@@ -1,0 +1,1 @@
+"""A MuJoCo tabletop with scripted experts, several arms and domain switches."""

@@ -1,0 +1,141 @@
+"""The tabletop as a `gymnasium.Env`: camera images, proprioception and an instruction in, 7-D actions out."""
+
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+
+from rvlm.actions import ActionSpec
+from rvlm.envs.tabletop.arms import ARMS
+from rvlm.envs.tabletop.experts import expert_delta
+from rvlm.envs.tabletop.scene import SETTINGS, Setting
+from rvlm.envs.tabletop.tasks import FAMILIES, MIX, Task, ask
+from rvlm.envs.tabletop.world import World
+
+CAMERAS = ("static", "wrist")
+_PRINTABLE = "".join(map(chr, range(32, 127)))
+
+
+class Tabletop(gymnasium.Env):
+    """A language-conditioned tabletop with a simulated arm.
+
+    Observation: `image` and `wrist_image` (h, w, 3) uint8 RGB; `state` (7,) float32 as in the data card; `instruction`.
+    Action: (7,) in the data card's units, frame, range and gripper sign (`action_spec`).
+    Reward 1.0 at success, which terminates the episode; truncation after `max_steps`.
+
+    Args:
+        robot: One of `ARMS`.
+        image_size: Side of both images [px].
+        families: Task families to draw from.
+        setting: Name in `SETTINGS`, or a `Setting`.
+        max_steps: Time limit [control steps].
+
+    Raises:
+        KeyError: Unknown robot, family or setting, with those that exist.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(
+        self,
+        robot: str = "franka7",
+        image_size: int = 96,
+        families: tuple[str, ...] = MIX,
+        setting: str | Setting = "simple",
+        max_steps: int = 60,
+        render_mode: str = "rgb_array",
+    ) -> None:
+        self.render_mode, self.robot, self.max_steps = render_mode, robot, max_steps
+        self.families = tuple(_known(f, FAMILIES, "task family") for f in families)
+        self.setting = setting if isinstance(setting, Setting) else SETTINGS[_known(setting, SETTINGS, "setting")]
+        self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ARMS, 'robot')}")
+        self.world = World(robot, self.setting)
+        self._renderers: dict[int, mujoco.Renderer] = {}
+        self.image_size = image_size
+        self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
+        image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(
+            image=image,
+            wrist_image=image,
+            state=gymnasium.spaces.Box(-np.inf, np.inf, (7,), np.float32),
+            instruction=gymnasium.spaces.Text(120, charset=_PRINTABLE),
+        )
+        low, high = (np.asarray(v, np.float32) for v in (self.action_spec.low, self.action_spec.high))
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.task: Task
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Start an episode.
+
+        Args:
+            seed: Fixes the scene, the task and the start pose.
+            options: `family` chooses the task family; `keep_state` true keeps the scene as it is (chains).
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        family, keep_state = options.pop("family", None), options.pop("keep_state", False)
+        options.pop("reset_mask", None)  # gymnasium's vector environments pass it on
+        if options:
+            raise KeyError(f"unknown reset options {sorted(options)}; there are family, keep_state")
+        family = _known(family or str(self.np_random.choice(self.families)), FAMILIES, "task family")
+        if keep_state and not FAMILIES[family].can_start(self.world):
+            raise ValueError(f"{family!r} cannot be asked in this state; can be: {', '.join(self.feasible())}")
+        if not keep_state:
+            self.world.scatter(self.np_random)
+            FAMILIES[family].prepare(self.world)
+            mujoco.mj_forward(self.world.model, self.world.data)
+        self.task, self.n_steps = ask(self.world, family, self.np_random), 0
+        return self._observe(), {"family": family, "is_success": False}
+
+    def feasible(self) -> list[str]:
+        """Families that can be asked in the present state."""
+        return [name for name, family in FAMILIES.items() if family.can_start(self.world)]
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Carry out one action; values beyond the card's range are clipped, as a robot's controller does."""
+        spec = self.action_spec
+        action = np.clip(np.asarray(action, np.float64), spec.low, spec.high)
+        si = spec.to_si(action, *spec.names[:6])
+        self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
+        self.n_steps += 1
+        is_success = FAMILIES[self.task.family].is_done(self.world, self.task)
+        info = {"family": self.task.family, "is_success": is_success}
+        return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action (7,) float32 in the present state."""
+        shift, turn, is_open = expert_delta(self.world, self.task)
+        spec = self.action_spec
+        arm = np.concatenate([shift, turn]) / np.asarray(spec.scale[:6])
+        action = np.clip(np.concatenate([arm, [0.0]]), spec.low, spec.high)
+        return spec.set_gripper(action, is_open).astype(np.float32)
+
+    def image(self, camera: str = "static", size: int | None = None) -> np.ndarray:
+        """RGB image (h, w, 3) uint8 from a camera, without shadows and reflections (they cost most of a frame)."""
+        size = size or self.image_size
+        if size not in self._renderers:
+            self._renderers[size] = mujoco.Renderer(self.world.model, size, size)
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderers[size].scene.flags[flag] = 0
+        self._renderers[size].update_scene(self.world.data, camera=_known(camera, CAMERAS, "camera"))
+        return self._renderers[size].render()
+
+    def render(self) -> np.ndarray:
+        """The static camera at 256 px."""
+        return self.image("static", 256)
+
+    def _observe(self) -> dict[str, Any]:
+        images = {"image": self.image("static"), "wrist_image": self.image("wrist")}
+        return {**images, "state": self.world.state(), "instruction": self.task.instruction}
+
+    def close(self) -> None:
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+
+
+def _known(name: str, table: Any, kind: str) -> str:
+    if name not in table:
+        raise KeyError(f"no {kind} {name!r}; there are {', '.join(table)}")
+    return name

@@ -1,0 +1,168 @@
+"""Scripted experts: what to do next, from the present true state alone.
+
+No expert keeps a phase: the same state always gets the same answer, so every answer is a correct label for a policy
+that sees one observation, and a disturbed episode is corrected from wherever it went.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from rvlm.envs.tabletop.scene import HALF
+from rvlm.envs.tabletop.tasks import DIRECTIONS, Task, is_held
+from rvlm.envs.tabletop.world import World
+
+CLEAR = 0.085  # height above the table at which nothing is in the way [m]
+CARRY = 0.115  # height of the tool centre point when carrying [m]
+
+
+class Command(NamedTuple):
+    """Where the hand should be next: position (3,) [m] world frame, yaw [rad], and whether the fingers are open."""
+
+    pos: np.ndarray
+    is_open: bool
+    yaw: float = 0.0
+
+
+def _reach(world: World, goal: np.ndarray, is_open: bool, clear: float = CLEAR, near: float = 0.016) -> Command:
+    """Go to `goal` from above: up where something may be in the way, across, then down."""
+    tcp, over = world.pos_tcp_world, max(clear, goal[2] + 0.05)
+    distance = float(np.linalg.norm(goal[:2] - tcp[:2]))
+    if distance < near or (distance < 2.5 * near and tcp[2] < goal[2] + 0.02):
+        return Command(goal, is_open)
+    if tcp[2] < over - 0.035:
+        return Command(np.array([*tcp[:2], over]), is_open)
+    return Command(np.array([*goal[:2], over]), is_open)
+
+
+def _grasp(world: World, i: int) -> Command:
+    """Close the fingers around object `i`, reached from above."""
+    goal = world.pos_object(i) + (0, 0, -0.002)
+    offset = np.abs(goal - world.pos_tcp_world)
+    if offset[:2].max() < 0.011 and offset[2] < 0.011:
+        return Command(goal, False)
+    return _reach(world, goal, True)
+
+
+def lift(world: World, task: Task) -> Command:
+    if not is_held(world, task.target):
+        return _grasp(world, task.target)
+    return Command(world.pos_tcp_world + (0, 0, 0.1), False)
+
+
+def _press_along(world: World, at: np.ndarray, direction: np.ndarray, reach: float, height: float, clear: float = CLEAR) -> Command:
+    """Get behind `at` (2,) with closed fingers and push along `direction`, both in the world's xy plane [m]."""
+    tcp = world.pos_tcp_world
+    along = float((tcp[:2] - at) @ direction)
+    aside = float((tcp[:2] - at) @ (-direction[1], direction[0]))
+    if tcp[2] < height + 0.022 and along < 0.25 * -reach and abs(aside) < 0.016:
+        return Command(np.array([*(at + 0.06 * direction), height]), False)
+    return _reach(world, np.array([*(at - reach * direction), height]), False, clear)
+
+
+def _push(direction: str) -> Callable[[World, Task], Command]:
+    def push(world: World, task: Task) -> Command:
+        vector = np.array(DIRECTIONS[direction])
+        return _press_along(world, world.pos_object(task.target)[:2], vector, reach=HALF + 0.032, height=0.022)
+
+    return push
+
+
+def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Command:
+    """Take object `i` to `goal` (3,) [m] and let go; once it lies there, back away upwards."""
+    pos, tcp = world.pos_object(i), world.pos_tcp_world
+    offset = goal - pos
+    if np.abs(offset[:2]).max() < 1.5 * near and abs(offset[2]) < 0.008:
+        return Command(tcp + (0, 0, 0.05 if world.opening > 2 * HALF + 0.014 else 0.0), True)
+    if not is_held(world, i):
+        return _grasp(world, i)
+    over = max(CARRY, goal[2] + 0.05)
+    if np.linalg.norm(offset[:2]) < near:
+        return Command(tcp + offset, False)
+    if pos[2] < over - 0.03:
+        return Command(np.array([*tcp[:2], over + 0.02]), False)
+    return Command(np.array([*(tcp + offset)[:2], over]), False)
+
+
+def place_in_zone(world: World, task: Task) -> Command:
+    return _carry(world, task.target, np.array([*world.pos_fixture("zone")[:2], HALF]), near=0.02)
+
+
+def place_in_drawer(world: World, task: Task) -> Command:
+    """Let the object go over the middle of the open drawer."""
+    goal = world.pos_handle + (-0.076, 0, 0.065)
+    offset = np.abs(goal - world.pos_object(task.target))
+    if offset[:2].max() < 0.016 and is_held(world, task.target):
+        return Command(world.pos_tcp_world, True)
+    if offset[:2].max() < 0.05 and not is_held(world, task.target):
+        return Command(world.pos_tcp_world + (0, 0, 0.05), True)
+    return _carry(world, task.target, goal)
+
+
+def stack(world: World, task: Task) -> Command:
+    return _carry(world, task.target, world.pos_object(task.other) + (0, 0, 2 * HALF + 0.002), near=0.007)
+
+
+def _rotate(sign: int) -> Callable[[World, Task], Command]:
+    def rotate(world: World, task: Task) -> Command:
+        if not is_held(world, task.target):
+            return _grasp(world, task.target)
+        return Command(world.pos_tcp_world, False, yaw=float(world.tilt[2]) + sign * 0.3)
+
+    return rotate
+
+
+def open_drawer(world: World, task: Task) -> Command:
+    goal = world.pos_handle
+    offset = np.abs(goal - world.pos_tcp_world)
+    if offset.max() > 0.022:
+        return _reach(world, goal, True, clear=0.12)
+    if world.opening > 0.03:
+        return Command(goal, False)
+    return Command(goal + (0.1, 0, 0), False)
+
+
+def close_drawer(world: World, task: Task) -> Command:
+    return _press_along(world, world.pos_handle[:2], np.array([-1.0, 0.0]), reach=0.055, height=0.055, clear=0.12)
+
+
+def press_button(world: World, task: Task) -> Command:
+    top = world.pos_fixture("button") + (0, 0, 0.014)
+    return _reach(world, top + (0, 0, -0.025), False, clear=0.10, near=0.012)
+
+
+def _slide(sign: int) -> Callable[[World, Task], Command]:
+    def slide(world: World, task: Task) -> Command:
+        return _press_along(world, world.pos_fixture("slider")[:2], np.array([0.0, sign]), reach=0.052, height=0.040, clear=0.11)
+
+    return slide
+
+
+EXPERTS: dict[str, Callable[[World, Task], Command]] = {
+    "lift": lift,
+    **{f"push_{name}": _push(name) for name in DIRECTIONS},
+    "place_in_zone": place_in_zone,
+    "place_in_drawer": place_in_drawer,
+    "stack": stack,
+    "rotate_left": _rotate(1),
+    "rotate_right": _rotate(-1),
+    "open_drawer": open_drawer,
+    "close_drawer": close_drawer,
+    "turn_on_light": press_button,
+    "turn_off_light": press_button,
+    "move_slider_left": _slide(-1),
+    "move_slider_right": _slide(1),
+}
+
+
+def expert_delta(world: World, task: Task) -> tuple[np.ndarray, np.ndarray, bool]:
+    """What the expert would do now.
+
+    Returns:
+        Wanted shift (3,) [m], wanted turn (3,) as axis-angle [rad] that also levels the hand, and whether the fingers
+        are to be open; all in the world frame and not yet limited to what one action can do.
+    """
+    command = EXPERTS[task.family](world, task)
+    tilt = world.tilt
+    return command.pos - world.pos_tcp_world, np.array([-tilt[0], -tilt[1], command.yaw - tilt[2]]), command.is_open
