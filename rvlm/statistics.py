@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,7 +70,7 @@ class PairedTest:
     p_value: float
 
 
-def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
+def wilson(successes: SupportsIndex, n: SupportsIndex, level: float = LEVEL) -> Rate:
     """Wilson score interval of a success rate.
 
     Raises:
@@ -78,10 +80,12 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
     """
     from statsmodels.stats.proportion import proportion_confint
 
+    successes, n = index(successes), index(n)  # numpy's integers too
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"expected 0 <= successes <= n and n > 0; got {successes} successes of {n}; were any episodes run?")
-    low, high = proportion_confint(int(successes), int(n), alpha=1 - level, method="wilson")
-    return Rate(int(successes), int(n), float(low), float(high))
+    ends: Any = proportion_confint(successes, n, alpha=1 - level, method="wilson")
+    rate = successes / n  # rounding must not leave the rate outside its own interval
+    return Rate(successes, n, min(float(ends[0]), rate), max(float(ends[1]), rate))
 
 
 def newcombe(a: Rate, b: Rate, level: float = LEVEL) -> Difference:
@@ -101,7 +105,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Exact McNemar test of two policies on the same episodes.
 
     Args:
-        a, b: success of each policy, bool ``(n,)``, in the same order of episodes.
+        a: success of one policy per episode, bool ``(n,)``.
+        b: success of the other, in the same order of episodes.
     """
     from statsmodels.stats.contingency_tables import mcnemar as exact_test
 
@@ -111,15 +116,19 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
     if only_a + only_b == 0:
         return PairedTest(len(a), 0, 0, 1.0)
     table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
-    return PairedTest(len(a), only_a, only_b, float(exact_test(table, exact=True).pvalue))
+    result: Any = exact_test(table, exact=True)
+    return PairedTest(len(a), only_a, only_b, float(result.pvalue))
 
 
 def paired_bootstrap(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVEL, n_resamples: int = 10_000) -> Difference:
     """Percentile bootstrap of ``mean(a - b)`` over paired episodes (success, return, chain length).
 
     Args:
-        a, b: one number per episode, ``(n,)``, same episodes in the same order.
+        a: one number per episode, ``(n,)``.
+        b: the same for the other policy, episodes in the same order.
         seed: of the resampling; the same seed gives the same interval.
+        level: confidence level of the interval.
+        n_resamples: how often the episodes are drawn anew.
     """
     from scipy.stats import bootstrap
 
@@ -133,13 +142,14 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVEL
     return Difference(float(gain.mean()), float(interval.low), float(interval.high))
 
 
-def episodes_needed(p: float, effect: float, power: float = 0.8, level: float = LEVEL) -> int:
+def episodes_needed(p: float | int, effect: float, power: float = 0.8, level: float = LEVEL) -> int:
     """Episodes per policy to see a difference of ``effect`` from a success rate ``p``.
 
     Args:
         p: success rate of the first policy, in [0, 1].
         effect: smallest difference worth seeing; ``p + effect`` must lie in [0, 1].
         power: chance of seeing it where it is there.
+        level: one minus the chance of seeing it where it is not.
 
     Source: Cohen (1988), Statistical Power Analysis, section 6 (arcsine effect size, two-sided, independent episodes).
     """
@@ -152,7 +162,7 @@ def episodes_needed(p: float, effect: float, power: float = 0.8, level: float = 
     return math.ceil(NormalIndPower().solve_power(size, alpha=1 - level, power=power, ratio=1))
 
 
-def verdict(difference: Difference, worthwhile: float = 0.0) -> str:
+def verdict(difference: Difference, worthwhile: float | int = 0.0) -> str:
     """Was the claim "a is better than b" replicated?
 
     The rule, in this order: *not replicated* if the whole interval of ``a - b`` lies at or below ``worthwhile`` (an effect

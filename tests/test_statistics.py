@@ -20,7 +20,7 @@ def test_wilson_agrees_with_scipy(count, level):
     rate = wilson(*count, level=level)
     reference = stats.binomtest(*count).proportion_ci(level, method="wilson")
     assert (rate.low, rate.high) == pytest.approx((reference.low, reference.high), abs=1e-9)
-    assert rate.low - 1e-12 <= rate.rate <= rate.high + 1e-12
+    assert 0 <= rate.low <= rate.rate <= rate.high <= 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -98,10 +98,10 @@ def test_bad_input_is_one_clear_error():
         wilson(5, 4)
     with pytest.raises(ValueError, match=r"two arrays \(n,\) over the same episodes, got \(2,\) and \(3,\)"):
         mcnemar([True, False], [True, False, True])
-    with pytest.raises(ValueError, match="p = 0.95, effect = 0.1"):
+    with pytest.raises(ValueError, match=r"p = 0\.95, effect = 0\.1"):
         episodes_needed(0.95, 0.1)
-    with pytest.raises(ValueError, match="at least 0, got -0.1"):
-        verdict(Difference(0, -1, 1), worthwhile=-0.1)
+    with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
+        verdict(Difference(0.0, -1.0, 1.0), worthwhile=-0.1)
 
 
 def test_rates_read_as_text():

@@ -1,0 +1,154 @@
+"""Figures hold what they claim: widths, sentences, units, colours, outcome; a notebook shows each once."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from rvlm import plots
+
+NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+SCALE = np.array([0.02] * 3 + [0.05] * 3 + [1.0])
+SPEC = SimpleNamespace(names=NAMES, units=("m",) * 3 + ("rad",) * 3 + ("1",), to_si=lambda actions, *names: actions * SCALE)
+FRAMES = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+
+
+def draw_all():
+    rng = np.random.default_rng(0)
+    rates = pd.DataFrame(
+        {"name": ["one-step continuous", "random"], "successes": [9, 0], "n": [20, 20], "published": [0.5, None]}
+    )
+    return {
+        "filmstrip": plots.filmstrip(FRAMES, "lift the red cube", True, n=4, wrist=FRAMES),
+        "action_curves": plots.action_curves(rng.normal(size=(12, 7)), SPEC, rng.normal(size=(12, 3, 7))),
+        "token_map": plots.token_map(["<image>"] * 16 + ["lift", "<act>"], ["image"] * 16 + ["instruction", "action"]),
+        "success_bars": plots.success_bars(rates),
+        "loss_curves": plots.loss_curves([{"step": i, "loss": 1 / i, "learning_rate": 0.1} for i in range(1, 9)]),
+        "grounding_overlay": plots.grounding_overlay(FRAMES[0], [(3, 4), (14, 2.5)], ["red cube", "drawer"]),
+        "attention_overlay": plots.attention_overlay(FRAMES[0], rng.random((4, 4))),
+    }
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return draw_all()
+
+
+def test_every_figure_has_a_paper_width_and_a_sentence(figures):
+    for name, fig in figures.items():
+        assert fig.get_figwidth() in (plots.COLUMN_IN, plots.PAGE_IN), name
+        title = fig.get_suptitle() or fig.axes[0].texts[-1].get_text()
+        assert len(title.split()) >= 4, (name, title)
+
+
+def test_every_plain_axis_carries_a_unit_or_counts_steps(figures):
+    for name in ("action_curves", "success_bars", "loss_curves"):
+        labels = [ax.get_xlabel() or ax.get_ylabel() for ax in figures[name].axes if ax.get_xlabel() or ax.get_ylabel()]
+        assert labels and all("[" in label or "step" in label for label in labels), (name, labels)
+
+
+def test_drawing_leaves_no_trace():
+    before = dict(plots.plt.rcParams)
+    draw_all()
+    assert plots.plt.get_fignums() == []
+    assert dict(plots.plt.rcParams) == before
+
+
+@pytest.mark.parametrize("success, color", [(True, plots.SUCCESS), (False, plots.FAILURE), (None, plots.NEUTRAL)])
+def test_filmstrip_border_and_title_tell_the_outcome(success, color):
+    fig = plots.filmstrip(list(FRAMES), "open the drawer", success, n=5)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_xlabel() for ax in shown] == [f"step {i}" for i in (0, 3, 6, 8, 11)]
+    assert {to_hex(s.get_edgecolor()) for ax in shown for s in ax.spines.values()} == {to_hex(color)}
+    assert "open the drawer" in fig.get_suptitle()
+    assert ("not done" in fig.get_suptitle()) == (success is False)
+
+
+def test_action_curves_draw_si_units_and_start_chunks_where_they_were_predicted():
+    actions = np.arange(84, dtype=float).reshape(12, 7)
+    fig = plots.action_curves(actions, SPEC, {5: np.ones((3, 7))})
+    panels = {ax.get_ylabel(): ax for ax in fig.axes}
+    assert set(panels) >= {"dx [m]", "droll [rad]", "gripper [1]"}
+    chunk, executed = panels["droll [rad]"].lines
+    np.testing.assert_allclose(executed.get_ydata(), actions[:, 3] * 0.05)
+    np.testing.assert_array_equal(chunk.get_xdata(), [5, 6, 7])
+    np.testing.assert_allclose(chunk.get_ydata(), 0.05)
+
+
+def test_names_have_one_color_each():
+    assert len({plots.dimension_color(name) for name in NAMES}) == len(NAMES)
+    assert len({plots.structure_color(name) for name in plots.STRUCTURES}) == len(plots.STRUCTURES)
+    assert plots.structure_color("policy_head_continuous") == plots.structure_color("Policy-head continuous, LSTM")
+    assert plots.dimension_color("joint_3") == plots.dimension_color("joint_3") in plots.PALETTE
+    assert plots.structure_color("random actions") == plots.NEUTRAL
+
+
+def test_token_map_counts_and_folds_images():
+    fig = plots.token_map(["<image>"] * 16 + ["Ġlift", "\n", "<act>"], ["image"] * 16 + ["instruction", "other", "action"])
+    texts = [t.get_text() for t in fig.axes[0].texts]
+    assert {"16 × image", "lift", "⏎", "<act>", "16 image", "1 action"} <= set(texts)
+    assert any(t.startswith("The model reads 19 tokens") for t in texts)
+
+
+def test_success_bars_show_wilson_intervals_and_hollow_published_values():
+    table = pd.DataFrame(
+        {"name": ["a", "b"], "successes": [94, 20], "n": [200, 200], "published": [None, 0.3], "source": [None, "X"]}
+    )
+    ax = plots.success_bars(table).axes[0]
+    (bar,) = ax.containers[1].lines[2]
+    np.testing.assert_allclose(bar.get_segments()[0][:, 0], [40.2, 53.9], atol=0.1)
+    (hollow,) = [line for line in ax.lines if line.get_marker() == "D"]
+    assert hollow.get_markerfacecolor() == "none"
+    assert (hollow.get_xdata()[0], hollow.get_ydata()[0], hollow.get_label()) == (30, 1, "published (X)")
+
+
+def test_loss_curves_skip_the_mean_and_refuse_a_log_without_loss():
+    fig = plots.loss_curves(
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}, {"step": 2, "train_loss": 2.5, "eval_loss": 1.0}]
+    )
+    assert [line.get_label() for line in fig.axes[0].lines] == ["loss", "eval loss"]
+    assert "does not fall" in fig.get_suptitle()
+    with pytest.raises(ValueError, match="expected records with 'step' and a loss, got the keys"):
+        plots.loss_curves([{"step": 1, "learning_rate": 0.1}])
+
+
+def test_attention_is_drawn_as_shares():
+    fig = plots.attention_overlay(FRAMES[0], np.array([[3, 1], [0, 0]]), title="Where it looks now")
+    np.testing.assert_allclose(fig.axes[1].images[1].get_array(), [[75, 25], [0, 0]])
+
+
+def test_bad_input_is_one_clear_error():
+    with pytest.raises(ValueError, match="unknown: \\['picture'\\]"):
+        plots.token_map(["a"], ["picture"])
+    with pytest.raises(ValueError, match="got 12 and 3"):
+        plots.filmstrip(FRAMES, "lift", True, wrist=FRAMES[:3])
+    with pytest.raises(ValueError, match="got 1 points and 2 labels"):
+        plots.grounding_overlay(FRAMES[0], [(1, 1)], ["a", "b"])
+    with pytest.raises(ValueError, match="with a positive sum"):
+        plots.attention_overlay(FRAMES[0], np.zeros((2, 2)))
+
+
+def test_video_is_h264_that_browsers_play_and_decodes_to_the_frames():
+    import av
+
+    flat = np.full((6, 15, 21, 3), 90, np.uint8)
+    flat[3:, :, :, 0] = 200
+    with av.open(io.BytesIO(plots.mp4(flat, 10))) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.canonical_name, stream.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", 10.0)
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(decoded) == 6 and min(decoded[0].shape[:2]) >= 256
+    assert np.abs(decoded[0].mean((0, 1)) - 90).max() < 4 and abs(decoded[5][..., 0].mean() - 200) < 6
+    assert 'src="data:video/mp4;base64,' in plots.player(flat, 10).data
+
+
+def test_explore_scrubs_every_camera():
+    widget = plots.explore({"image": FRAMES, "wrist_image": FRAMES[::-1], "instruction": "lift the red cube"})
+    label, screens, controls = widget.children
+    first = [screen.value for screen in screens.children]
+    controls.children[-1].value = 11
+    assert label.value == "lift the red cube"
+    assert [screen.value for screen in screens.children] == first[::-1] != first
