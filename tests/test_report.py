@@ -1,0 +1,203 @@
+"""Findings hold only computed numbers; figures, tables, report and README come out whole and the same each time."""
+
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from rvlm import report
+from rvlm.statistics import newcombe, wilson
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(
+        tmp_path / "notebooks/05_train.ipynb",
+        "# 05 Train in stages\n\n**Question.** What does each\nstage add?\n\n**You will see** x",
+    )
+    write_notebook(tmp_path / "notebooks/06_evaluate.ipynb", "# 06 Evaluate\n\n**Question.** Does low loss | mean success?")
+    return tmp_path / "notebooks"
+
+
+def write_notebook(path, first, outputs=()):
+    code = {"cell_type": "code", "source": "x", "outputs": list(outputs)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": first.splitlines(True)}, code], "metadata": {}}))
+
+
+def find(sentence="Success is 47 % of 200 episodes.", name="06_success", **changes):
+    rate = wilson(94, 200)
+    values = {"numbers": {"success": rate.rate}, "n": rate.n, "interval": rate, "seeds": [0, 1], "seconds": 31.4} | changes
+    return report.finding(name, sentence, **values)
+
+
+def draw(width=3.4):
+    fig, ax = plt.subplots(figsize=(width, 2))
+    ax.plot([1, 2])
+    plt.close(fig)
+    return fig
+
+
+def test_finding_is_written_with_all_that_it_rests_on(results):
+    shown = find("The policy solves 47 % [40.2 %, 0.539] of 200 episodes over 2 seeds in 31 s.", verdict="undecided")
+    (record,) = report.load_findings()
+    assert set(record) == {
+        *("name", "sentence", "numbers", "n", "interval", "seeds", "seconds", "verdict"),
+        *("commit", "is_dirty", "versions", "hardware", "profile", "date"),
+    }
+    assert (record["n"], record["numbers"], record["seeds"], record["verdict"]) == (200, {"success": 0.47}, [0, 1], "undecided")
+    assert record["interval"]["low"] == pytest.approx(0.402, abs=1e-3)
+    assert record["hardware"]["cores"] >= 1 and record["versions"]["numpy"] == np.__version__
+    assert "47 %" in shown._repr_markdown_() and "**undecided**" in shown._repr_markdown_()
+    assert not list(results.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "sentence, numbers",
+    [
+        ("Loss falls from 1.25 to 0.031 in 1,500 steps.", {"loss": [1.2466, 0.0312], "steps": 1500}),
+        ("It gains −3.2 points on SmolVLM2 with q99 and 7-DoF arms.", {"gain_points": -3.21, "dof": 7}),
+        ("The rate is 1.2e-3 and 12.5 % go wrong.", {"by_kind": {"rate": 0.00123, "wrong": np.float32(0.125)}}),
+        ("Tokens lose 12.5 % of it.", {"lost_percent": 12.5}),
+        ("With a 95 % interval.", {}),
+        ("No digits at all.", {}),
+    ],
+)
+def test_computed_numbers_pass(results, sentence, numbers):
+    find(sentence, numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "sentence, numbers, culprit",
+    [
+        ("Success is 48 %.", {"success": 0.47}, "48 %"),
+        ("Success is 47.", {"success": 0.47}, "47"),
+        ("Success is 0.5 %.", {"success": 0.5}, "0.5 %"),
+        ("Loss is 0.032.", {"loss": 0.0312}, "0.032"),
+        ("It gains 3.2 points.", {"gain_points": -3.2}, "3.2"),
+        ("It took 1,501 steps.", {"steps": 1500}, "1,501"),
+        ("All of 16 families.", {"is_good": True}, "16"),
+    ],
+)
+def test_a_typed_number_is_refused(results, sentence, numbers, culprit):
+    with pytest.raises(report.UncomputedNumber, match=rf"'{re.escape(culprit)}' is none of those given .*add it to numbers="):
+        find(sentence, numbers=numbers)
+    assert report.load_findings() == []
+
+
+def test_level_counts_only_where_there_is_an_interval(results):
+    with pytest.raises(report.UncomputedNumber, match="'95 %'"):
+        find("With a 95 % interval.", interval=None)
+
+
+def test_interval_may_be_a_pair_a_difference_or_a_dict_of_them(results):
+    difference = newcombe(wilson(94, 200), wilson(60, 200))
+    for interval in [(0.1, 0.2), difference, {"mlp": wilson(1, 9), "lstm": (0.1, 0.2)}, None]:
+        assert report._fine_print(find(interval=interval).record)
+
+
+def test_names_are_slugs(results):
+    with pytest.raises(ValueError, match="e.g. '05_loss'; got '../loss'"):
+        find(name="../loss")
+
+
+def test_export_writes_column_wide_files_that_repeat_byte_for_byte(results):
+    fig = report.export(draw(), "05_loss")
+    files = {suffix: results / f"figures/05_loss.{suffix}" for suffix in ("pdf", "png")}
+    first = {suffix: path.read_bytes() for suffix, path in files.items()}
+    report.export(draw(), "05_loss")
+    assert {suffix: path.read_bytes() for suffix, path in files.items()} == first
+    assert b"/MediaBox [ 0 0 252 " in first["pdf"].replace(b"\n", b" ")
+    assert fig.get_size_inches() == pytest.approx([3.5, 2 * 3.5 / 3.4])
+    assert report.export(draw(8.0), "05_wide").get_figwidth() == pytest.approx(7.16)
+
+
+def test_save_table_writes_csv_and_booktabs(results):
+    table = report.save_table(pd.DataFrame({"name": ["a_b"], "success": [0.123456]}), "06_rates")
+    assert pd.read_csv(results / "tables/06_rates.csv").equals(table)
+    tex = (results / "tables/06_rates.tex").read_text()
+    assert "\\toprule" in tex and "a\\_b & 0.123" in tex
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = report.write_whole(tmp_path / "deep" / "a.txt", "old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        report.write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_directories_follow_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    monkeypatch.delenv("RVLM_RESULTS", raising=False)
+    assert report.artifacts_dir() == tmp_path
+    assert report.results_dir() == report.ROOT / "results"
+
+
+def test_show_source_looks_through_decorators():
+    text = report.show_source(report.chapters).data
+    assert text.startswith("`rvlm/report.py`\n```python\n") and "def chapters(" in text
+
+
+def test_report_is_one_file_with_findings_figures_tables_and_links(results, notebooks):
+    find()
+    find(name="bench", sentence="An unnumbered finding.")
+    report.export(draw(), "06_success")
+    report.save_table(pd.DataFrame({"task": ["lift"], "success": [0.47]}), "06_rates")
+    write_notebook(results / "notebooks/06_evaluate.ipynb", "# 06 Evaluate")
+    page = report.html_report(notebooks=notebooks).read_text()
+    train, evaluate = page.split('<h2 id="06_evaluate">')
+    assert "What does each stage add?" in train and "data:image/png" not in train
+    for part in (
+        "06 Evaluate",
+        "Success is 47 %",
+        "n = 200",
+        'src="data:image/png;base64,',
+        "<td>lift</td>",
+        'href="notebooks/06_evaluate',
+    ):
+        assert part in "06 " + evaluate.removeprefix("06 "), part
+    assert "Further findings" in evaluate and "An unnumbered finding." in evaluate
+    assert not re.search(r'(src|href)="(https?:)?//|@import|<script', page)
+
+
+def test_report_shows_the_traceback_of_a_failed_notebook(results, notebooks):
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["\x1b[31mZeroDivisionError\x1b[0m: <1/0>"]}
+    write_notebook(results / "notebooks/05_train.failed.ipynb", "# 05", [error])
+    page = report.html_report(notebooks=notebooks).read_text()
+    assert "ZeroDivisionError: &lt;1/0&gt;" in page and "This notebook failed" in page and "\x1b" not in page
+
+
+def test_readme_table_comes_from_first_cells_and_findings(results, notebooks, tmp_path):
+    find()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- notebooks:begin -->\nold\n<!-- notebooks:end -->\nafter\n")
+    report.update_readme(readme, notebooks, results)
+    once = readme.read_text()
+    assert "| [05 Train in stages](notebooks/05_train.ipynb) | What does each stage add? | – |\n" in once
+    assert "Does low loss \\| mean success? | Success is 47 % of 200 episodes. |" in once
+    assert once.startswith("before\n") and once.endswith("-->\nafter\n") and "old" not in once
+    report.update_readme(readme, notebooks, results)
+    assert readme.read_text() == once
+
+
+def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="expected the lines '<!-- notebooks:begin -->' and"):
+        report.update_readme(tmp_path / "README.md", notebooks, results)
+
+
+def test_the_repositorys_readme_is_up_to_date():
+    readme = report.ROOT / "README.md"
+    expected = report.updated_readme(readme, results=report.ROOT / "results")
+    assert readme.read_text() == expected, "the README's table is stale: run 'rvlm report' and commit README.md"
