@@ -115,7 +115,7 @@ class Finding:
     record: dict[str, Any]
 
     def _repr_markdown_(self) -> str:
-        return f"> **Finding.** {self.record['sentence']}\n>\n> <sub>{_fine_print(self.record)}</sub>"
+        return f"> **Finding.** {self.record['sentence']}\n>\n> <sub>{fine_print(self.record)}</sub>"
 
 
 def finding(
@@ -202,7 +202,7 @@ def load_findings(results: Path | None = None) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(((results or results_dir()) / "findings").glob("*.json"))]
 
 
-def _fine_print(record: Mapping[str, Any]) -> str:
+def fine_print(record: Mapping[str, Any]) -> str:
     """n, interval, seeds, seconds, profile, commit and verdict in one line."""
     parts = [f"n = {record['n']:,}"]
     if record["interval"] is not None:
@@ -382,7 +382,7 @@ def _findings_html(found: list[dict[str, Any]]) -> str:
     def bold(text: str) -> str:
         return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
 
-    return "".join(f'<div class="f">{html.escape(f["sentence"])}<br><small>{bold(_fine_print(f))}</small></div>' for f in found)
+    return "".join(f'<div class="f">{html.escape(f["sentence"])}<br><small>{bold(fine_print(f))}</small></div>' for f in found)
 
 
 def _figure_html(path: Path, max_width: int = 1400) -> str:

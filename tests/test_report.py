@@ -103,11 +103,11 @@ def test_level_counts_only_where_there_is_an_interval(results):
 def test_interval_may_be_a_pair_a_difference_or_a_dict_of_them(results):
     difference = newcombe(wilson(94, 200), wilson(60, 200))
     for interval in [(0.1, 0.2), difference, {"mlp": wilson(1, 9), "lstm": (0.1, 0.2)}, None]:
-        assert report._fine_print(find(interval=interval).record)
+        assert report.fine_print(find(interval=interval).record)
 
 
 def test_names_are_slugs(results):
-    with pytest.raises(ValueError, match="e.g. '05_loss'; got '../loss'"):
+    with pytest.raises(ValueError, match=r"e\.g\. '05_loss'; got '\.\./loss'"):
         find(name="../loss")
 
 
@@ -158,15 +158,8 @@ def test_report_is_one_file_with_findings_figures_tables_and_links(results, note
     page = report.html_report(notebooks=notebooks).read_text()
     train, evaluate = page.split('<h2 id="06_evaluate">')
     assert "What does each stage add?" in train and "data:image/png" not in train
-    for part in (
-        "06 Evaluate",
-        "Success is 47 %",
-        "n = 200",
-        'src="data:image/png;base64,',
-        "<td>lift</td>",
-        'href="notebooks/06_evaluate',
-    ):
-        assert part in "06 " + evaluate.removeprefix("06 "), part
+    parts = ("Success is 47 %", "n = 200", 'src="data:image/png;base64,', "<td>lift</td>", 'href="notebooks/06_evaluate.ipynb"')
+    assert [part for part in parts if part not in evaluate] == []
     assert "Further findings" in evaluate and "An unnumbered finding." in evaluate
     assert not re.search(r'(src|href)="(https?:)?//|@import|<script', page)
 

@@ -1,0 +1,235 @@
+"""The run: resumes by content, survives SIGKILL, keeps a failing notebook, refuses what it does not know."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rvlm import report, reproduce
+from rvlm.reproduce import Places, Refused
+
+KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+LOG = "import os, sys, time\nfrom pathlib import Path\nwith Path('log').open('a') as log: print({line}, file=log)"
+FINDING = """from rvlm.report import finding
+finding("{stem}", f"It is {{n}}.", numbers={{"n": n}}, n=1, interval=None, seeds=[0])"""
+
+
+def write(places, stem, *cells, default=1):
+    parameters = new_code_cell(f"n = {default}  # how many [1]", metadata={"tags": ["parameters"]})
+    first = new_markdown_cell(f"# {stem[:2]} {stem[3:]}\n\n**Question.** Why {stem}?")
+    notebook = new_notebook(cells=[first, parameters, *map(new_code_cell, cells)], metadata=KERNELSPEC)
+    nbformat.write(notebook, places.notebooks / f"{stem}.ipynb")
+
+
+def log_line(stem, line="'{stem}', n"):
+    return LOG.format(line=line.format(stem=stem))
+
+
+@pytest.fixture
+def places(tmp_path):
+    made = Places(tmp_path, tmp_path / "notebooks", tmp_path / "results", tmp_path / "artifacts")
+    for folder in (made.notebooks, tmp_path / "data_cards"):
+        folder.mkdir()
+    (made.notebooks / "profiles.yaml").write_text("smoke:\n  00_a: {n: 3}\n  01_b:\ncpu: {}\n")
+    for stem in ("00_a", "01_b"):
+        write(made, stem, log_line(stem), FINDING.format(stem=stem))
+    return made
+
+
+def log(places):
+    path = places.root / "log"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def keys(places, profile="cpu"):
+    return {job.stem: job.key for job in reproduce.plan(places, profile)}
+
+
+def test_run_resumes_by_content_and_writes_a_report(places, capsys):
+    assert reproduce.reproduce(places, "smoke") == 0
+    assert log(places) == ["00_a 3", "01_b 1"]  # in order, in the root, with the profile's parameters
+    assert [(f["sentence"], f["profile"]) for f in report.load_findings(places.results)] == [
+        ("It is 3.", "smoke"),
+        ("It is 1.", "smoke"),
+    ]
+    page = (places.results / "report.html").read_text()
+    assert "Why 00_a?" in page and "It is 3." in page and 'href="notebooks/01_b.ipynb"' in page
+    copy = (places.results / "notebooks/00_a.ipynb").read_text()
+    nbformat.validate(nbformat.reads(copy, as_version=4))
+    assert str(places.root) not in copy, "an executed copy in git must not name a machine's folders"
+
+    assert reproduce.reproduce(places, "smoke") == 0
+    assert len(log(places)) == 2 and "00_a: finished before, kept" in capsys.readouterr().out
+
+    (places.results / "findings/01_b.json").unlink()  # what a finished notebook wrote is gone: it runs again, and it alone
+    reproduce.reproduce(places, "smoke")
+    reproduce.reproduce(places, "smoke", only=["1"], force=True)
+    assert log(places)[2:] == ["01_b 1", "01_b 1"]
+
+
+def test_results_without_receipts_are_not_taken_for_finished(places):
+    (job, _) = reproduce.plan(places, "smoke")
+    reproduce.run(job, places, "smoke", is_quiet=True)
+    assert reproduce.is_finished(job, places, "smoke")
+    assert not reproduce.is_finished(dataclasses.replace(job, key="other"), places, "smoke")
+    assert not reproduce.is_finished(job, dataclasses.replace(places, artifacts=places.root / "fresh clone"), "smoke")
+    (places.results / "notebooks/00_a.ipynb").unlink()
+    assert not reproduce.is_finished(job, places, "smoke")
+
+
+def test_a_key_covers_cells_parameters_code_cards_and_what_came_before(places):
+    (places.root / "rvlm").mkdir()
+    seen = [keys(places)]
+    assert keys(places) == seen[0] != keys(places, "smoke")
+    changes = [
+        lambda: write(places, "00_a", "other"),
+        lambda: (places.root / "rvlm/plots.py").write_text("x = 1"),
+        lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 5"),
+        lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 9"),
+    ]
+    for change in changes:
+        change()
+        seen.append(keys(places))
+    for stem in ("00_a", "01_b"):
+        assert len({key[stem] for key in seen}) == len(seen), stem
+    write(places, "01_b", "other")
+    assert keys(places)["00_a"] == seen[-1]["00_a"] and keys(places)["01_b"] != seen[-1]["01_b"]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait(condition, seconds=40):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_a_run_killed_by_sigkill_goes_on_where_it_was(places):
+    write(places, "01_b", log_line("01_b", "'{stem}', os.getpid()"), "while not Path('go').exists(): time.sleep(0.1)")
+    code = (
+        "import sys; from pathlib import Path; from rvlm.reproduce import *; reproduce(Places(*map(Path, sys.argv[1:])), 'cpu')"
+    )
+    folders = [str(getattr(places, field.name)) for field in dataclasses.fields(places)]
+    environment = os.environ | {"PYTHONPATH": str(report.ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *folders], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait(lambda: len(log(places)) == 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kernel = int(log(places)[1].split()[1])
+    wait(lambda: not is_alive(kernel), seconds=10)
+
+    kept = places.results / "notebooks/00_a.ipynb"
+    before = kept.read_bytes()
+    assert sorted(p.name for p in kept.parent.glob("[!.]*")) == ["00_a.ipynb"]
+    (kept.parent / ".00_a.ipynb.99.part").write_text("half")
+    (places.root / "go").touch()
+    assert reproduce.reproduce(places, "cpu") == 0
+    assert [line.split()[0] for line in log(places)] == ["00_a", "01_b", "01_b"] and kept.read_bytes() == before
+    assert sorted(p.name for p in kept.parent.iterdir()) == ["00_a.ipynb", "01_b.ipynb"]
+
+
+def test_a_failing_notebook_is_kept_and_ends_the_run(places, capsys):
+    write(places, "00_a", "1 / 0")
+    assert reproduce.reproduce(places, "cpu") == 1
+    failed = places.results / "notebooks/00_a.failed.ipynb"
+    assert "ZeroDivisionError" in failed.read_text() and log(places) == []
+    assert "ZeroDivisionError: division by zero" in (places.results / "report.html").read_text()
+    assert "00_a: failed (ZeroDivisionError: division by zero)" in capsys.readouterr().out
+    write(places, "00_a", log_line("00_a"))
+    assert reproduce.reproduce(places, "cpu", only=["00"]) == 0
+    assert not failed.exists() and log(places) == ["00_a 1"]
+
+
+def test_a_kernel_that_dies_is_a_failed_notebook(places):
+    write(places, "00_a", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert reproduce.reproduce(places, "cpu", only=["00_a"]) == 1
+    failed = json.loads((places.results / "notebooks/00_a.failed.ipynb").read_text())
+    assert "DeadKernelError" in failed["metadata"]["rvlm"]["error"]
+    assert "DeadKernelError" in (places.results / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "profiles, profile, only, message",
+    [
+        (
+            "cpu:\n  01_b: {n: 2, m: 3}",
+            "cpu",
+            [],
+            r"profile 'cpu' sets m of 01_b, which has no such parameter; it has n; mend prof",
+        ),
+        ("cpu: {}\ngpu:\n  00_a: {m: 3}", "cpu", [], r"profile 'gpu' sets m of 00_a"),
+        ("cpu:\n  07_x: {n: 2}", "cpu", [], r"no notebook '07_x'; those that exist: 00_a, 01_b"),
+        ("cpu: {}", "cpu", ["3"], r"no notebook '3'; those that exist: 00_a, 01_b"),
+        ("cpu: {}\nsmoke: {}", "tpu", [], r"no profile 'tpu'; those in profiles.yaml: cpu, smoke"),
+    ],
+)
+def test_the_unknown_is_refused_before_anything_runs(places, profiles, profile, only, message):
+    (places.notebooks / "profiles.yaml").write_text(profiles)
+    with pytest.raises(Refused, match=message):
+        reproduce.reproduce(places, profile, only)
+    assert not places.results.exists() and log(places) == []
+
+
+def test_kernels_are_this_interpreter_with_the_houses_environment(places, tmp_path, monkeypatch):
+    hostile = tmp_path / "jupyter/kernels/python3"
+    hostile.mkdir(parents=True)
+    (hostile / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    shown = "[sys.executable, *map(os.environ.get, ('RVLM_RESULTS', 'RVLM_HOME', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'))]"
+    figure = "import numpy as np\nfrom rvlm import plots\nplots.filmstrip(np.zeros((3, 8, 8, 3), np.uint8), 'lift', True)"
+    write(places, "00_a", log_line("00_a", shown), figure)
+    assert reproduce.reproduce(places, "cpu", only=["00_a"]) == 0
+    assert log(places) == [str([sys.executable, str(places.results), str(places.artifacts), "PASSIVE", "7"])]
+    outputs = json.loads((places.results / "notebooks/00_a.ipynb").read_text())["cells"][-1]["outputs"]
+    assert ["image/png" in out.get("data", {}) for out in outputs] == [True], "a figure is shown once"
+
+
+def test_only_profile_cpu_writes_to_the_results_in_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    monkeypatch.delenv("RVLM_RESULTS", raising=False)
+    assert Places.of_profile("cpu").results == report.ROOT / "results"
+    assert Places.of_profile("smoke").results == tmp_path / "smoke/results"
+    monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "mine"))
+    assert Places.of_profile("smoke").results == Places.of_profile("cpu").results == tmp_path / "mine"
+
+
+def test_the_repositorys_profiles_fit_its_notebooks():
+    assert set(reproduce.read_profiles(report.ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
+    reproduce.plan(Places.of_profile("cpu"), "cpu")
+
+
+def test_findings_are_printed_for_people_and_for_scripts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RVLM_RESULTS", str(tmp_path))
+    assert reproduce.main(["findings"]) == 0
+    assert "'rvlm reproduce' makes them" in capsys.readouterr().out
+    report.finding("06_success", "It is 12.", numbers={"x": 12}, n=200, interval=(0.1, 0.2), seeds=[0, 1], seconds=3.0)
+    reproduce.main(["findings"])
+    assert capsys.readouterr().out.startswith("06_success: It is 12.\n    n = 200 · 95 % interval [0.1, 0.2] · seeds 0, 1 · 3 s")
+    reproduce.main(["findings", "--json"])
+    (record,) = json.loads(capsys.readouterr().out)
+    assert {"name", "sentence", "numbers", "n", "interval", "seeds", "seconds", "commit"} <= set(record)
+
+
+def test_a_refused_command_is_one_line_and_status_2(capsys):
+    assert reproduce.main(["reproduce", "--profile", "tpu"]) == 2
+    assert capsys.readouterr().err.startswith("rvlm: no profile 'tpu'; those in profiles.yaml: smoke, cpu, gpu, full\n")
