@@ -93,13 +93,9 @@ class ActionSpec:
     state_rotation: str
     robot: str
     dataset: str
-    image_rotation_deg: int = 0
+    image_rotation_deg: float = 0.0
 
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+    def __post_init__(self) -> None:
         self._check_layout()
         self._check_values()
 
@@ -146,7 +142,7 @@ class ActionSpec:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
             )
-        return cls(**values)
+        return cls(**{k: _field(v) for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for checkpoints and for a dataset's info.json."""
@@ -234,6 +230,13 @@ class ActionSpec:
             )
 
 
+def _field(value: Any) -> Any:
+    """A value from YAML or JSON as a field: lists become tuples, whole numbers become floats."""
+    if isinstance(value, list):
+        return tuple(_field(v) for v in value)
+    return float(value) if type(value) is int else value
+
+
 def _like(constant: Any, x: Any) -> Any:
     """The constant as an array of x's kind: numpy or torch, floating dtype, same device."""
     if hasattr(x, "detach"):
@@ -264,7 +267,7 @@ class NormStats:
     kind: str
     passthrough: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(KINDS)}")
 
@@ -272,8 +275,8 @@ class NormStats:
         """Raise `SpecMismatch` if another kind is asked for than these statistics were stored with."""
         if kind is not None and kind != self.kind:
             raise SpecMismatch(
-                f"these statistics were stored for {self.kind!r} but {kind!r} was asked for; a policy must un-normalise as it was "
-                f"trained: leave the kind out, or recompute the statistics and train again with {kind!r}"
+                f"these statistics were stored for {self.kind!r} but {kind!r} was asked for; a policy must un-normalise as "
+                f"it was trained: leave the kind out, or recompute the statistics and train again with {kind!r}"
             )
 
     def offset_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +324,7 @@ class NormStats:
         cls,
         root: str | Path,
         column: str,
-        episodes: Iterable[int] | None = None,
+        episodes: Iterable[int] | np.ndarray | None = None,
         kind: str = "q01_q99",
         passthrough: tuple[int, ...] = (),
     ) -> NormStats:

@@ -1,0 +1,330 @@
+"""LeRobotDataset v3.0 on disk: its features, its statistics, its meta files.
+
+    meta/info.json  meta/stats.json  meta/tasks.parquet  meta/episodes/chunk-000/file-000.parquet
+    data/chunk-000/file-000.parquet                       many episodes a file, one row group each
+    videos/observation.images.static/chunk-000/file-000.mp4
+
+Source: huggingface/lerobot, src/lerobot/datasets (format v3.0).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rvlm.actions import QUANTILES, ActionSpec, SpecMismatch, StatsAccumulator, stack_column
+from rvlm.video import CODEC, PIX_FMT, EpisodeError
+
+Frames = dict[str, np.ndarray]
+CHUNKS_SIZE = 1000
+IMAGES = "observation.images."
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+RESERVED = {"episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index", "instruction", "digest", "extra"}
+AUTOMATIC = {
+    "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+}
+
+
+def infer_features(spec: ActionSpec, frames: Frames) -> dict[str, dict[str, Any]]:
+    """The ``features`` block of info.json for frames such as these; names come from the card."""
+    names = {"action": list(spec.names), "observation.state": list(spec.state_names)}
+    features: dict[str, dict[str, Any]] = {}
+    for key, values in frames.items():
+        shape = list(values.shape[1:]) or [1]
+        if key.startswith(IMAGES):
+            features[key] = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
+            features[key]["info"] = _video_info(spec.rate_hz, *shape)
+        else:
+            dtype = "float32" if key in names else str(values.dtype)
+            features[key] = {"dtype": dtype, "shape": shape, "names": names.get(key)}
+    return features
+
+
+def _video_info(fps: float, height: int, width: int, channels: int) -> dict[str, Any]:
+    size = {"video.height": height, "video.width": width, "video.channels": channels}
+    codec = {"video.codec": "h264", "video.pix_fmt": PIX_FMT, "video.fps": _whole(fps), "video.encoder": CODEC}
+    return size | codec | {"video.is_depth_map": False, "has_audio": False}
+
+
+def _whole(fps: float) -> float | int:
+    return int(fps) if float(fps).is_integer() else fps
+
+
+def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: Frames) -> int:
+    """Raise `EpisodeError` unless the frames of one episode follow the card and the features; returns their number."""
+    _check_cameras(spec, frames)
+    missing = {"action", "observation.state"} - set(frames)
+    if missing or set(frames) != set(features):
+        expected = sorted({*features, "action", "observation.state"})
+        raise EpisodeError(f"expected the features {expected}, got {sorted(frames)}; record the same ones in every episode")
+    lengths = {key: len(values) for key, values in frames.items()}
+    if len(set(lengths.values())) != 1 or not lengths["action"]:
+        raise EpisodeError(f"expected every feature to have the same number of frames (at least 1), got {lengths}")
+    for key, values in frames.items():
+        _check_values(key, values, features[key])
+    try:
+        spec.check(frames["action"])
+    except SpecMismatch as error:
+        raise EpisodeError(f"action: {error}") from error
+    width = frames["observation.state"].shape[-1]
+    if width != len(spec.state_names):
+        raise EpisodeError(
+            f"observation.state: card {spec.dataset!r} expects {len(spec.state_names)} dimensions {list(spec.state_names)}, "
+            f"got {width}; mend the card or the data"
+        )
+    return lengths["action"]
+
+
+def _check_cameras(spec: ActionSpec, frames: Frames) -> None:
+    cameras = {key.removeprefix(IMAGES) for key in frames if key.startswith(IMAGES)}
+    if cameras != set(spec.cameras):
+        raise EpisodeError(
+            f"cameras: card {spec.dataset!r} expects {sorted(spec.cameras)}, got {sorted(cameras)}; name them '{IMAGES}NAME' "
+            "and list them in the card"
+        )
+
+
+def _check_values(key: str, values: np.ndarray, feature: dict[str, Any]) -> None:
+    is_video = feature["dtype"] == "video"
+    dtype = "uint8" if is_video else feature["dtype"]
+    shape = list(values.shape[1:]) or [1]
+    if values.dtype.kind not in "biuf" or len(shape) != (3 if is_video else 1):
+        raise EpisodeError(f"{key}: expected images (n, h, w, 3) or numbers (n,) or (n, d), got {values.dtype} {values.shape}")
+    if str(values.dtype) != dtype or shape != list(feature["shape"]):
+        expected = ", ".join(map(str, feature["shape"]))
+        raise EpisodeError(f"{key}: expected {dtype} of shape (n, {expected}), got {values.dtype} {values.shape}; convert it")
+    if values.dtype.kind == "f" and key != "action" and not np.isfinite(values).all():
+        at = tuple(np.argwhere(~np.isfinite(values))[0])
+        raise EpisodeError(f"{key}: expected finite numbers, got {values[at]} in frame {at[0]}; drop or repair the frame")
+
+
+class ImageHistogram:
+    """Counts of each 8-bit value per channel: exact and mergeable statistics of any number of images."""
+
+    def __init__(self, counts: np.ndarray | None = None, n_frames: int = 0) -> None:
+        self.counts = np.zeros((3, 256), np.int64) if counts is None else np.asarray(counts, np.int64).reshape(3, 256)
+        self.n_frames = n_frames
+
+    def update(self, images: np.ndarray) -> ImageHistogram:
+        """Take in ``(n, h, w, 3)`` uint8."""
+        self.counts += np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(3)])
+        self.n_frames += len(images)
+        return self
+
+    def stats(self) -> dict[str, Any]:
+        """LeRobot's image statistics: per channel ``(3, 1, 1)``, values in [0, 1]."""
+        values, total = np.arange(256) / 255, self.counts.sum(1)
+        mean = self.counts @ values / total
+        moments = {"mean": mean, "std": np.sqrt(np.maximum(self.counts @ values**2 / total - mean**2, 0))}
+        ends = {"min": self._quantile(0.0), "max": self._quantile(1.0)}
+        quantiles = {name: self._quantile(q) for name, q in QUANTILES.items()}
+        arrays = {k: v.reshape(3, 1, 1).tolist() for k, v in (ends | moments | quantiles).items()}
+        return arrays | {"count": [self.n_frames]}
+
+    def _quantile(self, q: float) -> np.ndarray:
+        """numpy.quantile (linear) of all pixels, per channel."""
+        cumulative = self.counts.cumsum(1)
+        position = q * (cumulative[:, -1] - 1)
+        low, high = (self._sorted_value(cumulative, rank(position)) for rank in (np.floor, np.ceil))
+        return (low + (high - low) * (position - np.floor(position))) / 255
+
+    @staticmethod
+    def _sorted_value(cumulative: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        """The value at a rank of the sorted pixels, per channel."""
+        return np.array([np.searchsorted(c, r, "right") for c, r in zip(cumulative, rank, strict=True)])
+
+
+def feature_stats(values: np.ndarray) -> dict[str, Any]:
+    """LeRobot's statistics of a numeric column ``(n, ...)``, as lists."""
+    stats = StatsAccumulator().update(values.reshape(len(values), -1).astype(np.float64)).finish("identity").to_dict()
+    return {k: stats[k] for k in ("min", "max", "mean", "std", *QUANTILES)} | {"count": [stats["count"]]}
+
+
+def check_extra(extra: dict[str, Any] | None) -> str:
+    """An episode's extra columns as JSON; scalars only, under names that the format doesn't use itself."""
+    for name, value in (extra or {}).items():
+        if "/" in name or name in RESERVED or not isinstance(value, (str, bool, int, float, np.generic)):
+            raise EpisodeError(
+                f"extra: expected scalars under names other than {sorted(RESERVED)}, got {name!r}: {value!r}; "
+                "put what changes from frame to frame into the frames"
+            )
+    return json.dumps(extra or {}, default=lambda value: value.item())
+
+
+def finished_shards(partial: Path) -> list[Path]:
+    """Folders of the finished shards, in order."""
+    return sorted(p for p in partial.glob("shard-*") if "." not in p.name)
+
+
+def assemble(partial: Path, root: Path, spec: ActionSpec) -> Path:
+    """Make one dataset of all finished shards, under a temporary name that becomes ``root`` at the end."""
+    shards = [s for s in finished_shards(partial) if pq.read_metadata(s / "episodes.parquet").num_rows]
+    if not shards:
+        raise EpisodeError(f"expected at least one episode in {partial}, got none; add episodes before finalize")
+    features = _common_features(shards)
+    whole = partial / f"whole.{os.getpid()}"
+    shutil.rmtree(whole, ignore_errors=True)
+    episodes = pd.concat([_episode_rows(s, i, spec) for i, s in enumerate(shards)], ignore_index=True)
+    _number(episodes)
+    _refuse_twins(episodes)
+    tasks = list(dict.fromkeys(episodes.pop("instruction")))
+    tables = _write_data(whole, shards, episodes, features, tasks, spec)
+    episodes, stats = _all_stats(tables, episodes)
+    _write_meta(whole, episodes, features, tasks, stats, spec)
+    try:
+        whole.rename(root)
+    except OSError as error:
+        if not (root / "meta/info.json").is_file():
+            raise EpisodeError(f"expected no folder at {root} yet, got one that is no dataset; remove it ({error})") from error
+    shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def _common_features(shards: list[Path]) -> dict[str, Any]:
+    features = [json.loads((s / "features.json").read_text()) for s in shards]
+    for shard, other in zip(shards, features, strict=True):
+        if other != features[0]:
+            raise EpisodeError(
+                f"expected the same features in every shard, got {other} in {shard} against {features[0]} in {shards[0]}; "
+                "were the shards recorded with different image sizes? remove the odd ones and record them again"
+            )
+    return features[0]
+
+
+def _episode_rows(shard: Path, i: int, spec: ActionSpec) -> pd.DataFrame:
+    rows = pq.read_table(shard / "episodes.parquet").to_pandas()
+    extra = pd.DataFrame([json.loads(e) for e in rows.pop("extra")])
+    rows.insert(0, "tasks", [[t] for t in rows["instruction"]])
+    rows["data/chunk_index"], rows["data/file_index"] = divmod(i, CHUNKS_SIZE)
+    for key in [c.removeprefix("start/") for c in rows if c.startswith("start/")]:
+        start = rows.pop(f"start/{key}")
+        rows[f"videos/{key}/chunk_index"], rows[f"videos/{key}/file_index"] = divmod(i, CHUNKS_SIZE)
+        rows[f"videos/{key}/from_timestamp"] = start / spec.rate_hz
+        rows[f"videos/{key}/to_timestamp"] = (start + rows["length"]) / spec.rate_hz
+    return pd.concat([rows, extra], axis=1)
+
+
+def _number(episodes: pd.DataFrame) -> None:
+    episodes.insert(0, "episode_index", np.arange(len(episodes)))
+    episodes["dataset_to_index"] = episodes["length"].cumsum()
+    episodes["dataset_from_index"] = episodes["dataset_to_index"] - episodes["length"]
+    episodes["meta/episodes/chunk_index"], episodes["meta/episodes/file_index"] = 0, 0
+
+
+def _refuse_twins(episodes: pd.DataFrame) -> None:
+    """Two equal episodes mean one seed twice: a held-out copy of a training episode measures nothing."""
+    digest = episodes.pop("digest")
+    if digest.duplicated().any():
+        second = int(np.argmax(digest.duplicated()))
+        first = int(np.argmax(digest == digest[second]))
+        raise EpisodeError(
+            f"episodes {first} and {second} are identical ({digest.duplicated().sum()} such twins); "
+            "was one seed used twice? give every shard seeds of its own"
+        )
+
+
+def _write_data(
+    whole: Path, shards: list[Path], episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec
+) -> list[pa.Table]:
+    """Data parquet files (one row group per episode) and videos; returns the table of each episode."""
+    task_index = {task: i for i, task in enumerate(tasks)}
+    tables = []
+    for i, shard in enumerate(shards):
+        chunk, file = divmod(i, CHUNKS_SIZE)
+        rows = episodes[(episodes["data/chunk_index"] == chunk) & (episodes["data/file_index"] == file)]
+        table, first = pq.read_table(shard / "data.parquet"), rows["dataset_from_index"].to_numpy()
+        columns = zip(rows["episode_index"], first, rows["length"], rows["tasks"], strict=True)
+        numbered = [
+            _add_columns(table.slice(start - first[0], length), int(episode), int(start), task_index[names[0]], spec)
+            for episode, start, length, names in columns
+        ]
+        _write_row_groups(whole / DATA_PATH.format(chunk_index=chunk, file_index=file), numbered)
+        for key in (k for k in features if k.startswith(IMAGES)):
+            _link(shard / f"{key}.mp4", whole / VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file))
+        tables += numbered
+    return tables
+
+
+def _all_stats(tables: list[pa.Table], episodes: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Episodes with their statistics in place of their histograms, and the statistics of the whole dataset."""
+    per_episode, whole = [_table_stats(table) for table in tables], _table_stats(pa.concat_tables(tables))
+    for name in [c for c in episodes if c.startswith("histogram/")]:
+        key, counts = name.removeprefix("histogram/"), episodes.pop(name)
+        for stats, c, n in zip(per_episode, counts, episodes["length"], strict=True):
+            stats[key] = ImageHistogram(c, n).stats()
+        whole[key] = ImageHistogram(np.sum(list(counts), axis=0), int(episodes["length"].to_numpy().sum())).stats()
+    columns = {f"stats/{f}/{s}": [stats[f][s] for stats in per_episode] for f in whole for s in whole[f]}
+    return pd.concat([episodes, pd.DataFrame(columns)], axis=1), whole
+
+
+def _add_columns(table: pa.Table, episode: int, start: int, task_index: int, spec: ActionSpec) -> pa.Table:
+    frame = np.arange(table.num_rows)
+    columns = {
+        "timestamp": (frame / spec.rate_hz).astype(np.float32),
+        "frame_index": frame,
+        "episode_index": np.full_like(frame, episode),
+        "index": frame + start,
+        "task_index": np.full_like(frame, task_index),
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return table
+
+
+def _write_row_groups(path: Path, tables: list[pa.Table]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, tables[0].schema, compression="snappy", use_dictionary=True) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _table_stats(table: pa.Table) -> dict[str, Any]:
+    numeric = [name for name in table.column_names if not pa.types.is_string(table.schema.field(name).type)]
+    return {name: feature_stats(stack_column(table[name])) for name in numeric}
+
+
+def _write_meta(
+    whole: Path, episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], stats: dict[str, Any], spec: ActionSpec
+) -> None:
+    (whole / EPISODES_PATH).parent.mkdir(parents=True)
+    episodes.to_parquet(whole / EPISODES_PATH, index=False)
+    index = pd.Index(tasks, name="task")
+    pd.DataFrame({"task_index": np.arange(len(tasks))}, index=index).to_parquet(whole / "meta/tasks.parquet")
+    (whole / "meta/stats.json").write_text(json.dumps(stats, indent=1))
+    (whole / "meta/info.json").write_text(json.dumps(_info(episodes, features, tasks, spec), indent=1))
+
+
+def _info(episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec) -> dict[str, Any]:
+    fps = _whole(spec.rate_hz)
+    plain = {k: f if f["dtype"] == "video" else f | {"fps": fps} for k, f in (features | AUTOMATIC).items()}
+    counts = {
+        "total_episodes": len(episodes),
+        "total_frames": int(episodes["length"].to_numpy().sum()),
+        "total_tasks": len(tasks),
+    }
+    sizes = {"chunks_size": CHUNKS_SIZE, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200}
+    paths = {"data_path": DATA_PATH, "video_path": VIDEO_PATH, "splits": {"train": f"0:{len(episodes)}"}}
+    head = {"codebase_version": "v3.0", "robot_type": spec.robot, "fps": fps}
+    return head | counts | sizes | paths | {"features": plain, "rvlm": {"spec": spec.to_dict()}}
