@@ -127,7 +127,7 @@ class Windows:
             "images": np.stack([frames[obs] for frames in self._frames], axis=2),
             "state": self._state[obs],
             "action": action,
-            "action_mask": np.broadcast_to(is_real[..., None], action.shape),
+            "action_mask": np.repeat(is_real[..., None], action.shape[-1], axis=-1),
             "obs_mask": obs_mask,
             "instruction": [self._instruction(r) for r in row.tolist()],
             "dataset_index": np.full(len(row), self.dataset_index),

@@ -143,9 +143,8 @@ class EpisodeDataset:
     def camera_key(self, camera: str) -> str:
         """Feature of a camera; an unknown one is an error that names those that exist."""
         if camera not in self.camera_keys:
-            raise EpisodeError(
-                f"{self.root}: unknown camera {camera!r}; cameras that exist: {', '.join(self.camera_keys) or 'none'}"
-            )
+            have = ", ".join(self.camera_keys) or "none"
+            raise EpisodeError(f"{self.root}: unknown camera {camera!r}; cameras that exist: {have}; name one of these")
         return self.camera_keys[camera]
 
     def require_spec(self) -> ActionSpec:
