@@ -117,6 +117,7 @@ def test_export_writes_column_wide_files_that_repeat_byte_for_byte(results):
     first = {suffix: path.read_bytes() for suffix, path in files.items()}
     report.export(draw(), "05_loss")
     assert {suffix: path.read_bytes() for suffix, path in files.items()} == first
+    assert b"CreationDate" not in first["pdf"] and b"Software" not in first["png"]
     assert b"/MediaBox [ 0 0 252 " in first["pdf"].replace(b"\n", b" ")
     assert fig.get_size_inches() == pytest.approx([3.5, 2 * 3.5 / 3.4])
     assert report.export(draw(8.0), "05_wide").get_figwidth() == pytest.approx(7.16)
