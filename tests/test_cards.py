@@ -1,0 +1,128 @@
+"""Data cards: every one parses, says what it must, and its counts are those of the data where the data is at hand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from rvlm.actions import CARDS, ActionSpec, CardError, SpecMismatch, read_card
+from rvlm.episodes import EpisodeDataset, EpisodeWriter, artifacts
+
+NAMES = sorted(p.stem for p in CARDS.glob("*.md"))
+SECTIONS = ("What one action is", "How to get it", "Traps", "Splits", "Licence")
+
+
+def counts_of(root):
+    """Counts from the tables themselves, not from what info.json says of them."""
+    dataset = EpisodeDataset(root)
+    frames, used = dataset.column("frame_index"), np.unique(dataset.column("task_index"))
+    return {"episodes": int((frames == 0).sum()), "frames": len(frames), "tasks": len(used)}
+
+
+def check_counts(counts, root):
+    found = counts_of(root)
+    differing = {k: (counts[k], found[k]) for k in counts if counts[k] != found[k]}
+    assert not differing, f"card and data in {root} differ (card, data): {differing}; write the data's counts into the card"
+
+
+def recorded(name, n_episodes):
+    """Datasets of this name in the artifacts folder, of the card's size (smaller ones are smoke runs)."""
+    infos = {p.parents[1]: json.loads(p.read_text()) for p in artifacts().rglob("meta/info.json")}
+    mine = [r for r, i in infos.items() if i.get("rvlm", {}).get("spec", {}).get("dataset") == name]
+    return [root for root in mine if infos[root]["total_episodes"] == n_episodes]
+
+
+def test_the_cards_that_are_promised_exist():
+    assert {"tabletop_franka7", "tabletop_ur6", "tabletop_small5", "calvin", "libero", "bridge", "fractal"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_is_read_by_the_library(name):
+    spec = ActionSpec.from_card(name)
+    assert spec.dataset == name and spec.n_dims == 7 and len(set(spec.state_names)) == len(spec.state_names)
+    assert ActionSpec.from_dict(spec.to_dict()) == spec
+    neutral = spec.set_gripper(np.zeros((2, 7)), np.array([True, False]))
+    spec.check(neutral)
+    assert spec.is_open(neutral).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_tells_a_person_what_it_must(name):
+    card, text = read_card(name), (CARDS / f"{name}.md").read_text()
+    assert {"pretty_name", "license", "language", "task_categories", "tags", "size_categories"} <= set(card)
+    assert {"train", "held_out"} <= set(card["rvlm"]["splits"])
+    assert [s for s in re.findall(r"^## (.*)$", text, re.M) if s in SECTIONS] == list(SECTIONS)
+    assert "https://" in text or name.startswith("tabletop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prose_agrees_with_the_machine_read_block(name):
+    """The scale and the rate in the text are those of the block."""
+    spec, text = ActionSpec.from_card(name), (CARDS / f"{name}.md").read_text().split("---\n", 2)[2]
+    assert f"{spec.rate_hz:g} Hz" in text
+    for scale, unit in ((spec.scale[0], "m"), (spec.scale[3], "rad")):
+        assert scale == 1 or f"{scale:g} {unit}" in text, f"{name}: the text does not say that one unit is {scale:g} {unit}"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "counts" in read_card(n)["rvlm"] and n.startswith("tabletop")])
+def test_counts_are_those_of_the_data(name):
+    counts = read_card(name)["rvlm"]["counts"]
+    roots = recorded(name, counts["episodes"])
+    if not roots:
+        pytest.skip(f"no {name} of {counts['episodes']} episodes in {artifacts()}")
+    for root in roots:
+        check_counts(counts, root)
+
+
+def test_wrong_counts_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    spec = ActionSpec.from_card("tabletop_franka7")
+    writer = EpisodeWriter(tmp_path / "datasets/demos", spec)
+    for n in (3, 4):
+        images = {f"observation.images.{c}": np.full((n, 16, 16, 3), n, np.uint8) for c in spec.cameras}
+        action = spec.set_gripper(np.zeros((n, 7), np.float32), np.ones(n, bool))
+        writer.add_episode({**images, "observation.state": np.full((n, 7), n, np.float32), "action": action}, "lift")
+    (root,) = [writer.finalize()]
+    assert recorded("tabletop_franka7", 2) == [root] and recorded("tabletop_franka7", 3) == []
+    check_counts({"episodes": 2, "frames": 7, "tasks": 1}, root)
+    with pytest.raises(AssertionError, match=r"differ \(card, data\): {'frames': \(8, 7\)}"):
+        check_counts({"episodes": 2, "frames": 8, "tasks": 1}, root)
+
+
+# The conventions that cost other projects their success rate, from the public sources that the cards name (PITFALLS 2 to 6).
+CONVENTIONS = {
+    "calvin": {"gripper_open": 1, "gripper_close": -1, "rotation": "euler_xyz", "scale": (0.02, 0.05), "rate_hz": 30},
+    "libero": {"gripper_open": -1, "gripper_close": 1, "rotation": "axis_angle", "scale": (0.05, 0.5), "rate_hz": 20},
+    "bridge": {"gripper_open": 1, "gripper_close": 0, "rotation": "euler_xyz", "scale": (1, 1), "rate_hz": 5},
+    "fractal": {"gripper_open": 1, "gripper_close": 0, "rotation": "euler_xyz", "scale": (1, 1), "rate_hz": 3},
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_known_conventions(name):
+    spec, expected = ActionSpec.from_card(name), CONVENTIONS[name]
+    assert (spec.scale[0], spec.scale[3]) == expected["scale"] and spec.is_delta
+    assert all(getattr(spec, k) == v for k, v in expected.items() if k != "scale")
+    assert spec.image_rotation_deg == (180 if name == "libero" else 0)
+
+
+def test_a_calvin_policy_does_not_step_libero():
+    with pytest.raises(SpecMismatch) as error:
+        ActionSpec.from_card("calvin").require_same(ActionSpec.from_card("libero"))
+    for field in ("scale", "rotation", "gripper_open", "rate_hz", "cameras", "image_rotation_deg"):
+        assert f"{field}: " in str(error.value)
+
+
+def test_the_three_arms_differ_where_robots_differ():
+    specs = [ActionSpec.from_card(f"tabletop_{arm}") for arm in ("franka7", "ur6", "small5")]
+    for field in ("robot", "scale", "rate_hz"):
+        assert len({getattr(s, field) for s in specs}) == 3, field
+    assert len({(s.gripper_open, s.gripper_close) for s in specs}) == 3
+
+
+def test_a_card_with_a_misspelt_field_is_refused(tmp_path):
+    text = (CARDS / "tabletop_ur6.md").read_text().replace("gripper_open:", "gripper_opened:")
+    (tmp_path / "mine.md").write_text(text)
+    with pytest.raises(CardError, match=r"unknown fields \['gripper_opened'\], missing fields \['gripper_open'\]"):
+        ActionSpec.from_card(tmp_path / "mine.md")
