@@ -222,7 +222,7 @@ def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: C
     if n_workers <= 1 or len(todo) <= 1:
         yield from (record_shard(str(partial), i, spec, make_shard) for i in todo)
         return
-    with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), _exit_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
         futures = [pool.submit(record_shard, str(partial), i, spec, make_shard) for i in todo]
         try:
             for future in as_completed(futures):
@@ -231,7 +231,7 @@ def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: C
             pool.shutdown(cancel_futures=True)
 
 
-def _exit_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """A worker whose parent was killed ends too, instead of waiting for work forever."""
 
     def watch() -> None:

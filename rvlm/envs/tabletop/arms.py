@@ -58,7 +58,7 @@ class Arm:
     opening: float
     camera_pos: Vec
     camera_fovy: float
-    camera_target: Vec = (-0.06, -0.01, 0.02)
+    camera_target: Vec = (-0.05, -0.025, 0.02)
 
 
 def _turn(limit: float) -> tuple[float, float]:
@@ -89,7 +89,7 @@ FRANKA7 = Arm(
     finger_size=(0.010, 0.006, 0.034),
     opening=0.050,
     camera_pos=(0.52, 0, 0.72),
-    camera_fovy=45,
+    camera_fovy=47,
 )
 
 # Six joints with the link lengths of the Universal Robots UR5e (manufacturer's Denavit-Hartenberg table).
@@ -113,7 +113,7 @@ UR6 = Arm(
     finger_size=(0.013, 0.008, 0.038),
     opening=0.052,
     camera_pos=(0.50, -0.16, 0.74),
-    camera_fovy=46,
+    camera_fovy=48,
 )
 
 # A small five-joint arm of the hobby class: it cannot tilt its hand sideways.

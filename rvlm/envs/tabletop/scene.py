@@ -58,8 +58,8 @@ SETTINGS = {
 
 _HEAD = """<option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>
 <compiler angle="radian" autolimits="true"/>
-<visual><quality shadowsize="0" offsamples="0" numslices="16" numstacks="10"/>
-  <headlight ambient=".38 .38 .38" diffuse=".42 .42 .42" specular="0 0 0"/><global offwidth="640" offheight="640"/></visual>
+<visual><quality shadowsize="0" offsamples="0" numslices="12" numstacks="8"/>
+  <headlight ambient=".38 .38 .38" diffuse=".42 .42 .42" specular="0 0 0"/><global offwidth="512" offheight="512"/></visual>
 <default><geom friction="1 .02 .001" solref=".01 1"/>
   <default class="arm"><geom contype="2" conaffinity="1" mass="1.2"/></default>
   <default class="finger"><geom contype="2" conaffinity="1" mass=".05" friction="2 .05 .001" condim="4" solimp=".95 .99 .001"/></default>

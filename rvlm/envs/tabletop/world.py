@@ -223,7 +223,9 @@ class World:
         for _ in range(60):
             mujoco.mj_kinematics(self.model, self.data)
             mujoco.mj_comPos(self.model, self.data)
-            self.data.qpos[self._q] = self._solve()
+            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve()
+            if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
+                break
         is_open = bool(rng.random() < 0.7)
         self.data.qpos[self._fingers] = self.arm.opening if is_open else 0.0
         self.data.ctrl[: len(self._q)] = self.data.qpos[self._q]

@@ -1,0 +1,279 @@
+"""Vision-language data from rendered scenes: captions, grounding, spatial and state questions, paraphrases.
+
+A scene is remembered as two images and a small record of the true state, from which any number of questions can be
+drawn later. Places in an image are answered in location tokens, as PaliGemma does (Beyer et al. 2024, section 3.2.5).
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import mujoco
+import numpy as np
+from tqdm.auto import tqdm
+
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
+from rvlm.envs.tabletop.world import World
+from rvlm.recording import exit_with_parent
+from rvlm.report import artifacts_dir
+
+N_LOCATIONS = 32  # bins per axis of an image, and of an offset
+OFFSET_RANGE = 0.32  # offsets from the gripper are binned over plus and minus this [m]
+FIXTURES = {
+    "drawer handle": lambda world: world.pos_handle,
+    "button": lambda world: world.pos_fixture("button"),
+    "slider": lambda world: world.pos_fixture("slider"),
+    "white square": lambda world: world.pos_fixture("zone"),
+    "gripper": lambda world: world.pos_tcp_world,
+}
+Question = tuple[str, str]
+
+
+def location_token(value: float) -> str:
+    """The token of a coordinate in [0, 1]; values outside fall into the outermost bins."""
+    return f"<loc{int(np.clip(value * N_LOCATIONS, 0, N_LOCATIONS - 1)):02d}>"
+
+
+def record(world: World) -> dict:
+    """The true state that questions are drawn from, as JSON-able lists.
+
+    Keys: `names`, and for each name `static` and `wrist` (column, row in [0, 1]) and `pos` [m, world frame];
+    objects come first. `held` is a name or None; `drawer` and `light` are booleans; `opening` in [m].
+    """
+    places = {" ".join(o): world.pos_object(i) for i, o in enumerate(world.objects)}
+    held = [n for i, n in enumerate(places) if is_held(world, i)]
+    places |= {name: find(world) for name, find in FIXTURES.items()}
+    cameras = {c: [world.project(p, c).round(4).tolist() for p in places.values()] for c in ("static", "wrist")}
+    return {
+        "names": list(places),
+        "n_objects": len(world.objects),
+        **cameras,
+        "pos": [p.round(4).tolist() for p in places.values()],
+        "held": held[0] if held else None,
+        "drawer": world.travel("drawer") > DRAWER_OPEN / 2,
+        "light": world.is_light_on,
+        "opening": world.opening,
+    }
+
+
+def play(robot: str, seed: int, n_scenes: int, image_size: int = 96, every: int = 3) -> Iterator[tuple[np.ndarray, dict]]:
+    """Scenes as a robot meets them: experts with strong noise at random tasks, looked at every few steps.
+
+    Yields:
+        Images (2, h, w, 3) uint8, static then wrist, and the `record` of the scene.
+    """
+    env = Tabletop(robot, image_size=image_size, families=tuple(FAMILIES))
+    rng, n_made = np.random.default_rng(seed), 0
+    env._observe = dict  # images are rendered below, only where they are kept
+    while n_made < n_scenes:
+        env.reset(seed=int(rng.integers(2**31)))
+        noise = rng.uniform(0, 1.5)
+        for step in range(int(rng.integers(1, 28))):
+            if step % every == 0 and n_made < n_scenes:
+                yield np.stack([env.image("static"), env.image("wrist")]), record(env.world)
+                n_made += 1
+            action = env.expert_action()
+            action[:6] += rng.normal(0, noise, 6) * (1, 1, 1, 0.3, 0.3, 0.3)
+            if env.step(action)[2]:
+                break
+    env.close()
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+def _pick(scene: dict, rng: np.random.Generator, objects_only: bool = False) -> int:
+    return int(rng.integers(scene["n_objects"] if objects_only else len(scene["names"])))
+
+
+def _is_visible(place: list[float]) -> bool:
+    return 0 < place[0] < 1 and 0 < place[1] < 1
+
+
+def where(scene: dict, rng: np.random.Generator) -> Question:
+    """Grounding in the static image."""
+    i = _pick(scene, rng)
+    return f"where is the {scene['names'][i]} ?", "".join(map(location_token, scene["static"][i]))
+
+
+def where_wrist(scene: dict, rng: np.random.Generator) -> Question:
+    """Grounding in the wrist image, which need not show the thing asked for."""
+    i = _pick(scene, rng)
+    place = scene["wrist"][i]
+    answer = "".join(map(location_token, place)) if _is_visible(place) else "out of view"
+    return f"where is the {scene['names'][i]} in the wrist image ?", answer
+
+
+def offset(scene: dict, rng: np.random.Generator) -> Question:
+    """Grounding in space: how far something is from the gripper, in three binned world axes."""
+    names = scene["names"]
+    i = int(rng.integers(len(names) - 1))
+    delta = np.subtract(scene["pos"][i], scene["pos"][names.index("gripper")])
+    return f"how far is the {names[i]} from the gripper ?", "".join(map(location_token, delta / (2 * OFFSET_RANGE) + 0.5))
+
+
+def side(scene: dict, rng: np.random.Generator) -> Question:
+    """Spatial relation of two things in the static image."""
+    i, j = rng.permutation(len(scene["names"]) - 1)[:2]
+    axis = int(rng.integers(2))
+    word = (("left of", "right of"), ("behind", "in front of"))[axis][scene["static"][i][axis] > scene["static"][j][axis]]
+    asked = str(rng.choice(("left of", "right of") if axis == 0 else ("behind", "in front of")))
+    return f"is the {scene['names'][i]} {asked} the {scene['names'][j]} ?", "yes" if word == asked else "no"
+
+
+def color(scene: dict, rng: np.random.Generator) -> Question:
+    words = [n.split() for n in scene["names"][: scene["n_objects"]]]
+    shapes = [s for _, s in words]
+    unique = [w for w in words if shapes.count(w[1]) == 1]
+    if not unique:
+        return count(scene, rng)
+    chosen = unique[int(rng.integers(len(unique)))]
+    return f"what color is the {chosen[1]} ?", chosen[0]
+
+
+def shape(scene: dict, rng: np.random.Generator) -> Question:
+    words = scene["names"][_pick(scene, rng, objects_only=True)].split()
+    return f"what shape is the {words[0]} object ?", words[1]
+
+
+def count(scene: dict, rng: np.random.Generator) -> Question:
+    asked = str(rng.choice(("cube", "cylinder", "ball")))
+    n = sum(name.endswith(asked) for name in scene["names"][: scene["n_objects"]])
+    return f"how many objects are a {asked} ?", ("zero", "one", "two", "three")[n]
+
+
+def held(scene: dict, rng: np.random.Generator) -> Question:
+    return "what does the robot hold ?", scene["held"] or "nothing"
+
+
+def drawer(scene: dict, rng: np.random.Generator) -> Question:
+    return "is the drawer open ?", "yes" if scene["drawer"] else "no"
+
+
+def light(scene: dict, rng: np.random.Generator) -> Question:
+    return "is the light on ?", "yes" if scene["light"] else "no"
+
+
+def gripper(scene: dict, rng: np.random.Generator) -> Question:
+    return "is the gripper open ?", "yes" if scene["opening"] > 0.06 else "no"
+
+
+def caption(scene: dict, rng: np.random.Generator) -> Question:
+    """Objects from left to right, then the states of drawer and light."""
+    n = scene["n_objects"]
+    order = np.argsort([p[0] for p in scene["static"][:n]])
+    things = " , ".join(f"a {scene['names'][i]}" for i in order)
+    states = f"the drawer is {'open' if scene['drawer'] else 'shut'} . the light is {'on' if scene['light'] else 'off'} ."
+    return "describe the scene .", f"{things} . {states}"
+
+
+_SYNONYMS = (
+    (("lift the {a}", "pick up the {a}", "raise the {a}", "take the {a}", "raise the {a} up into the air"), "lift {a}"),
+    (("push the {a} left", "slide the {a} to the left side", "move the {a} towards the left"), "push left {a}"),
+    (("push the {a} right", "slide the {a} to the right side", "move the {a} towards the right"), "push right {a}"),
+    (("push the {a} closer", "slide the {a} nearer", "move the {a} towards the camera"), "push near {a}"),
+    (("push the {a} away", "slide the {a} farther", "move the {a} away from the camera"), "push far {a}"),
+    (("open the drawer", "slide out the drawer", "pull the handle"), "open drawer"),
+    (("close the drawer", "shut the drawer", "slide in the drawer"), "close drawer"),
+    (("turn on the light", "switch on the lamp", "press the button so that the lamp goes on"), "light on"),
+    (("turn off the light", "switch off the lamp", "press the button so that the lamp goes off"), "light off"),
+    (("move the slider left", "shift the teal slider to the left side", "push the handle of the slider left"), "slider left"),
+    (("move the slider right", "shift the teal slider to the right side", "push the handle of the slider right"), "slider right"),
+)
+
+
+def paraphrase(scene: dict, rng: np.random.Generator) -> Question:
+    """What an instruction means, said in the fewest words; wordings differ from those that robots are trained on."""
+    wordings, meaning = _SYNONYMS[int(rng.integers(len(_SYNONYMS)))]
+    name = scene["names"][_pick(scene, rng, objects_only=True)]
+    return f"{rng.choice(wordings).format(a=name)} means", meaning.format(a=name)
+
+
+KINDS: dict[str, tuple[Callable[[dict, np.random.Generator], Question], float]] = {  # kind -> (maker, weight)
+    "where": (where, 5.0),
+    "where_wrist": (where_wrist, 4.0),
+    "offset": (offset, 4.0),
+    "side": (side, 1.0),
+    "color": (color, 0.7),
+    "shape": (shape, 0.7),
+    "count": (count, 0.5),
+    "held": (held, 0.5),
+    "drawer": (drawer, 0.4),
+    "light": (light, 0.4),
+    "gripper": (gripper, 0.4),
+    "caption": (caption, 0.6),
+    "paraphrase": (paraphrase, 0.8),
+}
+
+
+def draw(scene: dict, rng: np.random.Generator, n: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+    """Draw `n` questions with their answers about a scene, by the weights of their kinds."""
+    weights = np.array([KINDS[k][1] for k in kinds])
+    chosen = rng.choice(len(kinds), size=n, p=weights / weights.sum())
+    return [KINDS[kinds[c]][0](scene, rng) for c in chosen]
+
+
+def vocabulary() -> list[str]:
+    """Every text of the tabletop's language, for training a tokenizer: questions, answers, instructions, paraphrases."""
+    world = World("franka7", Tabletop().setting)
+    rng, texts = np.random.default_rng(0), []
+    for _ in range(60):
+        world.scatter(rng)
+        mujoco.mj_forward(world.model, world.data)
+        texts += [part for pair in draw(record(world), rng, 30) for part in pair]
+    for family in FAMILIES.values():
+        texts += [t.format(a="red cube", b="blue ball") for t in family.templates + family.held_out]
+    return texts
+
+
+def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: int) -> Path:
+    """Render one part of a scene collection into `folder`, which exists only when whole."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        partial.mkdir(parents=True)
+        images, records = zip(*play(robot, seed, n_scenes, image_size), strict=True)
+        np.save(partial / "images.npy", np.stack(images))
+        (partial / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        partial.replace(folder)
+    return folder
+
+
+def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_workers: int = 2, per_part: int = 500) -> list[Path]:
+    """Render scenes of all robots in parallel, half of them with the default robot; finished parts are kept.
+
+    Returns:
+        Folders for `Scenes`.
+    """
+    root, robots = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5")
+    jobs = []
+    for i in range(-(-n_scenes // per_part)):
+        n, seed, robot = min(per_part, n_scenes - i * per_part), first_seed + i, robots[i % len(robots)]
+        jobs.append((root / f"{robot}-{seed}-{n}x{image_size}", robot, seed, n, image_size))
+    with ProcessPoolExecutor(n_workers, get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+        futures = [pool.submit(make_scenes, *job) for job in jobs]
+        for future in tqdm(as_completed(futures), total=len(jobs), desc=f"render {n_scenes} scenes", unit="part"):
+            future.result()
+    return [job[0] for job in jobs]
+
+
+class Scenes:
+    """Stored scenes: item i is its images (2, h, w, 3) uint8 and its record.
+
+    Args:
+        folders: Folders that `collect_scenes` made.
+    """
+
+    def __init__(self, folders: Iterable[str | Path]) -> None:
+        folders = [Path(f) for f in folders]
+        self.images = [np.load(f / "images.npy", mmap_mode="r") for f in folders]
+        self.records = [json.loads(line) for f in folders for line in (f / "scenes.jsonl").read_text().splitlines()]
+        self._ends = np.cumsum([len(i) for i in self.images])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, dict]:
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return np.array(self.images[part][i - self._ends[part]]), self.records[i]

@@ -1,0 +1,234 @@
+"""Closed-loop evaluation: episodes with fixed, distinct seeds, success by the simulator's state, controls beside it.
+
+Episodes run in batches of fixed composition, so the result does not depend on how many processes share them, and a
+batch that is finished is kept on disk.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from rvlm.report import artifacts_dir
+from rvlm.statistics import wilson
+
+FIRST_HELD_OUT_SEED = 900_000  # scenes with seeds from here on are never in a demonstration
+BATCH = 10  # episodes that run side by side
+
+
+def no_language(observation: dict) -> dict:
+    """The control in which the instruction says nothing."""
+    return {**observation, "instruction": ""}
+
+
+def blank_image(observation: dict) -> dict:
+    """The control in which both cameras see black."""
+    return {k: np.zeros_like(v) if "image" in k else v for k, v in observation.items()}
+
+
+CONTROLS: dict[str, Callable[[dict], dict]] = {"none": dict, "no_language": no_language, "blank_image": blank_image}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A policy and the episodes that it is to be judged on.
+
+    Attributes:
+        policy: Folder of a trained model, or "random" or "expert".
+        control: What is taken from the policy, a name in `CONTROLS`.
+        robot, families, setting, max_steps: Of the tabletop.
+        n_episodes: Episodes; families take turns.
+        first_seed: Seed of the first episode; they count up.
+        n_action_steps: Actions executed of each chunk.
+    """
+
+    policy: str
+    n_episodes: int = 200
+    control: str = "none"
+    robot: str = "franka7"
+    families: tuple[str, ...] = ()
+    setting: str = "simple"
+    max_steps: int = 40
+    first_seed: int = FIRST_HELD_OUT_SEED
+    n_action_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.control not in CONTROLS:
+            raise ValueError(f"no control {self.control!r}; there are {', '.join(CONTROLS)}")
+        if self.first_seed < FIRST_HELD_OUT_SEED:
+            raise ValueError(f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}")
+
+    def episodes(self) -> list[tuple[int, str]]:
+        """(seed, family) of every episode, all seeds distinct."""
+        from rvlm.envs.tabletop.tasks import MIX
+
+        families = self.families or MIX
+        return [(self.first_seed + i, families[i % len(families)]) for i in range(self.n_episodes)]
+
+    @property
+    def folder(self) -> Path:
+        """Where finished batches are kept: named by these settings and the policy's weights."""
+        weights = Path(self.policy) / "model.safetensors"
+        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": _digest(weights) if weights.exists() else None}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return artifacts_dir() / "evaluations" / digest
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -- rolling out -------------------------------------------------------------------------------------------------------
+class RandomPolicy:
+    """Uniformly random actions in the card's range, the same for the same episodes."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def reset(self, n_robots: int = 1) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def select_action(self, observations: Sequence[dict]) -> np.ndarray:
+        return self.rng.uniform(self.spec.low, self.spec.high, (len(observations), len(self.spec.names))).astype(np.float32)
+
+
+def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], control: str = "none", keep_frames: bool = False) -> list[dict]:
+    """Run one episode in each environment, all in step; what has ended stands still.
+
+    Args:
+        policy: Has `reset` and `select_action`; None lets the scripted expert act.
+        envs: One per episode.
+        episodes: (seed, family) of each.
+        keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
+
+    Returns:
+        Per episode: seed, family, instruction, is_success, n_steps.
+    """
+    pairs = zip(envs, episodes, strict=True)
+    observations = [env.reset(seed=seed, options={"family": family})[0] for env, (seed, family) in pairs]
+    rows: list[dict] = [
+        {"seed": s, "family": f, "instruction": o["instruction"], "is_success": False, "n_steps": 0, "frames": [], "wrist_frames": [], "actions": []}
+        for (s, f), o in zip(episodes, observations, strict=True)
+    ]
+    running = list(range(len(envs)))
+    if policy is not None:
+        policy.reset(len(envs))
+    while running:
+        if policy is None:
+            actions = np.stack([env.unwrapped.expert_action() for env in envs])
+        else:
+            actions = policy.select_action([CONTROLS[control](o) for o in observations])
+        for i in list(running):
+            if keep_frames:
+                rows[i]["frames"].append(observations[i]["image"])
+                rows[i]["wrist_frames"].append(observations[i]["wrist_image"])
+                rows[i]["actions"].append(actions[i])
+            observations[i], _, done, truncated, info = envs[i].step(actions[i])
+            rows[i]["n_steps"] += 1
+            rows[i]["is_success"] = bool(info["is_success"])
+            if done or truncated:
+                running.remove(i)
+    kept = ("frames", "wrist_frames", "actions") if keep_frames else ()
+    return [{k: np.stack(v) if k in kept else v for k, v in row.items() if k in kept or not isinstance(v, list)} for row in rows]
+
+
+@functools.lru_cache(maxsize=8)
+def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int = BATCH) -> tuple:
+    """Environments to run a batch in, kept for the next batch."""
+    from rvlm.envs.tabletop.env import Tabletop
+
+    return tuple(Tabletop(robot, image_size, setting=setting, max_steps=max_steps) for _ in range(n))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(policy: str, n_action_steps: int, robot: str) -> Any:
+    from rvlm.actions import ActionSpec
+
+    spec = ActionSpec.from_card(f"tabletop_{robot}")
+    if policy in ("random", "expert"):
+        return RandomPolicy(spec) if policy == "random" else None
+    from rvlm.policy import Policy
+
+    return Policy.load(policy, n_action_steps=n_action_steps, spec=spec)
+
+
+def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
+    """Run one batch of episodes in this process and keep its rows on disk."""
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.time()
+    episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
+    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.robot)
+    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.processor.image_processor.size["longest_edge"]
+    envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
+    rows = rollout(policy, envs[: len(episodes)], episodes, evaluation.control)
+    table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
+    part = folder / f"{batch:05d}.{os.getpid()}"
+    table.to_parquet(part)
+    part.replace(folder / f"{batch:05d}.parquet")
+    return len(rows)
+
+
+def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:
+    """Run evaluations, batches in parallel; batches that are on disk are not run again.
+
+    Args:
+        evaluations: Name in tables and figures -> evaluation.
+        n_workers: Processes.
+
+    Returns:
+        One row per episode: name, seed, family, instruction, is_success, n_steps, wall_s, control, setting.
+    """
+    jobs, total = [], 0
+    for evaluation in evaluations.values():
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+        for batch in range(-(-evaluation.n_episodes // BATCH)):
+            total += min(BATCH, evaluation.n_episodes - batch * BATCH)
+            if not (evaluation.folder / f"{batch:05d}.parquet").exists():
+                jobs.append((evaluation, batch, evaluation.folder))
+    with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
+        bar.update(total - sum(min(BATCH, e.n_episodes - b * BATCH) for e, b, _ in jobs))
+        for n in _in_processes(jobs, n_workers):
+            bar.update(n)
+    return pd.concat([_read(name, e) for name, e in evaluations.items()], ignore_index=True)
+
+
+def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
+    from rvlm.recording import exit_with_parent
+
+    if not jobs:
+        return
+    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+        futures = [pool.submit(_run_batch, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
+    parts = sorted(evaluation.folder.glob("*.parquet"))[: -(-evaluation.n_episodes // BATCH)]
+    table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True).head(evaluation.n_episodes)
+    return table.assign(name=name, control=evaluation.control, setting=evaluation.setting)
+
+
+def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:
+    """Successes with 95 % Wilson intervals, one row per group: successes, n, rate, low, high."""
+    rows = []
+    for key, group in episodes.groupby(list(by), sort=False):
+        rate = wilson(int(group["is_success"].sum()), len(group))
+        rows.append({**dict(zip(by, key, strict=True)), "successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high})
+    return pd.DataFrame(rows)

@@ -1,0 +1,87 @@
+"""A trained model in the loop: observations in, raw robot actions out, any number of robots side by side.
+
+The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rvlm.actions import ActionSpec
+from rvlm.backbones import Prompter
+from rvlm.vla import VLA, load_vla
+
+Observation = dict[str, Any]
+IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation
+
+
+class Policy:
+    """Closed loop over `VLA`.
+
+    Args:
+        model, processor: As `load_vla` gives them.
+        n_action_steps: Actions executed of each predicted chunk before predicting anew.
+        spec: The environment's; refused where it disagrees with the one that the policy was trained on.
+    """
+
+    def __init__(self, model: VLA, processor: Any, n_action_steps: int = 1, spec: ActionSpec | None = None) -> None:
+        if spec is not None:
+            model.spec.require_same(spec)
+        if not 1 <= n_action_steps <= model.config.chunk_size:
+            raise ValueError(
+                f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; got {n_action_steps}"
+            )
+        self.model, self.n_action_steps = model.eval(), n_action_steps
+        self.prompter = Prompter(processor, len(model.config.cameras))
+        self.reset()
+
+    @classmethod
+    def load(cls, folder: str | Path, **options: Any) -> "Policy":
+        """From a saved model's folder; `options` are the constructor's."""
+        return cls(*load_vla(folder), **options)
+
+    def reset(self, n_robots: int = 1) -> None:
+        """Forget everything: queued actions and remembered features of all robots."""
+        self._queues: list[deque[np.ndarray]] = [deque() for _ in range(n_robots)]
+        self._features: list[deque[torch.Tensor]] = [deque(maxlen=self.model.config.n_obs_steps) for _ in range(n_robots)]
+
+    def select_action(self, observations: Sequence[Observation]) -> np.ndarray:
+        """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up."""
+        has_history = self.model.config.n_obs_steps > 1
+        empty = [i for i, queue in enumerate(self._queues) if not queue]
+        look = range(len(observations)) if has_history else empty
+        if look:
+            self._remember([observations[i] for i in look], look)
+        if empty:
+            for i, chunk in zip(empty, self._predict(empty), strict=True):
+                self._queues[i].extend(chunk[: self.n_action_steps])
+        return np.stack([queue.popleft() for queue in self._queues])
+
+    def predict_action_chunk(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
+        indices = range(len(observations))
+        self._remember(observations, indices)
+        return self._predict(indices)
+
+    @torch.inference_mode()
+    def _remember(self, observations: Sequence[Observation], indices: Sequence[int]) -> None:
+        """One pass of the backbone over the newest observations; only their features are kept."""
+        images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
+        state = self.model.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
+        prompts = self.prompter(images, [o["instruction"] for o in observations])
+        features = self.model.features(state=torch.as_tensor(state, dtype=torch.float32), **prompts)
+        for i, feature in zip(indices, features, strict=True):
+            self._features[i].append(feature)
+
+    @torch.inference_mode()
+    def _predict(self, indices: Sequence[int]) -> np.ndarray:
+        """Raw chunks (n, k, a); a history that is not full yet is filled with its oldest observation, as in training."""
+        n_steps = self.model.config.n_obs_steps
+        rows = [list(self._features[i]) for i in indices]
+        stacked = torch.stack([torch.stack([row[0]] * (n_steps - len(row)) + row) for row in rows])
+        chunk = self.model.head.predict(self.model.history(stacked)[:, -1])
+        return self.model.spec.unnormalize(chunk.float().numpy(), self.model.stats["action"])
