@@ -1,0 +1,70 @@
+"""Recipes: which stages make the shipped models, and the same stages at the size of a notebook.
+
+`rvlm vlm` and `rvlm policy` run them at full size and put the result, with a card that says how it was made, where the
+package ships it. Stages and demonstrations are kept in the artifacts folder, so every recipe resumes.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
+from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.tabletop.questions import N_LOCATIONS, collect_scenes, vocabulary
+from rvlm.report import artifacts_dir, provenance
+from rvlm.training import ROBOT, VISION_LANGUAGE, Stage, run
+
+POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
+SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
+ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
+POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_obs_steps": 4, "chunk_size": 4}
+
+
+def untrained_vlm(seed: int = 0) -> Path:
+    """Folder of the small vision-language model before stage 1: tokenizer trained, weights random."""
+    final = artifacts_dir() / "stages" / f"untrained-vlm-{seed}"
+    if not final.exists():
+        torch.manual_seed(seed)
+        tokenizer = train_tokenizer(vocabulary(), [f"<loc{i:02d}>" for i in range(N_LOCATIONS)])
+        model, processor = small_vlm(tokenizer)
+        partial = final.with_name(final.name + ".partial")
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        partial.replace(final)
+    return final
+
+
+def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
+    """Stage 1: questions and captions on rendered scenes, from random weights."""
+    scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
+    return Stage(
+        "vision_language", VISION_LANGUAGE, scenes, str(untrained_vlm(seed)), n_samples,
+        batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
+    )  # fmt: skip
+
+
+def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
+    """Stage 2: robot fine-tuning on the tabletop's demonstrations; `changes` are fields of `Stage`."""
+    data = (str(collect_demonstrations(collection)),)
+    stage = Stage("in_domain", ROBOT, data, str(init), n_samples, policy=ONE_STEP)
+    return dataclasses.replace(stage, **changes)
+
+
+def ship(stage: Stage, target: Path, command: str) -> Path:
+    """Train `stage` and put its model where the package ships it, with a card of how it was made."""
+    started = time.time()
+    model = run(stage)
+    card = {"command": command, "stage": dataclasses.asdict(stage) | {"data": len(stage.data)}, **provenance()}
+    seconds = json.loads((model.parent / "seconds.json").read_text())
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(model, partial)
+    (partial / "made.json").write_text(json.dumps({**card, "seconds": seconds or time.time() - started}, indent=1, default=str))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+    return target
