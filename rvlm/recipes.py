@@ -55,6 +55,11 @@ def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_V
     return dataclasses.replace(stage, **changes)
 
 
+def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
+    """The policy of notebooks 05 and 06, and, at full size, the shipped one."""
+    return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed)
+
+
 def ship(stage: Stage, target: Path, command: str) -> Path:
     """Train `stage` and put its model where the package ships it, with a card of how it was made."""
     started = time.time()

@@ -316,6 +316,32 @@ def _findings(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sizes(profile: str, stem: str) -> dict[str, Any]:
+    """A notebook's parameters in a profile, which must name them (the notebook's own defaults are the cpu size)."""
+    table = read_profiles(report.ROOT / "notebooks")
+    if profile not in table or stem not in table[profile]:
+        raise Refused(f"expected sizes of {stem} in profile {profile!r} of notebooks/profiles.yaml; profiles: {', '.join(table)}")
+    return table[profile][stem]
+
+
+def _vlm(arguments: argparse.Namespace) -> int:
+    from rvlm import recipes
+
+    sizes = _sizes(arguments.profile, "01_load_a_vlm")
+    stage = recipes.vision_language(sizes["n_scenes"], sizes["n_samples"])
+    print(recipes.ship(stage, recipes.SMALL_VLM, f"rvlm vlm --profile {arguments.profile}"))
+    return 0
+
+
+def _policy(arguments: argparse.Namespace) -> int:
+    from rvlm import recipes
+
+    sizes = _sizes(arguments.profile, "05_train_in_stages")
+    stage = recipes.main_policy(sizes["n_episodes"], sizes["n_samples"])
+    print(recipes.ship(stage, recipes.POLICY, f"rvlm policy --profile {arguments.profile}"))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command of ``rvlm``; a new one is an ``add_parser`` and a ``set_defaults(run=...)``."""
     top = argparse.ArgumentParser(prog="rvlm", description="Robot policies from vision-language models.")
@@ -329,6 +355,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="write the HTML report and the README's table from the results at hand")
     command.set_defaults(run=_report)
+
+    for name, run, what in (("vlm", _vlm, "vision-language model (stage 1)"), ("policy", _policy, "policy (stage 2)")):
+        command = commands.add_parser(name, help=f"make the shipped {what} anew")
+        command.add_argument("--profile", default="full", help="sizes, from notebooks/profiles.yaml")
+        command.set_defaults(run=run)
 
     command = commands.add_parser("findings", help="print what was found")
     command.add_argument("--json", action="store_true", help="everything about each, for scripts")
