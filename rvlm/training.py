@@ -246,7 +246,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         disable_tqdm=True,
