@@ -166,7 +166,23 @@ def small_vlm(
         tie_word_embeddings=True,
         initializer_range=width**-0.5,
     )
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        position = model.model.vision_model.embeddings.position_embedding.weight
+        position.copy_(grid_encoding(image_size // patch_size, vision_width))
     side = {"longest_edge": image_size}
     images = Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
     processor = Idefics3Processor(images, tokenizer, image_seq_len=(image_size // patch_size // scale_factor) ** 2)
-    return AutoModelForImageTextToText.from_config(config), processor
+    return model, processor
+
+
+def grid_encoding(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column of a square grid, (side * side, width), from which position can be read linearly.
+
+    Source: Vaswani et al. 2017, section 3.5, in two dimensions as in He et al. 2021 (MAE), appendix A.1.
+    """
+    frequency = torch.pi / side * 2 ** torch.linspace(-1, 3, width // 4)
+    angle = torch.arange(side)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)
