@@ -413,9 +413,12 @@ class ActionTokenizer:
         low, width = self._low_and_width(np.shape(ids)[-1])
         return low + (np.asarray(ids) + 0.5) * width
 
+    def round_trip(self, actions: np.ndarray, spec: ActionSpec, stats: NormStats) -> np.ndarray:
+        """Raw actions ``(..., a)`` as they come back from tokens."""
+        return spec.unnormalize(self.decode(self.encode(spec.normalize(actions, stats))), stats)
+
     def round_trip_error(
         self, actions: np.ndarray, spec: ActionSpec, stats: NormStats, reduce: Callable[..., Any] = np.mean
     ) -> np.ndarray:
         """What raw actions ``(n, a)`` lose on the way to tokens and back: ``(a,)``, absolute, in the spec's SI units."""
-        decoded = spec.unnormalize(self.decode(self.encode(spec.normalize(actions, stats))), stats)
-        return reduce(np.abs(spec.to_si(decoded - actions)), axis=0)
+        return reduce(np.abs(spec.to_si(self.round_trip(actions, spec, stats) - actions)), axis=0)

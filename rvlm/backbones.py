@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -52,6 +53,19 @@ def load_backbone(name_or_path: str | Path, processor: ProcessorMixin, *, is_pre
     return model
 
 
+def parts(model: PreTrainedModel) -> pd.DataFrame:
+    """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
+    rows, counted = [], set()
+    embeddings = {"token embeddings": model.get_input_embeddings()}
+    for name, part in (embeddings | dict(model.base_model.named_children()) | {"rest (language-model head)": model}).items():
+        new = {id(p): p.numel() for p in part.parameters() if id(p) not in counted}
+        counted |= set(new)
+        blocks = max([len(m) for m in part.modules() if isinstance(m, torch.nn.ModuleList)] or [0])
+        rows.append({"part": name, "class": type(part).__name__, "blocks": blocks, "parameters": sum(new.values())})
+    table = pd.DataFrame(rows)
+    return table.assign(**{"share [%]": 100 * table["parameters"] / table["parameters"].sum()})
+
+
 class Prompter:
     """Images and instructions to what the backbone reads; the same object serves training and evaluation.
 
@@ -80,6 +94,16 @@ class Prompter:
             self._ids[instruction] = list(encoded["input_ids"][0])
         return self._ids[instruction]
 
+    def ribbon(self, instruction: str) -> tuple[list[str], list[str]]:
+        """Tokens of the prompt as texts, and the kind of each, for `rvlm.plots.token_map`.
+
+        Proprioception has no token of its own: it is added to the embedding of `<act>`.
+        """
+        tokenizer, ids = self.processor.tokenizer, self.token_ids(instruction)
+        kinds = {self.processor.image_token_id: "image", tokenizer.convert_tokens_to_ids(ACT): "action"}
+        special = dict.fromkeys(tokenizer.added_tokens_decoder, "other")
+        return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
+
     def pixels(self, images: np.ndarray) -> torch.Tensor:
         """What the processor's image part makes of (b, n, h, w, 3) uint8: (b, n, 3, h, w) float32.
 
@@ -103,8 +127,11 @@ class Prompter:
         Returns:
             `input_ids`, `attention_mask` (b, l) int64, padded on the right, and `pixel_values`.
         """
-        rows = [self.token_ids(text) for text in instructions]
-        return {**pad(rows, self.processor.tokenizer.pad_token_id), "pixel_values": self.pixels(images)}
+        return {**self.tokens(instructions), "pixel_values": self.pixels(images)}
+
+    def tokens(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The text half of a batch: `input_ids` and `attention_mask` (b, l)."""
+        return pad([self.token_ids(text) for text in instructions], self.processor.tokenizer.pad_token_id)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:

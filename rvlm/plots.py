@@ -205,6 +205,113 @@ def _key(panels: Sequence[Axes], has_chunks: bool) -> None:
 
 
 @_styled
+def histograms(
+    values: Num[np.ndarray, "n a"], names: Sequence[str], units: Sequence[str], marks: Num[np.ndarray, "m a"], title: str
+) -> Figure:
+    """How often each value occurs, a panel per dimension, on a logarithmic axis so that rare values show too.
+
+    Args:
+        values: ``(n, a)``, in ``units``.
+        names, units: of the dimensions.
+        marks: ``(m, a)`` values to mark by a dashed line, such as q01 and q99.
+        title: a sentence.
+    """
+    n_columns = -(-len(names) // 2)
+    fig, axes = plt.subplots(2, n_columns, figsize=(PAGE_IN, 2.9), sharey=True, layout="constrained")
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for dim, (ax, name, unit) in enumerate(zip(axes.flat, names, units, strict=False)):
+        ax.set_visible(True)
+        ax.hist(values[:, dim], bins=40, color=dimension_color(name), alpha=0.75)
+        for mark in marks[:, dim]:
+            ax.axvline(mark, color="black", linestyle="--", linewidth=0.8)
+        ax.set(xlabel=f"{name} [{unit}]", yscale="log")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("frames")
+    _headline(fig, title)
+    return fig
+
+
+@_styled
+def hand_path(state: Num[np.ndarray, "n s"], arrows: Mapping[str, np.ndarray], title: str) -> Figure:
+    """The hand's way across the table, seen from above, with displacements that start where the hand was.
+
+    Args:
+        state: ``(n, s)``; the first two columns are x and y [m], world frame, x towards the static camera.
+        arrows: name -> displacements ``(n, 2)`` along x and y [m], in a colour each.
+        title: a sentence.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 3.1), layout="constrained")
+    x, y = 100 * state[:, 0], 100 * state[:, 1]  # [cm]
+    ax.plot(y, x, ".-", color="#b0b0b0", markersize=3, label="hand", zorder=1)
+    for i, (name, moved) in enumerate(arrows.items()):
+        moved = 100 * np.asarray(moved)
+        scale: Any = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006}
+        ax.quiver(y, x, moved[:, 1], moved[:, 0], color=PALETTE[i], label=name, zorder=2 + i, **scale)
+    ax.plot(y[0], x[0], "o", mfc="white", mec="black", ms=5, zorder=9)
+    ax.annotate("start", (y[0], x[0]), (5, 5), textcoords="offset points")
+    ends = [100 * (state[:, :2] + np.asarray(moved)) for moved in arrows.values()]
+    reach = np.concatenate([100 * state[:, :2], *ends])
+    (x_low, y_low), (x_high, y_high) = reach.min(0) - 1, reach.max(0) + 1
+    ax.set(xlabel="y [cm], world frame", ylabel="x [cm], world frame", xlim=(y_low, y_high), ylim=(x_high, x_low), aspect="equal")
+    fig.legend(loc="outside lower left", ncols=3)
+    _headline(fig, title)
+    return fig
+
+
+@_styled
+def error_by_bins(table: pd.DataFrame, title: str, needed: float | None = None) -> Figure:
+    """Round-trip error over the number of bins, both logarithmic: translations in mm on the left, rotations in mrad on the right.
+
+    Args:
+        table: columns ``bins``, ``dimension``, ``unit`` ("m" or "rad"; others are left out) and ``error`` in that unit.
+        title: a sentence.
+        needed: precision that a task needs [m]; a dashed line.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE_IN, 2.4), layout="constrained")
+    for ax, unit in zip(axes, ("m", "rad"), strict=True):
+        for name, rows in table[table["unit"] == unit].groupby("dimension", sort=False):
+            ax.plot(rows["bins"], 1000 * rows["error"], "o-", ms=3, color=dimension_color(str(name)), label=name)
+        ax.set(xlabel="bins per dimension", ylabel=f"largest round-trip error [m{unit}]", xscale="log", yscale="log")
+        ax.set_xticks(sorted(set(table["bins"])), [str(b) for b in sorted(set(table["bins"]))])
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.legend(ncols=3)
+    if needed is not None:
+        axes[0].axhline(1000 * needed, color="black", linestyle="--", linewidth=0.8)
+        axes[0].annotate("needed", (table["bins"].max(), 1000 * needed), (0, 2), textcoords="offset points", ha="right")
+    _headline(fig, title)
+    return fig
+
+
+@_styled
+def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bars: 95 % interval") -> Figure:
+    """Rates with 95 % Wilson intervals, several names side by side in each group.
+
+    Args:
+        table: columns ``group`` (a row of the figure), ``name`` (colour and marker), ``successes``, ``n``.
+        title: a sentence.
+        label: of the axis, with its unit.
+    """
+    groups, names = (list(dict.fromkeys(table[column])) for column in ("group", "name"))
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.25 * len(groups) + 0.95), layout="constrained")
+    for i, name in enumerate(names):
+        rows = table[table["name"] == name]
+        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
+        at = np.array([100 * r.rate for r in rates])
+        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        y = [groups.index(g) + 0.5 * (i - (len(names) - 1) / 2) / len(names) for g in rows["group"]]
+        ax.errorbar(at, y, xerr=spread, fmt="osD^vP"[i % 6], ms=3.2, color=PALETTE[i % len(PALETTE)], elinewidth=0.9, label=name)
+    ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
+    ax.grid(False, axis="y")
+    fig.legend(loc="outside lower left", ncols=3)
+    _headline(fig, title)
+    return fig
+
+
+@_styled
 def token_map(tokens: Sequence[str], kinds: Sequence[str], title: str | None = None) -> Figure:
     """What the model reads, as a ribbon of coloured tokens; runs of image tokens are folded to "64 x image".
 

@@ -85,3 +85,23 @@ class Policy:
         stacked = torch.stack([torch.stack([row[0]] * (n_steps - len(row)) + row) for row in rows])
         chunk = self.model.head.predict(self.model.history(stacked)[:, -1])
         return self.model.spec.unnormalize(chunk.float().numpy(), self.model.stats["action"])
+
+
+def watch(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:
+    """One episode of one robot, with all that it saw, felt, did and meant to do; a new chunk is predicted at every step.
+
+    Returns:
+        Per step "image" and "wrist_image" (n, h, w, 3), "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
+        and "instruction", "seed", "is_success".
+    """
+    observation, _ = env.reset(seed=seed, options={"family": family})
+    policy.reset()
+    steps: list[dict[str, np.ndarray]] = []
+    is_success = is_over = False
+    while not (is_success or is_over):
+        chunk = policy.predict_action_chunk([observation])[0]
+        seen = {k: observation[k] for k in ("image", "wrist_image", "state")}
+        steps.append({**seen, "action": chunk[0], "chunk": chunk})
+        observation, _, is_success, is_over, _ = env.step(chunk[0])
+    columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
+    return {**columns, "instruction": observation["instruction"], "seed": seed, "is_success": is_success}

@@ -15,6 +15,13 @@ SCALE = np.array([0.02] * 3 + [0.05] * 3 + [1.0])
 SPEC = SimpleNamespace(names=NAMES, units=("m",) * 3 + ("rad",) * 3 + ("1",), to_si=lambda actions, *names: actions * SCALE)
 FRAMES = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
 
+ESTIMATES = pd.DataFrame(
+    {"name": ["a", "b"] * 2, "panel": ["dx [m]"] * 2 + ["avg_len [tasks]"] * 2, "value": [0.1, 0.2, 4, 2]}
+    | {"low": [0.05, 0.1, None, None], "high": [0.2, 0.3, None, None]}
+)
+LOG = [{"step": i, "n_steps": 8, "arm_loss": 1 / i} for i in range(1, 9)]
+POINTS = pd.DataFrame({"name": ["a", "a", "b"], "error_m": [0.01, 0.02, 0.03], "successes": [9, 5, 0], "n": [10, 10, 10]})
+
 
 def draw_all():
     rng = np.random.default_rng(0)
@@ -29,6 +36,9 @@ def draw_all():
         "loss_curves": plots.loss_curves([{"step": i, "loss": 1 / i, "learning_rate": 0.1} for i in range(1, 9)]),
         "grounding_overlay": plots.grounding_overlay(FRAMES[0], [(3, 4), (14, 2.5)], ["red cube", "drawer"]),
         "attention_overlay": plots.attention_overlay(FRAMES[0], rng.random((4, 4))),
+        "estimates": plots.estimates(ESTIMATES, "Two policies and what is published"),
+        "compare_losses": plots.compare_losses({"a": LOG, "b": LOG}),
+        "error_against_success": plots.error_against_success(POINTS, "A lower error goes with more success"),
     }
 
 
@@ -45,7 +55,7 @@ def test_every_figure_has_a_paper_width_and_a_sentence(figures):
 
 
 def test_every_plain_axis_carries_a_unit_or_counts_steps(figures):
-    for name in ("action_curves", "success_bars", "loss_curves"):
+    for name in ("action_curves", "success_bars", "loss_curves", "estimates", "compare_losses", "error_against_success"):
         labels = [ax.get_xlabel() or ax.get_ylabel() for ax in figures[name].axes if ax.get_xlabel() or ax.get_ylabel()]
         assert labels and all("[" in label or "step" in label for label in labels), (name, labels)
 
@@ -115,6 +125,20 @@ def test_loss_curves_skip_the_mean_and_refuse_a_log_without_loss():
         plots.loss_curves([{"step": 1, "learning_rate": 0.1}])
 
 
+def test_estimates_draw_intervals_and_hollow_markers_where_there_is_none():
+    ours, theirs = plots.estimates(ESTIMATES, "Two policies and what is published").axes
+    assert (ours.get_xlabel(), theirs.get_xlabel()) == ("dx [m]", "avg_len [tasks]")
+    (bar,) = ours.containers[0].lines[2]
+    np.testing.assert_allclose(bar.get_segments()[0][:, 0], [0.05, 0.2])
+    assert [line.get_markerfacecolor() for line in theirs.lines] == ["none", "none"]
+
+
+def test_errors_and_success_are_drawn_in_their_units():
+    ax = plots.error_against_success(POINTS, "A lower error goes with more success").axes[0]
+    line = ax.containers[0].lines[0]
+    np.testing.assert_allclose(np.asarray([line.get_xdata(), line.get_ydata()], float), [[10, 20], [90, 50]])
+
+
 def test_attention_is_drawn_as_shares():
     fig = plots.attention_overlay(FRAMES[0], np.array([[3, 1], [0, 0]]), title="Where it looks now")
     np.testing.assert_allclose(fig.axes[1].images[1].get_array(), [[75, 25], [0, 0]])
@@ -152,3 +176,30 @@ def test_explore_scrubs_every_camera():
     controls.children[-1].value = 11
     assert label.value == "lift the red cube"
     assert [screen.value for screen in screens.children] == first[::-1] != first
+
+
+def draw_more():
+    rng = np.random.default_rng(0)
+    bins = pd.DataFrame({"bins": [4, 4, 64, 64], "dimension": ["dx", "dyaw"] * 2, "unit": ["m", "rad"] * 2, "error": [0.02, 0.1, 0.001, 0.006]})
+    rates = pd.DataFrame({"group": ["lift", "push"] * 2, "name": ["seeing", "seeing", "blind", "blind"], "successes": [9, 5, 0, 1], "n": 10})
+    return {
+        "histograms": plots.histograms(rng.normal(size=(50, 7)), NAMES, SPEC.units, np.array([[-1.0] * 7, [1.0] * 7]), "Most are small"),
+        "hand_path": plots.hand_path(rng.normal(size=(9, 7)), {"recorded": rng.normal(size=(9, 2))}, "The label leads back"),
+        "error_by_bins": plots.error_by_bins(bins, "More bins lose less", needed=0.005),
+        "rates_by_group": plots.rates_by_group(rates, "Seeing helps"),
+    }
+
+
+def test_what_the_first_notebooks_draw_has_a_width_a_sentence_and_units():
+    for name, fig in draw_more().items():
+        assert fig.get_figwidth() in (plots.COLUMN_IN, plots.PAGE_IN), name
+        labels = [ax.get_xlabel() for ax in fig.axes if ax.get_visible()]
+        assert fig.get_suptitle() and all("[" in label or "bins" in label for label in labels), (name, labels)
+
+
+def test_a_displacement_starts_where_the_hand_was_and_the_camera_looks_from_below():
+    state = np.zeros((1, 7)) + 0.1
+    (ax,) = plots.hand_path(state, {"recorded": np.array([[0.02, 0.0]])}, "One step").axes
+    (arrows,) = [c for c in ax.collections if hasattr(c, "U")]
+    assert (arrows.U[0], arrows.V[0]) == (0, 2) and np.allclose(arrows.get_offsets(), 10)  # [cm]: y across, x downwards
+    assert ax.yaxis_inverted()

@@ -1,0 +1,85 @@
+"""An exam is fair (in view, of its kind) and its marks are right; a spoken answer is read as a place."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rvlm import grounding
+from rvlm.backbones import ACT, Prompter, parts, small_vlm, train_tokenizer
+from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
+
+
+class Scenes(list):
+    """Stands for stored scenes: black images and a true state."""
+
+
+SCENE = {
+    "names": ["red cube", "blue ball", "green ball", "drawer handle", "button", "slider", "white square", "gripper"],
+    "n_objects": 3,
+    "static": [[0.1 * i, 0.5] for i in range(1, 9)],
+    "wrist": [[0.3, 0.4], [1.4, 0.2]] + [[-0.3, 0.2]] * 6,
+    "pos": [[0.01 * i, 0.0, 0.0] for i in range(8)],
+    "held": None,
+    "drawer": True,
+    "light": False,
+    "opening": 0.08,
+}
+
+
+def make():
+    texts = [part for asked in grounding.draw_exam(SCENES, 5) for part in asked[2:]]
+    return small_vlm(train_tokenizer(texts, [f"<loc{i:02d}>" for i in range(N_LOCATIONS)]), image_size=48)
+
+
+SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
+
+
+def test_an_exam_asks_only_what_it_says_it_asks():
+    exam = grounding.draw_exam(SCENES, 20)
+    assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(KINDS, 20)
+    assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc09><loc12>"}  # the one thing in view
+    assert {a.question for a in exam if a.kind == "color"} == {"what color is the cube ?"}
+    assert exam == grounding.draw_exam(SCENES, 20)
+
+
+def test_marks_count_whole_answers_and_bins():
+    model, processor = make()
+    tokenizer = processor.tokenizer
+
+    def judge(answer, said):
+        asked = grounding.Asked(0, "where", "where is it ?", answer)
+        true, told = (torch.tensor(tokenizer(text).input_ids) for text in (answer, said))
+        return grounding._judge(tokenizer, asked, torch.cat([told[:1], told]), torch.cat([torch.tensor([-100]), true]))
+
+    rows = [judge("<loc03><loc04>", "<loc03><loc04>"), judge("<loc03><loc04>", "<loc03><loc05>"), judge("<loc03><loc09>", "<loc03> red")]
+    assert [r["is_right"] for r in rows] == [True, False, False]
+    assert [r["bins_off"] for r in rows] == [[0, 0], [0, 1], [0, np.inf]]
+    (row,) = grounding.score_grounding(pd.DataFrame(rows)).to_dict("records")
+    assert (row["n"], row["token_exact"], row["exact"], row["within_one"]) == (3, 4 / 6, 1 / 3, 2 / 3)
+    assert row["constant"] == (1 + 2 / 3) / 2
+    assert grounding.score(pd.DataFrame(rows))["constant"].tolist() == [2 / 3]
+
+
+def test_a_model_takes_an_exam_and_speaks():
+    model, processor = make()
+    exam = grounding.draw_exam(SCENES, 2)
+    answers = grounding.take_exam(model.eval(), processor, SCENES, exam, batch_size=5)
+    assert answers["answer"].tolist() == [a.answer for a in exam]
+    alone = grounding.take_exam(model, processor, SCENES, exam[3:4])
+    assert alone["said"].item() == answers["said"][3], "an answer must not depend on its batch"
+    assert answers["bins_off"].map(len).tolist()[:6] == [2, 2, 2, 2, 3, 3]
+    said = grounding.say(model, processor, SCENES[0][0], ["is the drawer open ?", "describe the scene ."], max_new_tokens=4)
+    assert len(said) == 2 and all(isinstance(s, str) for s in said)
+
+
+def test_places_are_the_centres_of_bins():
+    found = grounding.places(["<loc00><loc31>", "out of view", "<loc01>"])
+    assert found[0].tolist() == [0.5 / N_LOCATIONS, 31.5 / N_LOCATIONS] and np.isnan(found[1:]).all()
+
+
+def test_parts_add_up_and_a_ribbon_names_each_token():
+    model, processor = make()
+    assert parts(model)["parameters"].sum() == sum(p.numel() for p in model.parameters())
+    tokens, kinds = Prompter(processor, 2).ribbon("is the drawer open")
+    assert kinds.count("image") == 2 * processor.image_seq_len and (tokens[-1], kinds[-1]) == (ACT, "action")
+    assert "".join(t for t, k in zip(tokens, kinds, strict=True) if k == "instruction").replace("Ġ", " ") == " is the drawer open"
