@@ -51,6 +51,8 @@ class Windows:
         paraphrase: ``(instruction, generator) -> instruction``, called for every sample.
         seed: of the paraphrases; together with `set_epoch` and the frame it decides them.
         dataset_index: which card and statistics these samples belong to, in a mixture.
+        frames: what stands for the images, per camera ``(n_frames, ...)``: the vision tower's features, say, so that
+            "images" is ``(t, cameras, ...)`` of them. The dataset's own images if left out.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Windows:
         paraphrase: Paraphrase | None = None,
         seed: int = 0,
         dataset_index: int = 0,
+        frames: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.dataset, self.spec = dataset, dataset.require_spec()
         self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
@@ -72,7 +75,7 @@ class Windows:
         self.stats = stats or dataset.stats(episodes=self.episodes)
         self.paraphrase, self.seed, self.dataset_index, self.epoch = paraphrase, seed, dataset_index, 0
         self._load_columns()
-        self._frames = self._load_frames()
+        self._frames = self._load_frames() if frames is None else list(frames)
 
     def _load_columns(self) -> None:
         raw = self.dataset.column("action")

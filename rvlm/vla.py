@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import ACT, load_backbone, load_processor
@@ -101,14 +101,39 @@ class VLA(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
-    def features(self, input_ids: torch.Tensor, state: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+    def vision_modules(self) -> list[nn.Module]:
+        """The backbone's vision tower and connector: all of its base model but the language model."""
+        language = self.backbone.model.get_decoder()
+        return [part for part in self.backbone.model.children() if part is not language]
+
+    def freeze_vision(self) -> None:
+        """Leave vision tower and connector as they are; their features can then be computed once."""
+        for part in self.vision_modules():
+            part.requires_grad_(False)
+
+    @torch.inference_mode()
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Image features (n, images * tokens, d) as the language model receives them."""
+        features = self.backbone.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        return torch.cat(list(features)).unflatten(0, (len(pixel_values), -1))
+
+    def features(
+        self,
+        input_ids: torch.Tensor,
+        state: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
         """Hidden states (n, d) at `<act>` for n prompts with one observation each.
 
         Args:
             input_ids: (n, l), each row with one `<act>`.
             state: (n, s), normalised; added to the embedding of `<act>` after a small network.
+            image_features: (n, images * tokens, d) from `vision_features`, instead of `pixel_values`.
             inputs: What else the backbone takes: `attention_mask` (n, l), `pixel_values`, ...
         """
+        if image_features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
         is_act = input_ids == self.config.act_id
         handle = self._feed_state(is_act, state) if self.state_in is not None else None
         try:
