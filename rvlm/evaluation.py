@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.report import artifacts_dir
-from rvlm.statistics import wilson
+from rvlm.statistics import bootstrap_mean, wilson
 
-FIRST_HELD_OUT_SEED = 900_000  # scenes with seeds from here on are never in a demonstration
 BATCH = 10  # episodes that run side by side
 
 
@@ -59,7 +59,7 @@ class Evaluation:
     robot: str = "franka7"
     families: tuple[str, ...] = ()
     setting: str = "simple"
-    max_steps: int = 40
+    max_steps: int = 50
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int = 1
 
@@ -113,7 +113,8 @@ def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]
         keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
 
     Returns:
-        Per episode: seed, family, instruction, is_success, n_steps.
+        Per episode: seed, family, instruction, is_success, n_steps, and its share of the time that policy and simulator
+        took [s]: policy_s, simulator_s.
     """
     pairs = zip(envs, episodes, strict=True)
     observations = [env.reset(seed=seed, options={"family": family})[0] for env, (seed, family) in pairs]
@@ -121,14 +122,16 @@ def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]
         {"seed": s, "family": f, "instruction": o["instruction"], "is_success": False, "n_steps": 0, "frames": [], "wrist_frames": [], "actions": []}
         for (s, f), o in zip(episodes, observations, strict=True)
     ]
-    running = list(range(len(envs)))
+    running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
     if policy is not None:
         policy.reset(len(envs))
     while running:
+        asked = time.perf_counter()
         if policy is None:
             actions = np.stack([env.unwrapped.expert_action() for env in envs])
         else:
             actions = policy.select_action([CONTROLS[control](o) for o in observations])
+        policy_s += time.perf_counter() - asked
         for i in list(running):
             if keep_frames:
                 rows[i]["frames"].append(observations[i]["image"])
@@ -139,6 +142,9 @@ def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]
             rows[i]["is_success"] = bool(info["is_success"])
             if done or truncated:
                 running.remove(i)
+    simulator_s = time.perf_counter() - started - policy_s
+    for row in rows:
+        row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
     kept = ("frames", "wrist_frames", "actions") if keep_frames else ()
     return [{k: np.stack(v) if k in kept else v for k, v in row.items() if k in kept or not isinstance(v, list)} for row in rows]
 
@@ -169,16 +175,42 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
 
     torch.set_num_threads(1)
     started = time.time()
-    episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
-    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.robot)
-    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.processor.image_processor.size["longest_edge"]
-    envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
-    rows = rollout(policy, envs[: len(episodes)], episodes, evaluation.control)
+    rows = run_batch(evaluation, batch)
     table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
     part = folder / f"{batch:05d}.{os.getpid()}"
     table.to_parquet(part)
     part.replace(folder / f"{batch:05d}.parquet")
     return len(rows)
+
+
+def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> list[dict]:
+    """Roll out one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
+    episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
+    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.robot)
+    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.processor.image_processor.size["longest_edge"]
+    envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
+    return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
+
+
+@functools.lru_cache(maxsize=4)
+def _filmed(evaluation: Evaluation, batch: int) -> list[dict]:
+    return run_batch(evaluation, batch, keep_frames=True)
+
+
+def film(evaluation: Evaluation, seed: int) -> dict:
+    """Run an evaluated episode again, among the episodes it was run with, and keep its frames.
+
+    Returns:
+        Its row of `rollout`, with `frames`, `wrist_frames` (n, h, w, 3) uint8 and raw `actions` (n, a).
+
+    Raises:
+        ValueError: The evaluation has no such episode.
+    """
+    place = seed - evaluation.first_seed
+    if not 0 <= place < evaluation.n_episodes:
+        last = evaluation.first_seed + evaluation.n_episodes - 1
+        raise ValueError(f"this evaluation has episodes with seeds {evaluation.first_seed} to {last}; got {seed}")
+    return _filmed(evaluation, place // BATCH)[place % BATCH]
 
 
 def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:
@@ -189,7 +221,8 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         n_workers: Processes.
 
     Returns:
-        One row per episode: name, seed, family, instruction, is_success, n_steps, wall_s, control, setting.
+        One row per episode: name, seed, family, instruction, is_success, n_steps, policy_s, simulator_s, wall_s, control,
+        setting.
     """
     jobs, total = [], 0
     for evaluation in evaluations.values():
@@ -231,4 +264,112 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
     for key, group in episodes.groupby(list(by), sort=False):
         rate = wilson(int(group["is_success"].sum()), len(group))
         rows.append({**dict(zip(by, key, strict=True)), "successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high})
+    return pd.DataFrame(rows)
+
+
+# -- open loop ---------------------------------------------------------------------------------------------------------
+def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
+    """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
+
+    Args:
+        policy: A `Policy`.
+        windows: As `policy_windows` cuts them.
+        control: What is taken from the policy, a name in `CONTROLS`.
+        batch_size: Frames per forward pass.
+
+    Returns:
+        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
+    """
+    from rvlm.training import RobotCollator
+
+    collate, spec, stats = RobotCollator(policy.prompter.processor, len(windows.cameras)), policy.model.spec, policy.model.stats
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(windows), batch_size):
+        samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
+        batch = collate([CONTROLS[control](sample) for sample in samples])
+        action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
+        for key in ("obs_mask", "dataset_index"):
+            batch.pop(key)
+        predicted = spec.unnormalize(policy.model.predict(**batch).float().numpy(), stats["action"])
+        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats["action"]), "mask": mask[..., 0]}
+        parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
+    """Recorded episodes cut as this policy reads them."""
+    from rvlm.episodes import Windows
+
+    config, stats = policy.model.config, policy.model.stats
+    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras)
+
+
+def open_loop(
+    policy: Any, dataset: Any, episodes: Iterable[int] | None = None, control: str = "none", batch_size: int = 64
+) -> pd.DataFrame:
+    """How far a policy's actions are from recorded ones, frame by frame, when the recording alone decides what it sees.
+
+    Args:
+        policy: A `Policy`, or the folder of a trained model.
+        dataset: `EpisodeDataset` of the policy's robot.
+        episodes: Held-out ones; all if left out.
+        control: What is taken from the policy, a name in `CONTROLS`.
+        batch_size: Frames per forward pass.
+
+    Returns:
+        One row per frame and action dimension: episode_index, frame_index, dimension, unit, `first` and `chunk`, the
+        absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's SI
+        units; of the gripper, 1 for a wrong command and 0 for a right one.
+    """
+    from rvlm.policy import Policy
+
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+    spec = policy.model.spec
+    spec.require_same(dataset.require_spec(), "policy vs demonstrations")
+    told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
+    error, mask = _action_error(spec, told["predicted"], told["recorded"]), told["mask"][..., None]
+    n, _, a = error.shape
+    return pd.DataFrame(
+        {
+            "episode_index": np.repeat(told["episode_index"], a),
+            "frame_index": np.repeat(told["frame_index"], a),
+            "dimension": pd.Categorical(np.tile(spec.names, n), spec.names),
+            "unit": np.tile(spec.units, n),
+            "first": error[:, 0].ravel(),
+            "chunk": ((error * mask).sum(1) / mask.sum(1)).ravel(),
+        }
+    )
+
+
+def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Absolute errors (n, k, a) in SI units; 1 or 0 for the gripper."""
+    error = np.abs(spec.to_si(predicted - recorded))
+    error[..., spec.gripper_index] = spec.is_open(predicted) != spec.is_open(recorded)
+    return error
+
+
+def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
+    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `open_loop`'s table."""
+    moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
+    squared = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
+    return np.sqrt(squared).groupby("episode_index").mean()
+
+
+def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first") -> pd.DataFrame:
+    """Open-loop error per dimension with a 95 % bootstrap interval over episodes.
+
+    Args:
+        errors: Name in tables and figures -> a table from `open_loop`.
+        seed: Of the bootstrap.
+        column: "first" or "chunk".
+
+    Returns:
+        Columns name, dimension, unit, value, low, high, n (episodes).
+    """
+    rows = []
+    for name, table in errors.items():
+        for (dimension, unit), group in table.groupby(["dimension", "unit"], observed=True, sort=False):
+            mean = bootstrap_mean(group.groupby("episode_index")[column].mean(), seed)
+            row = {"name": name, "dimension": dimension, "unit": unit, "value": mean.mean}
+            rows.append({**row, "low": mean.low, "high": mean.high, "n": mean.n})
     return pd.DataFrame(rows)

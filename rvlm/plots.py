@@ -312,6 +312,29 @@ def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bar
 
 
 @_styled
+def observation(seen: Mapping[str, Any], spec: Any, title: str | None = None) -> Figure:
+    """All that a policy gets at one step: both images at their true resolution, and what the robot feels.
+
+    Args:
+        seen: "image" and "wrist_image" ``(h, w, 3)`` uint8, "state" ``(s,)``, "instruction".
+        spec: an `ActionSpec`: ``state_names``, ``state_units``.
+        title: a sentence; by default the instruction and the size of the images.
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 2.5), layout="constrained")
+    for ax, key in zip(axes, ("image", "wrist_image"), strict=False):
+        ax.imshow(seen[key], interpolation="nearest")
+        _bare(ax, NEUTRAL)
+        ax.set_xlabel(f"{key.replace('_', ' ')}, {seen[key].shape[1]} × {seen[key].shape[0]} px")
+    values = zip(spec.state_names, seen["state"], spec.state_units, strict=True)
+    axes[2].set_axis_off()
+    axes[2].text(0.0, 0.97, "state", fontweight="bold", va="top", transform=axes[2].transAxes)
+    for i, (name, value, unit) in enumerate(values):
+        axes[2].text(0.0, 0.85 - 0.11 * i, f"{name:<16}{value:+.3f} {unit}", family="monospace", fontsize=7.5, va="top", transform=axes[2].transAxes)
+    _headline(fig, title or f"“{seen['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
+    return fig
+
+
+@_styled
 def token_map(tokens: Sequence[str], kinds: Sequence[str], title: str | None = None) -> Figure:
     """What the model reads, as a ribbon of coloured tokens; runs of image tokens are folded to "64 x image".
 
@@ -443,6 +466,97 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
     first, last = table[names[0]].dropna().iloc[[0, -1]]
     moved = "falls" if last < first else "does not fall"
     _headline(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
+    return fig
+
+
+@_styled
+def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
+    """Estimates with their intervals, a panel per quantity; one without an interval (a published value) is a hollow marker.
+
+    Args:
+        table: columns ``name``, ``panel`` (the quantity with its unit in brackets; becomes the axis label), ``value``, and
+            ``low`` and ``high``, missing where no interval is known.
+        title: a sentence.
+        n_columns: panels side by side.
+    """
+    names, panels = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["panel"]))
+    n_columns = min(n_columns, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    size = (PAGE_IN if n_columns > 1 else COLUMN_IN, n_rows * (0.19 * len(names) + 0.5) + 0.35)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        _estimates_panel(ax, table[table["panel"] == panel], names)
+        ax.set_xlabel(panel)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    _headline(fig, title)
+    return fig
+
+
+def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
+    for name, value, low, high in rows[["name", "value", "low", "high"]].itertuples(index=False):
+        y = names.index(name)
+        known = structure_color(name)
+        color = known if known != NEUTRAL else PALETTE[y % len(PALETTE)]
+        if pd.isna(low):
+            ax.plot(value, y, "D", mfc="none", mec="black", ms=4.5, mew=0.9)
+        else:
+            spread = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(value, y, xerr=spread, color=color, fmt="o", ms=3.5, capsize=2)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    if (rows["value"] >= 0).all():
+        ax.set_xlim(left=0)
+    ax.margins(x=0.12)
+    ax.grid(False, axis="y")
+
+
+@_styled
+def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "arm_loss", title: str | None = None) -> Figure:
+    """One loss of several trainings over the samples' share of the budget, on a logarithmic axis.
+
+    Args:
+        logs: name -> what the training logged, with ``step``, ``n_steps`` and ``key``.
+        key: which loss.
+        title: a sentence; by default one made from the numbers drawn.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
+    last: dict[str, float] = {}
+    for i, (name, log) in enumerate(logs.items()):
+        table = pd.DataFrame(list(log))[["step", "n_steps", key]].dropna()
+        known = structure_color(name)
+        color, share = (PALETTE[i] if known == NEUTRAL else known), 100 * table["step"] / table["n_steps"]
+        ax.plot(share, table[key], color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(share, table[key].ewm(span=10).mean(), "-o" if len(table) == 1 else "-", color=color, label=name)
+        last[name] = float(table[key].ewm(span=10).mean().iloc[-1])
+    ax.set(xlabel="share of the training budget [%]", ylabel=f"{key.replace('_', ' ')} [1]", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend()
+    lowest = min(last, key=last.__getitem__)
+    _headline(fig, title or f"Lowest {key.replace('_', ' ')} at the end: {lowest}, {last[lowest]:.3g}")
+    return fig
+
+
+@_styled
+def error_against_success(table: pd.DataFrame, title: str) -> Figure:
+    """Success rate over open-loop error: does a lower error mean more success?
+
+    Args:
+        table: columns ``name`` (becomes colour and marker), ``error_m`` [m], ``successes``, ``n``.
+        title: a sentence.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.4), layout="constrained")
+    for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
+        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
+        at = np.array([100 * r.rate for r in rates])
+        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        style = {"fmt": "osD^vP"[i % 6], "ms": 3.5, "color": PALETTE[i % len(PALETTE)], "elinewidth": 0.6, "alpha": 0.85}
+        ax.errorbar(1000 * rows["error_m"], at, yerr=spread, label=name, **style)
+    ax.set(xlabel="open-loop position error of the first action [mm]", ylabel="success rate [%]", ylim=(-4, 104))
+    ax.set_xlim(left=0)
+    fig.legend(loc="outside lower left", ncols=2)
+    _headline(fig, title)
     return fig
 
 

@@ -16,11 +16,13 @@ import torch
 from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import N_LOCATIONS, collect_scenes, vocabulary
+from rvlm.episodes import EpisodeDataset
 from rvlm.report import artifacts_dir, provenance
 from rvlm.training import ROBOT, VISION_LANGUAGE, Stage, run
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
+UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
 POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_obs_steps": 4, "chunk_size": 4}
 
@@ -58,6 +60,11 @@ def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_V
 def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
     """The policy of notebooks 05 and 06, and, at full size, the shipped one."""
     return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed)
+
+
+def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
+    """Demonstrations that no policy is ever trained on, to measure open-loop error of policies with different training data."""
+    return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes, first_seed=UNSEEN_SEED)))
 
 
 def ship(stage: Stage, target: Path, command: str) -> Path:

@@ -262,6 +262,23 @@ def show_source(function: Callable[..., Any] | type) -> Any:
     return Markdown(f"`{where}`\n```python\n{textwrap.dedent(inspect.getsource(plain)).rstrip()}\n```")
 
 
+def published(benchmark: str, split: str | None = None) -> pd.DataFrame:
+    """Results from the literature with their sources, from ``data_cards/published.csv``.
+
+    Args:
+        benchmark: e.g. "calvin".
+        split: e.g. "ABCD->D"; all of the benchmark's if left out.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(ROOT / "data_cards" / "published.csv")
+    chosen = table[(table["benchmark"] == benchmark) & (True if split is None else table["split"] == split)]
+    if chosen.empty:
+        have = ", ".join(sorted({f"{b} {s}" for b, s in zip(table["benchmark"], table["split"], strict=True)}))
+        raise ValueError(f"no published results of {benchmark!r}, split {split!r}; there are {have}")
+    return chosen.reset_index(drop=True)
+
+
 # --- notebooks, README --------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ A success rate from 200 episodes is an estimate: every rate in this project trav
 compared by the interval of their difference, and "replicated" is a word with a stated rule. statsmodels and scipy do the
 arithmetic; this module fixes which method is used where.
 
-Taught in: 06_evaluate.
+Taught in: 06_evaluate (rates), 03_attach_an_action_head (the probe).
 """
 
 from __future__ import annotations
@@ -53,6 +53,21 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.estimate:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over episodes with its interval, in the units of what was averaged.
+
+    Attributes:
+        n: episodes.
+        low, high: ends of the interval.
+    """
+
+    mean: float
+    n: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -130,16 +145,52 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, seed: int, level: float = LEVEL
         level: confidence level of the interval.
         n_resamples: how often the episodes are drawn anew.
     """
+    a, b = _paired(a, b)
+    gain = bootstrap_mean(a.astype(float) - b.astype(float), seed, level, n_resamples)
+    return Difference(gain.mean, gain.low, gain.high)
+
+
+def bootstrap_mean(values: ArrayLike, seed: int, level: float = LEVEL, n_resamples: int = 10_000) -> Mean:
+    """Percentile bootstrap of a mean over episodes.
+
+    Args:
+        values: one number per episode, ``(n,)``; give one per episode, not one per frame, for frames of an episode are alike.
+        seed: of the resampling; the same seed gives the same interval.
+        level: confidence level of the interval.
+        n_resamples: how often the episodes are drawn anew.
+    """
     from scipy.stats import bootstrap
 
-    a, b = _paired(a, b)
-    gain = a.astype(float) - b.astype(float)
-    if len(gain) < 2 or np.ptp(gain) == 0:  # nothing to resample
-        return Difference(float(gain.mean()), float(gain.mean()), float(gain.mean()))
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"bootstrap_mean: expected one number per episode, (n,) with n > 0; got shape {values.shape}")
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:  # nothing to resample
+        return Mean(mean, len(values), mean, mean)
     interval = bootstrap(
-        (gain,), np.mean, n_resamples=n_resamples, batch=1000, confidence_level=level, method="percentile", rng=seed
+        (values,), np.mean, n_resamples=n_resamples, batch=1000, confidence_level=level, method="percentile", rng=seed
     ).confidence_interval
-    return Difference(float(gain.mean()), float(interval.low), float(interval.high))
+    return Mean(mean, len(values), float(interval.low), float(interval.high))
+
+
+def ridge_r2(
+    train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray], penalty: float | int = 1.0
+) -> np.ndarray:
+    """How much of each target a linear probe explains on held-out samples: R2 ``(m,)``, 1 is all, 0 no better than the mean.
+
+    Args:
+        train: features ``(n, d)`` and targets ``(n, m)`` that the probe is fitted to.
+        held_out: the same for the samples that it is judged on.
+        penalty: of the squared weights, on features scaled to unit deviation.
+
+    Source: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier probes" (arXiv 1610.01644).
+    """
+    (x, y), (x_new, y_new) = [[np.asarray(v, dtype=float) for v in pair] for pair in (train, held_out)]
+    shift, scale = x.mean(0), np.maximum(x.std(0), 1e-8)
+    x, x_new = (x - shift) / scale, (x_new - shift) / scale
+    weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    left = ((y_new - x_new @ weights - y.mean(0)) ** 2).sum(0)
+    return 1 - left / ((y_new - y_new.mean(0)) ** 2).sum(0)
 
 
 def episodes_needed(p: float | int, effect: float, power: float = 0.8, level: float = LEVEL) -> int:

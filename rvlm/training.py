@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from rvlm.backbones import Prompter, load_backbone, load_processor, pad
 from rvlm.report import artifacts_dir
 
-VISION_LANGUAGE, ROBOT = "vision_language", "robot"
+DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Stage:
 
     Attributes:
         name: What it is called in figures and folders.
-        kind: "vision_language" (next-token loss on answers) or "robot" (action loss).
+        kind: "detection" (the vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
         data: Folders of scenes, or of demonstrations.
         init: Folder or Hub name that the weights come from.
         is_pretrained: False draws random weights instead (the recipe `scratch`).
@@ -45,6 +46,7 @@ class Stage:
         learning_rate, weight_decay, warmup, schedule: Of AdamW; `warmup` is a fraction of the steps, `schedule` a name of
             transformers.
         max_grad_norm: Gradients are clipped to this norm.
+        freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
         augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
         seed: Of weights, order and augmentation.
         n_processes: Data-parallel processes.
@@ -63,7 +65,8 @@ class Stage:
     warmup: float = 0.03
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
-    augment: int = 4
+    freeze_vision: bool = False
+    augment: int = 2
     seed: int = 0
     n_processes: int = 2
 
@@ -160,6 +163,19 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     return model, processor, Budget(len(scenes), stage.n_samples, stage.seed, make), DialogueCollator(processor)
 
 
+def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
+    from rvlm.detection import DetectionCollator, Detector
+    from rvlm.envs.tabletop.questions import Scenes
+
+    processor = load_processor(stage.init)
+    model = Detector(load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained))
+    model.backbone.model.text_model.requires_grad_(False)
+    model.backbone.lm_head.requires_grad_(False)
+    scenes = Scenes(stage.data)
+    budget = Budget(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
+    return model, processor, budget, DetectionCollator(processor)
+
+
 # -- robot -------------------------------------------------------------------------------------------------------------
 class RobotCollator:
     """Windows of demonstrations to the batch that `VLA.forward` takes."""
@@ -171,8 +187,37 @@ class RobotCollator:
         stacked = {k: np.stack([s[k] for s in samples]) for k in ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")}
         images, n_obs_steps = stacked.pop("images"), samples[0]["images"].shape[0]
         texts = [s["instruction"] for s in samples for _ in range(n_obs_steps)]
-        prompts = self.prompter(images.reshape(-1, *images.shape[2:]), texts)
+        prompts = self._prompts(images.reshape(-1, *images.shape[2:]), texts)
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
+
+
+    def _prompts(self, images: np.ndarray, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts with images (n, cameras, h, w, 3), or with features (n, cameras, tokens, d) of a frozen tower."""
+        if images.dtype == np.uint8:
+            return self.prompter(images, texts)
+        features = torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))
+        return {**self.prompter.tokens(texts), "image_features": features}
+
+
+def cached_vision_features(model: Any, processor: ProcessorMixin, data: Any, cameras: Sequence[str], weights: Path) -> list[np.ndarray]:
+    """Features of every frame of a dataset, (n_frames, tokens, d) float16 per camera, computed once per vision tower.
+
+    Args:
+        model: A `VLA`. weights: The file that its vision tower came from, which names the cache.
+    """
+    key = hashlib.sha256(weights.read_bytes() + str(data.root.resolve()).encode()).hexdigest()[:12]
+    folder = artifacts_dir() / "features" / key
+    prompter = Prompter(processor, 1)
+    for camera, frames in data.frames_cache(cameras).items():
+        path = folder / f"{camera}.npy"
+        if path.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = [model.vision_features(prompter.pixels(np.asarray(frames[i : i + 64])[:, None])).numpy() for i in range(0, len(frames), 64)]
+        partial = folder / f"{camera}.{os.getpid()}.npy"
+        np.save(partial, np.concatenate(parts).astype(np.float16))
+        partial.replace(path)
+    return [np.load(folder / f"{camera}.npy", mmap_mode="r") for camera in cameras]
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
@@ -188,16 +233,20 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     else:
         model, processor = make_vla(stage.init, data.spec, stats, is_pretrained=stage.is_pretrained, **stage.policy)
     config = model.config
-    windows = Windows(data, config.n_obs_steps, config.chunk_size, train, stats=model.stats, cameras=config.cameras)
+    frames = None
+    if stage.freeze_vision:
+        model.freeze_vision()
+        frames = cached_vision_features(model, processor, data, config.cameras, Path(stage.init) / "model.safetensors")
+    windows = Windows(data, config.n_obs_steps, config.chunk_size, train, model.stats, config.cameras, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
-        return {**sample, "images": augment(sample["images"], rng, stage.augment)}
+        return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
 
     return model, processor, Budget(len(windows), stage.n_samples, stage.seed, make), RobotCollator(processor, len(config.cameras))
 
 
-BUILDERS = {VISION_LANGUAGE: _vision_language, ROBOT: _robot}
+BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -267,8 +316,13 @@ def work(stage: Stage, folder: Path) -> None:
         processor.save_pretrained(folder / "model")
 
 
-def run(stage: Stage, show_progress: bool = True) -> Path:
+def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) -> Path:
     """Train a stage unless its result is there, in `n_processes` processes; resumes what was killed.
+
+    Args:
+        stage: What to train.
+        show_progress: Whether to draw a progress bar.
+        n_threads: Of each process; all cores shared between the processes if left out.
 
     Returns:
         The folder of the trained model.
@@ -284,7 +338,7 @@ def run(stage: Stage, show_progress: bool = True) -> Path:
     (partial / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1))
     started = time.time()
     with (partial / "output.txt").open("ab") as output:
-        process = subprocess.Popen(_command(stage, partial), env=_environment(stage), stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(_command(stage, partial), env=_environment(stage, n_threads), stdout=output, stderr=output, start_new_session=True)
         try:
             _follow(process, partial, stage, show_progress)
         finally:
@@ -297,13 +351,25 @@ def run(stage: Stage, show_progress: bool = True) -> Path:
     return final / "model"
 
 
+def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
+    """Train independent stages at the same time, the cores shared between them; gives each one's model folder.
+
+    Two processes of one thread train a small model about twice as fast as one process of two threads, so use stages with
+    `n_processes=1`.
+    """
+    n_threads = max(1, (os.cpu_count() or 1) // len(stages))
+    with ThreadPoolExecutor(len(stages)) as pool:
+        futures = {name: pool.submit(run, stage, show_progress, n_threads) for name, stage in stages.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
 def _command(stage: Stage, partial: Path) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stage.n_processes}"] if stage.n_processes > 1 else []
     return [sys.executable, *launch, "-m", "rvlm.training", str(partial), str(os.getpid())]
 
 
-def _environment(stage: Stage) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // stage.n_processes)
+def _environment(stage: Stage, n_threads: int | None) -> dict[str, str]:
+    threads = n_threads or max(1, (os.cpu_count() or 1) // stage.n_processes)
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 

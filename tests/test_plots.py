@@ -187,6 +187,10 @@ def draw_more():
         "hand_path": plots.hand_path(rng.normal(size=(9, 7)), {"recorded": rng.normal(size=(9, 2))}, "The label leads back"),
         "error_by_bins": plots.error_by_bins(bins, "More bins lose less", needed=0.005),
         "rates_by_group": plots.rates_by_group(rates, "Seeing helps"),
+        "observation": plots.observation(
+            {"image": FRAMES[0], "wrist_image": FRAMES[1], "state": np.arange(2.0), "instruction": "lift it"},
+            SimpleNamespace(state_names=("x", "y"), state_units=("m", "m")),
+        ),
     }
 
 
@@ -194,7 +198,7 @@ def test_what_the_first_notebooks_draw_has_a_width_a_sentence_and_units():
     for name, fig in draw_more().items():
         assert fig.get_figwidth() in (plots.COLUMN_IN, plots.PAGE_IN), name
         labels = [ax.get_xlabel() for ax in fig.axes if ax.get_visible()]
-        assert fig.get_suptitle() and all("[" in label or "bins" in label for label in labels), (name, labels)
+        assert fig.get_suptitle() and all("[" in x or "bins" in x or "px" in x for x in labels if x), (name, labels)
 
 
 def test_a_displacement_starts_where_the_hand_was_and_the_camera_looks_from_below():

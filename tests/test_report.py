@@ -195,3 +195,10 @@ def test_the_repositorys_readme_is_up_to_date():
     readme = report.ROOT / "README.md"
     expected = report.updated_readme(readme, results=report.ROOT / "results")
     assert readme.read_text() == expected, "the README's table is stale: run 'rvlm report' and commit README.md"
+
+
+def test_published_results_carry_their_source_and_unknown_ones_name_what_exists():
+    table = report.published("calvin", "ABCD->D")
+    assert set(table["split"]) == {"ABCD->D"} and table["source"].notna().all() and "policy-head continuous" in set(table["structure"])
+    with pytest.raises(ValueError, match="no published results of 'metaworld', split None; there are calvin"):
+        report.published("metaworld")

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rvlm.statistics import Difference, episodes_needed, mcnemar, newcombe, paired_bootstrap, verdict, wilson
+from rvlm.statistics import (
+    Difference,
+    Mean,
+    bootstrap_mean,
+    episodes_needed,
+    mcnemar,
+    newcombe,
+    paired_bootstrap,
+    ridge_r2,
+    verdict,
+    wilson,
+)
 
 counts = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -91,6 +102,22 @@ def test_verdict_follows_its_rule(low, high, worthwhile, word):
     assert verdict(Difference((low + high) / 2, low, high), worthwhile) == word
 
 
+def test_bootstrap_mean_is_reproducible_and_narrows_with_n():
+    values = np.random.default_rng(0).normal(size=400)
+    few, many = bootstrap_mean(values[:40], seed=0), bootstrap_mean(values, seed=0)
+    assert many == bootstrap_mean(values, seed=0) and many.n == 400
+    assert few.low < few.mean < few.high and many.high - many.low < 0.5 * (few.high - few.low)
+    assert bootstrap_mean([2.0, 2.0], seed=0) == Mean(2.0, 2, 2.0, 2.0)
+
+
+def test_ridge_probe_finds_what_is_linear_and_nothing_in_noise():
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(300, 8)) * 100 + 5, rng.normal(size=(300, 1))
+    y = np.hstack([x[:, :1] * 0.3 + 7, noise])
+    linear, none = ridge_r2((x[:200], y[:200]), (x[200:], y[200:]))
+    assert linear > 0.99 and none < 0.1
+
+
 def test_bad_input_is_one_clear_error():
     with pytest.raises(ValueError, match="got 0 successes of 0; were any episodes run"):
         wilson(0, 0)
@@ -100,6 +127,8 @@ def test_bad_input_is_one_clear_error():
         mcnemar([True, False], [True, False, True])
     with pytest.raises(ValueError, match=r"p = 0\.95, effect = 0\.1"):
         episodes_needed(0.95, 0.1)
+    with pytest.raises(ValueError, match=r"one number per episode, \(n,\) with n > 0; got shape \(0,\)"):
+        bootstrap_mean([], seed=0)
     with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
         verdict(Difference(0.0, -1.0, 1.0), worthwhile=-0.1)
 

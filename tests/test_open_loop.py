@@ -1,0 +1,93 @@
+"""Open loop: errors in SI units at the right frames, past the end left out, controls, and one error for a foreign robot."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rvlm import evaluation
+from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
+from rvlm.episodes import EpisodeDataset, EpisodeWriter
+from rvlm.policy import Policy
+from rvlm.vla import make_vla
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+LENGTHS = (5, 7)
+
+
+def an_episode(n, seed):
+    rng = np.random.default_rng(seed)
+    action = SPEC.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+    images = {f"observation.images.{c}": rng.integers(0, 255, (n, 96, 96, 3), dtype=np.uint8) for c in SPEC.cameras}
+    return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("home")))
+        writer = EpisodeWriter(tmp_path_factory.mktemp("data") / "demos", SPEC)
+        for seed, n in enumerate(LENGTHS):
+            writer.add_episode(an_episode(n, seed), "lift the red cube")
+        yield EpisodeDataset(writer.finalize())
+
+
+@pytest.fixture(scope="module", params=[("one_step", None, 1), ("policy_head", "lstm", 3)], ids=lambda p: p[0])
+def policy(request, dataset, tmp_path_factory):
+    structure, history, n_obs_steps = request.param
+    torch.manual_seed(0)
+    vlm = SMALL_VLM
+    if not vlm.exists():
+        vlm = tmp_path_factory.mktemp("vlm")
+        for part in small_vlm(train_tokenizer(["lift the red cube"], [])):
+            part.save_pretrained(vlm)
+    settings = {"structure": structure, "history": history, "n_obs_steps": n_obs_steps, "chunk_size": 3}
+    return Policy(*make_vla(vlm, SPEC, dataset.stats(), **settings))
+
+
+def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, dataset):
+    errors = evaluation.open_loop(policy, dataset, [1], batch_size=4)
+    assert errors.shape[0] == LENGTHS[1] * SPEC.n_dims and list(errors["dimension"].unique()) == list(SPEC.names)
+    recorded, frames = dataset.column("action")[LENGTHS[0] :], dataset.frames_cache()
+    state = dataset.column("observation.state")
+    policy.reset(1)
+    for i in range(LENGTHS[1]):
+        row = LENGTHS[0] + i
+        images = {"image": frames["static"][row], "wrist_image": frames["wrist"][row]}
+        (chunk,) = policy.predict_action_chunk([{**images, "state": state[row], "instruction": "lift the red cube"}])
+        real = recorded[i : i + 3]
+        error = np.abs(SPEC.to_si(chunk[: len(real)] - real))
+        error[:, 6] = SPEC.is_open(chunk[: len(real)]) != SPEC.is_open(real)
+        told = errors[errors["frame_index"] == i]
+        np.testing.assert_allclose(told["first"], error[0], atol=2e-5)
+        np.testing.assert_allclose(told["chunk"], error.mean(0), atol=2e-5)
+
+
+def test_a_control_changes_what_the_policy_sees(policy, dataset):
+    plain, blind = (evaluation.open_loop(policy, dataset, control=control) for control in ("none", "blank_image"))
+    assert not np.allclose(plain["first"], blind["first"])
+
+
+def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):
+    monkeypatch.setattr(dataset, "spec", dataclasses.replace(SPEC, gripper_open=-1.0, gripper_close=1.0))
+    with pytest.raises(SpecMismatch, match="policy vs demonstrations: 2 convention"):
+        evaluation.open_loop(policy, dataset)
+
+
+def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():
+    frame = {"episode_index": 0, "frame_index": 0, "dimension": list(SPEC.names), "unit": list(SPEC.units), "chunk": 0.0}
+    errors = pd.concat(
+        [pd.DataFrame({**frame, "first": [3.0, 0, 4, 9, 9, 9, 1]}), pd.DataFrame({**frame, "first": 0.0, "episode_index": 1})]
+    )
+    assert evaluation.position_error(errors).tolist() == [5.0, 0.0]
+    table = evaluation.error_table({"a": errors}, seed=0).set_index("dimension")
+    assert (table.loc["dx", "value"], table.loc["dx", "low"], table.loc["dx", "high"], table.loc["dx", "n"]) == (1.5, 0, 3, 2)
+    assert table.loc["droll", "unit"] == "rad"
+
+
+def test_film_names_the_seeds_that_exist():
+    with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
+        evaluation.film(evaluation.Evaluation("random", n_episodes=5), 900_005)
