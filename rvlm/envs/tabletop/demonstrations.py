@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from rvlm.actions import ActionSpec
+from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
-from rvlm.evaluation import FIRST_HELD_OUT_SEED
 from rvlm.recording import collect
 from rvlm.report import artifacts_dir
 
 PER_SHARD = 50
+SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew
 NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are disturbed less
 
 
@@ -56,7 +57,18 @@ class Collection:
 
 
 def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str, np.ndarray] | None:
-    """One noisy expert episode as columns of frames, or None if it did not succeed in time."""
+    """One noisy expert episode, or None if it did not succeed in time.
+
+    Args:
+        env: Of the robot that demonstrates; its `max_steps` is the time limit.
+        seed: Of the scene and of the noise.
+        family: What is asked.
+        noise: Largest standard deviation of the noise [raw action units].
+
+    Returns:
+        Columns over the n steps: `image`, `wrist_image` (n, h, w, 3) uint8; `state` (n, s) in the card's units; `action`, what
+        the expert would do, and `executed`, what was done (n, a), both float32 in raw units.
+    """
     observation, _ = env.reset(seed=seed, options={"family": family})
     rng = np.random.default_rng((seed, 1))
     spread = rng.uniform(0, noise) * np.array(NOISE_PER_DIM)
@@ -65,7 +77,8 @@ def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str
         action = env.expert_action()
         executed = action.copy()
         executed[:6] = np.clip(action[:6] + rng.normal(0, spread), env.action_spec.low[:6], env.action_spec.high[:6])
-        for key, value in (*((k, observation[k]) for k in ("image", "wrist_image", "state")), ("action", action), ("executed", executed)):
+        seen = {k: observation[k] for k in ("image", "wrist_image", "state")}
+        for key, value in (seen | {"action": action, "executed": executed}).items():
             columns[key].append(value)
         observation, _, is_success, _, _ = env.step(executed)
         if is_success:
@@ -74,15 +87,18 @@ def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str
 
 
 def make_shard(index: int, collection: Collection) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
-    """The episodes of one shard, in LeRobot's keys."""
+    """The episodes of one shard, in LeRobot's keys.
+
+    Raises:
+        RuntimeError: The expert failed so often that the shard's seeds are used up.
+    """
     env = Tabletop(collection.robot, collection.image_size, collection.families, max_steps=collection.max_steps)
     n = min(PER_SHARD, collection.n_episodes - index * PER_SHARD)
-    seed = collection.first_seed + index * 2 * PER_SHARD  # room for episodes that are drawn anew
+    first = collection.first_seed + index * SEEDS_PER_SHARD
+    seeds = iter(range(first, first + SEEDS_PER_SHARD))
     for i in range(n):
-        family, columns = collection.families[(index * PER_SHARD + i) % len(collection.families)], None
-        while columns is None:
-            columns, used = demonstrate(env, seed, family, collection.noise), seed
-            seed += 1
+        family = collection.families[(index * PER_SHARD + i) % len(collection.families)]
+        seed, columns = _next_success(env, seeds, family, collection)
         frames = {
             "observation.images.static": columns["image"],
             "observation.images.wrist": columns["wrist_image"],
@@ -90,8 +106,20 @@ def make_shard(index: int, collection: Collection) -> Iterator[tuple[dict[str, n
             "action": columns["action"],
             "action_executed": columns["executed"],
         }
-        yield frames, env.task.instruction, {"family": family, "seed": used}
+        yield frames, env.task.instruction, {"family": family, "seed": seed}
     env.close()
+
+
+def _next_success(env: Tabletop, seeds: Iterator[int], family: str, collection: Collection) -> tuple[int, dict[str, np.ndarray]]:
+    for seed in seeds:
+        columns = demonstrate(env, seed, family, collection.noise)
+        if columns is not None:
+            return seed, columns
+    raise RuntimeError(
+        f"expected the expert to succeed in at least {PER_SHARD} of {SEEDS_PER_SHARD} scenes, but it failed too often, last at "
+        f"{family!r} with {collection.robot}; allow more than max_steps={collection.max_steps}, or less than "
+        f"noise={collection.noise}"
+    )
 
 
 def collect_demonstrations(collection: Collection, n_workers: int = 2, progress: bool = True) -> Path:
@@ -99,9 +127,16 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
 
     Returns:
         Folder of a LeRobotDataset v3.0.
+
+    Raises:
+        ValueError: The seeds would reach those that evaluations are held out on.
     """
     n_shards = -(-collection.n_episodes // PER_SHARD)
-    if collection.first_seed + 2 * n_shards * PER_SHARD > FIRST_HELD_OUT_SEED:
-        raise ValueError(f"{collection.n_episodes} episodes would reach the held-out seeds from {FIRST_HELD_OUT_SEED}; collect fewer")
+    last = collection.first_seed + n_shards * SEEDS_PER_SHARD - 1
+    if last >= FIRST_HELD_OUT_SEED:
+        raise ValueError(
+            f"expected seeds below {FIRST_HELD_OUT_SEED}, where the held-out scenes begin; {collection.n_episodes} episodes from "
+            f"seed {collection.first_seed} may use seeds up to {last}; collect fewer, or begin lower"
+        )
     spec = ActionSpec.from_card(f"tabletop_{collection.robot}")
     return collect(collection.folder, spec, functools.partial(make_shard, collection=collection), n_shards, n_workers, progress)

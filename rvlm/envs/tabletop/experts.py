@@ -38,7 +38,7 @@ def _reach(world: World, goal: np.ndarray, is_open: bool, clear: float = CLEAR, 
 
 def _grasp(world: World, i: int) -> Command:
     """Close the fingers around object `i`, reached from above."""
-    goal = world.pos_object(i) + (0, 0, -0.002)
+    goal = np.add(world.pos_object(i), (0, 0, -0.002))
     offset = np.abs(goal - world.pos_tcp_world)
     if offset[:2].max() < 0.011 and offset[2] < 0.011:
         return Command(goal, False)
@@ -46,12 +46,15 @@ def _grasp(world: World, i: int) -> Command:
 
 
 def lift(world: World, task: Task) -> Command:
-    if not is_held(world, task.target):
-        return _grasp(world, task.target)
-    return Command(world.pos_tcp_world + (0, 0, 0.1), False)
+    """Grasp the target, then go straight up."""
+    if not is_held(world, task.target_object):
+        return _grasp(world, task.target_object)
+    return Command(np.add(world.pos_tcp_world, (0, 0, 0.1)), False)
 
 
-def _press_along(world: World, at: np.ndarray, direction: np.ndarray, reach: float, height: float, clear: float = CLEAR) -> Command:
+def _press_along(
+    world: World, at: np.ndarray, direction: np.ndarray, reach: float, height: float, clear: float = CLEAR
+) -> Command:
     """Get behind `at` (2,) with closed fingers and push along `direction`, both in the world's xy plane [m]."""
     tcp = world.pos_tcp_world
     along = float((tcp[:2] - at) @ direction)
@@ -64,7 +67,7 @@ def _press_along(world: World, at: np.ndarray, direction: np.ndarray, reach: flo
 def _push(direction: str) -> Callable[[World, Task], Command]:
     def push(world: World, task: Task) -> Command:
         vector = np.array(DIRECTIONS[direction])
-        return _press_along(world, world.pos_object(task.target)[:2], vector, reach=HALF + 0.032, height=0.022)
+        return _press_along(world, world.pos_object(task.target_object)[:2], vector, reach=HALF + 0.032, height=0.022)
 
     return push
 
@@ -74,7 +77,7 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
     pos, tcp = world.pos_object(i), world.pos_tcp_world
     offset = goal - pos
     if np.abs(offset[:2]).max() < 1.5 * near and abs(offset[2]) < 0.008:
-        return Command(tcp + (0, 0, 0.05 if world.opening > 2 * HALF + 0.014 else 0.0), True)
+        return Command(np.add(tcp, (0, 0, 0.05 if world.opening > 2 * HALF + 0.014 else 0.0)), True)
     if not is_held(world, i):
         return _grasp(world, i)
     over = max(CARRY, goal[2] + 0.05)
@@ -86,50 +89,55 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
 
 
 def place_in_zone(world: World, task: Task) -> Command:
-    return _carry(world, task.target, np.array([*world.pos_fixture("zone")[:2], HALF]), near=0.02)
+    """Carry the target to the middle of the zone."""
+    return _carry(world, task.target_object, np.array([*world.pos_fixture("zone")[:2], HALF]), near=0.02)
 
 
 def place_in_drawer(world: World, task: Task) -> Command:
     """Let the object go over the middle of the open drawer."""
-    goal = world.pos_handle + (-0.076, 0, 0.065)
-    offset = np.abs(goal - world.pos_object(task.target))
-    if offset[:2].max() < 0.016 and is_held(world, task.target):
+    goal = np.add(world.pos_handle, (-0.076, 0, 0.065))
+    offset = np.abs(goal - world.pos_object(task.target_object))
+    if offset[:2].max() < 0.016 and is_held(world, task.target_object):
         return Command(world.pos_tcp_world, True)
-    if offset[:2].max() < 0.05 and not is_held(world, task.target):
-        return Command(world.pos_tcp_world + (0, 0, 0.05), True)
-    return _carry(world, task.target, goal)
+    if offset[:2].max() < 0.05 and not is_held(world, task.target_object):
+        return Command(np.add(world.pos_tcp_world, (0, 0, 0.05)), True)
+    return _carry(world, task.target_object, goal)
 
 
 def stack(world: World, task: Task) -> Command:
-    return _carry(world, task.target, world.pos_object(task.other) + (0, 0, 2 * HALF + 0.002), near=0.007)
+    """Carry the target onto the second object."""
+    return _carry(world, task.target_object, np.add(world.pos_object(task.other_object), (0, 0, 2 * HALF + 0.002)), near=0.007)
 
 
 def _rotate(sign: int) -> Callable[[World, Task], Command]:
     def rotate(world: World, task: Task) -> Command:
-        if not is_held(world, task.target):
-            return _grasp(world, task.target)
+        if not is_held(world, task.target_object):
+            return _grasp(world, task.target_object)
         return Command(world.pos_tcp_world, False, yaw=float(world.tilt[2]) + sign * 0.3)
 
     return rotate
 
 
 def open_drawer(world: World, task: Task) -> Command:
+    """Close the fingers on the handle and pull."""
     goal = world.pos_handle
     offset = np.abs(goal - world.pos_tcp_world)
     if offset.max() > 0.022:
         return _reach(world, goal, True, clear=0.12)
     if world.opening > 0.03:
         return Command(goal, False)
-    return Command(goal + (0.1, 0, 0), False)
+    return Command(np.add(goal, (0.1, 0, 0)), False)
 
 
 def close_drawer(world: World, task: Task) -> Command:
+    """Push the drawer's front with closed fingers."""
     return _press_along(world, world.pos_handle[:2], np.array([-1.0, 0.0]), reach=0.055, height=0.055, clear=0.12)
 
 
 def press_button(world: World, task: Task) -> Command:
-    top = world.pos_fixture("button") + (0, 0, 0.014)
-    return _reach(world, top + (0, 0, -0.025), False, clear=0.10, near=0.012)
+    """Press the button from above with closed fingers."""
+    top = np.add(world.pos_fixture("button"), (0, 0, 0.014))
+    return _reach(world, np.add(top, (0, 0, -0.025)), False, clear=0.10, near=0.012)
 
 
 def _slide(sign: int) -> Callable[[World, Task], Command]:

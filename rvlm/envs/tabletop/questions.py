@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
 from tqdm.auto import tqdm
 
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
 from rvlm.recording import exit_with_parent
@@ -60,15 +62,28 @@ def record(world: World) -> dict:
     }
 
 
+class _Unseen(Tabletop):
+    """A tabletop that draws only when it is asked to: most steps of `play` are not looked at."""
+
+    def _observe(self) -> dict[str, Any]:
+        return {}
+
+
 def play(robot: str, seed: int, n_scenes: int, image_size: int = 96, every: int = 3) -> Iterator[tuple[np.ndarray, dict]]:
     """Scenes as a robot meets them: experts with strong noise at random tasks, looked at every few steps.
+
+    Args:
+        robot: Embodiment.
+        seed: Of everything that is drawn.
+        n_scenes: How many to yield.
+        image_size: Side of both images [px].
+        every: A scene is kept every so many control steps.
 
     Yields:
         Images (2, h, w, 3) uint8, static then wrist, and the `record` of the scene.
     """
-    env = Tabletop(robot, image_size=image_size, families=tuple(FAMILIES))
+    env = _Unseen(robot, image_size=image_size, families=tuple(FAMILIES))
     rng, n_made = np.random.default_rng(seed), 0
-    env._observe = dict  # images are rendered below, only where they are kept
     while n_made < n_scenes:
         env.reset(seed=int(rng.integers(2**31)))
         noise = rng.uniform(0, 1.5)
@@ -124,6 +139,7 @@ def side(scene: dict, rng: np.random.Generator) -> Question:
 
 
 def color(scene: dict, rng: np.random.Generator) -> Question:
+    """Colour of the one object of its shape; where every shape is there twice, a `count` instead."""
     words = [n.split() for n in scene["names"][: scene["n_objects"]]]
     shapes = [s for _, s in words]
     unique = [w for w in words if shapes.count(w[1]) == 1]
@@ -134,29 +150,35 @@ def color(scene: dict, rng: np.random.Generator) -> Question:
 
 
 def shape(scene: dict, rng: np.random.Generator) -> Question:
+    """Shape of the one object of its colour."""
     words = scene["names"][_pick(scene, rng, objects_only=True)].split()
     return f"what shape is the {words[0]} object ?", words[1]
 
 
 def count(scene: dict, rng: np.random.Generator) -> Question:
+    """How many objects have a shape, in words."""
     asked = str(rng.choice(("cube", "cylinder", "ball")))
     n = sum(name.endswith(asked) for name in scene["names"][: scene["n_objects"]])
     return f"how many objects are a {asked} ?", ("zero", "one", "two", "three")[n]
 
 
 def held(scene: dict, rng: np.random.Generator) -> Question:
+    """What is between the closed fingers."""
     return "what does the robot hold ?", scene["held"] or "nothing"
 
 
 def drawer(scene: dict, rng: np.random.Generator) -> Question:
+    """State of the drawer."""
     return "is the drawer open ?", "yes" if scene["drawer"] else "no"
 
 
 def light(scene: dict, rng: np.random.Generator) -> Question:
+    """State of the light."""
     return "is the light on ?", "yes" if scene["light"] else "no"
 
 
 def gripper(scene: dict, rng: np.random.Generator) -> Question:
+    """State of the gripper: open if its fingers are more than 0.06 m apart."""
     return "is the gripper open ?", "yes" if scene["opening"] > 0.06 else "no"
 
 
@@ -185,7 +207,7 @@ _SYNONYMS = (
 
 
 def paraphrase(scene: dict, rng: np.random.Generator) -> Question:
-    """What an instruction means, said in the fewest words; wordings differ from those that robots are trained on."""
+    """What an instruction means, said in the fewest words; the families' held-out wordings are not among those asked."""
     wordings, meaning = _SYNONYMS[int(rng.integers(len(_SYNONYMS)))]
     name = scene["names"][_pick(scene, rng, objects_only=True)]
     return f"{rng.choice(wordings).format(a=name)} means", meaning.format(a=name)
@@ -217,7 +239,7 @@ def draw(scene: dict, rng: np.random.Generator, n: int, kinds: tuple[str, ...] =
 
 def vocabulary() -> list[str]:
     """Every text of the tabletop's language, for training a tokenizer: questions, answers, instructions, paraphrases."""
-    world = World("franka7", Tabletop().setting)
+    world = World("franka7", SETTINGS["simple"])
     rng, texts = np.random.default_rng(0), []
     for _ in range(60):
         world.scatter(rng)
@@ -232,7 +254,7 @@ def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: 
     """Render one part of a scene collection into `folder`, which exists only when whole."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         images, records = zip(*play(robot, seed, n_scenes, image_size), strict=True)
         np.save(partial / "images.npy", np.stack(images))
         (partial / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -243,6 +265,13 @@ def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: 
 def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_workers: int = 2, per_part: int = 500) -> list[Path]:
     """Render scenes of all robots in parallel, half of them with the default robot; finished parts are kept.
 
+    Args:
+        n_scenes: Scenes of all parts together.
+        first_seed: Seed of the first part; parts count up.
+        image_size: Side of both images [px].
+        n_workers: Processes.
+        per_part: Scenes per folder.
+
     Returns:
         Folders for `Scenes`.
     """
@@ -251,10 +280,12 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
     for i in range(-(-n_scenes // per_part)):
         n, seed, robot = min(per_part, n_scenes - i * per_part), first_seed + i, robots[i % len(robots)]
         jobs.append((root / f"{robot}-{seed}-{n}x{image_size}", robot, seed, n, image_size))
-    with ProcessPoolExecutor(n_workers, get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
-        futures = [pool.submit(make_scenes, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(jobs), desc=f"render {n_scenes} scenes", unit="part"):
-            future.result()
+    todo = [job for job in jobs if not job[0].exists()]
+    if todo:
+        with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+            futures = [pool.submit(make_scenes, *job) for job in todo]
+            for future in tqdm(as_completed(futures), total=len(todo), desc=f"render {n_scenes} scenes", unit="part"):
+                future.result()
     return [job[0] for job in jobs]
 
 

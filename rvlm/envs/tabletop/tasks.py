@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rvlm.envs.tabletop.scene import HALF, N_OBJECTS, ZONE_HALF
-from rvlm.envs.tabletop.world import World
+from rvlm.envs.tabletop.scene import HALF, N_OBJECTS, UNSEEN_COLORS, ZONE_HALF
+from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW, World
 
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "near": (1.0, 0.0), "far": (-1.0, 0.0)}  # unit vectors, world xy
 PUSH_DISTANCE, LIFT_HEIGHT, TURN_ANGLE = 0.05, 0.06, 0.5  # [m], [m], [rad]
@@ -35,6 +35,30 @@ class Task:
     instruction: str
     start: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
+    @property
+    def target_object(self) -> int:
+        """Index of the object meant.
+
+        Raises:
+            ValueError: A fixture is meant, not an object.
+        """
+        return self._index("target")
+
+    @property
+    def other_object(self) -> int:
+        """Index of the second object.
+
+        Raises:
+            ValueError: The task has only one object, or none.
+        """
+        return self._index("other")
+
+    def _index(self, name: str) -> int:
+        index = getattr(self, name)
+        if index is None:
+            raise ValueError(f"{self.family!r} has no {name} object; its instruction is {self.instruction!r}")
+        return index
+
 
 @dataclass(frozen=True)
 class Family:
@@ -44,7 +68,7 @@ class Family:
         templates: Wordings used in training; `{a}` is the target, `{b}` the second object.
         held_out: Wordings never used in training.
         is_done: Whether a task is done, from the true state.
-        can_start: Whether it can be asked in this state.
+        can_start: Whether the fixtures' state lets it be asked; `can_ask` looks at the objects too.
         prepare: Changes a fresh scene so that it can be asked.
         n_objects: How many objects the instruction names.
     """
@@ -69,42 +93,44 @@ def is_released(world: World, i: int) -> bool:
 
 
 def is_lifted(world: World, task: Task) -> bool:
-    return bool(world.pos_object(task.target)[2] - task.start[2] > LIFT_HEIGHT) and is_held(world, task.target)
+    """Whether the target is held well above where it was."""
+    return bool(world.pos_object(task.target_object)[2] - task.start[2] > LIFT_HEIGHT) and is_held(world, task.target_object)
 
 
 def _pushed(direction: str) -> Callable[[World, Task], bool]:
     def done(world: World, task: Task) -> bool:
-        moved = world.pos_object(task.target)[:2] - task.start[:2]
-        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE) and world.pos_object(task.target)[2] < 2 * HALF
+        moved = world.pos_object(task.target_object)[:2] - task.start[:2]
+        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE) and world.pos_object(task.target_object)[2] < 2 * HALF
 
     return done
 
 
 def is_in_zone(world: World, task: Task) -> bool:
-    offset = world.pos_object(task.target) - world.pos_fixture("zone")
-    return bool(np.abs(offset[:2]).max() < ZONE_HALF and offset[2] < 1.6 * HALF) and is_released(world, task.target)
+    """Whether the target lies in the zone, let go."""
+    offset = world.pos_object(task.target_object) - world.pos_fixture("zone")
+    return bool(np.abs(offset[:2]).max() < ZONE_HALF and offset[2] < 1.6 * HALF) and is_released(world, task.target_object)
 
 
 def is_in_drawer(world: World, task: Task) -> bool:
-    x, y, z = world.pos_object(task.target) - world.pos_handle
-    return bool(-0.14 < x < -0.02 and abs(y) < 0.06 and z < 0.01) and is_released(world, task.target)
+    """Whether the target lies in the drawer, let go."""
+    x, y, z = world.pos_object(task.target_object) - world.pos_handle
+    return bool(-0.14 < x < -0.02 and abs(y) < 0.06 and z < 0.01) and is_released(world, task.target_object)
 
 
 def is_stacked(world: World, task: Task) -> bool:
-    offset = world.pos_object(task.target) - world.pos_object(task.other)
-    return bool(np.linalg.norm(offset[:2]) < 1.2 * HALF and abs(offset[2] - 2 * HALF) < 0.01) and is_released(world, task.target)
+    """Whether the target lies on the second object, let go."""
+    offset = world.pos_object(task.target_object) - world.pos_object(task.other_object)
+    return bool(np.linalg.norm(offset[:2]) < 1.2 * HALF and abs(offset[2] - 2 * HALF) < 0.01) and is_released(
+        world, task.target_object
+    )
 
 
 def _turned(sign: int) -> Callable[[World, Task], bool]:
     def done(world: World, task: Task) -> bool:
-        turn = (world.yaw_object(task.target) - task.start[3] + np.pi) % (2 * np.pi) - np.pi
-        return bool(sign * turn > TURN_ANGLE) and world.pos_object(task.target)[2] < 2 * HALF
+        turn = (world.yaw_object(task.target_object) - task.start[3] + np.pi) % (2 * np.pi) - np.pi
+        return bool(sign * turn > TURN_ANGLE) and world.pos_object(task.target_object)[2] < 2 * HALF
 
     return done
-
-
-def _has(shape: str | None, n: int) -> Callable[[World], bool]:
-    return lambda world: sum(shape is None or s == shape for _, s in world.objects) >= n
 
 
 def _push(direction: str, words: tuple[str, ...], held_out: tuple[str, ...]) -> Family:
@@ -131,8 +157,8 @@ def _light(is_on: bool, word: str) -> Family:
     )
 
 
-def _stand_apart(world: World) -> None:
-    """Make room for a stack: the first object becomes a cube, so that something flat can carry."""
+def _one_cube(world: World) -> None:
+    """Make the second object a cube: something flat that can carry and be turned."""
     world.objects[1] = (world.objects[1][0], "cube")
     world._dress(1, *world.objects[1])
 
@@ -146,8 +172,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "push_left": _push("left", ("push the {a} left", "push the {a} to the left"), ("slide the {a} towards the left side",)),
     "push_right": _push("right", ("push the {a} right", "push the {a} to the right"), ("slide the {a} towards the right side",)),
-    "push_near": _push("near", ("push the {a} closer", "push the {a} towards the camera"), ("slide the {a} nearer to the camera",)),
-    "push_far": _push("far", ("push the {a} away", "push the {a} away from the camera"), ("slide the {a} farther from the camera",)),
+    "push_near": _push(
+        "near", ("push the {a} closer", "push the {a} towards the camera"), ("slide the {a} nearer to the camera",)
+    ),
+    "push_far": _push(
+        "far", ("push the {a} away", "push the {a} away from the camera"), ("slide the {a} farther from the camera",)
+    ),
     "place_in_zone": Family(
         ("place the {a} in the zone", "put the {a} on the white square"),
         ("set the {a} down inside the white zone",),
@@ -166,24 +196,21 @@ FAMILIES: dict[str, Family] = {
         ("stack the {a} on the {b}", "put the {a} on top of the {b}"),
         ("set the {a} down upon the {b}",),
         is_stacked,
-        _has("cube", 1),
-        _stand_apart,
+        prepare=_one_cube,
         n_objects=2,
     ),
     "rotate_left": Family(
         ("rotate the {a} left", "turn the {a} counterclockwise"),
         ("twist the {a} to the left",),
         _turned(1),
-        _has("cube", 1),
-        _stand_apart,
+        prepare=_one_cube,
         n_objects=1,
     ),
     "rotate_right": Family(
         ("rotate the {a} right", "turn the {a} clockwise"),
         ("twist the {a} to the right",),
         _turned(-1),
-        _has("cube", 1),
-        _stand_apart,
+        prepare=_one_cube,
         n_objects=1,
     ),
     "open_drawer": Family(
@@ -221,22 +248,58 @@ MIX = (
 )
 
 
-def _choose_objects(world: World, family: str, rng: np.random.Generator) -> tuple[int | None, int | None]:
-    n = FAMILIES[family].n_objects
-    if n == 0:
-        return None, None
-    free = [i for i in range(N_OBJECTS) if world.pos_object(i)[2] < 2 * HALF]
-    cubes = [i for i in free if world.objects[i][1] == "cube"]
+def is_on_table(world: World, i: int) -> bool:
+    """Whether object `i` lies where the arm can get at it: not on another, not fallen, not in or under the drawer."""
+    x, y, z = world.pos_object(i)
+    behind, aside, _ = world.pos_object(i) - world.pos_handle
+    is_within = bool((WORKSPACE_LOW[:2] < (x, y)).all() and ((x, y) < WORKSPACE_HIGH[:2]).all() and 0 < z < 2 * HALF)
+    return is_within and not (-0.26 < behind < 0.03 and abs(aside) < 0.10)
+
+
+def _targets(world: World, family: str) -> list[int]:
+    """Objects that a task of `family` can mean."""
+    targets = [i for i in range(N_OBJECTS) if is_on_table(world, i)]
     if family.startswith("rotate"):
-        return int(rng.choice(cubes)), None
-    if n == 1:
-        return int(rng.choice(free)), None
-    other = int(rng.choice(cubes))
-    return int(rng.choice([i for i in free if i != other])), other
+        targets = [i for i in targets if world.objects[i][1] == "cube"]
+    if family == "place_in_zone":
+        targets = [i for i in targets if not is_in_zone(world, Task(family, i, None, ""))]
+    if world.setting.target:
+        targets = [i for i in targets if world.objects[i][0] in UNSEEN_COLORS]
+    return targets
+
+
+def _carriers(world: World, family: str) -> list[int | None]:
+    """Objects that something can be stacked on; None alone where the family has no second object."""
+    if FAMILIES[family].n_objects < 2:
+        return [None]
+    targets = _targets(world, family)
+    cubes = [i for i in range(N_OBJECTS) if is_on_table(world, i) and world.objects[i][1] == "cube"]
+    return [i for i in cubes if set(targets) - {i}]
+
+
+def can_ask(world: World, family: str) -> bool:
+    """Whether a task of `family` can be asked in the present state, and is not done already."""
+    if not FAMILIES[family].can_start(world):
+        return False
+    return FAMILIES[family].n_objects == 0 or bool(_targets(world, family) and _carriers(world, family))
+
+
+def _choose_objects(world: World, family: str, rng: np.random.Generator) -> tuple[int | None, int | None]:
+    if FAMILIES[family].n_objects == 0:
+        return None, None
+    carriers = _carriers(world, family)
+    other = None if carriers == [None] else int(rng.choice(np.array(carriers, int)))
+    return int(rng.choice([i for i in _targets(world, family) if i != other])), other
 
 
 def ask(world: World, family: str, rng: np.random.Generator) -> Task:
-    """Draw a task of `family` in the present scene: its objects and its wording."""
+    """Draw a task of `family` in the present scene: its objects and its wording.
+
+    Args:
+        world: A scene in which it can be asked (`can_ask`).
+        family: Name in `FAMILIES`.
+        rng: Draws the objects and the wording.
+    """
     target, other = _choose_objects(world, family, rng)
     words = FAMILIES[family].held_out if world.setting.paraphrase else FAMILIES[family].templates
     names = {k: " ".join(world.objects[i]) for k, i in (("a", target), ("b", other)) if i is not None}
