@@ -4,7 +4,8 @@ The action query is a special token `<act>` in the text: the family's own proces
 work, and the policy reads the hidden state where the token stands.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def load_processor(name_or_path: str | Path) -> ProcessorMixin:
     """The processor of a vision-language model, with `<act>` in its tokenizer."""
     processor = AutoProcessor.from_pretrained(name_or_path)
     if ACT not in processor.tokenizer.get_vocab():
-        processor.tokenizer.add_special_tokens({"additional_special_tokens": [ACT]}, replace_extra_special_tokens=False)
+        processor.tokenizer.add_special_tokens({"extra_special_tokens": [ACT]}, replace_extra_special_tokens=False)
     return processor
 
 
@@ -43,11 +44,17 @@ def load_backbone(name_or_path: str | Path, processor: ProcessorMixin, *, is_pre
         name_or_path: A folder or a name on the Hub; default the shipped model.
         processor: As `load_processor` gives it; the embeddings grow where its tokenizer is larger than their table.
         is_pretrained: False draws random weights for the same architecture (no vision-language pre-training).
+
+    Raises:
+        ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
     """
     if is_pretrained:
-        model = AutoModelForImageTextToText.from_pretrained(name_or_path)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
     else:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=torch.float32)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(processor.tokenizer))
     return model
@@ -66,32 +73,88 @@ def parts(model: PreTrainedModel) -> pd.DataFrame:
     return table.assign(**{"share [%]": 100 * table["parameters"] / table["parameters"].sum()})
 
 
+def refuse_wrong_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
+    """Raise if the library's loading report names any weight.
+
+    Raises:
+        ValueError: Which weights are missing, unexpected or misshapen.
+    """
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if wrong:
+        raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
+
+
+def vision_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Vision tower and connector of a vision-language model: all of its base model but the language model."""
+    language = model.model.get_decoder()
+    return [part for part in model.model.children() if part is not language]
+
+
 class Prompter:
     """Images and instructions to what the backbone reads; the same object serves training and evaluation.
 
-    The text is the model's own image placeholders, the instruction, and `<act>`. The processor runs once per distinct
-    text and its token ids are remembered; images go through the processor's image part at every call.
+    The text is the model's own image placeholders, the instruction, and `<act>`. Where the family's processor only
+    rescales and normalises an image of the model's size, which is tried once, prompts are made without it: token ids
+    are remembered per text, pixels are two operations. Other families, and other sizes, go through the whole processor.
 
     Args:
         processor: The backbone's processor.
         n_images: Images per prompt.
+
+    Attributes:
+        image_size: Side of the images that the model takes without resizing [px].
     """
 
     def __init__(self, processor: ProcessorMixin, n_images: int) -> None:
         self.processor, self.n_images = processor, n_images
+        size = dict(processor.image_processor.size)
+        self.image_size = int(next(size[k] for k in ("longest_edge", "height", "shortest_edge") if size.get(k)))
         self._ids: dict[str, list[int]] = {}
+
+    @functools.cached_property
+    def _n_axes(self) -> int:
+        """Axes of the processor's `pixel_values` where `_scaled` makes the same; 0 where it does not."""
+        noise = np.random.default_rng(0).integers(0, 256, (1, self.n_images, self.image_size, self.image_size, 3), np.uint8)
+        whole = self._processed(noise, [self.text("")])
+        if set(whole) - {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}:
+            return 0
+        ours, theirs = self._scaled(noise), whole["pixel_values"]
+        is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
+        return theirs.ndim if is_same else 0
+
+    def _processed(self, images: np.ndarray, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        nested: Any = [list(sample) for sample in images]
+        return dict(self.processor(images=nested, text=list(texts), padding=True, padding_side="right", return_tensors="pt"))
+
+    def _scaled(self, images: np.ndarray) -> torch.Tensor:
+        """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
+        part = self.processor.image_processor
+        scale = part.rescale_factor / np.asarray(part.image_std, np.float32)
+        shift = np.asarray(part.image_mean, np.float32) / np.asarray(part.image_std, np.float32)
+        channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
+        return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
+
+    def _is_plain(self, images: np.ndarray) -> bool:
+        return images.shape[2:4] == (self.image_size, self.image_size) and bool(self._n_axes)
 
     def text(self, instruction: str) -> str:
         """The prompt as text, before the processor expands the image placeholders."""
         return f"{self.processor.image_token * self.n_images}{instruction}{ACT}"
 
     def token_ids(self, instruction: str) -> list[int]:
-        """Token ids of the prompt, image placeholders expanded by the processor itself."""
+        """Token ids of the prompt, image placeholders expanded by the processor itself.
+
+        Raises:
+            ValueError: The instruction itself holds `<act>` or an image placeholder.
+        """
         if instruction not in self._ids:
-            side = self.processor.image_processor.size["longest_edge"]
-            blank = [np.zeros((side, side, 3), np.uint8)] * self.n_images
-            encoded = self.processor(images=[blank], text=[self.text(instruction)])
-            self._ids[instruction] = list(encoded["input_ids"][0])
+            if ACT in instruction or self.processor.image_token in instruction:
+                raise ValueError(
+                    f"expected an instruction in words, got {instruction!r}; {ACT} and {self.processor.image_token} are the "
+                    "prompt's own: take them out"
+                )
+            blank = np.zeros((1, self.n_images, self.image_size, self.image_size, 3), np.uint8)
+            self._ids[instruction] = self._processed(blank, [self.text(instruction)])["input_ids"][0].tolist()
         return self._ids[instruction]
 
     def ribbon(self, instruction: str) -> tuple[list[str], list[str]]:
@@ -105,17 +168,11 @@ class Prompter:
         return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
 
     def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """What the processor's image part makes of (b, n, h, w, 3) uint8: (b, n, 3, h, w) float32.
-
-        Images that already have the model's size only need rescaling and normalisation; the others take the full way.
-        """
-        part = self.processor.image_processor
-        if images.shape[2] != part.size["longest_edge"] or images.shape[2] != images.shape[3]:
-            return part([list(sample) for sample in images], return_tensors="pt")["pixel_values"]
-        scale = part.rescale_factor / np.asarray(part.image_std, np.float32)
-        shift = np.asarray(part.image_mean, np.float32) / np.asarray(part.image_std, np.float32)
-        channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
-        return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
+        """What the processor's image part makes of (b, n, h, w, 3) uint8 RGB: float32, in the shape that the family takes."""
+        if not self._is_plain(images):
+            return self.processor.image_processor([list(sample) for sample in images], return_tensors="pt")["pixel_values"]
+        scaled = self._scaled(images)
+        return scaled if self._n_axes == scaled.ndim else scaled.flatten(0, 1)
 
     def __call__(self, images: np.ndarray, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Batch of prompts.
@@ -125,8 +182,10 @@ class Prompter:
             instructions: b texts.
 
         Returns:
-            `input_ids`, `attention_mask` (b, l) int64, padded on the right, and `pixel_values`.
+            `input_ids`, `attention_mask` (b, l) int64, padded on the right, `pixel_values`, and what else the family takes.
         """
+        if not self._is_plain(images):
+            return self._processed(images, [self.text(instruction) for instruction in instructions])
         return {**self.tokens(instructions), "pixel_values": self.pixels(images)}
 
     def tokens(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -160,7 +219,9 @@ def train_tokenizer(texts: Sequence[str], extra_tokens: Sequence[str]) -> PreTra
     )
     tokenizer.train_from_iterator(texts, trainer)
     special: dict[str, Any] = dict(zip(("pad_token", "bos_token", "eos_token"), _SPECIAL, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, additional_special_tokens=[*_SPECIAL[3:], *extra_tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, additional_special_tokens=[*_SPECIAL[3:], *extra_tokens]
+    )
 
 
 def small_vlm(

@@ -18,7 +18,7 @@ from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import N_LOCATIONS, collect_scenes, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.report import artifacts_dir, provenance
-from rvlm.training import ROBOT, VISION_LANGUAGE, Stage, run
+from rvlm.training import DETECTION, ROBOT, VISION_LANGUAGE, Stage, run
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
@@ -42,12 +42,11 @@ def untrained_vlm(seed: int = 0) -> Path:
 
 
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Stage 1: questions and captions on rendered scenes, from random weights."""
+    """Stage 1: questions and captions on rendered scenes. The vision tower has learned to detect before (stage 0)."""
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    return Stage(
-        "vision_language", VISION_LANGUAGE, scenes, str(untrained_vlm(seed)), n_samples,
-        batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
-    )  # fmt: skip
+    small = {"batch_size": 32, "learning_rate": 1.5e-3, "augment": 0, "seed": seed}
+    tower = Stage("detection", DETECTION, scenes, str(untrained_vlm(seed)), n_samples, **small)
+    return Stage("vision_language", VISION_LANGUAGE, scenes, str(run(tower)), n_samples, **small)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:

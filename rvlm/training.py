@@ -169,8 +169,6 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
 
     processor = load_processor(stage.init)
     model = Detector(load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained))
-    model.backbone.model.text_model.requires_grad_(False)
-    model.backbone.lm_head.requires_grad_(False)
     scenes = Scenes(stage.data)
     budget = Budget(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
     return model, processor, budget, DetectionCollator(processor)

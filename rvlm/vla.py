@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import ACT, load_backbone, load_processor
+from rvlm.backbones import ACT, load_backbone, load_processor, vision_modules
 from rvlm.heads import HEADS, HISTORIES
 
 STRUCTURES = ("one_step", "policy_head")
@@ -62,6 +62,9 @@ def check_structure(config: VLAConfig) -> None:
     for name, table in (("structure", STRUCTURES), ("head", HEADS)):
         if getattr(config, name) not in table:
             raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(table)}")
+    for name in ("n_obs_steps", "chunk_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
     if config.structure == "one_step" and (config.history or config.n_obs_steps != 1):
         raise ValueError(
             f"one_step sees one observation and has no history; got n_obs_steps={config.n_obs_steps}, "
@@ -86,29 +89,35 @@ class VLA(PreTrainedModel):
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_structure(config)
+        if config.backbone is None or config.spec is None or config.stats is None:
+            raise ValueError("expected a configuration with backbone, spec and stats, got one without; build it by make_vla")
         if backbone is None:
-            settings = dict(config.backbone)
+            settings: dict[str, Any] = dict(config.backbone)
             backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
-        self.backbone = backbone
-        width = backbone.config.get_text_config().hidden_size
+        self.backbone: Any = backbone
+        width = self.backbone.config.get_text_config().hidden_size
         self.spec = ActionSpec.from_dict(config.spec)
         self.stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
+        self._check_cameras()
         self.head = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
-        self.state_in = nn.Sequential(nn.Linear(len(self.spec.state_names), width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
+        s = len(self.spec.state_names)
+        self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
         self.post_init()
+
+    def _check_cameras(self) -> None:
+        unknown = [c for c in self.config.cameras if c not in self.spec.cameras]
+        if unknown or not self.config.cameras:
+            raise ValueError(
+                f"expected cameras of card {self.spec.dataset!r}, {', '.join(self.spec.cameras)}; got {list(self.config.cameras)}"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
-    def vision_modules(self) -> list[nn.Module]:
-        """The backbone's vision tower and connector: all of its base model but the language model."""
-        language = self.backbone.model.get_decoder()
-        return [part for part in self.backbone.model.children() if part is not language]
-
     def freeze_vision(self) -> None:
         """Leave vision tower and connector as they are; their features can then be computed once."""
-        for part in self.vision_modules():
+        for part in vision_modules(self.backbone):
             part.requires_grad_(False)
 
     @torch.inference_mode()
@@ -135,7 +144,7 @@ class VLA(PreTrainedModel):
         if image_features is not None:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
         is_act = input_ids == self.config.act_id
-        handle = self._feed_state(is_act, state) if self.state_in is not None else None
+        handle = self._feed_state(is_act, state)
         try:
             hidden = self.backbone.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
         finally:
@@ -143,9 +152,16 @@ class VLA(PreTrainedModel):
                 handle.remove()
         return hidden[is_act]
 
-    def _feed_state(self, is_act: torch.Tensor, state: torch.Tensor) -> Any:
+    def _feed_state(self, is_act: torch.Tensor, state: torch.Tensor | None) -> Any:
+        """A hook that adds the state's embedding where `<act>` stands; None if the policy has no state."""
+        network = self.state_in
+        if network is None:
+            return None
+        if state is None:
+            raise ValueError("this policy was built with has_state=True; expected its state (n, s), got none")
+
         def add(module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
-            return embedded + is_act[..., None] * self.state_in(state)[:, None]
+            return embedded + is_act[..., None] * network(state)[:, None]
 
         return self.backbone.get_input_embeddings().register_forward_hook(add)
 
@@ -168,21 +184,35 @@ class VLA(PreTrainedModel):
         dataset_index: torch.Tensor | None = None,
         **inputs: torch.Tensor,
     ) -> ModelOutput:
-        """Loss on a batch (DESIGN of the batch: README).
+        """Loss on a batch.
 
         Args:
-            state: (b, t, s). action, action_mask: (b, t, k, a). obs_mask: (b, t).
+            state: (b, t, s), normalised.
+            action: (b, t, k, a), normalised, the gripper in {0, 1}.
+            action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start.
+            obs_mask: (b, t), false before the episode's start; what it says is in `action_mask` too.
+            dataset_index: (b,), whose card and statistics the actions follow.
             inputs: Prompts of the b * t observations.
+
+        Returns:
+            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`).
         """
         losses = self.head.loss(self.fused(state, **inputs), action, action_mask)
         return ModelOutput(**losses)
 
     @torch.inference_mode()
     def predict(self, state: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """Normalised actions (b, k, a) from the last of t observation steps."""
+        """Normalised actions (b, k, a) from the last of t observation steps; arguments as `fused` takes them."""
         return self.head.predict(self.fused(state, **inputs)[:, -1])
 
     def save_pretrained(self, folder: str | Path, processor: ProcessorMixin | None = None, **options: Any) -> None:
+        """Save weights and configuration, and the processor where one is given, as `load_vla` reads them.
+
+        Args:
+            folder: Where to; made if it does not exist.
+            processor: As `make_vla` gives it.
+            options: Of `PreTrainedModel.save_pretrained`.
+        """
         super().save_pretrained(folder, **options)
         if processor is not None:
             processor.save_pretrained(folder)
@@ -200,19 +230,24 @@ def make_vla(
 
     Args:
         vlm: Folder or Hub name.
-        spec, stats: Of the demonstrations that it will be trained on.
+        spec: Of the demonstrations that it will be trained on.
+        stats: Of their training episodes: "action" and "observation.state".
         is_pretrained: False for random weights: no vision-language pre-training.
-        settings: Fields of `VLAConfig`.
+        settings: Fields of `VLAConfig`: structure, head, history, window.
 
     Returns:
         The policy's model and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing.
     """
-    processor = load_processor(vlm)
-    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained)
-    known = set(VLAConfig.__annotations__) | set()
+    known = set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats"}
     unknown = set(settings) - known
     if unknown:
         raise TypeError(f"unknown settings {sorted(unknown)}; there are {', '.join(sorted(known))}")
+    processor = load_processor(vlm)
+    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained)
     config = VLAConfig(
         backbone=backbone.config.to_dict(),
         act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
@@ -224,9 +259,22 @@ def make_vla(
 
 
 def load_vla(folder: str | Path) -> tuple[VLA, ProcessorMixin]:
-    """Load a policy strictly: a missing, extra or misshapen weight is an error that names it."""
-    model, report = VLA.from_pretrained(folder, output_loading_info=True)
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
-    if wrong:
-        raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
+    """Load a policy strictly.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor.
+
+    Returns:
+        The model, set to evaluate, and its processor.
+
+    Raises:
+        ValueError: A weight is missing, unexpected or misshapen, or the configuration has an unknown field.
+    """
+    config: Any = VLAConfig.from_pretrained(folder)
+    unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
+    if unknown:
+        raise ValueError(f"{folder}: unknown fields {sorted(unknown)} in its configuration; was it saved by another version?")
+    loaded: Any = VLA.from_pretrained(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, report = loaded
+    refuse_wrong_weights(folder, report)
     return model.eval(), load_processor(folder)
