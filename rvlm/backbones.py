@@ -49,9 +49,10 @@ def load_backbone(name_or_path: str | Path, processor: ProcessorMixin, *, is_pre
         ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
     """
     if is_pretrained:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model, report = loaded
         refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
     else:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=torch.float32)
@@ -123,8 +124,9 @@ class Prompter:
         return theirs.ndim if is_same else 0
 
     def _processed(self, images: np.ndarray, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        nested: Any = [list(sample) for sample in images]
-        return dict(self.processor(images=nested, text=list(texts), padding=True, padding_side="right", return_tensors="pt"))
+        process: Any = self.processor
+        nested = [list(sample) for sample in images]
+        return dict(process(images=nested, text=list(texts), padding=True, padding_side="right", return_tensors="pt"))
 
     def _scaled(self, images: np.ndarray) -> torch.Tensor:
         """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
@@ -252,7 +254,7 @@ def small_vlm(
         scale_factor=scale_factor,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
-        initializer_range=width**-0.5,
+        **{"initializer_range": width**-0.5},
     )
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():

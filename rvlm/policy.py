@@ -23,7 +23,8 @@ class Policy:
     """Closed loop over `VLA`.
 
     Args:
-        model, processor: As `load_vla` gives them.
+        model: As `load_vla` gives it.
+        processor: Likewise.
         n_action_steps: Actions executed of each predicted chunk before predicting anew.
         spec: The environment's; refused where it disagrees with the one that the policy was trained on.
     """
@@ -33,8 +34,12 @@ class Policy:
             model.spec.require_same(spec)
         if not 1 <= n_action_steps <= model.config.chunk_size:
             raise ValueError(
-                f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; got {n_action_steps}"
+                f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; "
+                f"got {n_action_steps}"
             )
+        unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
+        if unknown:
+            raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
         self.model, self.n_action_steps = model.eval(), n_action_steps
         self.prompter = Prompter(processor, len(model.config.cameras))
         self.reset()
@@ -50,7 +55,16 @@ class Policy:
         self._features: list[deque[torch.Tensor]] = [deque(maxlen=self.model.config.n_obs_steps) for _ in range(n_robots)]
 
     def select_action(self, observations: Sequence[Observation]) -> np.ndarray:
-        """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up."""
+        """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up.
+
+        Args:
+            observations: One per robot, in the order of the last calls: `image`, `wrist_image` (h, w, 3) uint8 RGB; `state`
+                (s,) in the card's units; `instruction`.
+
+        Raises:
+            ValueError: More or fewer observations than robots.
+        """
+        self._check(observations)
         has_history = self.model.config.n_obs_steps > 1
         empty = [i for i, queue in enumerate(self._queues) if not queue]
         look = range(len(observations)) if has_history else empty
@@ -63,9 +77,24 @@ class Policy:
 
     def predict_action_chunk(self, observations: Sequence[Observation]) -> np.ndarray:
         """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
+        self._check(observations)
         indices = range(len(observations))
         self._remember(observations, indices)
         return self._predict(indices)
+
+    def _check(self, observations: Sequence[Observation]) -> None:
+        if len(observations) != len(self._queues):
+            raise ValueError(
+                f"expected an observation of each of {len(self._queues)} robots, got {len(observations)}; "
+                f"begin with reset(n_robots={len(observations)})"
+            )
+        needed = {"state", "instruction", *(IMAGE_KEYS[c] for c in self.model.config.cameras)}
+        for observation in observations:
+            if needed - set(observation):
+                raise KeyError(
+                    f"expected {sorted(needed)} in an observation, as in training; got {sorted(observation)}; "
+                    f"add {sorted(needed - set(observation))}"
+                )
 
     @torch.inference_mode()
     def _remember(self, observations: Sequence[Observation], indices: Sequence[int]) -> None:
@@ -73,7 +102,8 @@ class Policy:
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.model.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         prompts = self.prompter(images, [o["instruction"] for o in observations])
-        features = self.model.features(state=torch.as_tensor(state, dtype=torch.float32), **prompts)
+        inputs = {**prompts, "state": torch.as_tensor(state, dtype=torch.float32)}
+        features = self.model.features(**{k: v.to(self.model.device) for k, v in inputs.items()})
         for i, feature in zip(indices, features, strict=True):
             self._features[i].append(feature)
 
@@ -84,7 +114,7 @@ class Policy:
         rows = [list(self._features[i]) for i in indices]
         stacked = torch.stack([torch.stack([row[0]] * (n_steps - len(row)) + row) for row in rows])
         chunk = self.model.head.predict(self.model.history(stacked)[:, -1])
-        return self.model.spec.unnormalize(chunk.float().numpy(), self.model.stats["action"])
+        return self.model.spec.unnormalize(chunk.float().cpu().numpy(), self.model.stats["action"])
 
 
 def watch(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import ACT, load_backbone, load_processor, vision_modules
+from rvlm.backbones import ACT, load_backbone, load_processor, refuse_wrong_weights, vision_modules
 from rvlm.heads import HEADS, HISTORIES
 
 STRUCTURES = ("one_step", "policy_head")
@@ -142,7 +142,8 @@ class VLA(PreTrainedModel):
             inputs: What else the backbone takes: `attention_mask` (n, l), `pixel_values`, ...
         """
         if image_features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
+            rows: Any = list(image_features)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=rows)}
         is_act = input_ids == self.config.act_id
         handle = self._feed_state(is_act, state)
         try:
