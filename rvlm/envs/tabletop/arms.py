@@ -5,6 +5,7 @@ What their *actions* mean (scale, rate, gripper sign) stands in the data card of
 """
 
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 
@@ -142,7 +143,7 @@ SMALL5 = Arm(
 ARMS = {"franka7": FRANKA7, "ur6": UR6, "small5": SMALL5}
 
 
-def _text(values: Vec | np.ndarray) -> str:
+def _text(values: tuple | list | np.ndarray) -> str:
     return " ".join(f"{float(v):.6g}" for v in values)
 
 
@@ -174,6 +175,13 @@ def hand_xml(arm: Arm) -> str:
       <camera name="wrist" pos=".085 0 {tcp - 0.14:.6g}" xyaxes="0 -1 0 -1 0 -.10" fovy="70"/>{fingers}</body>"""
 
 
+@singledispatch
+def asset_xml(arm: Arm) -> str:
+    """MJCF assets that the arm needs: none, for it is made of primitives."""
+    return ""
+
+
+@singledispatch
 def arm_xml(arm: Arm) -> str:
     """The chain from base to hand as nested MJCF bodies."""
     text, joint_color = hand_xml(arm), _text([*(0.72 * np.asarray(arm.rgba[:3])), 1])
@@ -190,7 +198,7 @@ def arm_xml(arm: Arm) -> str:
 def actuator_xml(arm: Arm) -> str:
     """Position servos for the joints, stiffer at the base, and two force-limited finger servos."""
     joints = "".join(
-        f'<position joint="joint{i}" kp="{2400 if i < 4 else 1200}" kv="{110 if i < 4 else 55}"/>' for i in range(len(arm.links))
+        f'<position joint="joint{i}" kp="{2400 if i < 4 else 1200}" kv="{110 if i < 4 else 55}"/>' for i in range(len(arm.home))
     )
     fingers = "".join(f'<position joint="finger_{s}" kp="400" kv="25" forcerange="-12 12"/>' for s in ("left", "right"))
     return joints + fingers

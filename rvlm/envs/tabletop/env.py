@@ -1,16 +1,16 @@
 """The tabletop as a `gymnasium.Env`: camera images, proprioception and an instruction in, 7-D actions out."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import mujoco
 import numpy as np
 
 from rvlm.actions import ActionSpec
-from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.experts import expert_delta
+from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.tasks import FAMILIES, MIX, Task, ask
+from rvlm.envs.tabletop.tasks import FAMILIES, MIX, Task, ask, can_ask
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
@@ -25,7 +25,7 @@ class Tabletop(gymnasium.Env):
     Reward 1.0 at success, which terminates the episode; truncation after `max_steps`.
 
     Args:
-        robot: One of `ARMS`.
+        robot: One of `ROBOTS`.
         image_size: Side of both images [px].
         families: Task families to draw from.
         setting: Name in `SETTINGS`, or a `Setting`.
@@ -35,7 +35,7 @@ class Tabletop(gymnasium.Env):
         KeyError: Unknown robot, family or setting, with those that exist.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Tabletop(gymnasium.Env):
         self.render_mode, self.robot, self.max_steps = render_mode, robot, max_steps
         self.families = tuple(_known(f, FAMILIES, "task family") for f in families)
         self.setting = setting if isinstance(setting, Setting) else SETTINGS[_known(setting, SETTINGS, "setting")]
-        self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ARMS, 'robot')}")
+        self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ROBOTS, 'robot')}")
         self.world = World(robot, self.setting)
         self._renderers: dict[int, mujoco.Renderer] = {}
         self.image_size = image_size
@@ -79,7 +79,9 @@ class Tabletop(gymnasium.Env):
         if options:
             raise KeyError(f"unknown reset options {sorted(options)}; there are family, keep_state")
         family = _known(family or str(self.np_random.choice(self.families)), FAMILIES, "task family")
-        if keep_state and not FAMILIES[family].can_start(self.world):
+        if keep_state and not self.world.objects:
+            raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
+        if keep_state and not can_ask(self.world, family):
             raise ValueError(f"{family!r} cannot be asked in this state; can be: {', '.join(self.feasible())}")
         if not keep_state:
             self.world.scatter(self.np_random)
@@ -89,8 +91,8 @@ class Tabletop(gymnasium.Env):
         return self._observe(), {"family": family, "is_success": False}
 
     def feasible(self) -> list[str]:
-        """Families that can be asked in the present state."""
-        return [name for name, family in FAMILIES.items() if family.can_start(self.world)]
+        """Families that can be asked in the present state and are not done already."""
+        return [name for name in FAMILIES if can_ask(self.world, name)]
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Carry out one action; values beyond the card's range are clipped, as a robot's controller does."""
@@ -130,6 +132,7 @@ class Tabletop(gymnasium.Env):
         return {**images, "state": self.world.state(), "instruction": self.task.instruction}
 
     def close(self) -> None:
+        """Free the renderers; the environment draws again if it is used again."""
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()

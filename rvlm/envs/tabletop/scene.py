@@ -6,7 +6,7 @@ Frames: world = table; x away from the robot, y to the robot's left, z up, the t
 
 from dataclasses import dataclass
 
-from rvlm.envs.tabletop.arms import Arm, _text, actuator_xml, arm_xml
+from rvlm.envs.tabletop.arms import Arm, _text, actuator_xml, arm_xml, asset_xml
 
 COLORS = {
     "red": (0.86, 0.10, 0.10),
@@ -129,7 +129,7 @@ def scene_xml(arm: Arm) -> str:
     """The whole scene with this arm, as MJCF text."""
     objects = "".join(_object_xml(i) for i in range(N_OBJECTS)) + "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
     camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{_look_at(arm.camera_pos, arm.camera_target)}" fovy="{arm.camera_fovy}"/>'
-    return f"""<mujoco model="tabletop">{_HEAD}<worldbody>
+    return f"""<mujoco model="tabletop">{_HEAD}{asset_xml(arm)}<worldbody>
     <light name="sun" pos=".2 -.5 1.6" dir="-.1 .3 -1" diffuse=".45 .45 .45" castshadow="false"/>{camera}
     <geom name="table" type="box" size=".55 .48 .02" pos="-.1 0 -.02" material="wood"/>
     {_FIXTURES}{objects}{arm_xml(arm)}</worldbody><actuator>{actuator_xml(arm)}</actuator></mujoco>"""

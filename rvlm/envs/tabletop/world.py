@@ -6,7 +6,7 @@ Everything that tasks, experts and question generators may know of the true stat
 import mujoco
 import numpy as np
 
-from rvlm.envs.tabletop.arms import ARMS
+from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import (
     COLORS,
     HALF,
@@ -47,7 +47,7 @@ class World:
     """Scene, arm and inverse kinematics.
 
     Args:
-        robot: One of `ARMS`.
+        robot: One of `ROBOTS`.
         setting: Domain switches; they act at the next `scatter`.
 
     Attributes:
@@ -56,9 +56,9 @@ class World:
     """
 
     def __init__(self, robot: str, setting: Setting) -> None:
-        if robot not in ARMS:
-            raise KeyError(f"no robot {robot!r} on the tabletop; there are {', '.join(ARMS)}")
-        self.arm, self.setting = ARMS[robot], setting
+        if robot not in ROBOTS:
+            raise KeyError(f"no robot {robot!r} on the tabletop; there are {', '.join(ROBOTS)}")
+        self.arm, self.setting = ROBOTS[robot], setting
         self.model = mujoco.MjModel.from_xml_string(scene_xml(self.arm))
         self.data = mujoco.MjData(self.model)
         self.objects: list[tuple[str, str]] = []
@@ -67,7 +67,7 @@ class World:
 
     def _index(self) -> None:
         model = self.model
-        joints = [model.joint(f"joint{i}") for i in range(len(self.arm.links))]
+        joints = [model.joint(f"joint{i}") for i in range(model.nu - 2)]  # two servos are the fingers'
         self._q = np.array([j.qposadr[0] for j in joints])
         self._dofs = np.array([j.dofadr[0] for j in joints])
         self._limits = np.array([j.range for j in joints]).T
