@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 ACT = "<act>"
@@ -89,6 +90,24 @@ def vision_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Vision tower and connector of a vision-language model: all of its base model but the language model."""
     language = model.model.get_decoder()
     return [part for part in model.model.children() if part is not language]
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Leave vision tower and connector as they are; their features can then be computed once."""
+    for part in vision_modules(model):
+        part.requires_grad_(False)
+
+
+@torch.inference_mode()
+def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Image features (n, images * tokens, d) as the language model receives them."""
+    features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
+    return torch.cat(list(features)).unflatten(0, (len(pixel_values), -1))
+
+
+def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
+    """Features from `vision_features` in the form in which transformers' models take them instead of pixels."""
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
 
 
 class Prompter:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,17 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from rvlm.backbones import Prompter, load_backbone, load_processor, pad
+from rvlm.backbones import (
+    ACT,
+    Prompter,
+    as_encoder_outputs,
+    freeze_vision,
+    load_backbone,
+    load_processor,
+    pad,
+    vision_features,
+)
 from rvlm.report import artifacts_dir
 
 DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
@@ -39,6 +48,7 @@ class Stage:
         kind: "detection" (the vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
         data: Folders of scenes, or of demonstrations.
         init: Folder or Hub name that the weights come from.
+        dialogue: Arguments of `questions.draw`, for vision-language stages.
         is_pretrained: False draws random weights instead (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
@@ -57,6 +67,7 @@ class Stage:
     data: tuple[str, ...]
     init: str
     n_samples: int
+    dialogue: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 64
@@ -70,6 +81,23 @@ class Stage:
     seed: int = 0
     n_processes: int = 2
 
+    def __post_init__(self) -> None:
+        if self.kind not in BUILDERS:
+            raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(BUILDERS)}")
+        if self.n_samples < self.batch_size:
+            raise ValueError(
+                f"stage {self.name!r}: expected n_samples of at least one batch of {self.batch_size}; got {self.n_samples}"
+            )
+        if self.batch_size % self.n_processes:
+            raise ValueError(
+                f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly; "
+                f"got {self.batch_size}"
+            )
+        if self.policy and self.kind != ROBOT:
+            raise ValueError(
+                f"stage {self.name!r}: 'policy' is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
+            )
+
     @property
     def folder(self) -> Path:
         """Where its result is: the name and the hash of everything that makes it, except how many processes share it."""
@@ -82,6 +110,12 @@ class Budget(Dataset):
     """Exactly `n_samples` samples in a fixed order: epoch after epoch of shuffled data, each with a seed of its own.
 
     What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
+
+    Args:
+        n_items: Items of the data.
+        n_samples: Budget.
+        seed: Of the order and of every sample.
+        make: (index of an item, generator) -> sample.
     """
 
     def __init__(self, n_items: int, n_samples: int, seed: int, make: Any) -> None:
@@ -107,6 +141,8 @@ def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndar
 
     Args:
         images: (t, cameras, h, w, 3) uint8; all observation steps of one camera move together.
+        rng: Draws the shift of each camera, and one change of brightness and contrast for all.
+        shift: Largest shift along each axis [px]; 0 leaves the images as they are.
     """
     if not shift:
         return images
@@ -121,16 +157,54 @@ def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndar
     return out
 
 
+# -- frozen towers -----------------------------------------------------------------------------------------------------
+def cached_features(
+    stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, images: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A frozen tower's features of stored images, computed once per tower; processes that train together share the work.
+
+    Args:
+        stage: Its `init` names the tower.
+        model: The vision-language model.
+        images: Name -> (n, ..., h, w, 3) uint8; names are unique among all data.
+
+    Returns:
+        Name -> (n, ..., tokens, d) float16.
+    """
+    key = hashlib.sha256((Path(stage.init) / "model.safetensors").read_bytes()).hexdigest()[:12]
+    folder, prompter, names = artifacts_dir() / "features" / key, Prompter(processor, 1), sorted(images)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
+    for name in names[start:] + names[:start]:
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            flat = images[name].reshape(-1, 1, *images[name].shape[-3:])
+            parts = [vision_features(model, prompter.pixels(flat[i : i + 64])).numpy() for i in range(0, len(flat), 64)]
+            features = np.concatenate(parts).astype(np.float16)
+            partial = folder / f"{name}.{os.getpid()}.npy"
+            np.save(partial, features.reshape(*images[name].shape[:-3], *features.shape[1:]))
+            partial.replace(path)
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in images}
+
+
+def _see(prompter: Prompter, images: np.ndarray) -> dict[str, torch.Tensor]:
+    """The vision half of a batch: pixels of images (n, m, h, w, 3) uint8, or features (n, m, tokens, d) of a frozen tower."""
+    if images.dtype == np.uint8:
+        return {"pixel_values": prompter.pixels(images)}
+    return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
+
+
 # -- vision-language ---------------------------------------------------------------------------------------------------
 def encode_dialogue(prompter: Prompter, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of images, questions and answers, and labels that supervise the answers alone (-100 elsewhere)."""
     tokenizer = prompter.processor.tokenizer
-    ids = list(prompter.token_ids("")[:-1])  # without <act>
+    prompt = prompter.token_ids("")
+    ids = prompt[: prompt.index(tokenizer.convert_tokens_to_ids(ACT))]
     labels = [-100] * len(ids)
     texts = [text for question, answer in pairs for text in (question, answer)]
     for i, part in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
         is_answer = i % 2 == 1
-        part = part + [tokenizer.eos_token_id] if is_answer else part
+        part = [*part, tokenizer.eos_token_id] if is_answer else part
         ids += part
         labels += part if is_answer else [-100] * len(part)
     return ids, labels
@@ -143,10 +217,11 @@ class DialogueCollator:
         self.prompter = Prompter(processor, n_images=2)
 
     def __call__(self, samples: Sequence[tuple[np.ndarray, list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
+        """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
         ids, labels = zip(*(encode_dialogue(self.prompter, pairs) for _, pairs in samples), strict=True)
         pad_id = self.prompter.processor.tokenizer.pad_token_id
-        pixels = self.prompter.pixels(np.stack([images for images, _ in samples]))
-        return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], "pixel_values": pixels}
+        seen = _see(self.prompter, np.stack([images for images, _ in samples]))
+        return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], **seen}
 
 
 def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
@@ -155,10 +230,13 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     processor = load_processor(stage.init)
     model = load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained)
     scenes = Scenes(stage.data)
+    if stage.freeze_vision:
+        freeze_vision(model)
+        scenes.images = list(cached_features(stage, model, processor, scenes.images_by_name()).values())
 
     def make(i: int, rng: np.random.Generator) -> Any:
         images, scene = scenes[i]
-        return images, draw(scene, rng, n=6)
+        return images, draw(scene, rng, **stage.dialogue)
 
     return model, processor, Budget(len(scenes), stage.n_samples, stage.seed, make), DialogueCollator(processor)
 
@@ -182,40 +260,14 @@ class RobotCollator:
         self.prompter = Prompter(processor, n_cameras)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        stacked = {k: np.stack([s[k] for s in samples]) for k in ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")}
+        """Samples of `Windows` to one batch; prompts stand in the order of the b * t observations."""
+        keys = ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")
+        stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
         images, n_obs_steps = stacked.pop("images"), samples[0]["images"].shape[0]
         texts = [s["instruction"] for s in samples for _ in range(n_obs_steps)]
-        prompts = self._prompts(images.reshape(-1, *images.shape[2:]), texts)
+        seen = _see(self.prompter, images.reshape(-1, *images.shape[2:]))
+        prompts = {**self.prompter.tokens(texts), **seen}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
-
-
-    def _prompts(self, images: np.ndarray, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Prompts with images (n, cameras, h, w, 3), or with features (n, cameras, tokens, d) of a frozen tower."""
-        if images.dtype == np.uint8:
-            return self.prompter(images, texts)
-        features = torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))
-        return {**self.prompter.tokens(texts), "image_features": features}
-
-
-def cached_vision_features(model: Any, processor: ProcessorMixin, data: Any, cameras: Sequence[str], weights: Path) -> list[np.ndarray]:
-    """Features of every frame of a dataset, (n_frames, tokens, d) float16 per camera, computed once per vision tower.
-
-    Args:
-        model: A `VLA`. weights: The file that its vision tower came from, which names the cache.
-    """
-    key = hashlib.sha256(weights.read_bytes() + str(data.root.resolve()).encode()).hexdigest()[:12]
-    folder = artifacts_dir() / "features" / key
-    prompter = Prompter(processor, 1)
-    for camera, frames in data.frames_cache(cameras).items():
-        path = folder / f"{camera}.npy"
-        if path.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = [model.vision_features(prompter.pixels(np.asarray(frames[i : i + 64])[:, None])).numpy() for i in range(0, len(frames), 64)]
-        partial = folder / f"{camera}.{os.getpid()}.npy"
-        np.save(partial, np.concatenate(parts).astype(np.float16))
-        partial.replace(path)
-    return [np.load(folder / f"{camera}.npy", mmap_mode="r") for camera in cameras]
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
@@ -226,35 +278,63 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     data = EpisodeDataset(root)
     train, _ = split(data)
     stats = data.stats(episodes=train)
-    if (Path(stage.init) / "config.json").exists() and json.loads((Path(stage.init) / "config.json").read_text())["model_type"] == VLAConfig.model_type:
+    path = Path(stage.init) / "config.json"
+    if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
+        model: Any
         model, processor = load_vla(stage.init)
+        _require_same_policy(model, data, stage)
     else:
-        model, processor = make_vla(stage.init, data.spec, stats, is_pretrained=stage.is_pretrained, **stage.policy)
+        model, processor = make_vla(stage.init, data.require_spec(), stats, is_pretrained=stage.is_pretrained, **stage.policy)
     config = model.config
     frames = None
     if stage.freeze_vision:
-        model.freeze_vision()
-        frames = cached_vision_features(model, processor, data, config.cameras, Path(stage.init) / "model.safetensors")
+        freeze_vision(model.backbone)
+        images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(config.cameras).items()}
+        frames = list(cached_features(stage, model.backbone, processor, images).values())
     windows = Windows(data, config.n_obs_steps, config.chunk_size, train, model.stats, config.cameras, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
         return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
 
-    return model, processor, Budget(len(windows), stage.n_samples, stage.seed, make), RobotCollator(processor, len(config.cameras))
+    budget = Budget(len(windows), stage.n_samples, stage.seed, make)
+    return model, processor, budget, RobotCollator(processor, len(config.cameras))
+
+
+def _require_same_policy(model: Any, data: Any, stage: Stage) -> None:
+    """A policy that is trained further keeps what it is made of: settings that would not be read are refused."""
+    model.spec.require_same(data.require_spec(), "policy vs demonstrations")
+    differing = {k: (v, getattr(model.config, k, None)) for k, v in stage.policy.items() if getattr(model.config, k, None) != v}
+    if differing or not stage.is_pretrained:
+        raise ValueError(
+            f"stage {stage.name!r} goes on with the policy in {stage.init}: expected its own settings and is_pretrained=True; "
+            f"got {differing} (asked, its own), is_pretrained={stage.is_pretrained}; leave them out, or start from a "
+            "vision-language model"
+        )
 
 
 BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
+WHOLE = "whole"  # a file that a checkpoint gets last
+
+
 class LogFile(TrainerCallback):
-    """Appends every log entry to a file, from which another process can follow the training."""
+    """Appends every log entry to a file, from which another process can follow the training, and marks whole checkpoints."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.started = path, time.time()
+        self.path = path
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A checkpoint is whole once every process has written its part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+        """One line of JSON."""
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({**(logs or {}), "step": state.global_step, "n_steps": state.max_steps}) + "\n")
@@ -263,13 +343,21 @@ class LogFile(TrainerCallback):
 class StageTrainer(Trainer):
     """A `Trainer` that also logs the parts of the loss that the model names."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our losses are means: accumulated steps are averaged
+
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
+        """The model's own loss."""
+        if "image_features" in inputs and "labels" in inputs:
+            inputs["mm_encoder_outputs"] = as_encoder_outputs(inputs.pop("image_features"))
         outputs = model(**inputs)
         if self.state.global_step % self.args.logging_steps == 0:
             self._parts = {k: float(v) for k, v in outputs.items() if k.endswith("_loss")}
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the loss with its parts."""
         super().log({**logs, **getattr(self, "_parts", {})}, *args, **kwargs)
 
 
@@ -307,11 +395,16 @@ def work(stage: Stage, folder: Path) -> None:
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[LogFile(folder / "log.jsonl")])
-    start = get_last_checkpoint(options.output_dir) if Path(options.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=start)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a kill has cut short is passed over."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) -> Path:
@@ -336,12 +429,16 @@ def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) 
     (partial / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1))
     started = time.time()
     with (partial / "output.txt").open("ab") as output:
-        process = subprocess.Popen(_command(stage, partial), env=_environment(stage, n_threads), stdout=output, stderr=output, start_new_session=True)
+        environment = _environment(stage, n_threads)
+        process = subprocess.Popen(
+            _command(stage, partial), env=environment, stdout=output, stderr=output, start_new_session=True
+        )
         try:
             _follow(process, partial, stage, show_progress)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if process.returncode:
         raise RuntimeError(f"stage {stage.name!r} failed: {(partial / 'output.txt').read_text()[-3000:]}")
     (partial / "seconds.json").write_text(json.dumps(time.time() - started))
@@ -362,7 +459,8 @@ def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) ->
 
 
 def _command(stage: Stage, partial: Path) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stage.n_processes}"] if stage.n_processes > 1 else []
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stage.n_processes}"]
+    launch = several if stage.n_processes > 1 else []
     return [sys.executable, *launch, "-m", "rvlm.training", str(partial), str(os.getpid())]
 
 
@@ -383,15 +481,45 @@ def _follow(process: subprocess.Popen, partial: Path, stage: Stage, show_progres
 
 
 def log_history(folder: Path) -> list[dict[str, float]]:
-    """What a stage has logged so far; `folder` is the stage's, finished or not."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What a stage has logged so far; `folder` is the stage's, finished or not.
+
+    A line that a kill has cut short is passed over, and steps that were taken again after it count once.
+    """
+    path, entries = folder / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        while entries and entries[-1]["step"] > entry["step"]:
+            entries.pop()
+        if entries and entries[-1]["step"] == entry["step"] and entries[-1].keys() == entry.keys():
+            entries.pop()
+        entries.append(entry)
+    return entries
+
+
+def exit_with(pid: int) -> None:
+    """End this process when process `pid` is gone, as `exit_with_parent` does for a child.
+
+    A worker of torchrun is a grandchild of the process that asked for the stage, in a session of its own.
+    """
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
     from rvlm.recording import exit_with_parent
 
     partial_folder = Path(sys.argv[1])
-    if "WORLD_SIZE" not in os.environ:
-        exit_with_parent(int(sys.argv[2]))
-    work(Stage(**{**json.loads((partial_folder / "stage.json").read_text())}), partial_folder)
+    exit_with_parent(os.getppid())
+    exit_with(int(sys.argv[2]))
+    work(Stage(**json.loads((partial_folder / "stage.json").read_text())), partial_folder)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import ACT, load_backbone, load_processor, refuse_wrong_weights, vision_modules
+from rvlm.backbones import ACT, as_encoder_outputs, load_backbone, load_processor, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES
 
 STRUCTURES = ("one_step", "policy_head")
@@ -115,17 +115,6 @@ class VLA(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
-    def freeze_vision(self) -> None:
-        """Leave vision tower and connector as they are; their features can then be computed once."""
-        for part in vision_modules(self.backbone):
-            part.requires_grad_(False)
-
-    @torch.inference_mode()
-    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Image features (n, images * tokens, d) as the language model receives them."""
-        features = self.backbone.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        return torch.cat(list(features)).unflatten(0, (len(pixel_values), -1))
-
     def features(
         self,
         input_ids: torch.Tensor,
@@ -138,7 +127,7 @@ class VLA(PreTrainedModel):
         Args:
             input_ids: (n, l), each row with one `<act>`.
             state: (n, s), normalised; added to the embedding of `<act>` after a small network.
-            image_features: (n, images * tokens, d) from `vision_features`, instead of `pixel_values`.
+            image_features: (n, images * tokens, d) from `rvlm.backbones.vision_features`, instead of `pixel_values`.
             inputs: What else the backbone takes: `attention_mask` (n, l), `pixel_values`, ...
         """
         if image_features is not None:

@@ -121,6 +121,21 @@ def where_wrist(scene: dict, rng: np.random.Generator) -> Question:
     return f"where is the {scene['names'][i]} in the wrist image ?", answer
 
 
+def point(scene: dict, rng: np.random.Generator) -> Question:
+    """Grounding in the fewest tokens: a name, and its place in the static image."""
+    i = _pick(scene, rng)
+    return scene["names"][i], "".join(map(location_token, scene["static"][i]))
+
+
+def point_wrist(scene: dict, rng: np.random.Generator) -> Question:
+    """The same in the wrist image, of things that it shows."""
+    visible = [i for i, place in enumerate(scene["wrist"]) if _is_visible(place)]
+    if not visible:
+        return point(scene, rng)
+    i = int(rng.choice(visible))
+    return f"wrist {scene['names'][i]}", "".join(map(location_token, scene["wrist"][i]))
+
+
 def offset(scene: dict, rng: np.random.Generator) -> Question:
     """Grounding in space: how far something is from the gripper, in three binned world axes."""
     names = scene["names"]
@@ -214,8 +229,10 @@ def paraphrase(scene: dict, rng: np.random.Generator) -> Question:
 
 
 KINDS: dict[str, tuple[Callable[[dict, np.random.Generator], Question], float]] = {  # kind -> (maker, weight)
-    "where": (where, 5.0),
-    "where_wrist": (where_wrist, 4.0),
+    "point": (point, 3.0),
+    "point_wrist": (point_wrist, 3.0),
+    "where": (where, 3.0),
+    "where_wrist": (where_wrist, 2.0),
     "offset": (offset, 4.0),
     "side": (side, 1.0),
     "color": (color, 0.7),
@@ -297,10 +314,14 @@ class Scenes:
     """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
-        folders = [Path(f) for f in folders]
+        self.folders = folders = [Path(f) for f in folders]
         self.images = [np.load(f / "images.npy", mmap_mode="r") for f in folders]
         self.records = [json.loads(line) for f in folders for line in (f / "scenes.jsonl").read_text().splitlines()]
         self._ends = np.cumsum([len(i) for i in self.images])
+
+    def images_by_name(self) -> dict[str, np.ndarray]:
+        """Images (n, 2, h, w, 3) of each folder, by a name that says what made them."""
+        return {f.name: images for f, images in zip(self.folders, self.images, strict=True)}
 
     def __len__(self) -> int:
         return len(self.records)
