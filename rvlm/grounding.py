@@ -19,10 +19,13 @@ import torch
 
 from rvlm.backbones import Prompter, pad
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
+from rvlm.statistics import Rate, wilson
 from rvlm.training import DialogueCollator, encode_dialogue
 
 LOCATION = re.compile(r"<loc(\d+)>")
-GROUNDING = ("where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens
+GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens
+MEANT = {"color": "what color", "point_wrist": "wrist"}  # where these can't be asked, their makers ask something else
+QUESTIONS = ("side", "color", "shape", "count", "held", "drawer", "light", "gripper")  # ... in a word
 
 
 class Asked(NamedTuple):
@@ -42,18 +45,20 @@ def draw_exam(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] 
         while len(exam) < n_wanted:
             scene = int(rng.integers(len(scenes)))
             asked = Asked(scene, kind, *KINDS[kind][0](scenes[scene][1], rng))
-            is_meant = asked.question.startswith("what color") or kind != "color"  # `color` asks for numbers if it must
-            if is_meant and (kind not in GROUNDING or LOCATION.search(asked.answer)):
+            if asked.question.startswith(MEANT.get(kind, "")) and (kind not in GROUNDING or LOCATION.search(asked.answer)):
                 exam.append(asked)
     return exam
 
 
 @torch.inference_mode()
-def take_exam(model: Any, processor: Any, scenes: Any, exam: Sequence[Asked], is_blind: bool = False, batch_size: int = 64) -> pd.DataFrame:
+def take_exam(
+    model: Any, processor: Any, scenes: Any, exam: Sequence[Asked], is_blind: bool = False, batch_size: int = 64
+) -> pd.DataFrame:
     """Let a model answer an exam.
 
     Args:
-        model, processor: as `load_backbone` and `load_processor` give them.
+        model: as `load_backbone` gives it.
+        processor: as `load_processor` gives it.
         scenes: `Scenes`.
         exam: from `draw_exam`.
         is_blind: black images: what language alone can answer.
@@ -90,30 +95,52 @@ def _bin(token: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def constant_guess(answers: pd.DataFrame) -> pd.DataFrame:
+    """The same exam, had each kind's commonest answer (the commonest bin of each coordinate) always been given."""
+    return pd.concat([_guess(group) for _, group in answers.groupby("kind", sort=False)])
+
+
+def _guess(group: pd.DataFrame) -> pd.DataFrame:
+    true = np.array([[int(b) for b in LOCATION.findall(answer)] for answer in group["answer"]])
+    if true.shape[1] and len(group["bins_off"].iloc[0]):
+        commonest = np.array([np.bincount(axis).argmax() for axis in true.T])
+        off = np.abs(true - commonest)
+        said = "".join(f"<loc{b:02d}>" for b in commonest)
+        return group.assign(said=said, bins_off=off.tolist(), is_right=(off == 0).all(1))
+    commonest = group["answer"].mode().iloc[0]
+    return group.assign(said=commonest, is_right=group["answer"] == commonest)
+
+
 def score(answers: pd.DataFrame) -> pd.DataFrame:
-    """Per kind: n, right (every token), constant (right if the kind's commonest answer were always given); shares in [0, 1]."""
-    rows = []
-    for kind, group in answers.groupby("kind", sort=False):
-        constant = group["answer"].value_counts(normalize=True).iloc[0]
-        rows.append({"kind": kind, "n": len(group), "n_right": int(group["is_right"].sum()), "right": group["is_right"].mean(), "constant": constant})
-    return pd.DataFrame(rows)
+    """Per kind: questions n, and how many answers are right in every token."""
+    table = answers.groupby("kind", sort=False)["is_right"].agg(n="size", successes="sum").reset_index()
+    return table.rename(columns={"kind": "group"})
 
 
 def score_grounding(answers: pd.DataFrame) -> pd.DataFrame:
     """Per kind that is answered in location tokens, shares in [0, 1].
 
-    Columns: n questions, `token_exact` (of single coordinates), `exact` (all coordinates of an answer), `within_one` (all at
-    most one bin off), and `constant`, `token_exact` if the commonest bin of each coordinate were always given.
+    Columns: questions n, `coordinate` (single coordinates in the exact bin), `place` (all coordinates of an answer), and
+    `within_one` (all at most one bin off).
     """
     rows = []
     for kind, group in answers[answers["bins_off"].map(len) > 0].groupby("kind", sort=False):
         off = np.array(group["bins_off"].tolist())  # (n, coordinates)
-        true = np.array([[int(b) for b in LOCATION.findall(answer)] for answer in group["answer"]])
-        constant = np.mean([np.bincount(axis, minlength=N_LOCATIONS).max() / len(axis) for axis in true.T])
-        exact = (off == 0).all(1)
-        shares = {"token_exact": (off == 0).mean(), "exact": exact.mean(), "within_one": (off <= 1).all(1).mean()}
-        rows.append({"kind": kind, "n": len(group), **shares, "constant": constant})
+        shares = {"coordinate": (off == 0).mean(), "place": (off == 0).all(1).mean(), "within_one": (off <= 1).all(1).mean()}
+        rows.append({"kind": kind, "n": len(group), **shares})
     return pd.DataFrame(rows)
+
+
+def summary(answers: pd.DataFrame) -> dict[str, Rate]:
+    """The exam in four rates with 95 % Wilson intervals.
+
+    "coordinate", "place" and "within_one" as in `score_grounding`, for places in the static image; "question": right answers
+    about relations, looks and states (places, captions and paraphrases are left out).
+    """
+    off = np.array(answers.loc[answers["kind"] == "where", "bins_off"].tolist())
+    asked = answers[answers["kind"].isin(QUESTIONS)]
+    counts = {"coordinate": off == 0, "place": (off == 0).all(1), "within_one": (off <= 1).all(1), "question": asked["is_right"]}
+    return {name: wilson(int(np.sum(right)), int(np.size(right))) for name, right in counts.items()}
 
 
 @torch.inference_mode()

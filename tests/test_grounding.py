@@ -39,25 +39,44 @@ def test_an_exam_asks_only_what_it_says_it_asks():
     assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(KINDS, 20)
     assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc09><loc12>"}  # the one thing in view
     assert {a.question for a in exam if a.kind == "color"} == {"what color is the cube ?"}
+    assert {a.question for a in exam if a.kind == "point_wrist"} == {"wrist red cube"}
     assert exam == grounding.draw_exam(SCENES, 20)
 
 
 def test_marks_count_whole_answers_and_bins():
-    model, processor = make()
-    tokenizer = processor.tokenizer
+    tokenizer = make()[1].tokenizer
 
     def judge(answer, said):
         asked = grounding.Asked(0, "where", "where is it ?", answer)
         true, told = (torch.tensor(tokenizer(text).input_ids) for text in (answer, said))
         return grounding._judge(tokenizer, asked, torch.cat([told[:1], told]), torch.cat([torch.tensor([-100]), true]))
 
-    rows = [judge("<loc03><loc04>", "<loc03><loc04>"), judge("<loc03><loc04>", "<loc03><loc05>"), judge("<loc03><loc09>", "<loc03> red")]
+    rows = [
+        judge("<loc03><loc04>", "<loc03><loc04>"),
+        judge("<loc03><loc04>", "<loc03><loc05>"),
+        judge("<loc03><loc09>", "<loc03> red"),
+    ]
     assert [r["is_right"] for r in rows] == [True, False, False]
     assert [r["bins_off"] for r in rows] == [[0, 0], [0, 1], [0, np.inf]]
-    (row,) = grounding.score_grounding(pd.DataFrame(rows)).to_dict("records")
-    assert (row["n"], row["token_exact"], row["exact"], row["within_one"]) == (3, 4 / 6, 1 / 3, 2 / 3)
-    assert row["constant"] == (1 + 2 / 3) / 2
-    assert grounding.score(pd.DataFrame(rows))["constant"].tolist() == [2 / 3]
+    answers = pd.DataFrame(rows)
+    (row,) = grounding.score_grounding(answers).to_dict("records")
+    assert (row["n"], row["coordinate"], row["place"], row["within_one"]) == (3, 4 / 6, 1 / 3, 2 / 3)
+    assert grounding.score(answers).to_dict("records") == [{"group": "where", "n": 3, "successes": 1}]
+    guess = grounding.constant_guess(answers)
+    assert guess["bins_off"].tolist() == [[0, 0], [0, 0], [0, 5]] and guess["is_right"].tolist() == [True, True, False]
+
+
+def test_the_summary_counts_places_and_words_apart():
+    words = [
+        {"kind": k, "answer": a, "is_right": a == "yes", "bins_off": []}
+        for k in ("drawer", "caption")
+        for a in ("yes", "yes", "no")
+    ]
+    place = {"kind": "where", "answer": "<loc01><loc02>", "is_right": False, "bins_off": [0, 1]}
+    answers = pd.DataFrame([*words, place])
+    told = {name: (rate.successes, rate.n) for name, rate in grounding.summary(answers).items()}
+    assert told == {"coordinate": (1, 2), "place": (0, 1), "within_one": (1, 1), "question": (2, 3)}
+    assert grounding.constant_guess(answers)["is_right"].tolist() == [True, True, False] * 2 + [True]
 
 
 def test_a_model_takes_an_exam_and_speaks():
@@ -67,7 +86,7 @@ def test_a_model_takes_an_exam_and_speaks():
     assert answers["answer"].tolist() == [a.answer for a in exam]
     alone = grounding.take_exam(model, processor, SCENES, exam[3:4])
     assert alone["said"].item() == answers["said"][3], "an answer must not depend on its batch"
-    assert answers["bins_off"].map(len).tolist()[:6] == [2, 2, 2, 2, 3, 3]
+    assert answers["bins_off"].map(len).tolist()[:10] == [2] * 8 + [3] * 2
     said = grounding.say(model, processor, SCENES[0][0], ["is the drawer open ?", "describe the scene ."], max_new_tokens=4)
     assert len(said) == 2 and all(isinstance(s, str) for s in said)
 
