@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
@@ -67,7 +68,11 @@ class Evaluation:
         if self.control not in CONTROLS:
             raise ValueError(f"no control {self.control!r}; there are {', '.join(CONTROLS)}")
         if self.first_seed < FIRST_HELD_OUT_SEED:
-            raise ValueError(f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}")
+            raise ValueError(
+                f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}"
+            )
+        if self.n_episodes < 1:
+            raise ValueError(f"expected at least one episode; got n_episodes={self.n_episodes}")
 
     def episodes(self) -> list[tuple[int, str]]:
         """(seed, family) of every episode, all seeds distinct."""
@@ -75,6 +80,20 @@ class Evaluation:
 
         families = self.families or MIX
         return [(self.first_seed + i, families[i % len(families)]) for i in range(self.n_episodes)]
+
+    @property
+    def n_batches(self) -> int:
+        """Batches that its episodes make."""
+        return -(-self.n_episodes // BATCH)
+
+    def batch_size(self, batch: int) -> int:
+        """Episodes in one of its batches; the last may be smaller."""
+        return min(BATCH, self.n_episodes - batch * BATCH)
+
+    def is_done(self, batch: int) -> bool:
+        """Whether a batch is on disk, with as many episodes as are asked for now."""
+        path = self.folder / f"{batch:05d}.parquet"
+        return path.exists() and pq.read_metadata(path).num_rows >= self.batch_size(batch)
 
     @property
     def folder(self) -> Path:
@@ -97,19 +116,24 @@ class RandomPolicy:
         self.spec = spec
 
     def reset(self, n_robots: int = 1) -> None:
+        """Begin the same actions again."""
         self.rng = np.random.default_rng(0)
 
     def select_action(self, observations: Sequence[dict]) -> np.ndarray:
+        """A raw action (n, a) for each robot, whatever it sees."""
         return self.rng.uniform(self.spec.low, self.spec.high, (len(observations), len(self.spec.names))).astype(np.float32)
 
 
-def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], control: str = "none", keep_frames: bool = False) -> list[dict]:
+def rollout(
+    policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], control: str = "none", keep_frames: bool = False
+) -> list[dict]:
     """Run one episode in each environment, all in step; what has ended stands still.
 
     Args:
         policy: Has `reset` and `select_action`; None lets the scripted expert act.
         envs: One per episode.
         episodes: (seed, family) of each.
+        control: What is taken from the policy, a name in `CONTROLS`.
         keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
 
     Returns:
@@ -119,8 +143,9 @@ def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]
     pairs = zip(envs, episodes, strict=True)
     observations = [env.reset(seed=seed, options={"family": family})[0] for env, (seed, family) in pairs]
     rows: list[dict] = [
-        {"seed": s, "family": f, "instruction": o["instruction"], "is_success": False, "n_steps": 0, "frames": [], "wrist_frames": [], "actions": []}
-        for (s, f), o in zip(episodes, observations, strict=True)
+        {"seed": seed, "family": family, "instruction": observation["instruction"], "is_success": False, "n_steps": 0}
+        | {"frames": [], "wrist_frames": [], "actions": []}
+        for (seed, family), observation in zip(episodes, observations, strict=True)
     ]
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
     if policy is not None:
@@ -149,7 +174,7 @@ def rollout(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]
     return [{k: np.stack(v) if k in kept else v for k, v in row.items() if k in kept or not isinstance(v, list)} for row in rows]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int = BATCH) -> tuple:
     """Environments to run a batch in, kept for the next batch."""
     from rvlm.envs.tabletop.env import Tabletop
@@ -187,14 +212,21 @@ def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> 
     """Roll out one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
     episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
     policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.robot)
-    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.processor.image_processor.size["longest_edge"]
+    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.image_size
     envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
     return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
 
 
 @functools.lru_cache(maxsize=4)
 def _filmed(evaluation: Evaluation, batch: int) -> list[dict]:
-    return run_batch(evaluation, batch, keep_frames=True)
+    import torch
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as when it was evaluated: sums in another order can end another way
+    try:
+        return run_batch(evaluation, batch, keep_frames=True)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def film(evaluation: Evaluation, seed: int) -> dict:
@@ -219,6 +251,7 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
     Args:
         evaluations: Name in tables and figures -> evaluation.
         n_workers: Processes.
+        show_progress: Whether to draw a progress bar.
 
     Returns:
         One row per episode: name, seed, family, instruction, is_success, n_steps, policy_s, simulator_s, wall_s, control,
@@ -227,12 +260,11 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
     jobs, total = [], 0
     for evaluation in evaluations.values():
         evaluation.folder.mkdir(parents=True, exist_ok=True)
-        for batch in range(-(-evaluation.n_episodes // BATCH)):
-            total += min(BATCH, evaluation.n_episodes - batch * BATCH)
-            if not (evaluation.folder / f"{batch:05d}.parquet").exists():
-                jobs.append((evaluation, batch, evaluation.folder))
+        total += evaluation.n_episodes
+        todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch)]
+        jobs += [(evaluation, batch, evaluation.folder) for batch in todo]
     with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
-        bar.update(total - sum(min(BATCH, e.n_episodes - b * BATCH) for e, b, _ in jobs))
+        bar.update(total - sum(e.batch_size(b) for e, b, _ in jobs))
         for n in _in_processes(jobs, n_workers):
             bar.update(n)
     return pd.concat([_read(name, e) for name, e in evaluations.items()], ignore_index=True)
@@ -253,17 +285,26 @@ def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
 
 
 def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
-    parts = sorted(evaluation.folder.glob("*.parquet"))[: -(-evaluation.n_episodes // BATCH)]
+    parts = [evaluation.folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
     table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True).head(evaluation.n_episodes)
     return table.assign(name=name, control=evaluation.control, setting=evaluation.setting)
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:
-    """Successes with 95 % Wilson intervals, one row per group: successes, n, rate, low, high."""
-    rows = []
-    for key, group in episodes.groupby(list(by), sort=False):
-        rate = wilson(int(group["is_success"].sum()), len(group))
-        rows.append({**dict(zip(by, key, strict=True)), "successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high})
+    """Successes with 95 % Wilson intervals.
+
+    Args:
+        episodes: As `evaluate` gives them.
+        by: Columns that make the groups.
+
+    Returns:
+        One row per group: the columns in `by`, then successes, n, rate, low, high.
+    """
+    rows, columns = [], [by] if isinstance(by, str) else list(by)
+    for key, group in episodes.groupby(columns, sort=False):
+        rate, key = wilson(int(group["is_success"].to_numpy().sum()), len(group)), cast(tuple, key)
+        counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
+        rows.append({**dict(zip(columns, key, strict=True)), **counts})
     return pd.DataFrame(rows)
 
 
@@ -327,16 +368,34 @@ def open_loop(
     spec = policy.model.spec
     spec.require_same(dataset.require_spec(), "policy vs demonstrations")
     told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
-    error, mask = _action_error(spec, told["predicted"], told["recorded"]), told["mask"][..., None]
+    return _error_rows(spec, **told)
+
+
+def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
+    """`open_loop` of a policy that always does the mean of the training actions and what the gripper mostly does."""
+    spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
+    seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
+    constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
+    recorded, n = action[asked][:, None], int(asked.sum())
+    frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
+    return _error_rows(
+        spec, np.broadcast_to(constant, recorded.shape), recorded, np.ones((n, 1), bool), episode[asked], frame[asked]
+    )
+
+
+def _error_rows(
+    spec: Any, predicted: np.ndarray, recorded: np.ndarray, mask: np.ndarray, episode_index: np.ndarray, frame_index: np.ndarray
+) -> pd.DataFrame:
+    error, weight = _action_error(spec, predicted, recorded), mask[..., None]
     n, _, a = error.shape
     return pd.DataFrame(
         {
-            "episode_index": np.repeat(told["episode_index"], a),
-            "frame_index": np.repeat(told["frame_index"], a),
+            "episode_index": np.repeat(episode_index, a),
+            "frame_index": np.repeat(frame_index, a),
             "dimension": pd.Categorical(np.tile(spec.names, n), spec.names),
             "unit": np.tile(spec.units, n),
             "first": error[:, 0].ravel(),
-            "chunk": ((error * mask).sum(1) / mask.sum(1)).ravel(),
+            "chunk": ((error * weight).sum(1) / weight.sum(1)).ravel(),
         }
     )
 

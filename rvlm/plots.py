@@ -505,9 +505,9 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
             spread = [[max(value - low, 0)], [max(high - value, 0)]]
             ax.errorbar(value, y, xerr=spread, color=color, fmt="o", ms=3.5, capsize=2)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    if (rows["value"] >= 0).all():
-        ax.set_xlim(left=0)
     ax.margins(x=0.12)
+    if (rows["value"] >= 0).all() and not (rows["low"] < 0).any():
+        ax.set_xlim(left=0)
     ax.grid(False, axis="y")
 
 

@@ -52,8 +52,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
     """Stage 2: robot fine-tuning on the tabletop's demonstrations; `changes` are fields of `Stage`."""
     data = (str(collect_demonstrations(collection)),)
-    stage = Stage("in_domain", ROBOT, data, str(init), n_samples, policy=ONE_STEP)
-    return dataclasses.replace(stage, **changes)
+    return Stage("in_domain", ROBOT, data, str(init), n_samples, **{"policy": ONE_STEP, **changes})
 
 
 def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:

@@ -173,24 +173,37 @@ def bootstrap_mean(values: ArrayLike, seed: int, level: float = LEVEL, n_resampl
     return Mean(mean, len(values), float(interval.low), float(interval.high))
 
 
-def ridge_r2(
-    train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray], penalty: float | int = 1.0
-) -> np.ndarray:
-    """How much of each target a linear probe explains on held-out samples: R2 ``(m,)``, 1 is all, 0 no better than the mean.
+def ridge_probe(features: np.ndarray, targets: np.ndarray, unseen: np.ndarray, penalty: float | int = 10) -> np.ndarray:
+    """What a linear probe reads from features that it was not fitted to: predictions ``(n_unseen, m)``.
 
     Args:
-        train: features ``(n, d)`` and targets ``(n, m)`` that the probe is fitted to.
-        held_out: the same for the samples that it is judged on.
+        features, targets: ``(n, d)`` and ``(n, m)`` that the probe is fitted to.
+        unseen: features ``(n_unseen, d)``.
         penalty: of the squared weights, on features scaled to unit deviation.
 
     Source: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier probes" (arXiv 1610.01644).
     """
-    (x, y), (x_new, y_new) = [[np.asarray(v, dtype=float) for v in pair] for pair in (train, held_out)]
+    x, y, x_new = (np.asarray(v, dtype=float) for v in (features, targets, unseen))
     shift, scale = x.mean(0), np.maximum(x.std(0), 1e-8)
     x, x_new = (x - shift) / scale, (x_new - shift) / scale
     weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-    left = ((y_new - x_new @ weights - y.mean(0)) ** 2).sum(0)
-    return 1 - left / ((y_new - y_new.mean(0)) ** 2).sum(0)
+    return x_new @ weights + y.mean(0)
+
+
+def r_squared(true: ArrayLike, predicted: ArrayLike, seed: int, level: float = LEVEL, n_resamples: int = 2000) -> Mean:
+    """Share of the variance of ``true`` ``(n,)`` that is predicted, with a bootstrap interval over the samples.
+
+    1 is all of it, 0 no better than the mean of ``true``.
+    """
+    true, predicted = _paired(true, predicted)
+    draws = np.random.default_rng(seed).integers(len(true), size=(n_resamples, len(true)))
+
+    def share(rows: np.ndarray) -> np.ndarray:
+        left = ((true[rows] - predicted[rows]) ** 2).sum(-1)
+        return 1 - left / ((true[rows] - true[rows].mean(-1, keepdims=True)) ** 2).sum(-1)
+
+    low, high = np.nanquantile(share(draws), [(1 - level) / 2, (1 + level) / 2])
+    return Mean(float(share(np.arange(len(true)))), len(true), float(low), float(high))
 
 
 def episodes_needed(p: float | int, effect: float, power: float = 0.8, level: float = LEVEL) -> int:

@@ -88,6 +88,15 @@ def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():
     assert table.loc["droll", "unit"] == "rad"
 
 
+def test_constant_baseline_predicts_the_training_mean(dataset):
+    errors = evaluation.constant_baseline(dataset, [0], [1])
+    action = dataset.column("action")
+    expected = np.abs(SPEC.to_si(action[5:] - action[:5].mean(0)))
+    dx = errors[errors["dimension"] == "dx"]
+    np.testing.assert_allclose(dx["first"], expected[:, 0], rtol=1e-5)
+    assert dx["frame_index"].tolist() == list(range(7)) and set(errors.loc[errors["dimension"] == "gripper", "first"]) <= {0.0, 1.0}
+
+
 def test_film_names_the_seeds_that_exist():
     with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
         evaluation.film(evaluation.Evaluation("random", n_episodes=5), 900_005)

@@ -16,7 +16,8 @@ from rvlm.statistics import (
     mcnemar,
     newcombe,
     paired_bootstrap,
-    ridge_r2,
+    r_squared,
+    ridge_probe,
     verdict,
     wilson,
 )
@@ -114,8 +115,10 @@ def test_ridge_probe_finds_what_is_linear_and_nothing_in_noise():
     rng = np.random.default_rng(0)
     x, noise = rng.normal(size=(300, 8)) * 100 + 5, rng.normal(size=(300, 1))
     y = np.hstack([x[:, :1] * 0.3 + 7, noise])
-    linear, none = ridge_r2((x[:200], y[:200]), (x[200:], y[200:]))
-    assert linear > 0.99 and none < 0.1
+    read = ridge_probe(x[:200], y[:200], x[200:])
+    linear, none = (r_squared(y[200:, i], read[:, i], seed=0) for i in range(2))
+    assert linear.mean > 0.99 and linear.low <= linear.mean <= linear.high and linear.n == 100
+    assert none.mean < 0.1
 
 
 def test_bad_input_is_one_clear_error():
