@@ -1,0 +1,60 @@
+"""Toys that several test modules share: a vision-language model and demonstrations, both real and tiny."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads must not spin
+os.environ.setdefault("LP_NUM_THREADS", "0")
+
+import numpy as np
+import pytest
+
+TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer", "is the light on ? yes no nothing"]
+TOY = {"image_size": 48, "patch_size": 12, "width": 32, "vision_width": 32, "vision_layers": 1, "text_layers": 1}
+
+
+def toy_frames(spec, n, seed, size=48):
+    """Frames of one made-up episode, in LeRobot's keys."""
+    rng = np.random.default_rng(seed)
+    action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+    images = {f"observation.images.{c}": rng.integers(0, 255, (n, size, size, 3), dtype=np.uint8) for c in spec.cameras}
+    return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
+
+
+@pytest.fixture(scope="session")
+def toy_home(tmp_path_factory):
+    """An artifacts folder for the toys of this session."""
+    return tmp_path_factory.mktemp("toys")
+
+
+@pytest.fixture(scope="session")
+def toy_vlm(toy_home):
+    """Folder of an untrained vision-language model of SmolVLM's class; it draws in microseconds."""
+    import torch
+
+    from rvlm.backbones import small_vlm, train_tokenizer
+
+    torch.manual_seed(0)
+    model, processor = small_vlm(train_tokenizer(TEXTS, ["<loc00>"]), **TOY)
+    model.save_pretrained(toy_home / "vlm")
+    processor.save_pretrained(toy_home / "vlm")
+    return toy_home / "vlm"
+
+
+@pytest.fixture(scope="session")
+def toy_demos(toy_home):
+    """Folder of twelve made-up demonstrations of the default robot."""
+    from rvlm.actions import ActionSpec
+    from rvlm.episodes import EpisodeWriter
+
+    spec = ActionSpec.from_card("tabletop_franka7")
+    writer = EpisodeWriter(toy_home / "demos", spec)
+    for seed in range(12):
+        writer.add_episode(toy_frames(spec, 5 + seed % 3, seed), TEXTS[seed % 3])
+    return writer.finalize()
+
+
+@pytest.fixture(scope="session")
+def toy_stats(toy_demos):
+    from rvlm.episodes import EpisodeDataset
+
+    return EpisodeDataset(toy_demos).stats()
