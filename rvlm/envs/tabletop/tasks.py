@@ -100,7 +100,7 @@ def is_lifted(world: World, task: Task) -> bool:
 def _pushed(direction: str) -> Callable[[World, Task], bool]:
     def done(world: World, task: Task) -> bool:
         moved = world.pos_object(task.target_object)[:2] - task.start[:2]
-        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE) and world.pos_object(task.target_object)[2] < 2 * HALF
+        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE and world.pos_object(task.target_object)[2] < 2 * HALF)
 
     return done
 
