@@ -128,7 +128,7 @@ def is_stacked(world: World, task: Task) -> bool:
 def _turned(sign: int) -> Callable[[World, Task], bool]:
     def done(world: World, task: Task) -> bool:
         turn = (world.yaw_object(task.target_object) - task.start[3] + np.pi) % (2 * np.pi) - np.pi
-        return bool(sign * turn > TURN_ANGLE) and world.pos_object(task.target_object)[2] < 2 * HALF
+        return bool(sign * turn > TURN_ANGLE and world.pos_object(task.target_object)[2] < 2 * HALF)
 
     return done
 
