@@ -4,6 +4,7 @@ A stage runs in processes of its own (one per core or GPU, by torchrun), saves e
 when it is started again. Its folder is named by the hash of what made it, so nothing is trained twice.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -166,6 +167,7 @@ def cached_features(
     Args:
         stage: Its `init` names the tower.
         model: The vision-language model.
+        processor: Its processor.
         images: Name -> (n, ..., h, w, 3) uint8; names are unique among all data.
 
     Returns:
@@ -265,8 +267,9 @@ class RobotCollator:
         stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
         images, n_obs_steps = stacked.pop("images"), samples[0]["images"].shape[0]
         texts = [s["instruction"] for s in samples for _ in range(n_obs_steps)]
-        seen = _see(self.prompter, images.reshape(-1, *images.shape[2:]))
-        prompts = {**self.prompter.tokens(texts), **seen}
+        flat = images.reshape(-1, *images.shape[2:])
+        is_raw = flat.dtype == np.uint8
+        prompts = self.prompter(flat, texts) if is_raw else {**self.prompter.tokens(texts), **_see(self.prompter, flat)}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
 
 
@@ -317,21 +320,11 @@ BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _ro
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
-WHOLE = "whole"  # a file that a checkpoint gets last
-
-
 class LogFile(TrainerCallback):
-    """Appends every log entry to a file, from which another process can follow the training, and marks whole checkpoints."""
+    """Appends every log entry to a file, from which another process can follow the training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint is whole once every process has written its part."""
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """One line of JSON."""
@@ -403,8 +396,11 @@ def work(stage: Stage, folder: Path) -> None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; one that a kill has cut short is passed over."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            json.loads((path / "trainer_state.json").read_text())  # what the Trainer writes last
+            return str(path)
+    return None
 
 
 def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) -> Path:
