@@ -62,8 +62,11 @@ class Detector(nn.Module):
         """Loss on a batch of scenes.
 
         Args:
-            pixel_values: (b, 2, 3, h, w). presence: (b, 2, cells, things). offset: (b, 2, cells, things, 2).
-            shape: (b, 2, cells, colors). flags: (b, flags) in {0, 1}.
+            pixel_values: (b, 2, 3, h, w), static image then wrist.
+            presence: (b, 2, cells, things) in {0, 1}.
+            offset: (b, 2, cells, things, 2), in cells.
+            shape: (b, 2, cells, colors), an index or -100.
+            flags: (b, flags) in {0, 1}.
         """
         features = torch.cat(list(self._backbone[0].model.get_image_features(pixel_values, return_dict=True).pooler_output))
         features = features.view(*presence.shape[:3], -1)
@@ -89,7 +92,12 @@ class DetectionCollator:
         self.prompter, self.side = Prompter(processor, 2), round(processor.image_seq_len**0.5)
 
     def __call__(self, scenes: Sequence[tuple[np.ndarray, dict]]) -> dict[str, torch.Tensor]:
+        """Batch of scenes, each its images (2, h, w, 3) uint8 and its record."""
         found = [[targets(record, camera, self.side) for camera in ("static", "wrist")] for _, record in scenes]
         batch = {k: torch.from_numpy(np.stack([[t[k] for t in pair] for pair in found])) for k in found[0][0]}
         flags = [[r["drawer"], r["light"], r["opening"] > 0.06] for _, r in scenes]
-        return {**batch, "flags": torch.tensor(flags).float(), "pixel_values": self.prompter.pixels(np.stack([i for i, _ in scenes]))}
+        return {
+            **batch,
+            "flags": torch.tensor(flags).float(),
+            "pixel_values": self.prompter.pixels(np.stack([i for i, _ in scenes])),
+        }
