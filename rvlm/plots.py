@@ -141,6 +141,30 @@ def filmstrip(
     return fig
 
 
+@_styled
+def gallery(rows: Mapping[str, Frames], labels: Sequence[str], title: str) -> Figure:
+    """Images that are not one episode, side by side: a row per camera.
+
+    Args:
+        rows: name of a row -> its images ``(n, h, w, 3)`` uint8.
+        labels: n captions, below the last row.
+        title: a sentence.
+    """
+    first = next(iter(rows.values()))[0]
+    fig, axes = _strip_axes(max(len(rows), 1), max(len(labels), 4), first.shape[0] / first.shape[1])
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name)
+        for ax, image in zip(row, images, strict=False):
+            ax.imshow(image, interpolation="nearest")
+            _bare(ax, NEUTRAL)
+    for ax, label in zip(axes[-1], labels, strict=False):
+        ax.set_xlabel(label, labelpad=2)
+    for ax in axes[:, len(labels) :].flat:
+        ax.set_axis_off()
+    _headline(fig, title)
+    return fig
+
+
 def _strip_axes(n_rows: int, n_columns: int, aspect: float) -> tuple[Figure, np.ndarray]:
     """Close-set image axes across a page; ``aspect`` is an image's height by its width."""
     label = 0.2 if n_rows > 1 else 0.03
@@ -212,7 +236,8 @@ def histograms(
 
     Args:
         values: ``(n, a)``, in ``units``.
-        names, units: of the dimensions.
+        names: of the dimensions.
+        units: of the dimensions.
         marks: ``(m, a)`` values to mark by a dashed line, such as q01 and q99.
         title: a sentence.
     """

@@ -180,13 +180,16 @@ def test_explore_scrubs_every_camera():
 
 def draw_more():
     rng = np.random.default_rng(0)
-    bins = pd.DataFrame({"bins": [4, 4, 64, 64], "dimension": ["dx", "dyaw"] * 2, "unit": ["m", "rad"] * 2, "error": [0.02, 0.1, 0.001, 0.006]})
-    rates = pd.DataFrame({"group": ["lift", "push"] * 2, "name": ["seeing", "seeing", "blind", "blind"], "successes": [9, 5, 0, 1], "n": 10})
+    bins = {"bins": [4, 4, 64, 64], "dimension": ["dx", "dyaw"] * 2, "unit": ["m", "rad"] * 2, "error": [0.02, 0.1, 0.01, 0.06]}
+    rates = {"group": ["lift", "push"] * 2, "name": ["seeing", "seeing", "blind", "blind"], "successes": [9, 5, 0, 1], "n": 10}
+    bins, rates = pd.DataFrame(bins), pd.DataFrame(rates)
+    ends = np.array([[-1.0] * 7, [1.0] * 7])
     return {
-        "histograms": plots.histograms(rng.normal(size=(50, 7)), NAMES, SPEC.units, np.array([[-1.0] * 7, [1.0] * 7]), "Most are small"),
+        "histograms": plots.histograms(rng.normal(size=(50, 7)), NAMES, SPEC.units, ends, "Most are small"),
         "hand_path": plots.hand_path(rng.normal(size=(9, 7)), {"recorded": rng.normal(size=(9, 2))}, "The label leads back"),
         "error_by_bins": plots.error_by_bins(bins, "More bins lose less", needed=0.005),
         "rates_by_group": plots.rates_by_group(rates, "Seeing helps"),
+        "gallery": plots.gallery({"static": FRAMES[:3], "wrist": FRAMES[3:6]}, ["1 [px]", "2 [px]", "3 [px]"], "Three scenes"),
         "observation": plots.observation(
             {"image": FRAMES[0], "wrist_image": FRAMES[1], "state": np.arange(2.0), "instruction": "lift it"},
             SimpleNamespace(state_names=("x", "y"), state_units=("m", "m")),
