@@ -38,6 +38,7 @@ class VLAConfig(PreTrainedConfig):
     """
 
     model_type = "rvlm"
+    __no_type_check__ = True  # the library builds it from more than its fields, which a checker of signatures would refuse
 
     backbone: dict | None = None
     structure: str = "one_step"
@@ -131,8 +132,7 @@ class VLA(PreTrainedModel):
             inputs: What else the backbone takes: `attention_mask` (n, l), `pixel_values`, ...
         """
         if image_features is not None:
-            rows: Any = list(image_features)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+            inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
         is_act = input_ids == self.config.act_id
         handle = self._feed_state(is_act, state)
         try:
