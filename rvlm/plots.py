@@ -531,8 +531,9 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
             ax.errorbar(value, y, xerr=spread, color=color, fmt="o", ms=3.5, capsize=2)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     ax.margins(x=0.12)
-    if (rows["value"] >= 0).all() and not (rows["low"] < 0).any():
-        ax.set_xlim(left=0)
+    largest = rows[["value", "high"]].max().max()
+    if (rows["value"] >= 0).all() and not (rows["low"] < 0).any() and largest > 0:
+        ax.set_xlim(0, 1.12 * largest)
     ax.grid(False, axis="y")
 
 
@@ -548,7 +549,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
     last: dict[str, float] = {}
     for i, (name, log) in enumerate(logs.items()):
-        table = pd.DataFrame(list(log))[["step", "n_steps", key]].dropna()
+        table = pd.DataFrame(list(log))[["step", "n_steps", key]].dropna().drop_duplicates("step")
         known = structure_color(name)
         color, share = (PALETTE[i] if known == NEUTRAL else known), 100 * table["step"] / table["n_steps"]
         ax.plot(share, table[key], color=color, alpha=0.25, linewidth=0.8)
