@@ -3,7 +3,11 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads must not spin
-os.environ.setdefault("LP_NUM_THREADS", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if not os.environ.get("MUJOCO_GL"):  # before mujoco is imported, by whichever test comes first
+    from rvlm.envs.gl import choose_gl
+
+    choose_gl()
 
 import numpy as np
 import pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 BACKENDS = ("egl", "osmesa")
 """MuJoCo's headless OpenGL platforms on Linux, preferred first."""
@@ -36,6 +37,12 @@ def choose_gl() -> str:
     """
     if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
         return os.environ.get("MUJOCO_GL", "")
+    if "mujoco" in sys.modules:
+        warnings.warn(
+            "mujoco was imported before rvlm chose how it draws without a screen, so it tries to open a window; "
+            "import rvlm.envs.tabletop first, or set MUJOCO_GL",
+            stacklevel=2,
+        )
     complaints = {}
     for backend in BACKENDS:
         complaints[backend] = _complaint(backend)
