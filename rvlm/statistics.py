@@ -198,7 +198,7 @@ def r_squared(true: ArrayLike, predicted: ArrayLike, seed: int, level: float = L
     true, predicted = _paired(true, predicted)
     draws = np.random.default_rng(seed).integers(len(true), size=(n_resamples, len(true)))
 
-    def share(rows: np.ndarray) -> np.ndarray:
+    def share(rows: np.ndarray) -> Any:
         left = ((true[rows] - predicted[rows]) ** 2).sum(-1)
         return 1 - left / ((true[rows] - true[rows].mean(-1, keepdims=True)) ** 2).sum(-1)
 
