@@ -1,0 +1,178 @@
+"""Evaluation: distinct held-out seeds, the same rows whoever runs them, controls that take what they say."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from rvlm import evaluation
+from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.tasks import MIX
+from rvlm.evaluation import BATCH, CONTROLS, FIRST_HELD_OUT_SEED, Evaluation, RandomPolicy, evaluate, rollout, success_table
+from rvlm.vla import make_vla
+
+FAMILIES = ("push_left", "turn_on_light")
+FEW = Evaluation("expert", n_episodes=4, families=FAMILIES, max_steps=40)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small_envs():
+    envs = [Tabletop(image_size=16, max_steps=6) for _ in range(3)]
+    yield envs
+    for env in envs:
+        env.close()
+
+
+class Recorder(RandomPolicy):
+    """Keeps what it is shown."""
+
+    def reset(self, n_robots=1):
+        super().reset(n_robots)
+        self.shown = []
+
+    def select_action(self, observations):
+        self.shown.append(observations)
+        return super().select_action(observations)
+
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+EPISODES = [(FIRST_HELD_OUT_SEED + i, "lift") for i in range(3)]
+
+
+def test_every_episode_has_a_held_out_seed_of_its_own():
+    """Law 9."""
+    episodes = Evaluation("random", n_episodes=200).episodes()
+    seeds = [seed for seed, _ in episodes]
+    assert len(set(seeds)) == 200 and min(seeds) == FIRST_HELD_OUT_SEED
+    assert [family for _, family in episodes[: len(MIX)]] == list(MIX)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_seed": FIRST_HELD_OUT_SEED - 1}, "evaluation seeds start at 900000.*got 899999"),
+        ({"control": "blindfold"}, "no control 'blindfold'; there are none, no_language, blank_image"),
+        ({"n_episodes": 0}, "expected at least one episode"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FEW, **changes)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_takes_what_it_says_and_nothing_else(small_envs, control):
+    seen = {}
+    for name in ("none", control):
+        policy = Recorder(SPEC)
+        rollout(policy, small_envs, EPISODES, name)
+        seen[name] = policy.shown[0][0]
+    whole, changed = seen["none"], seen[control]
+    assert (changed["instruction"] == "") == (control == "no_language")
+    for key in ("image", "wrist_image"):
+        assert whole[key].any() and changed[key].any() == (control != "blank_image")
+        assert changed[key].shape == whole[key].shape
+    assert np.array_equal(changed["state"], whole["state"])
+
+
+def test_a_rollout_keeps_its_frames_where_it_is_asked_to(small_envs):
+    rows = rollout(RandomPolicy(SPEC), small_envs, EPISODES, keep_frames=True)
+    for row in rows:
+        assert row["frames"].shape == (row["n_steps"], 16, 16, 3) == row["wrist_frames"].shape
+        assert row["actions"].shape == (row["n_steps"], 7)
+        assert row["n_steps"] == 6 or row["is_success"]
+    plain = rollout(RandomPolicy(SPEC), small_envs, EPISODES)
+    assert "frames" not in plain[0] and [r["n_steps"] for r in plain] == [r["n_steps"] for r in rows]
+
+
+def test_an_episode_that_has_ended_stands_still():
+    envs = [Tabletop(image_size=16, max_steps=n) for n in (2, 5)]
+    rows = rollout(RandomPolicy(SPEC), envs, EPISODES[:2])
+    assert [row["n_steps"] for row in rows] == [2, 5] and envs[0].n_steps == 2
+    for env in envs:
+        env.close()
+
+
+def test_the_expert_succeeds_and_chance_does_not_whoever_runs_them():
+    """Rows are the same for one process and two, and each policy is where it must be."""
+    tables = {}
+    for n_workers in (1, 2):
+        runs = {
+            "expert": dataclasses.replace(FEW, n_episodes=12, max_steps=40 + n_workers),  # another folder for each
+            "random": Evaluation("random", n_episodes=4, families=FAMILIES, max_steps=10 + n_workers),
+        }
+        tables[n_workers] = evaluate(runs, n_workers=n_workers, show_progress=False)
+    columns = ["name", "seed", "family", "instruction", "is_success"]
+    one, two = (table[columns] for table in tables.values())
+    pd.testing.assert_frame_equal(one, two)
+    rates = one.groupby("name")["is_success"].mean()
+    assert rates["expert"] >= 0.9 and rates["random"] <= 0.25
+    assert one["seed"][one["name"] == "expert"].is_unique
+
+
+def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
+    ran = []
+    monkeypatch.setattr(evaluation, "_in_processes", lambda jobs, n: (in_process(*job, ran) for job in jobs))
+    more = dataclasses.replace(FEW, n_episodes=BATCH + 3)
+    assert len(evaluate({"a": FEW}, show_progress=False)) == 4
+    assert len(evaluate({"a": more}, show_progress=False)) == BATCH + 3
+    table = evaluate({"a": more, "b": FEW}, show_progress=False)
+    assert ran == [0, 0, 1]
+    assert table["name"].tolist() == ["a"] * (BATCH + 3) + ["b"] * 4
+    (more.folder / "00001.parquet").unlink()
+    evaluate({"a": more}, show_progress=False)
+    assert ran == [0, 0, 1, 1]
+
+
+def in_process(job, batch, folder, ran):
+    """A batch without a simulator."""
+    ran.append(batch)
+    episodes = job.episodes()[batch * BATCH : (batch + 1) * BATCH]
+    rows = [{"seed": s, "family": f, "instruction": "", "is_success": True, "n_steps": 1} for s, f in episodes]
+    pd.DataFrame(rows).to_parquet(folder / f"{batch:05d}.parquet")
+    return len(rows)
+
+
+def test_the_folder_follows_settings_and_weights(tmp_path):
+    assert dataclasses.replace(FEW, n_episodes=9).folder == FEW.folder
+    for changes in ({"control": "no_language"}, {"setting": "lighting"}, {"n_action_steps": 2}, {"robot": "ur6"}):
+        assert dataclasses.replace(FEW, **changes).folder != FEW.folder
+    model = dataclasses.replace(FEW, policy=str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = model.folder
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert model.folder != before
+
+
+def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_vlm, toy_stats, tmp_path):
+    folder = tmp_path / "policy"
+    model, processor = make_vla(toy_vlm, SPEC, toy_stats, chunk_size=2)
+    model.save_pretrained(folder, processor)
+    asked = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
+    rows = evaluation.run_batch(asked, 0, keep_frames=True)
+    assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"].shape[1:] == (48, 48, 3)
+    with pytest.raises(SpecMismatch, match="policy vs environment"):
+        evaluation.run_batch(dataclasses.replace(asked, robot="ur6"), 0)
+
+
+@pytest.mark.parametrize("by", ["name", ("name", "family")])
+def test_the_table_is_statsmodels(by):
+    rng = np.random.default_rng(0)
+    episodes = pd.DataFrame({"name": list("aab") * 20, "family": list("xy") * 30, "is_success": rng.random(60) < 0.7})
+    table = success_table(episodes, by)
+    keys = [by] if isinstance(by, str) else list(by)
+    assert len(table) == len(episodes[keys].drop_duplicates())
+    for row in table.to_dict("records"):
+        group = episodes[np.logical_and.reduce([episodes[k] == row[k] for k in keys])]["is_success"]
+        low, high = proportion_confint(group.sum(), len(group), method="wilson")
+        assert (row["successes"], row["n"], row["rate"]) == (group.sum(), len(group), pytest.approx(group.mean()))
+        assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
