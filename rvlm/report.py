@@ -153,9 +153,9 @@ def finding(
 
 
 def _plain(value: Any) -> Any:
-    """Numpy, dataclasses and tuples as what JSON holds."""
+    """Numpy, dataclasses and tuples as what JSON holds; a `Rate` also says its rate."""
     if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+        value = asdict(value) | ({"rate": value.rate} if hasattr(value, "rate") else {})
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -150,6 +150,13 @@ def test_show_source_looks_through_decorators():
     assert text.startswith("`rvlm/report.py`\n```python\n") and "def chapters(" in text
 
 
+def test_a_rate_may_be_said_as_a_percentage(results):
+    report.finding("06_rate", "It solves 25% of 4.", {"ours": wilson(1, 4)}, 4, wilson(1, 4), [0])
+    assert report.load_findings(results)[0]["numbers"]["ours"]["rate"] == 0.25
+    with pytest.raises(report.UncomputedNumber, match="26%"):
+        report.finding("06_rate", "It solves 26% of 4.", {"ours": wilson(1, 4)}, 4, wilson(1, 4), [0])
+
+
 def test_report_is_one_file_with_findings_figures_tables_and_links(results, notebooks):
     find()
     find(name="bench", sentence="An unnumbered finding.")
