@@ -7,7 +7,7 @@ work, and the policy reads the hidden state where the token stands.
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -107,7 +107,8 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch
 
 def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
     """Features from `vision_features` in the form in which transformers' models take them instead of pixels."""
-    return {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
+    rows: Any = list(image_features)
+    return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
 
 class Prompter:
@@ -271,7 +272,7 @@ def small_vlm(
         vision_config={**size(vision_width, vision_layers), "image_size": image_size, "patch_size": patch_size},
         text_config={**size(width, text_layers), "model_type": "llama", "num_key_value_heads": n_heads, **vocabulary},
         scale_factor=scale_factor,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         tie_word_embeddings=True,
         **{"initializer_range": width**-0.5},
     )

@@ -410,7 +410,7 @@ def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.
 def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
     """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `open_loop`'s table."""
     moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
-    squared = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
+    squared: Any = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
     return np.sqrt(squared).groupby("episode_index").mean()
 
 
@@ -427,8 +427,10 @@ def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first
     """
     rows = []
     for name, table in errors.items():
-        for (dimension, unit), group in table.groupby(["dimension", "unit"], observed=True, sort=False):
-            mean = bootstrap_mean(group.groupby("episode_index")[column].mean(), seed)
+        for key, group in table.groupby(["dimension", "unit"], observed=True, sort=False):
+            dimension, unit = cast(tuple, key)
+            per_episode: Any = group.groupby("episode_index")[column].mean()
+            mean = bootstrap_mean(per_episode, seed)
             row = {"name": name, "dimension": dimension, "unit": unit, "value": mean.mean}
             rows.append({**row, "low": mean.low, "high": mean.high, "n": mean.n})
     return pd.DataFrame(rows)

@@ -48,7 +48,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     sooner on it; the tower stands still meanwhile, so its features are computed once and the step costs little.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    common = {"augment": 0, "seed": seed}
+    common: dict[str, Any] = {"augment": 0, "seed": seed}
     tower = Stage(
         "detection", DETECTION, scenes, str(untrained_vlm(seed)), n_samples, batch_size=32, learning_rate=1.5e-3, **common
     )

@@ -192,7 +192,8 @@ def arm_xml(arm: Arm) -> str:
         <geom class="arm" type="sphere" size="{arm.radius * 1.15:.6g}" rgba="{joint_color}" mass=".6"/>{_segment(end, arm)}
         {text}</body>"""
     column = _segment(arm.links[0].pos, arm)
-    return f'<body name="base" pos="{_text(arm.base)}"><geom class="arm" type="cylinder" size=".07 .03" pos="0 0 .03" rgba="{joint_color}"/>{column}{text}</body>'
+    foot = f'<geom class="arm" type="cylinder" size=".07 .03" pos="0 0 .03" rgba="{joint_color}"/>'
+    return f'<body name="base" pos="{_text(arm.base)}">{foot}{column}{text}</body>'
 
 
 def actuator_xml(arm: Arm) -> str:

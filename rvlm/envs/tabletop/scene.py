@@ -31,7 +31,7 @@ class Setting:
 
     Attributes:
         distractors: Add two objects of shapes and colours never seen in training.
-        background: Table texture and surroundings never seen in training.
+        background: Table textures never seen in training.
         target: Target objects in colours never seen in training.
         lighting: Strong change of the lights.
         camera_shift: Largest shift of the static camera along each axis [m].
@@ -62,7 +62,8 @@ _HEAD = """<option timestep=".005" integrator="implicitfast" cone="elliptic" imp
   <headlight ambient=".38 .38 .38" diffuse=".42 .42 .42" specular="0 0 0"/><global offwidth="512" offheight="512"/></visual>
 <default><geom friction="1 .02 .001" solref=".01 1"/>
   <default class="arm"><geom contype="2" conaffinity="1" mass="1.2"/></default>
-  <default class="finger"><geom contype="2" conaffinity="1" mass=".05" friction="2 .05 .001" condim="4" solimp=".95 .99 .001"/></default>
+  <default class="finger">
+    <geom contype="2" conaffinity="1" mass=".05" friction="2 .05 .001" condim="4" solimp=".95 .99 .001"/></default>
   <default class="ghost"><geom contype="0" conaffinity="0"/></default></default>
 <asset>
   <texture name="sky" type="skybox" builtin="flat" rgb1=".80 .82 .85" rgb2=".80 .82 .85" width="8" height="8"/>
@@ -101,7 +102,8 @@ _FIXTURES = f"""
   <body name="slider" pos="0 0 .042">
     <joint name="slider" type="slide" axis="0 1 0" range="-{SLIDER_RANGE} {SLIDER_RANGE}" damping="4" frictionloss=".3"/>
     <geom type="box" size=".014 .014 .026" rgba=".05 .60 .62 1" mass=".06"/></body></body>
-<body name="zone"><geom class="ghost" name="zone" type="box" size="{ZONE_HALF} {ZONE_HALF} .0008" pos="0 0 .0002" rgba=".95 .95 .97 1"/></body>
+<body name="zone">
+  <geom class="ghost" name="zone" type="box" size="{ZONE_HALF} {ZONE_HALF} .0008" pos="0 0 .0002" rgba=".95 .95 .97 1"/></body>
 """
 
 
@@ -128,7 +130,8 @@ def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
 def scene_xml(arm: Arm) -> str:
     """The whole scene with this arm, as MJCF text."""
     objects = "".join(_object_xml(i) for i in range(N_OBJECTS)) + "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
-    camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{_look_at(arm.camera_pos, arm.camera_target)}" fovy="{arm.camera_fovy}"/>'
+    axes = _look_at(arm.camera_pos, arm.camera_target)
+    camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{axes}" fovy="{arm.camera_fovy}"/>'
     return f"""<mujoco model="tabletop">{_HEAD}{asset_xml(arm)}<worldbody>
     <light name="sun" pos=".2 -.5 1.6" dir="-.1 .3 -1" diffuse=".45 .45 .45" castshadow="false"/>{camera}
     <geom name="table" type="box" size=".55 .48 .02" pos="-.1 0 -.02" material="wood"/>

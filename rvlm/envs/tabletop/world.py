@@ -91,6 +91,7 @@ class World:
 
     @property
     def rotation_tcp_world(self) -> np.ndarray:
+        """Rotation matrix (3, 3) of the hand in the world frame; its z points out of the fingers."""
         return self.data.site_xmat[self._tcp].reshape(3, 3)
 
     @property
@@ -118,6 +119,7 @@ class World:
 
     @property
     def pos_handle(self) -> np.ndarray:
+        """Position (3,) of the drawer's handle [m], world frame."""
         return self.data.site_xpos[self._handle]
 
     def pos_fixture(self, name: str) -> np.ndarray:
@@ -170,7 +172,9 @@ class World:
         self.model.body_pos[self._bodies["zone"], :2] = spots[-1]
         for i in range(N_DISTRACTORS):
             body = self.model.body(f"distractor{i}").id
-            self.model.body_pos[body] = (rng.uniform(-0.1, 0.14), (-0.15, 0.19)[i], 0.02) if self.setting.distractors else (0, 0, -1)
+            self.model.body_pos[body] = (
+                (rng.uniform(-0.1, 0.14), (-0.15, 0.19)[i], 0.02) if self.setting.distractors else (0, 0, -1)
+            )
 
     def _spots(self, rng: np.random.Generator, n: int, gap: float = 0.1) -> list[np.ndarray]:
         """`n` places (2,) [m] at least `gap` apart; starts over when it has painted itself into a corner."""
@@ -211,6 +215,7 @@ class World:
         self.data.qpos[self._fixture_q[name]] = value
 
     def set_light(self, is_on: bool) -> None:
+        """Switch the light and show it."""
         self.is_light_on = is_on
         self._show_light()
 
@@ -236,7 +241,9 @@ class World:
         """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""
         mujoco.mj_jacSite(self.model, self.data, self._jacobian[:3], self._jacobian[3:], self._tcp)
         jacobian = self._jacobian[:, self._dofs]
-        error = np.concatenate([self.target_pos - self.pos_tcp_world, axis_angle(self.target_rotation @ self.rotation_tcp_world.T)])
+        error = np.concatenate(
+            [self.target_pos - self.pos_tcp_world, axis_angle(self.target_rotation @ self.rotation_tcp_world.T)]
+        )
         step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 4e-4 * np.eye(6), error)
         return np.clip(self.data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
 
