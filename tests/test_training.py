@@ -1,0 +1,300 @@
+"""Stages: every setting has an effect, a budget has one order, a killed stage ends where an unbroken one does."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, toy_frames
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.episodes import EpisodeWriter
+from rvlm.training import (
+    ROBOT,
+    VISION_LANGUAGE,
+    Budget,
+    Stage,
+    StageTrainer,
+    arguments,
+    augment,
+    last_checkpoint,
+    log_history,
+    run,
+    work,
+)
+
+ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
+
+
+@pytest.fixture
+def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    return Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 46, policy=ONE_STEP, batch_size=8, augment=1, n_processes=1)
+
+
+def trained(stage, folder):
+    """The stage in this process; its weights."""
+    work(stage, folder)
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def few(stage, n_steps=3, **changes):
+    return dataclasses.replace(stage, n_samples=n_steps * stage.batch_size, **changes)
+
+
+def moved(weights, others):
+    return max(float((weights[k] - others[k]).abs().max()) for k in weights)
+
+
+def distance(weights, others):
+    return sum(float(((weights[k] - others[k]) ** 2).sum()) for k in weights) ** 0.5
+
+
+# -- order and augmentation --------------------------------------------------------------------------------------------
+def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
+    budget = Budget(7, 20, seed=3, make=lambda i, rng: (i, rng.random()))
+    order = [budget.item(i) for i in range(20)]
+    assert len(budget) == 20
+    assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
+    assert order[:7] != order[7:14] and len(set(order[14:])) == 6
+
+
+def test_a_sample_depends_on_its_place_alone():
+    make = lambda i, rng: (i, rng.random())  # noqa: E731
+    whole, again = Budget(7, 20, 3, make), Budget(7, 20, 3, make)
+    forwards = [whole[i] for i in range(20)]
+    assert [again[i] for i in reversed(range(20))] == forwards[::-1]
+    assert len({value for _, value in forwards}) == 20
+    assert [Budget(7, 20, 4, make)[i] for i in range(20)] != forwards
+
+
+def test_augmentation_is_deterministic_and_moves_all_steps_of_a_camera_alike():
+    images = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), np.uint8), 3, axis=0)
+    out = augment(images, np.random.default_rng(5), 3)
+    assert out.shape == images.shape and out.dtype == np.uint8
+    assert np.array_equal(out, augment(images, np.random.default_rng(5), 3))
+    assert not np.array_equal(out, augment(images, np.random.default_rng(6), 3))
+    assert np.array_equal(out[0], out[2]) and not np.array_equal(out, images)
+    assert augment(images, np.random.default_rng(5), 0) is images
+
+
+def test_augmentation_shifts_each_camera_by_its_own():
+    images = np.zeros((1, 2, 33, 33, 3), np.uint8)
+    images[:, :, 16, 16] = 255
+    shifts = []
+    for seed in range(20):
+        spots = [
+            np.argwhere(view == view.max())[0, :2] - 16 for view in augment(images, np.random.default_rng(seed), 4)[0, ..., :1]
+        ]
+        assert np.abs(spots).max() <= 4
+        shifts.append(spots)
+    assert np.ptp(shifts, axis=0).min() >= 4 and any(not np.array_equal(a, b) for a, b in shifts)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+def test_an_unknown_field_is_an_error(stage):
+    with pytest.raises(TypeError, match="learning_rte"):
+        dataclasses.replace(stage, learning_rte=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "robots"}, "no kind 'robots'; there are .*robot"),
+        ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
+        ({"n_processes": 3}, "a batch_size that 3 processes can share evenly; got 8"),
+        ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
+    ],
+)
+def test_settings_that_would_not_be_followed_are_refused(stage, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(stage, **changes)
+
+
+def test_the_folder_is_named_by_what_makes_the_result(stage):
+    assert dataclasses.replace(stage, n_processes=2).folder == stage.folder
+    for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": 0}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
+        assert dataclasses.replace(stage, **changes).folder != stage.folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
+        {"augment": 3}, {"seed": 1}, {"is_pretrained": False}, {"freeze_vision": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_every_setting_has_an_effect(stage, changes, tmp_path, plain_weights):
+    """Law 23."""
+    assert moved(trained(few(stage, **changes), tmp_path / "changed"), plain_weights) > 1e-7
+
+
+@pytest.fixture(scope="module")
+def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", str(folder / "home"))
+        plain = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 24, policy=ONE_STEP, batch_size=8, augment=1, n_processes=1)
+        return trained(plain, folder)
+
+
+def test_clipping_bounds_what_one_step_can_do(stage, tmp_path, toy_vlm, toy_demos):
+    """Law 23: with plain gradient descent a clipped step is as long as the clip says."""
+    options = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant"}
+    for clip in (1e-3, 1e-2):
+        before, after = a_step(stage, tmp_path / str(clip), max_grad_norm=clip, per_device_train_batch_size=8, **options)
+        length = sum(float(((after[k] - before[k]) ** 2).sum()) for k in before) ** 0.5
+        assert length == pytest.approx(clip, rel=0.05)
+
+
+def test_accumulated_batches_equal_one_large_batch(stage, tmp_path):
+    """Law 23, for windows without masks: two halves of eight make the step of eight."""
+    options = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+    _, whole = a_step(stage, tmp_path / "whole", per_device_train_batch_size=8, **options)
+    _, halves = a_step(stage, tmp_path / "halves", per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+    _, half = a_step(stage, tmp_path / "half", per_device_train_batch_size=4, **options)
+    assert moved(whole, halves) < 1e-4 < moved(whole, half)
+
+
+def a_step(stage, folder, **options):
+    """Weights before and after training with options of the Trainer, on one fixed order of full windows."""
+    from rvlm.training import BUILDERS
+
+    torch.manual_seed(0)
+    model, _, data, collate = BUILDERS[ROBOT](stage)
+    full = [sample for i in range(60) if (sample := data[i])["action_mask"].all()][:8]
+    common = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(str(folder), train_sampling_strategy="sequential", **common, **options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    StageTrainer(model, args, train_dataset=full, data_collator=collate).train()
+    return before, model.state_dict()
+
+
+def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
+    args = arguments(dataclasses.replace(stage, warmup=0.5), tmp_path, world_size=1)
+    assert args.max_steps == 46 and args.warmup_steps == 23 and args.per_device_train_batch_size == 8
+    assert args.max_grad_norm == stage.max_grad_norm and args.weight_decay == stage.weight_decay
+
+
+def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
+    one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, schedule="constant", augment=0)
+    monkeypatch.setattr(Budget, "item", lambda self, i: i % 8)
+    work(one, tmp_path)
+    logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
+    assert np.mean(logged[-5:]) < 0.3 * logged[0]
+    assert {"arm_loss", "gripper_loss", "grad_norm", "learning_rate"} <= log_history(tmp_path)[0].keys()
+
+
+# -- killed and gone on ------------------------------------------------------------------------------------------------
+def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
+    """SIGKILL in the middle, to the asking process and not to the trainer: it ends too, and the next run goes on."""
+    unbroken = trained(stage, tmp_path / "unbroken")
+    partial = stage.folder.with_name(stage.folder.name + ".partial")
+    n_threads = torch.get_num_threads()  # sums in another order end another way
+    ask = f"from rvlm.training import Stage, run; run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
+    asking = subprocess.Popen([sys.executable, "-c", ask])
+    wait_for(lambda: last_checkpoint(partial / "trainer"))
+    asking.send_signal(signal.SIGKILL)
+    asking.wait()
+    assert partial.exists() and not stage.folder.exists()
+    wait_for(lambda: not trainers_of(partial))
+    first = Path(last_checkpoint(partial / "trainer")).name
+    model = run(stage, show_progress=False, n_threads=n_threads)
+    assert model == stage.folder / "model" and not partial.exists()
+    assert first in ("checkpoint-20", "checkpoint-40")
+    resumed = load_file(model / "model.safetensors")
+    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
+    steps = [entry["step"] for entry in log_history(stage.folder)]
+    assert steps == sorted(steps) and steps[-1] == 46
+    assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
+    assert run(stage, show_progress=False) == model, "nothing is trained twice"
+
+
+def wait_for(condition, timeout_s=300):
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def trainers_of(folder):
+    """Living processes that train into a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            arguments = path.read_text().split("\0")
+            found += [path.parent.name] if str(folder) in arguments and "rvlm.training" in arguments else []
+    return found
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((8, "{}"), (20, '{"global_step": 20}'), (100, '{"global_st'), (120, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
+
+
+def test_a_log_that_was_cut_short_is_read(tmp_path):
+    lines = [{"step": s, "loss": 1.0} for s in (1, 2, 3)] + [{"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.4}]
+    lines.append({"step": 3, "train_runtime": 1.0})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
+    assert log_history(tmp_path) == [lines[0], *lines[3:]]
+    assert log_history(tmp_path / "none") == []
+
+
+def test_two_processes_learn_what_one_does(stage, tmp_path):
+    """The same batches, shared over gloo: with nothing masked the mean of the halves' means is the mean of the whole."""
+    few_steps = few(stage, 6, n_processes=2, policy={**ONE_STEP, "chunk_size": 1})
+    one = trained(dataclasses.replace(few_steps, n_processes=1), tmp_path / "one")
+    two = load_file(run(few_steps, show_progress=False, n_threads=1) / "model.safetensors")
+    other_order = trained(dataclasses.replace(few_steps, n_processes=1, augment=0), tmp_path / "other")
+    assert distance(one, two) < 0.1 * distance(one, other_order)
+    logged = (few_steps.folder / "output.txt").read_text()
+    assert log_history(few_steps.folder)[-1]["step"] == 6, logged
+
+
+def test_a_stage_that_fails_says_why(stage, tmp_path):
+    broken = dataclasses.replace(stage, data=(str(tmp_path / "nowhere"),))
+    with pytest.raises(RuntimeError, match=r"(?s)stage 'toy' failed.*expected a LeRobot dataset with meta/info.json") as raised:
+        run(broken, show_progress=False, n_threads=1)
+    assert "nowhere" in str(raised.value) and not broken.folder.exists()
+
+
+# -- going on with a policy --------------------------------------------------------------------------------------------
+def test_a_policy_goes_on_with_its_own_settings_and_statistics(stage, tmp_path):
+    trained(few(stage), tmp_path / "first")
+    onwards = few(stage, init=str(tmp_path / "first" / "model"))
+    before, after = (json.loads((trained_config(s, tmp_path / n)).read_text()) for s, n in ((onwards, "a"), (few(stage), "b")))
+    assert before["stats"] == after["stats"]
+    with pytest.raises(ValueError, match=r"expected its own settings.*got \{'chunk_size': \(5, 3\)\}"):
+        work(dataclasses.replace(onwards, policy={"chunk_size": 5}), tmp_path / "c")
+    with pytest.raises(ValueError, match="is_pretrained=False; leave them out, or start from a vision-language model"):
+        work(dataclasses.replace(onwards, is_pretrained=False), tmp_path / "d")
+
+
+def trained_config(stage, folder):
+    work(stage, folder)
+    return folder / "model" / "config.json"
+
+
+def test_a_policy_is_refused_on_demonstrations_of_another_robot(stage, tmp_path):
+    trained(few(stage), tmp_path / "first")
+    spec = ActionSpec.from_card("tabletop_ur6")
+    writer = EpisodeWriter(tmp_path / "ur6", spec)
+    for seed in range(10):
+        writer.add_episode(toy_frames(spec, 5, seed), TEXTS[0])
+    other = few(stage, init=str(tmp_path / "first" / "model"), data=(str(writer.finalize()),))
+    with pytest.raises(SpecMismatch, match=r"policy vs demonstrations.*gripper_open"):
+        work(other, tmp_path / "second")
