@@ -341,7 +341,8 @@ def test_a_point_projects_to_where_it_is_drawn(robot, camera):
         world = env.world
         for i in (1, 2):
             world.place_object(i, np.array([0, 0.2 * i, -0.6]))
-        under = world.pos_tcp_world + world.rotation_tcp_world[:, 0] * 0.06
+        forward, aside = ((0.01, 0.03), (0.01, -0.03), (0.12, 0.03), (0.12, -0.03))[seed]  # well away from the middle
+        under = world.pos_tcp_world + world.rotation_tcp_world[:, :2] @ (forward, aside)
         world.place_object(0, np.array([*(under[:2] if camera == "wrist" else (0.12, 0.05)), 0.024]))
         world.model.geom_rgba[world.model.geom("object0").id] = (1, 0, 1, 1)
         mujoco.mj_forward(world.model, world.data)
