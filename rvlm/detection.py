@@ -78,7 +78,7 @@ class Detector(nn.Module):
         kind_loss = F.cross_entropy(kind.reshape(-1, len(SHAPES)), shape.reshape(-1), ignore_index=-100)
         flag_loss = F.binary_cross_entropy_with_logits(self.flags(features[:, 0].mean(1)), flags)
         losses = {"presence_loss": detection, "offset_loss": offset_loss, "shape_loss": kind_loss, "flag_loss": flag_loss}
-        return ModelOutput(loss=detection + offset_loss + 0.5 * kind_loss + 0.5 * flag_loss, **losses)
+        return ModelOutput(loss=detection + 3 * offset_loss + 0.5 * kind_loss + 0.5 * flag_loss, **losses)
 
     def save_pretrained(self, folder: Any) -> None:
         """Keep the backbone; the read-out has done its work."""

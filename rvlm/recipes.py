@@ -4,10 +4,8 @@
 package ships it. Stages and demonstrations are kept in the artifacts folder, so every recipe resumes.
 """
 
-import dataclasses
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 
 from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
-from rvlm.envs.tabletop.questions import N_LOCATIONS, collect_scenes, vocabulary
+from rvlm.envs.tabletop.questions import collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.report import artifacts_dir, provenance
 from rvlm.training import DETECTION, ROBOT, VISION_LANGUAGE, Stage, run
@@ -32,7 +30,7 @@ def untrained_vlm(seed: int = 0) -> Path:
     final = artifacts_dir() / "stages" / f"untrained-vlm-{seed}"
     if not final.exists():
         torch.manual_seed(seed)
-        tokenizer = train_tokenizer(vocabulary(), [f"<loc{i:02d}>" for i in range(N_LOCATIONS)])
+        tokenizer = train_tokenizer(vocabulary(), location_tokens())
         model, processor = small_vlm(tokenizer)
         partial = final.with_name(final.name + ".partial")
         model.save_pretrained(partial)
@@ -42,23 +40,25 @@ def untrained_vlm(seed: int = 0) -> Path:
 
 
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Stage 1 on rendered scenes, in three steps: the tower detects, the language model points, then both answer.
+    """Stage 1 on rendered scenes, in four steps: the tower detects, the language model points, then answers, then all do.
 
     Pointing (a name, and where it is) comes before free questions because the circuit that binds a word to a place forms
-    sooner on it; the tower stands still meanwhile, so its features are computed once and the step costs little.
+    sooner on it. The tower stands still while the language model learns, so its features are computed once and a step
+    costs little. The budgets of the steps before the last are multiples of `n_samples`.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    common: dict[str, Any] = {"augment": 0, "seed": seed}
+    frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, "augment": 0, "seed": seed}
     tower = Stage(
-        "detection", DETECTION, scenes, str(untrained_vlm(seed)), n_samples, batch_size=32, learning_rate=1.5e-3, **common
-    )
-    pointing = Stage(
-        "pointing", VISION_LANGUAGE, scenes, str(run(tower)), 2 * n_samples,
-        dialogue={"n": 10, "kinds": ("point", "point_wrist")}, freeze_vision=True, learning_rate=2e-3, **common,
+        "detection", DETECTION, scenes, str(untrained_vlm(seed)), 6 * n_samples,
+        batch_size=32, learning_rate=1.5e-3, augment=0, seed=seed,
     )  # fmt: skip
+    point = {"n": 10, "kinds": ("point", "point_wrist")}
+    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 4 * n_samples, dialogue=point, **frozen)
+    answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
     return Stage(
-        "vision_language", VISION_LANGUAGE, scenes, str(run(pointing)), n_samples, batch_size=32, learning_rate=1e-3, **common
-    )
+        "vision_language", VISION_LANGUAGE, scenes, str(run(answering)), n_samples,
+        batch_size=32, learning_rate=5e-4, augment=0, seed=seed,
+    )  # fmt: skip
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
@@ -81,15 +81,27 @@ def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
 
 
 def ship(stage: Stage, target: Path, command: str) -> Path:
-    """Train `stage` and put its model where the package ships it, with a card of how it was made."""
-    started = time.time()
+    """Train `stage` and put its model where the package ships it, with a card of how it and what it started from were made."""
     model = run(stage)
-    card = {"command": command, "stage": dataclasses.asdict(stage) | {"data": len(stage.data)}, **provenance()}
-    seconds = json.loads((model.parent / "seconds.json").read_text())
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial)
-    (partial / "made.json").write_text(json.dumps({**card, "seconds": seconds or time.time() - started}, indent=1, default=str))
+    card = {"command": command, "stages": lineage(model), **provenance()}
+    (partial / "made.json").write_text(json.dumps(card, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     return target
+
+
+def lineage(model: str | Path) -> list[dict[str, Any]]:
+    """The stages that made a model, the first first: settings, number of data folders and seconds of each."""
+    folder = Path(model).parent
+    if not (folder / "stage.json").exists():
+        return []
+    stage = json.loads((folder / "stage.json").read_text())
+    told = {"data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": _seconds(folder)}
+    return [*lineage(stage["init"]), {**stage, **told}]
+
+
+def _seconds(folder: Path) -> float:
+    return round(json.loads((folder / "seconds.json").read_text()), 1)

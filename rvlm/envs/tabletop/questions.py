@@ -23,8 +23,9 @@ from rvlm.envs.tabletop.world import World
 from rvlm.recording import exit_with_parent
 from rvlm.report import artifacts_dir
 
-N_LOCATIONS = 32  # bins per axis of an image, and of an offset
-OFFSET_RANGE = 0.32  # offsets from the gripper are binned over plus and minus this [m]
+N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
+OFFSET_RANGE = 0.32  # offsets are binned over plus and minus this [m]
+SIDE_MARGIN = 0.04  # two things are compared along an axis of the image where they are at least this far apart, in [0, 1]
 FIXTURES = {
     "drawer handle": lambda world: world.pos_handle,
     "button": lambda world: world.pos_fixture("button"),
@@ -35,9 +36,14 @@ FIXTURES = {
 Question = tuple[str, str]
 
 
-def location_token(value: float) -> str:
+def location_token(value: float, n_bins: int = N_LOCATIONS) -> str:
     """The token of a coordinate in [0, 1]; values outside fall into the outermost bins."""
-    return f"<loc{int(np.clip(value * N_LOCATIONS, 0, N_LOCATIONS - 1)):02d}>"
+    return f"<loc{int(np.clip(value * n_bins, 0, n_bins - 1)):02d}>"
+
+
+def location_tokens() -> list[str]:
+    """All of them: what a tokenizer must hold."""
+    return [f"<loc{i:02d}>" for i in range(max(N_LOCATIONS, N_OFFSETS))]
 
 
 def record(world: World) -> dict:
@@ -140,15 +146,16 @@ def offset(scene: dict, rng: np.random.Generator) -> Question:
     """Grounding in space: how far something is from the gripper, in three binned world axes."""
     names = scene["names"]
     i = int(rng.integers(len(names) - 1))
-    delta = np.subtract(scene["pos"][i], scene["pos"][names.index("gripper")])
-    return f"how far is the {names[i]} from the gripper ?", "".join(map(location_token, delta / (2 * OFFSET_RANGE) + 0.5))
+    delta = np.subtract(scene["pos"][i], scene["pos"][names.index("gripper")]) / (2 * OFFSET_RANGE) + 0.5
+    return f"how far is the {names[i]} from the gripper ?", "".join(location_token(d, N_OFFSETS) for d in delta)
 
 
 def side(scene: dict, rng: np.random.Generator) -> Question:
-    """Spatial relation of two things in the static image."""
-    i, j = rng.permutation(len(scene["names"]) - 1)[:2]
-    axis = int(rng.integers(2))
-    word = (("left of", "right of"), ("behind", "in front of"))[axis][scene["static"][i][axis] > scene["static"][j][axis]]
+    """Spatial relation of two things in the static image that are clearly apart."""
+    places, axis = np.array(scene["static"])[:-1], int(rng.integers(2))
+    delta = places[:, None, axis] - places[None, :, axis]
+    i, j = rng.choice(np.argwhere(abs(delta) > SIDE_MARGIN))
+    word = (("left of", "right of"), ("behind", "in front of"))[axis][int(delta[i, j] > 0)]
     asked = str(rng.choice(("left of", "right of") if axis == 0 else ("behind", "in front of")))
     return f"is the {scene['names'][i]} {asked} the {scene['names'][j]} ?", "yes" if word == asked else "no"
 
@@ -229,19 +236,19 @@ def paraphrase(scene: dict, rng: np.random.Generator) -> Question:
 
 
 KINDS: dict[str, tuple[Callable[[dict, np.random.Generator], Question], float]] = {  # kind -> (maker, weight)
-    "point": (point, 3.0),
-    "point_wrist": (point_wrist, 3.0),
+    "point": (point, 1.0),
+    "point_wrist": (point_wrist, 1.0),
     "where": (where, 3.0),
     "where_wrist": (where_wrist, 2.0),
     "offset": (offset, 4.0),
-    "side": (side, 1.0),
-    "color": (color, 0.7),
-    "shape": (shape, 0.7),
-    "count": (count, 0.5),
-    "held": (held, 0.5),
-    "drawer": (drawer, 0.4),
-    "light": (light, 0.4),
-    "gripper": (gripper, 0.4),
+    "side": (side, 2.0),
+    "color": (color, 1.5),
+    "shape": (shape, 1.5),
+    "count": (count, 1.5),
+    "held": (held, 1.0),
+    "drawer": (drawer, 0.5),
+    "light": (light, 0.5),
+    "gripper": (gripper, 0.5),
     "caption": (caption, 0.6),
     "paraphrase": (paraphrase, 0.8),
 }
