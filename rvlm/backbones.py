@@ -25,6 +25,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # a bar for each file of weights, which load at once here and are named when they do not
 
 ACT = "<act>"
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model

@@ -16,7 +16,7 @@ from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.report import artifacts_dir, provenance
-from rvlm.training import DETECTION, ROBOT, VISION_LANGUAGE, Stage, run
+from rvlm.training import DETECTION, ROBOT, VISION_LANGUAGE, Stage, run, seconds_of
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
@@ -99,9 +99,5 @@ def lineage(model: str | Path) -> list[dict[str, Any]]:
     if not (folder / "stage.json").exists():
         return []
     stage = json.loads((folder / "stage.json").read_text())
-    told = {"data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": _seconds(folder)}
+    told = {"data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": seconds_of(folder)}
     return [*lineage(stage["init"]), {**stage, **told}]
-
-
-def _seconds(folder: Path) -> float:
-    return round(json.loads((folder / "seconds.json").read_text()), 1)

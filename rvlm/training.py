@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
@@ -321,16 +322,23 @@ BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _ro
 
 # -- running -----------------------------------------------------------------------------------------------------------
 class LogFile(TrainerCallback):
-    """Appends every log entry to a file, from which another process can follow the training."""
+    """Appends every log entry to a file, from which another process can follow the training.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    An entry's `seconds` are those of the stage so far, from the making of this object on, earlier runs that were killed
+    counted up to their last entry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.started = folder / "log.jsonl", time.time()
+        self.seconds_before = seconds_of(folder)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """One line of JSON."""
         if state.is_world_process_zero:
+            seconds = round(self.seconds_before + time.time() - self.started, 1)
+            entry = {**(logs or {}), "step": state.global_step, "n_steps": state.max_steps, "seconds": seconds}
             with self.path.open("a") as file:
-                file.write(json.dumps({**(logs or {}), "step": state.global_step, "n_steps": state.max_steps}) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
 
 class StageTrainer(Trainer):
@@ -346,7 +354,7 @@ class StageTrainer(Trainer):
             inputs["mm_encoder_outputs"] = as_encoder_outputs(inputs.pop("image_features"))
         outputs = model(**inputs)
         if self.state.global_step % self.args.logging_steps == 0:
-            self._parts = {k: float(v) for k, v in outputs.items() if k.endswith("_loss")}
+            self._parts = {k: float(v.detach()) for k, v in outputs.items() if k.endswith("_loss")}
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -385,9 +393,10 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
 def work(stage: Stage, folder: Path) -> None:
     """Train in this process (one of `WORLD_SIZE`); the result is `folder/model`."""
     torch.manual_seed(stage.seed)
+    log = LogFile(folder)
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
-    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[LogFile(folder / "log.jsonl")])
+    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "model")
@@ -418,12 +427,17 @@ def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) 
         RuntimeError: Training failed; the message holds the end of its log.
     """
     final = stage.folder
-    if final.exists():
-        return final / "model"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_name(final.name + ".lock")):  # who asks for the same stage meanwhile waits for it
+        if not final.exists():
+            _train(stage, final, show_progress, n_threads)
+    return final / "model"
+
+
+def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None) -> None:
     partial = final.with_name(final.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     (partial / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1))
-    started = time.time()
     with (partial / "output.txt").open("ab") as output:
         environment = _environment(stage, n_threads)
         process = subprocess.Popen(
@@ -437,9 +451,7 @@ def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) 
                 process.wait()
     if process.returncode:
         raise RuntimeError(f"stage {stage.name!r} failed: {(partial / 'output.txt').read_text()[-3000:]}")
-    (partial / "seconds.json").write_text(json.dumps(time.time() - started))
     partial.replace(final)
-    return final / "model"
 
 
 def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
@@ -495,6 +507,12 @@ def log_history(folder: Path) -> list[dict[str, float]]:
     return entries
 
 
+def seconds_of(folder: Path) -> float:
+    """How long a stage has trained so far [s], or 0; `folder` is the stage's, finished or not."""
+    entries = log_history(folder)
+    return entries[-1].get("seconds", 0.0) if entries else 0.0
+
+
 def exit_with(pid: int) -> None:
     """End this process when process `pid` is gone, as `exit_with_parent` does for a child.
 
@@ -507,7 +525,7 @@ def exit_with(pid: int) -> None:
                 os.kill(pid, 0)
             except ProcessLookupError:
                 os._exit(1)
-            time.sleep(1)
+            time.sleep(0.5)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -54,6 +54,9 @@ class VLAConfig(PreTrainedConfig):
     stats: dict | None = None
 
 
+AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
+
+
 def check_structure(config: VLAConfig) -> None:
     """Refuse combinations that mean nothing.
 

@@ -6,7 +6,7 @@ import torch
 
 from rvlm import grounding
 from rvlm.backbones import ACT, Prompter, parts, small_vlm, train_tokenizer
-from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
+from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS, location_tokens
 
 
 class Scenes(list):
@@ -28,7 +28,7 @@ SCENE = {
 
 def make():
     texts = [part for asked in grounding.draw_exam(SCENES, 5) for part in asked[2:]]
-    return small_vlm(train_tokenizer(texts, [f"<loc{i:02d}>" for i in range(N_LOCATIONS)]), image_size=48)
+    return small_vlm(train_tokenizer(texts, location_tokens()), image_size=48)
 
 
 SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
@@ -37,7 +37,7 @@ SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
 def test_an_exam_asks_only_what_it_says_it_asks():
     exam = grounding.draw_exam(SCENES, 20)
     assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(KINDS, 20)
-    assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc09><loc12>"}  # the one thing in view
+    assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc04><loc06>"}  # the one thing in view
     assert {a.question for a in exam if a.kind == "color"} == {"what color is the cube ?"}
     assert {a.question for a in exam if a.kind == "point_wrist"} == {"wrist red cube"}
     assert exam == grounding.draw_exam(SCENES, 20)
@@ -92,8 +92,8 @@ def test_a_model_takes_an_exam_and_speaks():
 
 
 def test_places_are_the_centres_of_bins():
-    found = grounding.places(["<loc00><loc31>", "out of view", "<loc01>"])
-    assert found[0].tolist() == [0.5 / N_LOCATIONS, 31.5 / N_LOCATIONS] and np.isnan(found[1:]).all()
+    found = grounding.places(["<loc00><loc15>", "out of view", "<loc01>"])
+    assert found[0].tolist() == [0.5 / N_LOCATIONS, 15.5 / N_LOCATIONS] and np.isnan(found[1:]).all()
 
 
 def test_parts_add_up_and_a_ribbon_names_each_token():

@@ -94,7 +94,10 @@ def test_constant_baseline_predicts_the_training_mean(dataset):
     expected = np.abs(SPEC.to_si(action[5:] - action[:5].mean(0)))
     dx = errors[errors["dimension"] == "dx"]
     np.testing.assert_allclose(dx["first"], expected[:, 0], rtol=1e-5)
-    assert dx["frame_index"].tolist() == list(range(7)) and set(errors.loc[errors["dimension"] == "gripper", "first"]) <= {0.0, 1.0}
+    assert dx["frame_index"].tolist() == list(range(7)) and set(errors.loc[errors["dimension"] == "gripper", "first"]) <= {
+        0.0,
+        1.0,
+    }
 
 
 def test_film_names_the_seeds_that_exist():

@@ -10,7 +10,9 @@ from rvlm.envs.tabletop import questions
 from rvlm.envs.tabletop.questions import (
     KINDS,
     N_LOCATIONS,
+    N_OFFSETS,
     OFFSET_RANGE,
+    SIDE_MARGIN,
     Scenes,
     collect_scenes,
     draw,
@@ -50,12 +52,12 @@ def thing(question, names=NAMES):
     return names.index(name)
 
 
-def tokens(*values):
-    return "".join(f"<loc{int(np.clip(v * N_LOCATIONS, 0, N_LOCATIONS - 1)):02d}>" for v in values)
+def tokens(*values, n_bins=N_LOCATIONS):
+    return "".join(f"<loc{int(np.clip(v * n_bins, 0, n_bins - 1)):02d}>" for v in values)
 
 
 @pytest.mark.parametrize(
-    ("value", "token"), [(0, "<loc00>"), (0.999, "<loc31>"), (1, "<loc31>"), (-3, "<loc00>"), (0.5, "<loc16>")]
+    ("value", "token"), [(0, "<loc00>"), (0.999, "<loc15>"), (1, "<loc15>"), (-3, "<loc00>"), (0.5, "<loc08>")]
 )
 def test_a_location_is_one_of_the_bins(value, token):
     assert location_token(value) == token
@@ -78,7 +80,7 @@ def test_what_the_wrist_camera_does_not_see_is_out_of_view():
 def test_offsets_are_measured_from_the_gripper():
     for question, answer in asked("offset"):
         delta = np.subtract(SCENE["pos"][thing(question, NAMES[:-1])], SCENE["pos"][-1])
-        assert answer == tokens(*(delta / (2 * OFFSET_RANGE) + 0.5))
+        assert answer == tokens(*(delta / (2 * OFFSET_RANGE) + 0.5), n_bins=N_OFFSETS)
 
 
 def test_relations_are_those_of_the_image():
@@ -88,6 +90,8 @@ def test_relations_are_those_of_the_image():
         a, b = (SCENE["static"][NAMES.index(name)] for name in (match[1], match[3]))
         truth = {"left of": a[0] < b[0], "right of": a[0] > b[0], "behind": a[1] < b[1], "in front of": a[1] > b[1]}[match[2]]
         assert answer == ("yes" if truth else "no")
+        axis = 0 if match[2] in ("left of", "right of") else 1
+        assert abs(a[axis] - b[axis]) > SIDE_MARGIN, "too close to tell"
         said.add((match[2], answer))
     assert len(said) == 8
 

@@ -206,6 +206,10 @@ def test_the_repositorys_readme_is_up_to_date():
 
 def test_published_results_carry_their_source_and_unknown_ones_name_what_exists():
     table = report.published("calvin", "ABCD->D")
-    assert set(table["split"]) == {"ABCD->D"} and table["source"].notna().all() and "policy-head continuous" in set(table["structure"])
+    assert (
+        set(table["split"]) == {"ABCD->D"}
+        and table["source"].notna().all()
+        and "policy-head continuous" in set(table["structure"])
+    )
     with pytest.raises(ValueError, match="no published results of 'metaworld', split None; there are calvin"):
         report.published("metaworld")

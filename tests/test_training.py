@@ -198,6 +198,7 @@ def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
 # -- killed and gone on ------------------------------------------------------------------------------------------------
 def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     """SIGKILL in the middle, to the asking process and not to the trainer: it ends too, and the next run goes on."""
+    stage = few(stage, 100)  # the trainer looks for its asker twice a second, so it must have seconds left
     unbroken = trained(stage, tmp_path / "unbroken")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     n_threads = torch.get_num_threads()  # sums in another order end another way
@@ -211,11 +212,11 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     first = Path(last_checkpoint(partial / "trainer")).name
     model = run(stage, show_progress=False, n_threads=n_threads)
     assert model == stage.folder / "model" and not partial.exists()
-    assert first in ("checkpoint-20", "checkpoint-40")
+    assert first in ("checkpoint-20", "checkpoint-40", "checkpoint-60", "checkpoint-80")
     resumed = load_file(model / "model.safetensors")
     assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
     steps = [entry["step"] for entry in log_history(stage.folder)]
-    assert steps == sorted(steps) and steps[-1] == 46
+    assert steps == sorted(steps) and steps[-1] == 100
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
     assert run(stage, show_progress=False) == model, "nothing is trained twice"
 

@@ -152,10 +152,10 @@ def offset(scene: dict, rng: np.random.Generator) -> Question:
 
 def side(scene: dict, rng: np.random.Generator) -> Question:
     """Spatial relation of two things in the static image that are clearly apart."""
-    places, axis = np.array(scene["static"])[:-1], int(rng.integers(2))
-    delta = places[:, None, axis] - places[None, :, axis]
-    i, j = rng.choice(np.argwhere(abs(delta) > SIDE_MARGIN))
-    word = (("left of", "right of"), ("behind", "in front of"))[axis][int(delta[i, j] > 0)]
+    places = np.array(scene["static"])[:-1]
+    delta = places[:, None] - places  # (things, things, 2)
+    i, j, axis = rng.choice(np.argwhere(abs(delta) > SIDE_MARGIN))
+    word = (("left of", "right of"), ("behind", "in front of"))[axis][int(delta[i, j, axis] > 0)]
     asked = str(rng.choice(("left of", "right of") if axis == 0 else ("behind", "in front of")))
     return f"is the {scene['names'][i]} {asked} the {scene['names'][j]} ?", "yes" if word == asked else "no"
 
