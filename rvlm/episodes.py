@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from rvlm.actions import NormStats, SpecMismatch
-from rvlm.reading import EpisodeDataset, Episodes, Index, artifacts
+from rvlm.reading import EpisodeDataset, Episodes, Index
 from rvlm.recording import EpisodeWriter, collect
 from rvlm.video import EpisodeError
 
-__all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "artifacts", "collect", "split"]
+__all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "collect", "split"]
 
 Paraphrase = Callable[[str, np.random.Generator], str]
 

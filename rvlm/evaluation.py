@@ -321,7 +321,7 @@ def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size:
     Returns:
         `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
     """
-    from rvlm.training import RobotCollator
+    from rvlm.batches import RobotCollator
 
     collate, spec, stats = RobotCollator(policy.prompter.processor, len(windows.cameras)), policy.model.spec, policy.model.stats
     parts: list[dict[str, np.ndarray]] = []

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 
 from rvlm.backbones import Prompter, pad
+from rvlm.batches import DialogueCollator, encode_dialogue
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
 from rvlm.statistics import Rate, wilson
-from rvlm.training import DialogueCollator, encode_dialogue
 
 LOCATION = re.compile(r"<loc(\d+)>")
 GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens

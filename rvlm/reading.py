@@ -18,16 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rvlm.actions import ActionSpec, NormStats, SpecMismatch, StatsAccumulator, stack_column
+from rvlm.report import artifacts_dir
 from rvlm.video import EpisodeError, iterate_frames, read_frames
 
 READABLE = ("v3.0", "v2.1")
 Index = int | np.integer
 Episodes = Iterable[int] | np.ndarray
-
-
-def artifacts() -> Path:
-    """Folder of datasets, checkpoints and caches: ``$RVLM_HOME``, or ``artifacts`` beside the package."""
-    return Path(os.environ.get("RVLM_HOME") or Path(__file__).resolve().parents[1] / "artifacts")
 
 
 class EpisodeDataset:
@@ -267,7 +263,7 @@ class EpisodeDataset:
         They stand in the artifacts folder, under a name made from the videos' content.
         """
         cameras = tuple(cameras or self.cameras)
-        folder = artifacts() / "frames" / self._content_hash(cameras)
+        folder = artifacts_dir() / "frames" / self._content_hash(cameras)
         if not folder.is_dir():
             temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
             shutil.rmtree(temporary, ignore_errors=True)

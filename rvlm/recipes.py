@@ -16,7 +16,8 @@ from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.report import artifacts_dir, provenance
-from rvlm.training import DETECTION, ROBOT, VISION_LANGUAGE, Stage, run, seconds_of
+from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training import run, seconds_of
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation

@@ -177,7 +177,8 @@ def ridge_probe(features: np.ndarray, targets: np.ndarray, unseen: np.ndarray, p
     """What a linear probe reads from features that it was not fitted to: predictions ``(n_unseen, m)``.
 
     Args:
-        features, targets: ``(n, d)`` and ``(n, m)`` that the probe is fitted to.
+        features: ``(n, d)`` that the probe is fitted to.
+        targets: ``(n, m)``, likewise.
         unseen: features ``(n_unseen, d)``.
         penalty: of the squared weights, on features scaled to unit deviation.
 

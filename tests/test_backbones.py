@@ -17,8 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from rvlm.actions import ActionSpec
 from rvlm.backbones import ACT, Prompter, load_backbone, load_processor, pad, small_vlm, train_tokenizer
+from rvlm.batches import RobotCollator, encode_dialogue
 from rvlm.policy import Policy
-from rvlm.training import RobotCollator, encode_dialogue
 from rvlm.vla import make_vla
 
 RNG = np.random.default_rng(0)

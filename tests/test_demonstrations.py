@@ -11,7 +11,8 @@ from rvlm.envs.tabletop import demonstrations
 from rvlm.envs.tabletop.demonstrations import NOISE_PER_DIM, Collection, collect_demonstrations, demonstrate, make_shard
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.episodes import EpisodeDataset, Windows, split
-from rvlm.training import ROBOT, Stage, work
+from rvlm.stages import ROBOT, Stage
+from rvlm.training import work
 
 SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light"), image_size=48)
 

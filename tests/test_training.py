@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,20 +19,10 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.batches import Budget, augment
 from rvlm.episodes import EpisodeWriter
-from rvlm.training import (
-    ROBOT,
-    VISION_LANGUAGE,
-    Budget,
-    Stage,
-    StageTrainer,
-    arguments,
-    augment,
-    last_checkpoint,
-    log_history,
-    run,
-    work,
-)
+from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training import LogFile, StageTrainer, arguments, last_checkpoint, log_history, run, seconds_of, work
 
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
 
@@ -168,7 +160,7 @@ def test_accumulated_batches_equal_one_large_batch(stage, tmp_path):
 
 def a_step(stage, folder, **options):
     """Weights before and after training with options of the Trainer, on one fixed order of full windows."""
-    from rvlm.training import BUILDERS
+    from rvlm.batches import BUILDERS
 
     torch.manual_seed(0)
     model, _, data, collate = BUILDERS[ROBOT](stage)
@@ -202,7 +194,7 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     unbroken = trained(stage, tmp_path / "unbroken")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     n_threads = torch.get_num_threads()  # sums in another order end another way
-    ask = f"from rvlm.training import Stage, run; run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
+    ask = f"from rvlm.stages import Stage; from rvlm.training import run; run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
     asking = subprocess.Popen([sys.executable, "-c", ask])
     wait_for(lambda: last_checkpoint(partial / "trainer"))
     asking.send_signal(signal.SIGKILL)
@@ -264,6 +256,21 @@ def test_two_processes_learn_what_one_does(stage, tmp_path):
     assert distance(one, two) < 0.1 * distance(one, other_order)
     logged = (few_steps.folder / "output.txt").read_text()
     assert log_history(few_steps.folder)[-1]["step"] == 6, logged
+
+
+def test_two_who_ask_for_one_stage_at_once_get_one_training(stage):
+    short = few(stage, 6)
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(lambda _: run(short, show_progress=False, n_threads=1), range(2)))
+    assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
+
+
+def test_seconds_count_on_after_a_kill(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 8, "loss": 1.0, "seconds": 40.0}\n')
+    log = LogFile(tmp_path)
+    log.started -= 2.0
+    log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=9, max_steps=10), None, {"loss": 0.9})
+    assert 42.0 <= seconds_of(tmp_path) < 60.0 and seconds_of(tmp_path / "none") == 0.0
 
 
 def test_a_stage_that_fails_says_why(stage, tmp_path):

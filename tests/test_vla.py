@@ -13,9 +13,9 @@ from test_backbones import llava  # noqa: F401  (a fixture)
 
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import Prompter, load_backbone, load_processor
+from rvlm.batches import DialogueCollator, RobotCollator
 from rvlm.heads import LSTMHistory, MLPHead
 from rvlm.policy import Policy
-from rvlm.training import DialogueCollator, RobotCollator
 from rvlm.vla import load_vla, make_vla
 
 SPEC = ActionSpec.from_card("tabletop_franka7")

@@ -1,0 +1,71 @@
+"""The house look and the signature figures.
+
+Every function takes plain arrays and returns a matplotlib ``Figure`` that is already as wide as a paper's column
+(`COLUMN_IN`) or page (`PAGE_IN`). A title is a sentence, axes carry units, colour never speaks alone, and the same action
+dimension or policy structure has the same colour everywhere (`dimension_color`, `structure_color`).
+"""
+
+from rvlm.plots.charts import (
+    compare_losses,
+    error_against_success,
+    error_by_bins,
+    estimates,
+    loss_curves,
+    rates_by_group,
+    success_bars,
+)
+from rvlm.plots.look import (
+    COLUMN_IN,
+    DIMENSIONS,
+    PAGE_IN,
+    PALETTE,
+    STRUCTURES,
+    dimension_color,
+    structure_color,
+    style,
+)
+from rvlm.plots.motion import action_curves, hand_path, histograms
+from rvlm.plots.pictures import (
+    Frames,
+    attention_overlay,
+    explore,
+    filmstrip,
+    gallery,
+    grounding_overlay,
+    mp4,
+    observation,
+    player,
+)
+from rvlm.plots.ribbon import TOKEN_COLORS, token_map
+
+__all__ = [
+    "COLUMN_IN",
+    "DIMENSIONS",
+    "PAGE_IN",
+    "PALETTE",
+    "STRUCTURES",
+    "TOKEN_COLORS",
+    "Frames",
+    "action_curves",
+    "attention_overlay",
+    "compare_losses",
+    "dimension_color",
+    "error_against_success",
+    "error_by_bins",
+    "estimates",
+    "explore",
+    "filmstrip",
+    "gallery",
+    "grounding_overlay",
+    "hand_path",
+    "histograms",
+    "loss_curves",
+    "mp4",
+    "observation",
+    "player",
+    "rates_by_group",
+    "structure_color",
+    "style",
+    "success_bars",
+    "token_map",
+]

@@ -1,0 +1,235 @@
+"""Losses, errors and rates, each with its interval and its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from rvlm.plots.look import (
+    COLUMN_IN,
+    NEUTRAL,
+    PAGE_IN,
+    PALETTE,
+    dimension_color,
+    headline,
+    structure_color,
+    styled,
+)
+from rvlm.statistics import wilson
+
+
+@styled
+def error_by_bins(table: pd.DataFrame, title: str, needed: float | None = None) -> Figure:
+    """Round-trip error over the number of bins, both logarithmic: translations in mm on the left, rotations in mrad on the right.
+
+    Args:
+        table: columns ``bins``, ``dimension``, ``unit`` ("m" or "rad"; others are left out) and ``error`` in that unit.
+        title: a sentence.
+        needed: precision that a task needs [m]; a dashed line.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE_IN, 2.4), layout="constrained")
+    for ax, unit in zip(axes, ("m", "rad"), strict=True):
+        for i, (name, rows) in enumerate(table[table["unit"] == unit].groupby("dimension", sort=False)):
+            line = {"linewidth": 4 - 1.4 * i, "ms": 6 - 1.5 * i}  # equal curves stay visible under one another
+            ax.plot(rows["bins"], 1000 * rows["error"], "o-", color=dimension_color(str(name)), label=name, **line)
+        ax.set(xlabel="bins per dimension", ylabel=f"largest round-trip error [m{unit}]", xscale="log", yscale="log")
+        ax.set_xticks(sorted(set(table["bins"])), [str(b) for b in sorted(set(table["bins"]))])
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.legend(ncols=3)
+    if needed is not None:
+        axes[0].axhline(1000 * needed, color="black", linestyle="--", linewidth=0.8)
+        axes[0].annotate("needed", (table["bins"].max(), 1000 * needed), (0, 2), textcoords="offset points", ha="right")
+    headline(fig, title)
+    return fig
+
+
+@styled
+def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bars: 95 % interval") -> Figure:
+    """Rates with 95 % Wilson intervals, several names side by side in each group.
+
+    Args:
+        table: columns ``group`` (a row of the figure), ``name`` (colour and marker), ``successes``, ``n``.
+        title: a sentence.
+        label: of the axis, with its unit.
+    """
+    groups, names = (list(dict.fromkeys(table[column])) for column in ("group", "name"))
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.25 * len(groups) + 0.95), layout="constrained")
+    for i, name in enumerate(names):
+        rows = table[table["name"] == name]
+        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
+        at = np.array([100 * r.rate for r in rates])
+        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        y = [groups.index(g) + 0.5 * (i - (len(names) - 1) / 2) / len(names) for g in rows["group"]]
+        ax.errorbar(at, y, xerr=spread, fmt="osD^vP"[i % 6], ms=3.2, color=PALETTE[i % len(PALETTE)], elinewidth=0.9, label=name)
+    ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
+    ax.grid(False, axis="y")
+    fig.legend(loc="outside lower left", ncols=3)
+    headline(fig, title)
+    return fig
+
+
+@styled
+def success_bars(table: pd.DataFrame, title: str | None = None) -> Figure:
+    """Success rates with 95 % Wilson intervals; a published value is a hollow marker.
+
+    Args:
+        table: columns ``name``, ``successes``, ``n`` and, where known, ``published`` (rate in [0, 1]) and ``source``.
+        title: a sentence; by default one made from the numbers drawn.
+    """
+    rates = [wilson(int(s), int(n)) for s, n in zip(table["successes"], table["n"], strict=True)]
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.26 * len(rates) + 0.85), layout="constrained")
+    for y, (name, rate) in enumerate(zip(table["name"], rates, strict=True)):
+        color, at = structure_color(name), 100 * rate.rate
+        ax.barh(y, at, color=color, alpha=0.25, height=0.66)
+        ax.errorbar(at, y, xerr=[[at - 100 * rate.low], [100 * rate.high - at]], color=color, fmt="o", ms=3.5, capsize=2)
+        ax.text(101, y, f"{at:.0f} % of {rate.n}", va="center", fontsize=6.5, color=NEUTRAL)
+    _published(ax, table)
+    ax.set(yticks=range(len(rates)), yticklabels=table["name"], xlim=(0, 100), ylim=(len(rates) - 0.5, -0.5))
+    ax.set_xlabel("success rate [%], bars: 95 % interval")
+    ax.grid(False, axis="y")
+    best = int(np.argmax([rate.rate for rate in rates]))
+    name = str(table["name"].iloc[best])
+    headline(fig, title or f"{name[:1].upper()}{name[1:]} solves {rates[best].successes} of {rates[best].n} episodes")
+    return fig
+
+
+def _published(ax: Axes, table: pd.DataFrame) -> None:
+    known = table["published"].notna().to_numpy() if "published" in table else np.zeros(len(table), bool)
+    if not known.any():
+        return
+    source = table["source"][known].dropna().unique() if "source" in table else []
+    label = "published" + (f" ({', '.join(source)})" if len(source) else "")
+    at = 100 * table["published"][known].astype(float)
+    ax.plot(at, np.flatnonzero(known), "D", mfc="none", mec="black", ms=4.5, mew=0.9, label=label, zorder=4)
+    ax.figure.legend(loc="outside lower right")
+
+
+@styled
+def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = None) -> Figure:
+    """Every loss that a Trainer logged, over optimiser steps, on a logarithmic axis.
+
+    Args:
+        log_history: ``trainer.state.log_history``; keys that contain "loss" are drawn, "train_loss" (a run's mean) is not.
+        title: a sentence; by default one made from the numbers drawn.
+    """
+    table = pd.DataFrame(list(log_history))
+    names = [c for c in table.columns if "loss" in c and c != "train_loss"]
+    if not names or "step" not in table:
+        raise ValueError(f"loss_curves: expected records with 'step' and a loss, got the keys {sorted(table.columns)}")
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
+    for color, name in zip(PALETTE, names, strict=False):
+        known = table[["step", name]].dropna()
+        held_out = name.startswith("eval")
+        ax.plot(known["step"], known[name], "o--" if held_out else "-", ms=3, color=color, label=name.replace("_", " "))
+    ax.set(xlabel="optimiser step", ylabel="loss [1]")
+    if (table[names].min() > 0).all():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend()
+    first, last = table[names[0]].dropna().iloc[[0, -1]]
+    moved = "falls" if last < first else "does not fall"
+    headline(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
+    return fig
+
+
+@styled
+def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
+    """Estimates with their intervals, a panel per quantity; one without an interval (a published value) is a hollow marker.
+
+    Args:
+        table: columns ``name``, ``panel`` (the quantity with its unit in brackets; becomes the axis label), ``value``, and
+            ``low`` and ``high``, missing where no interval is known.
+        title: a sentence.
+        n_columns: panels side by side.
+    """
+    names, panels = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["panel"]))
+    n_columns = min(n_columns, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    size = (PAGE_IN if n_columns > 1 else COLUMN_IN, n_rows * (0.19 * len(names) + 0.5) + 0.35)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        _estimates_panel(ax, table[table["panel"] == panel], names)
+        ax.set_xlabel(panel)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    headline(fig, title)
+    return fig
+
+
+def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
+    for name, value, low, high in rows[["name", "value", "low", "high"]].itertuples(index=False):
+        y = names.index(name)
+        known = structure_color(name)
+        color = known if known != NEUTRAL else PALETTE[y % len(PALETTE)]
+        if pd.isna(low):
+            ax.plot(value, y, "D", mfc="none", mec="black", ms=4.5, mew=0.9)
+        else:
+            spread = [[max(value - low, 0)], [max(high - value, 0)]]
+            ax.errorbar(value, y, xerr=spread, color=color, fmt="o", ms=3.5, capsize=2)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    ax.margins(x=0.12)
+    largest = rows[["value", "high"]].max().max()
+    if (rows["value"] >= 0).all() and not (rows["low"] < 0).any() and largest > 0:
+        ax.set_xlim(0, 1.12 * largest)
+    ax.grid(False, axis="y")
+
+
+@styled
+def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "arm_loss", title: str | None = None) -> Figure:
+    """One loss of several trainings over the samples' share of the budget, on a logarithmic axis.
+
+    Args:
+        logs: name -> what the training logged, with ``step``, ``n_steps`` and ``key``.
+        key: which loss.
+        title: a sentence; by default one made from the numbers drawn.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
+    last: dict[str, float] = {}
+    for i, (name, log) in enumerate(logs.items()):
+        table = pd.DataFrame(list(log))[["step", "n_steps", key]].dropna().drop_duplicates("step")
+        known = structure_color(name)
+        color, share = (PALETTE[i] if known == NEUTRAL else known), 100 * table["step"] / table["n_steps"]
+        ax.plot(share, table[key], color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(share, table[key].ewm(span=10).mean(), "-o" if len(table) == 1 else "-", color=color, label=name)
+        last[name] = float(table[key].ewm(span=10).mean().iloc[-1])
+    ax.set(xlabel="share of the training budget [%]", ylabel=f"{key.replace('_', ' ')} [1]", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend()
+    lowest = min(last, key=last.__getitem__)
+    headline(fig, title or f"Lowest {key.replace('_', ' ')} at the end: {lowest}, {last[lowest]:.3g}")
+    return fig
+
+
+@styled
+def error_against_success(table: pd.DataFrame, title: str) -> Figure:
+    """Success rate over open-loop error: does a lower error mean more success?
+
+    Args:
+        table: columns ``name`` (becomes colour and marker), ``error_m`` [m], ``successes``, ``n``.
+        title: a sentence.
+    """
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.4), layout="constrained")
+    for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
+        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
+        at = np.array([100 * r.rate for r in rates])
+        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        style = {"fmt": "osD^vP"[i % 6], "ms": 3.5, "color": PALETTE[i % len(PALETTE)], "elinewidth": 0.6, "alpha": 0.85}
+        ax.errorbar(1000 * rows["error_m"], at, yerr=spread, label=name, **style)
+    ax.set(xlabel="open-loop position error of the first action [mm]", ylabel="success rate [%]", ylim=(-4, 104))
+    ax.set_xlim(left=0)
+    fig.legend(loc="outside lower left", ncols=2)
+    headline(fig, title)
+    return fig

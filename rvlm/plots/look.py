@@ -1,0 +1,86 @@
+"""The house look: sizes, colours, and the same colour for the same action dimension or policy structure everywhere."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMN_IN, PAGE_IN = 3.5, 7.16  # widths of one column and of a two-column page [inch]
+PALETTE = sns.color_palette("colorblind").as_hex()  # ten colours, safe for the common colour-vision deficiencies
+DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+STRUCTURES = ("one-step discrete", "one-step continuous", "interleaved continuous", "policy-head continuous")
+SUCCESS, FAILURE, NEUTRAL = PALETTE[2], PALETTE[3], "#606060"
+RC: Any = {
+    **sns.axes_style("ticks", {"axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6}),
+    **sns.plotting_context("paper", rc={"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7}),
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.titlelocation": "left",
+    "figure.titlesize": 8.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "rvlm",
+}
+
+
+def style() -> None:
+    """Give a notebook's own plots the house look; the figures below have it anyway."""
+    plt.rcParams.update(RC)
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw a figure in the house look, whatever a notebook has set."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        with plt.rc_context(RC):
+            fig = draw(*args, **kwargs)
+            plt.close(fig)  # else a notebook shows it twice: once flushed by pyplot, once as the cell's value
+        return fig
+
+    return drawn
+
+
+def dimension_color(name: str) -> str:
+    """The colour of an action dimension, by its name; a name outside `DIMENSIONS` gets a fixed one of the palette."""
+    index = DIMENSIONS.index(name) if name in DIMENSIONS else zlib.crc32(name.encode())
+    return PALETTE[index % len(PALETTE)]
+
+
+def structure_color(name: str) -> str:
+    """The colour of a policy structure ("policy-head continuous" or "policy_head_continuous"); others are grey."""
+    words = name.lower().replace("-", " ").replace("_", " ")
+    match = [s for s in STRUCTURES if s.replace("-", " ") in words]
+    return PALETTE[STRUCTURES.index(match[0])] if match else NEUTRAL
+
+
+def headline(fig: Figure, text: str) -> None:
+    """The sentence over a figure."""
+    fig.suptitle(text, x=0.01, ha="left")
+
+
+def bare(ax: Axes, color: str | None = None) -> None:
+    """An image axis: no ticks, and a border only if a colour is given."""
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set(visible=color is not None, color=color, linewidth=1.8)

@@ -1,0 +1,78 @@
+"""What a training stage is: data, a start and a budget. Its result is a folder that is named by all of them."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rvlm.report import artifacts_dir
+
+KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: What it is called in figures and folders.
+        kind: "detection" (the vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
+        data: Folders of scenes, or of demonstrations.
+        init: Folder or Hub name that the weights come from.
+        dialogue: Arguments of `questions.draw`, for vision-language stages.
+        is_pretrained: False draws random weights instead (the recipe `scratch`).
+        policy: Fields of `VLAConfig`, for robot stages.
+        n_samples: Budget: samples seen.
+        batch_size: Samples per optimizer step, over all processes.
+        learning_rate, weight_decay, warmup, schedule: Of AdamW; `warmup` is a fraction of the steps, `schedule` a name of
+            transformers.
+        max_grad_norm: Gradients are clipped to this norm.
+        freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
+        augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
+        seed: Of weights, order and augmentation.
+        n_processes: Data-parallel processes.
+    """
+
+    name: str
+    kind: str
+    data: tuple[str, ...]
+    init: str
+    n_samples: int
+    dialogue: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
+    is_pretrained: bool = True
+    policy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    freeze_vision: bool = False
+    augment: int = 2
+    seed: int = 0
+    n_processes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.n_samples < self.batch_size:
+            raise ValueError(
+                f"stage {self.name!r}: expected n_samples of at least one batch of {self.batch_size}; got {self.n_samples}"
+            )
+        if self.batch_size % self.n_processes:
+            raise ValueError(
+                f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly; "
+                f"got {self.batch_size}"
+            )
+        if self.policy and self.kind != ROBOT:
+            raise ValueError(
+                f"stage {self.name!r}: 'policy' is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where its result is: the name and the hash of everything that makes it, except how many processes share it."""
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "n_processes")}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return artifacts_dir() / "stages" / f"{self.name}-{digest}"
