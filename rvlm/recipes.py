@@ -50,11 +50,11 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
     frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, "augment": 0, "seed": seed}
     tower = Stage(
-        "detection", DETECTION, scenes, str(untrained_vlm(seed)), 6 * n_samples,
+        "detection", DETECTION, scenes, str(untrained_vlm(seed)), 12 * n_samples,
         batch_size=32, learning_rate=1.5e-3, augment=0, seed=seed,
     )  # fmt: skip
     point = {"n": 10, "kinds": ("point", "point_wrist")}
-    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 4 * n_samples, dialogue=point, **frozen)
+    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 8 * n_samples, dialogue=point, **frozen)
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
     return Stage(
         "vision_language", VISION_LANGUAGE, scenes, str(run(answering)), n_samples,
@@ -87,18 +87,22 @@ def ship(stage: Stage, target: Path, command: str) -> Path:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial)
-    card = {"command": command, "stages": lineage(model), **provenance()}
+    card = {"command": command, "stages": [_told(folder) for folder in lineage(model)], **provenance()}
     (partial / "made.json").write_text(json.dumps(card, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     return target
 
 
-def lineage(model: str | Path) -> list[dict[str, Any]]:
-    """The stages that made a model, the first first: settings, number of data folders and seconds of each."""
+def lineage(model: str | Path) -> list[Path]:
+    """Folders of the stages that made a model, the first first."""
     folder = Path(model).parent
     if not (folder / "stage.json").exists():
         return []
+    return [*lineage(json.loads((folder / "stage.json").read_text())["init"]), folder]
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """A stage's settings, with how many folders of data it read, what it started from, and how long it took."""
     stage = json.loads((folder / "stage.json").read_text())
-    told = {"data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": seconds_of(folder)}
-    return [*lineage(stage["init"]), {**stage, **told}]
+    return {**stage, "data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": seconds_of(folder)}

@@ -194,7 +194,8 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     unbroken = trained(stage, tmp_path / "unbroken")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     n_threads = torch.get_num_threads()  # sums in another order end another way
-    ask = f"from rvlm.stages import Stage; from rvlm.training import run; run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
+    ask = "from rvlm.stages import Stage; from rvlm.training import run; "
+    ask += f"run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
     asking = subprocess.Popen([sys.executable, "-c", ask])
     wait_for(lambda: last_checkpoint(partial / "trainer"))
     asking.send_signal(signal.SIGKILL)
