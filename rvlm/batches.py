@@ -24,7 +24,7 @@ from rvlm.backbones import (
     pad,
     vision_features,
 )
-from rvlm.report import artifacts_dir
+from rvlm.files import artifacts_dir
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 
 

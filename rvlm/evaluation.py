@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.report import artifacts_dir
+from rvlm.files import artifacts_dir
 from rvlm.statistics import bootstrap_mean, wilson
 
 BATCH = 10  # episodes that run side by side

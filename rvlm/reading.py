@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rvlm.actions import ActionSpec, NormStats, SpecMismatch, StatsAccumulator, stack_column
-from rvlm.report import artifacts_dir
+from rvlm.files import artifacts_dir
 from rvlm.video import EpisodeError, iterate_frames, read_frames
 
 READABLE = ("v3.0", "v2.1")

@@ -15,7 +15,8 @@ from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
-from rvlm.report import artifacts_dir, provenance
+from rvlm.files import artifacts_dir
+from rvlm.report import provenance
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training import run, seconds_of
 

@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 
 from rvlm import report
+from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
+from rvlm.page import html_report, update_readme
 
 PROFILES = "profiles.yaml"
 GIT_PROFILE = "cpu"  # the one whose results are in git
@@ -57,11 +59,9 @@ class Places:
     @classmethod
     def of_profile(cls, profile: str) -> Places:
         """The repository's places; only profile cpu writes to the results in git, unless ``RVLM_RESULTS`` says where."""
-        artifacts = report.artifacts_dir().resolve()
-        own = (
-            report.results_dir() if profile == GIT_PROFILE or os.environ.get("RVLM_RESULTS") else artifacts / profile / "results"
-        )
-        return cls(report.ROOT, report.ROOT / "notebooks", own.resolve(), artifacts)
+        artifacts = artifacts_dir().resolve()
+        own = results_dir() if profile == GIT_PROFILE or os.environ.get("RVLM_RESULTS") else artifacts / profile / "results"
+        return cls(ROOT, ROOT / "notebooks", own.resolve(), artifacts)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def reproduce(places: Places, profile: str, only: Sequence[str] = (), force: boo
             status = 1
             break
     bar.close()
-    print(f"report: {report.html_report(places.results, places.notebooks)}")
+    print(f"report: {html_report(places.results, places.notebooks)}")
     return status
 
 
@@ -219,7 +219,7 @@ def run(job: Job, places: Places, profile: str, is_quiet: bool = False) -> float
     _keep(part, _executed(job, places), job, profile, time.time() - started)
     failed.unlink(missing_ok=True)
     written = {"key": job.key, "files": _written_since(started - 1, places.results)}
-    report.write_whole(_receipt(job, places, profile), json.dumps(written, indent=1))
+    write_whole(_receipt(job, places, profile), json.dumps(written, indent=1))
     return time.time() - started
 
 
@@ -274,7 +274,7 @@ def _keep(part: Path, final: Path, job: Job, profile: str, seconds: float, error
         notebook["metadata"]["rvlm"]["error"] = f"{type(error).__name__}: {error}"
     if "papermill" in notebook["metadata"]:
         notebook["metadata"]["papermill"] |= {"input_path": f"notebooks/{job.notebook.name}", "output_path": final.name}
-    report.write_whole(final, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    write_whole(final, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     part.unlink(missing_ok=True)
 
 
@@ -293,14 +293,14 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     choose_gl()  # kernels inherit the answer
     places = Places.of_profile(arguments.profile)
     status = reproduce(places, arguments.profile, arguments.only, arguments.force)
-    if status == 0 and places.results == report.ROOT / "results":
-        print(f"README: {report.update_readme()}")
+    if status == 0 and places.results == ROOT / "results":
+        print(f"README: {update_readme()}")
     return status
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(f"report: {report.html_report()}")
-    print(f"README: {report.update_readme()}")
+    print(f"report: {html_report()}")
+    print(f"README: {update_readme()}")
     return 0
 
 
@@ -312,13 +312,13 @@ def _findings(arguments: argparse.Namespace) -> int:
     for record in found:
         print(f"{record['name']}: {record['sentence']}\n    {report.fine_print(record)}")
     if not found:
-        print(f"no findings in {report.results_dir()}; 'rvlm reproduce' makes them")
+        print(f"no findings in {results_dir()}; 'rvlm reproduce' makes them")
     return 0
 
 
 def _sizes(profile: str, stem: str) -> dict[str, Any]:
     """A notebook's parameters in a profile, which must name them (the notebook's own defaults are the cpu size)."""
-    table = read_profiles(report.ROOT / "notebooks")
+    table = read_profiles(ROOT / "notebooks")
     if profile not in table or stem not in table[profile]:
         raise Refused(f"expected sizes of {stem} in profile {profile!r} of notebooks/profiles.yaml; profiles: {', '.join(table)}")
     return table[profile][stem]

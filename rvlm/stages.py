@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rvlm.report import artifacts_dir
+from rvlm.files import artifacts_dir
 
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 

@@ -8,8 +8,9 @@ import pytest
 
 from rvlm import report, reproduce
 from rvlm.envs.gl import choose_gl
+from rvlm.files import ROOT
 
-STEMS = [path.stem for path in sorted((report.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+STEMS = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def artifacts(tmp_path_factory):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_notebook_runs_and_finds_something(stem, artifacts, tmp_path):
-    places = reproduce.Places(report.ROOT, report.ROOT / "notebooks", tmp_path / "results", artifacts)
+    places = reproduce.Places(ROOT, ROOT / "notebooks", tmp_path / "results", artifacts)
     (job,) = reproduce.plan(places, "smoke", only=[stem])
     reproduce.run(job, places, "smoke", is_quiet=True)
 
@@ -35,4 +36,4 @@ def test_notebook_runs_and_finds_something(stem, artifacts, tmp_path):
     nbformat.validate(nbformat.read(path, as_version=4))
     assert path.stat().st_size < 12e6, "an executed notebook goes into git: show fewer or smaller pictures"
     outputs = json.dumps([cell["outputs"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"])
-    assert str(report.ROOT) not in re.sub(r"[A-Za-z0-9+/=]{500,}", "", outputs), "an output names a folder of this machine"
+    assert str(ROOT) not in re.sub(r"[A-Za-z0-9+/=]{500,}", "", outputs), "an output names a folder of this machine"

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from rvlm import report
+from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
+from rvlm.page import chapters, html_report, update_readme, updated_readme
 from rvlm.statistics import newcombe, wilson
 
 
@@ -131,23 +133,23 @@ def test_save_table_writes_csv_and_booktabs(results):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = report.write_whole(tmp_path / "deep" / "a.txt", "old")
+    path = write_whole(tmp_path / "deep" / "a.txt", "old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
-        report.write_whole(path, "new")
+        write_whole(path, "new")
     assert path.read_text() == "old"
 
 
 def test_directories_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     monkeypatch.delenv("RVLM_RESULTS", raising=False)
-    assert report.artifacts_dir() == tmp_path
-    assert report.results_dir() == report.ROOT / "results"
+    assert artifacts_dir() == tmp_path
+    assert results_dir() == ROOT / "results"
 
 
 def test_show_source_looks_through_decorators():
-    text = report.show_source(report.chapters).data
-    assert text.startswith("`rvlm/report.py`\n```python\n") and "def chapters(" in text
+    text = report.show_source(chapters).data
+    assert text.startswith("`rvlm/page.py`\n```python\n") and "def chapters(" in text
 
 
 def test_a_rate_may_be_said_as_a_percentage(results):
@@ -163,7 +165,7 @@ def test_report_is_one_file_with_findings_figures_tables_and_links(results, note
     report.export(draw(), "06_success")
     report.save_table(pd.DataFrame({"task": ["lift"], "success": [0.47]}), "06_rates")
     write_notebook(results / "notebooks/06_evaluate.ipynb", "# 06 Evaluate")
-    page = report.html_report(notebooks=notebooks).read_text()
+    page = html_report(notebooks=notebooks).read_text()
     train, evaluate = page.split('<h2 id="06_evaluate">')
     assert "What does each stage add?" in train and "data:image/png" not in train
     parts = ("Success is 47 %", "n = 200", 'src="data:image/png;base64,', "<td>lift</td>", 'href="notebooks/06_evaluate.ipynb"')
@@ -175,7 +177,7 @@ def test_report_is_one_file_with_findings_figures_tables_and_links(results, note
 def test_report_shows_the_traceback_of_a_failed_notebook(results, notebooks):
     error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["\x1b[31mZeroDivisionError\x1b[0m: <1/0>"]}
     write_notebook(results / "notebooks/05_train.failed.ipynb", "# 05", [error])
-    page = report.html_report(notebooks=notebooks).read_text()
+    page = html_report(notebooks=notebooks).read_text()
     assert "ZeroDivisionError: &lt;1/0&gt;" in page and "This notebook failed" in page and "\x1b" not in page
 
 
@@ -183,24 +185,24 @@ def test_readme_table_comes_from_first_cells_and_findings(results, notebooks, tm
     find()
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- notebooks:begin -->\nold\n<!-- notebooks:end -->\nafter\n")
-    report.update_readme(readme, notebooks, results)
+    update_readme(readme, notebooks, results)
     once = readme.read_text()
     assert "| [05 Train in stages](notebooks/05_train.ipynb) | What does each stage add? | – |\n" in once
     assert "Does low loss \\| mean success? | Success is 47 % of 200 episodes. |" in once
     assert once.startswith("before\n") and once.endswith("-->\nafter\n") and "old" not in once
-    report.update_readme(readme, notebooks, results)
+    update_readme(readme, notebooks, results)
     assert readme.read_text() == once
 
 
 def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="expected the lines '<!-- notebooks:begin -->' and"):
-        report.update_readme(tmp_path / "README.md", notebooks, results)
+        update_readme(tmp_path / "README.md", notebooks, results)
 
 
 def test_the_repositorys_readme_is_up_to_date():
-    readme = report.ROOT / "README.md"
-    expected = report.updated_readme(readme, results=report.ROOT / "results")
+    readme = ROOT / "README.md"
+    expected = updated_readme(readme, results=ROOT / "results")
     assert readme.read_text() == expected, "the README's table is stale: run 'rvlm report' and commit README.md"
 
 

@@ -14,6 +14,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rvlm import report, reproduce
+from rvlm.files import ROOT
 from rvlm.reproduce import Places, Refused
 
 KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -125,7 +126,7 @@ def test_a_run_killed_by_sigkill_goes_on_where_it_was(places):
         "import sys; from pathlib import Path; from rvlm.reproduce import *; reproduce(Places(*map(Path, sys.argv[1:])), 'cpu')"
     )
     folders = [str(getattr(places, field.name)) for field in dataclasses.fields(places)]
-    environment = os.environ | {"PYTHONPATH": str(report.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *folders], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -207,14 +208,14 @@ def test_kernels_are_this_interpreter_with_the_houses_environment(places, tmp_pa
 def test_only_profile_cpu_writes_to_the_results_in_git(monkeypatch, tmp_path):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     monkeypatch.delenv("RVLM_RESULTS", raising=False)
-    assert Places.of_profile("cpu").results == report.ROOT / "results"
+    assert Places.of_profile("cpu").results == ROOT / "results"
     assert Places.of_profile("smoke").results == tmp_path / "smoke/results"
     monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "mine"))
     assert Places.of_profile("smoke").results == Places.of_profile("cpu").results == tmp_path / "mine"
 
 
 def test_the_repositorys_profiles_fit_its_notebooks():
-    assert set(reproduce.read_profiles(report.ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
+    assert set(reproduce.read_profiles(ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
     reproduce.plan(Places.of_profile("cpu"), "cpu")
 
 

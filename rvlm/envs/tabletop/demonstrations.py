@@ -19,8 +19,8 @@ from rvlm.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
+from rvlm.files import artifacts_dir
 from rvlm.recording import collect
-from rvlm.report import artifacts_dir
 
 PER_SHARD = 50
 SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew

@@ -20,8 +20,8 @@ from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
+from rvlm.files import artifacts_dir
 from rvlm.recording import exit_with_parent
-from rvlm.report import artifacts_dir
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
 OFFSET_RANGE = 0.32  # offsets are binned over plus and minus this [m]

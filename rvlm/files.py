@@ -1,0 +1,25 @@
+"""Where things are, and how a file is written so that it is whole or not there."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def results_dir() -> Path:
+    """Where findings, figures, tables and executed notebooks go: ``RVLM_RESULTS``, else ``results/`` (in git)."""
+    return Path(os.environ.get("RVLM_RESULTS") or ROOT / "results")
+
+
+def artifacts_dir() -> Path:
+    """Where datasets, checkpoints and caches go: ``RVLM_HOME``, else ``artifacts/`` (ignored by git)."""
+    return Path(os.environ.get("RVLM_HOME") or ROOT / "artifacts")
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file so that it is either there in full or as it was before; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
+    return path
