@@ -3,7 +3,6 @@
 What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from rvlm.backbones import (
     pad,
     vision_features,
 )
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, digest
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 
 
@@ -93,8 +92,8 @@ def cached_features(
     Returns:
         Name -> (n, ..., tokens, d) float16.
     """
-    key = hashlib.sha256((Path(stage.init) / "model.safetensors").read_bytes()).hexdigest()[:12]
-    folder, prompter, names = artifacts_dir() / "features" / key, Prompter(processor, 1), sorted(images)
+    folder = artifacts_dir() / "features" / digest(Path(stage.init) / "model.safetensors")
+    prompter, names = Prompter(processor, 1), sorted(images)
     folder.mkdir(parents=True, exist_ok=True)
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
     for name in names[start:] + names[:start]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, digest
 from rvlm.statistics import bootstrap_mean, wilson
 
 BATCH = 10  # episodes that run side by side
@@ -99,13 +99,9 @@ class Evaluation:
     def folder(self) -> Path:
         """Where finished batches are kept: named by these settings and the policy's weights."""
         weights = Path(self.policy) / "model.safetensors"
-        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": _digest(weights) if weights.exists() else None}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return artifacts_dir() / "evaluations" / digest
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": digest(weights) if weights.exists() else None}
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return artifacts_dir() / "evaluations" / key
 
 
 # -- rolling out -------------------------------------------------------------------------------------------------------

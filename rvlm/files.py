@@ -1,5 +1,6 @@
 """Where things are, and how a file is written so that it is whole or not there."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,3 +24,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
     return path
+
+
+def digest(path: Path) -> str:
+    """Twelve characters that stand for a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, digest
 
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
@@ -74,5 +74,8 @@ class Stage:
     def folder(self) -> Path:
         """Where its result is: the name and the hash of everything that makes it, except how many processes share it."""
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "n_processes")}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return artifacts_dir() / "stages" / f"{self.name}-{digest}"
+        weights = Path(self.init) / "model.safetensors"
+        if weights.exists():  # a model that was made anew in the same place is another start
+            content["init"] = digest(weights)
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return artifacts_dir() / "stages" / f"{self.name}-{key}"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def test_the_folder_is_named_by_what_makes_the_result(stage):
     assert dataclasses.replace(stage, n_processes=2).folder == stage.folder
     for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": 0}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
         assert dataclasses.replace(stage, **changes).folder != stage.folder
+
+
+def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
+    shutil.copytree(stage.init, tmp_path / "vlm")
+    copied = dataclasses.replace(stage, init=str(tmp_path / "vlm"))
+    assert copied.folder == stage.folder, "the same weights elsewhere"
+    weights = tmp_path / "vlm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert copied.folder != stage.folder
 
 
 @pytest.mark.parametrize(
