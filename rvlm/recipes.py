@@ -23,6 +23,7 @@ from rvlm.training import run, seconds_of
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
 UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
+HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
 POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_obs_steps": 4, "chunk_size": 4}
 
@@ -42,8 +43,9 @@ def untrained_vlm(seed: int = 0) -> Path:
 
 
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Stage 1 on rendered scenes, in four steps: the tower detects, the language model points, then answers, then all do.
+    """Stage 1 on rendered scenes, in five steps.
 
+    The tower detects; the language model points, answers, and answers what is hard; at last everything learns together.
     Pointing (a name, and where it is) comes before free questions because the circuit that binds a word to a place forms
     sooner on it. The tower stands still while the language model learns, so its features are computed once and a step
     costs little. The budgets of the steps before the last are multiples of `n_samples`.
@@ -57,8 +59,10 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     point = {"n": 10, "kinds": ("point", "point_wrist")}
     pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 8 * n_samples, dialogue=point, **frozen)
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
+    hard = {"n": 8, "kinds": HARD}
+    drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
     return Stage(
-        "vision_language", VISION_LANGUAGE, scenes, str(run(answering)), n_samples,
+        "vision_language", VISION_LANGUAGE, scenes, str(run(drilling)), n_samples,
         batch_size=32, learning_rate=5e-4, augment=0, seed=seed,
     )  # fmt: skip
 
