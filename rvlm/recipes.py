@@ -110,4 +110,5 @@ def lineage(model: str | Path) -> list[Path]:
 def _told(folder: Path) -> dict[str, Any]:
     """A stage's settings, with how many folders of data it read, what it started from, and how long it took."""
     stage = json.loads((folder / "stage.json").read_text())
-    return {**stage, "data": len(stage["data"]), "init": Path(stage["init"]).parent.name, "seconds": seconds_of(folder)}
+    start = "/".join(Path(stage["init"]).parts[-2:])
+    return {**stage, "data": len(stage["data"]), "init": start, "seconds": seconds_of(folder)}
