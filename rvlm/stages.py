@@ -31,7 +31,7 @@ class Stage:
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
         augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
         seed: Of weights, order and augmentation.
-        n_processes: Data-parallel processes.
+        n_processes: Data-parallel processes; on GPUs no more than one each.
     """
 
     name: str

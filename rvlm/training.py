@@ -175,14 +175,19 @@ def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) ->
         return {name: future.result() for name, future in futures.items()}
 
 
+def _n_processes(stage: Stage) -> int:
+    """As the stage asks, but no more than there are GPUs on a machine that has some."""
+    return min(stage.n_processes, torch.cuda.device_count()) if torch.cuda.is_available() else stage.n_processes
+
+
 def _command(stage: Stage, partial: Path) -> list[str]:
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stage.n_processes}"]
-    launch = several if stage.n_processes > 1 else []
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={_n_processes(stage)}"]
+    launch = several if _n_processes(stage) > 1 else []
     return [sys.executable, *launch, "-m", "rvlm.training", str(partial), str(os.getpid())]
 
 
 def _environment(stage: Stage, n_threads: int | None) -> dict[str, str]:
-    threads = n_threads or max(1, (os.cpu_count() or 1) // stage.n_processes)
+    threads = n_threads or max(1, (os.cpu_count() or 1) // _n_processes(stage))
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
