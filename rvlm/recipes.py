@@ -48,7 +48,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     The tower detects; the language model points, answers, and answers what is hard; at last everything learns together.
     Pointing (a name, and where it is) comes before free questions because the circuit that binds a word to a place forms
     sooner on it. The tower stands still while the language model learns, so its features are computed once and a step
-    costs little. The budgets of the steps before the last are multiples of `n_samples`.
+    costs little. The budgets of all steps are multiples of `n_samples`.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
     frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, "augment": 0, "seed": seed}
@@ -62,8 +62,8 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     hard = {"n": 8, "kinds": HARD}
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
     return Stage(
-        "vision_language", VISION_LANGUAGE, scenes, str(run(drilling)), n_samples,
-        batch_size=32, learning_rate=5e-4, augment=0, seed=seed,
+        "vision_language", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples,
+        dialogue={"n": 8}, batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
     )  # fmt: skip
 
 
