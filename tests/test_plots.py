@@ -3,6 +3,7 @@
 import io
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -61,10 +62,10 @@ def test_every_plain_axis_carries_a_unit_or_counts_steps(figures):
 
 
 def test_drawing_leaves_no_trace():
-    before = dict(plots.plt.rcParams)
+    before = dict(plt.rcParams)
     draw_all()
-    assert plots.plt.get_fignums() == []
-    assert dict(plots.plt.rcParams) == before
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
 
 
 @pytest.mark.parametrize("success, color", [(True, plots.SUCCESS), (False, plots.FAILURE), (None, plots.NEUTRAL)])
