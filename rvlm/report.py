@@ -251,7 +251,7 @@ def published(benchmark: str, split: str | None = None) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.read_csv(ROOT / "data_cards" / "published.csv")
-    chosen = table[(table["benchmark"] == benchmark) & (True if split is None else table["split"] == split)]
+    chosen = table.loc[(table["benchmark"] == benchmark) & (True if split is None else table["split"] == split)]
     if chosen.empty:
         have = ", ".join(sorted({f"{b} {s}" for b, s in zip(table["benchmark"], table["split"], strict=True)}))
         raise ValueError(f"no published results of {benchmark!r}, split {split!r}; there are {have}")

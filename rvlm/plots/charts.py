@@ -159,7 +159,7 @@ def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
     size = (PAGE_IN if n_columns > 1 else COLUMN_IN, n_rows * (0.19 * len(names) + 0.5) + 0.35)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, panel in zip(axes.flat, panels, strict=False):
-        _estimates_panel(ax, table[table["panel"] == panel], names)
+        _estimates_panel(ax, table.loc[table["panel"] == panel], names)
         ax.set_xlabel(panel)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_axis_off()
@@ -197,7 +197,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
     last: dict[str, float] = {}
     for i, (name, log) in enumerate(logs.items()):
-        table = pd.DataFrame(list(log))[["step", "n_steps", key]].dropna().drop_duplicates("step")
+        table = pd.DataFrame(list(log)).loc[:, ["step", "n_steps", key]].dropna().drop_duplicates("step")
         known = structure_color(name)
         color, share = (PALETTE[i] if known == NEUTRAL else known), 100 * table["step"] / table["n_steps"]
         ax.plot(share, table[key], color=color, alpha=0.25, linewidth=0.8)
