@@ -179,8 +179,8 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
             ax.errorbar(value, y, xerr=spread, color=color, fmt="o", ms=3.5, capsize=2)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     ax.margins(x=0.12)
-    largest = rows[["value", "high"]].max().max()
-    if (rows["value"] >= 0).all() and not (rows["low"] < 0).any() and largest > 0:
+    lowest, largest = np.nanmin(rows[["value", "low"]].to_numpy(float)), np.nanmax(rows[["value", "high"]].to_numpy(float))
+    if lowest >= 0 and largest > 0:
         ax.set_xlim(0, 1.12 * largest)
     ax.grid(False, axis="y")
 
