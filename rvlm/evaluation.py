@@ -6,8 +6,6 @@ batch that is finished is kept on disk.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.files import artifacts_dir, digest
+from rvlm.files import artifacts_dir, digest, key_of
 from rvlm.statistics import bootstrap_mean, wilson
 
 BATCH = 10  # episodes that run side by side
@@ -100,8 +98,7 @@ class Evaluation:
         """Where finished batches are kept: named by these settings and the policy's weights."""
         weights = Path(self.policy) / "model.safetensors"
         content = {**dataclasses.asdict(self), "n_episodes": None, "weights": digest(weights) if weights.exists() else None}
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return artifacts_dir() / "evaluations" / key
+        return artifacts_dir() / "evaluations" / key_of(content)
 
 
 # -- rolling out -------------------------------------------------------------------------------------------------------

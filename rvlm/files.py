@@ -1,8 +1,10 @@
 """Where things are, and how a file is written so that it is whole or not there."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,3 +31,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 def digest(path: Path) -> str:
     """Twelve characters that stand for a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """Twelve characters that stand for settings, whatever their order; by them a cached result is found again."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,12 +1,10 @@
 """What a training stage is: data, a start and a budget. Its result is a folder that is named by all of them."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from rvlm.files import artifacts_dir, digest
+from rvlm.files import artifacts_dir, digest, key_of
 
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
@@ -77,5 +75,4 @@ class Stage:
         weights = Path(self.init) / "model.safetensors"
         if weights.exists():  # a model that was made anew in the same place is another start
             content["init"] = digest(weights)
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return artifacts_dir() / "stages" / f"{self.name}-{key}"
+        return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"

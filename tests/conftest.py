@@ -24,6 +24,15 @@ def toy_frames(spec, n, seed, size=48):
     return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An artifacts folder of the module's own, which RVLM_HOME names."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("RVLM_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def toy_home(tmp_path_factory):
     """An artifacts folder for the toys of this session."""

@@ -18,14 +18,6 @@ SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        patch.setenv("RVLM_HOME", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def dataset(home):
     return EpisodeDataset(collect_demonstrations(SMALL, n_workers=1, progress=False))
 

@@ -156,14 +156,6 @@ def test_the_vocabulary_is_the_same_every_time_and_holds_every_instruction():
 
 # -- stored scenes -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        patch.setenv("RVLM_HOME", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def folders(home):
     return collect_scenes(5, first_seed=3, image_size=32, n_workers=1, per_part=2)
 

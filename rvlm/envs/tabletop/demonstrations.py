@@ -6,8 +6,6 @@ Imitation Learning", section 4). The action that was executed is kept as `action
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from rvlm.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, key_of
 from rvlm.recording import collect
 
 PER_SHARD = 50
@@ -52,8 +50,7 @@ class Collection:
     @property
     def folder(self) -> Path:
         """Where the dataset is: the robot and the hash of everything that makes it."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-        return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{digest}"
+        return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key_of(asdict(self))}"
 
 
 def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str, np.ndarray] | None:
