@@ -226,6 +226,8 @@ def run(job: Job, places: Places, profile: str, is_quiet: bool = False) -> float
 def _execute(job: Job, part: Path, places: Places, profile: str, is_quiet: bool) -> None:
     import papermill
 
+    from rvlm.kernels import kernel_manager
+
     bar: Any = False if is_quiet else {"desc": job.stem, "position": 1, "leave": False}
     papermill.execute_notebook(
         str(job.notebook),
@@ -235,34 +237,18 @@ def _execute(job: Job, part: Path, places: Places, profile: str, is_quiet: bool)
         language="python",
         cwd=str(places.root),
         progress_bar=bar,
-        kernel_manager_class=_kernel_of_this_interpreter(kernel_environment(places, profile)),
+        kernel_manager_class=kernel_manager(kernel_environment(places, profile)),
     )
 
 
 def kernel_environment(places: Places, profile: str) -> dict[str, str]:
-    """What kernels get beside this process's own environment, which wins for the settings of OpenMP."""
-    openmp = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # waiting threads must not spin: 10 x slower when busy
+    """What a notebook reads of the run that executes it."""
     return {
-        **{name: os.environ.get(name, value) for name, value in openmp.items()},
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "RVLM_PROFILE": profile,
         "RVLM_RESULTS": str(places.results),
         "RVLM_HOME": str(places.artifacts),
     }
-
-
-def _kernel_of_this_interpreter(environment: dict[str, str]) -> type:
-    """A kernel manager that ignores installed kernelspecs: "python3" may be registered for another environment."""
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class ThisInterpreter(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict(), env=environment)
-
-    return ThisInterpreter
 
 
 def _keep(part: Path, final: Path, job: Job, profile: str, seconds: float, error: Exception | None = None) -> None:
