@@ -13,7 +13,7 @@ import torch
 
 from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
-from rvlm.envs.tabletop.questions import collect_scenes, location_tokens, vocabulary
+from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.files import artifacts_dir
 from rvlm.report import provenance
@@ -21,9 +21,10 @@ from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training import run, seconds_of
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
-SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 500_000  # of the scenes of stage 1: training, evaluation
+SCENE_SEED, FRESH_SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 2_000, 500_000  # of the scenes of stage 1: training, its end, exam
 UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
 HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
+LOOKS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
 POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_obs_steps": 4, "chunk_size": 4}
 
@@ -43,9 +44,10 @@ def untrained_vlm(seed: int = 0) -> Path:
 
 
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Stage 1 on rendered scenes, in five steps.
+    """Stage 1 on rendered scenes, in six steps.
 
-    The tower detects; the language model points, answers, and answers what is hard; at last everything learns together.
+    The tower detects; the language model points, answers, and answers what is hard; then everything learns together, at last
+    on twice as many scenes that no step before has shown, for details of looks are learned by heart from those seen often.
     Pointing (a name, and where it is) comes before free questions because the circuit that binds a word to a place forms
     sooner on it. The tower stands still while the language model learns, so its features are computed once and a step
     costs little. The budgets of all steps are multiples of `n_samples`.
@@ -61,9 +63,15 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
     hard = {"n": 8, "kinds": HARD}
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
-    return Stage(
-        "vision_language", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples,
+    together = Stage(
+        "together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples,
         dialogue={"n": 8}, batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
+    )  # fmt: skip
+    fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
+    looks = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS)}
+    return Stage(
+        "vision_language", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples,
+        dialogue=looks, batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
     )  # fmt: skip
 
 
