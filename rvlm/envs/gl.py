@@ -27,7 +27,7 @@ class NoHeadlessOpenGL(RuntimeError):
 
 
 def choose_gl() -> str:
-    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it.
+    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it; let the renderer use one thread.
 
     Call it before the first `import mujoco`, which reads the variable. Child processes inherit the
     answer. macOS and Windows have one platform each, which MuJoCo finds itself: there it returns "".
@@ -35,6 +35,7 @@ def choose_gl() -> str:
     Raises:
         NoHeadlessOpenGL: neither EGL nor OSMesa makes a context; names the packages to install.
     """
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: on small frames its threads cost more than they save
     if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
         return os.environ.get("MUJOCO_GL", "")
     if "mujoco" in sys.modules:
