@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.files import artifacts_dir, digest, key_of
-from rvlm.statistics import bootstrap_mean, wilson
+from rvlm.statistics import wilson
 
 BATCH = 10  # episodes that run side by side
 
@@ -133,38 +133,38 @@ def rollout(
         Per episode: seed, family, instruction, is_success, n_steps, and its share of the time that policy and simulator
         took [s]: policy_s, simulator_s.
     """
-    pairs = zip(envs, episodes, strict=True)
-    observations = [env.reset(seed=seed, options={"family": family})[0] for env, (seed, family) in pairs]
-    rows: list[dict] = [
-        {"seed": seed, "family": family, "instruction": observation["instruction"], "is_success": False, "n_steps": 0}
-        | {"frames": [], "wrist_frames": [], "actions": []}
-        for (seed, family), observation in zip(episodes, observations, strict=True)
-    ]
+    observations, rows, films = [], [], []
+    for env, (seed, family) in zip(envs, episodes, strict=True):
+        observations.append(env.reset(seed=seed, options={"family": family})[0])
+        told = {"seed": seed, "family": family, "instruction": observations[-1]["instruction"]}
+        rows.append({**told, "is_success": False, "n_steps": 0})
+        films.append([])
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
     if policy is not None:
         policy.reset(len(envs))
     while running:
         asked = time.perf_counter()
-        if policy is None:
-            actions = np.stack([env.unwrapped.expert_action() for env in envs])
-        else:
-            actions = policy.select_action([CONTROLS[control](o) for o in observations])
+        actions = _actions(policy, envs, observations, control)
         policy_s += time.perf_counter() - asked
         for i in list(running):
             if keep_frames:
-                rows[i]["frames"].append(observations[i]["image"])
-                rows[i]["wrist_frames"].append(observations[i]["wrist_image"])
-                rows[i]["actions"].append(actions[i])
+                films[i].append((observations[i]["image"], observations[i]["wrist_image"], actions[i]))
             observations[i], _, done, truncated, info = envs[i].step(actions[i])
-            rows[i]["n_steps"] += 1
-            rows[i]["is_success"] = bool(info["is_success"])
+            rows[i] |= {"n_steps": rows[i]["n_steps"] + 1, "is_success": bool(info["is_success"])}
             if done or truncated:
                 running.remove(i)
-    simulator_s = time.perf_counter() - started - policy_s
-    for row in rows:
-        row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
-    kept = ("frames", "wrist_frames", "actions") if keep_frames else ()
-    return [{k: np.stack(v) if k in kept else v for k, v in row.items() if k in kept or not isinstance(v, list)} for row in rows]
+    spent = {"policy_s": policy_s, "simulator_s": time.perf_counter() - started - policy_s}
+    for row, film in zip(rows, films, strict=True):
+        row |= {name: seconds / len(rows) for name, seconds in spent.items()}
+        if keep_frames:
+            row |= dict(zip(("frames", "wrist_frames", "actions"), map(np.stack, zip(*film, strict=True)), strict=True))
+    return rows
+
+
+def _actions(policy: Any, envs: Sequence[Any], observations: Sequence[dict], control: str) -> np.ndarray:
+    if policy is None:
+        return np.stack([env.unwrapped.expert_action() for env in envs])
+    return policy.select_action([CONTROLS[control](observation) for observation in observations])
 
 
 @functools.lru_cache(maxsize=2)
@@ -298,132 +298,4 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
         rate, key = wilson(int(group["is_success"].to_numpy().sum()), len(group)), cast(tuple, key)
         counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
         rows.append({**dict(zip(columns, key, strict=True)), **counts})
-    return pd.DataFrame(rows)
-
-
-# -- open loop ---------------------------------------------------------------------------------------------------------
-def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
-    """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
-
-    Args:
-        policy: A `Policy`.
-        windows: As `policy_windows` cuts them.
-        control: What is taken from the policy, a name in `CONTROLS`.
-        batch_size: Frames per forward pass.
-
-    Returns:
-        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
-    """
-    from rvlm.batches import RobotCollator
-
-    collate, spec, stats = RobotCollator(policy.prompter.processor, len(windows.cameras)), policy.model.spec, policy.model.stats
-    parts: list[dict[str, np.ndarray]] = []
-    for start in range(0, len(windows), batch_size):
-        samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
-        batch = collate([CONTROLS[control](sample) for sample in samples])
-        action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
-        for key in ("obs_mask", "dataset_index"):
-            batch.pop(key)
-        predicted = spec.unnormalize(policy.model.predict(**batch).float().numpy(), stats["action"])
-        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats["action"]), "mask": mask[..., 0]}
-        parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
-    """Recorded episodes cut as this policy reads them."""
-    from rvlm.episodes import Windows
-
-    config, stats = policy.model.config, policy.model.stats
-    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras)
-
-
-def open_loop(
-    policy: Any, dataset: Any, episodes: Iterable[int] | None = None, control: str = "none", batch_size: int = 64
-) -> pd.DataFrame:
-    """How far a policy's actions are from recorded ones, frame by frame, when the recording alone decides what it sees.
-
-    Args:
-        policy: A `Policy`, or the folder of a trained model.
-        dataset: `EpisodeDataset` of the policy's robot.
-        episodes: Held-out ones; all if left out.
-        control: What is taken from the policy, a name in `CONTROLS`.
-        batch_size: Frames per forward pass.
-
-    Returns:
-        One row per frame and action dimension: episode_index, frame_index, dimension, unit, `first` and `chunk`, the
-        absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's SI
-        units; of the gripper, 1 for a wrong command and 0 for a right one.
-    """
-    from rvlm.policy import Policy
-
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
-    spec = policy.model.spec
-    spec.require_same(dataset.require_spec(), "policy vs demonstrations")
-    told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
-    return _error_rows(spec, **told)
-
-
-def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
-    """`open_loop` of a policy that always does the mean of the training actions and what the gripper mostly does."""
-    spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
-    seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
-    constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
-    recorded, n = action[asked][:, None], int(asked.sum())
-    frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
-    return _error_rows(
-        spec, np.broadcast_to(constant, recorded.shape), recorded, np.ones((n, 1), bool), episode[asked], frame[asked]
-    )
-
-
-def _error_rows(
-    spec: Any, predicted: np.ndarray, recorded: np.ndarray, mask: np.ndarray, episode_index: np.ndarray, frame_index: np.ndarray
-) -> pd.DataFrame:
-    error, weight = _action_error(spec, predicted, recorded), mask[..., None]
-    n, _, a = error.shape
-    return pd.DataFrame(
-        {
-            "episode_index": np.repeat(episode_index, a),
-            "frame_index": np.repeat(frame_index, a),
-            "dimension": pd.Categorical(np.tile(spec.names, n), spec.names),
-            "unit": np.tile(spec.units, n),
-            "first": error[:, 0].ravel(),
-            "chunk": ((error * weight).sum(1) / weight.sum(1)).ravel(),
-        }
-    )
-
-
-def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
-    """Absolute errors (n, k, a) in SI units; 1 or 0 for the gripper."""
-    error = np.abs(spec.to_si(predicted - recorded))
-    error[..., spec.gripper_index] = spec.is_open(predicted) != spec.is_open(recorded)
-    return error
-
-
-def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
-    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `open_loop`'s table."""
-    moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
-    squared: Any = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
-    return np.sqrt(squared).groupby("episode_index").mean()
-
-
-def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first") -> pd.DataFrame:
-    """Open-loop error per dimension with a 95 % bootstrap interval over episodes.
-
-    Args:
-        errors: Name in tables and figures -> a table from `open_loop`.
-        seed: Of the bootstrap.
-        column: "first" or "chunk".
-
-    Returns:
-        Columns name, dimension, unit, value, low, high, n (episodes).
-    """
-    rows = []
-    for name, table in errors.items():
-        for key, group in table.groupby(["dimension", "unit"], observed=True, sort=False):
-            dimension, unit = cast(tuple, key)
-            per_episode: Any = group.groupby("episode_index")[column].mean()
-            mean = bootstrap_mean(per_episode, seed)
-            row = {"name": name, "dimension": dimension, "unit": unit, "value": mean.mean}
-            rows.append({**row, "low": mean.low, "high": mean.high, "n": mean.n})
     return pd.DataFrame(rows)

@@ -176,3 +176,8 @@ def test_the_table_is_statsmodels(by):
         low, high = proportion_confint(group.sum(), len(group), method="wilson")
         assert (row["successes"], row["n"], row["rate"]) == (group.sum(), len(group), pytest.approx(group.mean()))
         assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_film_names_the_seeds_that_exist():
+    with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
+        evaluation.film(Evaluation("random", n_episodes=5), 900_005)

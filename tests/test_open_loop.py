@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rvlm import evaluation
+from rvlm import open_loop
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
 from rvlm.episodes import EpisodeDataset, EpisodeWriter
@@ -49,7 +49,7 @@ def policy(request, dataset, tmp_path_factory):
 
 
 def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, dataset):
-    errors = evaluation.open_loop(policy, dataset, [1], batch_size=4)
+    errors = open_loop.errors_of(policy, dataset, [1], batch_size=4)
     assert errors.shape[0] == LENGTHS[1] * SPEC.n_dims and list(errors["dimension"].unique()) == list(SPEC.names)
     recorded, frames = dataset.column("action")[LENGTHS[0] :], dataset.frames_cache()
     state = dataset.column("observation.state")
@@ -67,14 +67,14 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
 
 
 def test_a_control_changes_what_the_policy_sees(policy, dataset):
-    plain, blind = (evaluation.open_loop(policy, dataset, control=control) for control in ("none", "blank_image"))
+    plain, blind = (open_loop.errors_of(policy, dataset, control=control) for control in ("none", "blank_image"))
     assert not np.allclose(plain["first"], blind["first"])
 
 
 def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):
     monkeypatch.setattr(dataset, "spec", dataclasses.replace(SPEC, gripper_open=-1.0, gripper_close=1.0))
     with pytest.raises(SpecMismatch, match="policy vs demonstrations: 2 convention"):
-        evaluation.open_loop(policy, dataset)
+        open_loop.errors_of(policy, dataset)
 
 
 def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():
@@ -82,14 +82,14 @@ def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():
     errors = pd.concat(
         [pd.DataFrame({**frame, "first": [3.0, 0, 4, 9, 9, 9, 1]}), pd.DataFrame({**frame, "first": 0.0, "episode_index": 1})]
     )
-    assert evaluation.position_error(errors).tolist() == [5.0, 0.0]
-    table = evaluation.error_table({"a": errors}, seed=0).set_index("dimension")
+    assert open_loop.position_error(errors).tolist() == [5.0, 0.0]
+    table = open_loop.error_table({"a": errors}, seed=0).set_index("dimension")
     assert (table.loc["dx", "value"], table.loc["dx", "low"], table.loc["dx", "high"], table.loc["dx", "n"]) == (1.5, 0, 3, 2)
     assert table.loc["droll", "unit"] == "rad"
 
 
 def test_constant_baseline_predicts_the_training_mean(dataset):
-    errors = evaluation.constant_baseline(dataset, [0], [1])
+    errors = open_loop.constant_baseline(dataset, [0], [1])
     action = dataset.column("action")
     expected = np.abs(SPEC.to_si(action[5:] - action[:5].mean(0)))
     dx = errors[errors["dimension"] == "dx"]
@@ -98,8 +98,3 @@ def test_constant_baseline_predicts_the_training_mean(dataset):
         0.0,
         1.0,
     }
-
-
-def test_film_names_the_seeds_that_exist():
-    with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
-        evaluation.film(evaluation.Evaluation("random", n_episodes=5), 900_005)

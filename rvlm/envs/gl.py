@@ -27,7 +27,7 @@ class NoHeadlessOpenGL(RuntimeError):
 
 
 def choose_gl() -> str:
-    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it; let the renderer use one thread.
+    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it; one renderer thread.
 
     Call it before the first `import mujoco`, which reads the variable. Child processes inherit the
     answer. macOS and Windows have one platform each, which MuJoCo finds itself: there it returns "".

@@ -1,0 +1,137 @@
+"""Open-loop error: how far a policy's actions are from recorded ones when the recording alone decides what it sees.
+
+Cheap, and blind to what the policy's own mistakes would lead to: it stands beside closed-loop success, never in its place.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from rvlm.batches import RobotCollator
+from rvlm.episodes import Windows
+from rvlm.evaluation import CONTROLS
+from rvlm.policy import Policy
+from rvlm.statistics import bootstrap_mean
+
+
+def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
+    """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
+
+    Args:
+        policy: A `Policy`.
+        windows: As `policy_windows` cuts them.
+        control: What is taken from the policy, a name in `CONTROLS`.
+        batch_size: Frames per forward pass.
+
+    Returns:
+        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
+    """
+    collate, spec, stats = RobotCollator(policy.prompter.processor, len(windows.cameras)), policy.model.spec, policy.model.stats
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(windows), batch_size):
+        samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
+        batch = collate([CONTROLS[control](sample) for sample in samples])
+        action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
+        for key in ("obs_mask", "dataset_index"):
+            batch.pop(key)
+        predicted = spec.unnormalize(policy.model.predict(**batch).float().numpy(), stats["action"])
+        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats["action"]), "mask": mask[..., 0]}
+        parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
+    """Recorded episodes cut as this policy reads them."""
+    config, stats = policy.model.config, policy.model.stats
+    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras)
+
+
+def errors_of(
+    policy: Any, dataset: Any, episodes: Iterable[int] | None = None, control: str = "none", batch_size: int = 64
+) -> pd.DataFrame:
+    """How far a policy's actions are from recorded ones, frame by frame, when the recording alone decides what it sees.
+
+    Args:
+        policy: A `Policy`, or the folder of a trained model.
+        dataset: `EpisodeDataset` of the policy's robot.
+        episodes: Held-out ones; all if left out.
+        control: What is taken from the policy, a name in `CONTROLS`.
+        batch_size: Frames per forward pass.
+
+    Returns:
+        One row per frame and action dimension: episode_index, frame_index, dimension, unit, `first` and `chunk`, the
+        absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's SI
+        units; of the gripper, 1 for a wrong command and 0 for a right one.
+    """
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+    spec = policy.model.spec
+    spec.require_same(dataset.require_spec(), "policy vs demonstrations")
+    told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
+    return _error_rows(spec, **told)
+
+
+def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
+    """`errors_of` a policy that always does the mean of the training actions and what the gripper mostly does."""
+    spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
+    seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
+    constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
+    recorded, n = action[asked][:, None], int(asked.sum())
+    frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
+    return _error_rows(
+        spec, np.broadcast_to(constant, recorded.shape), recorded, np.ones((n, 1), bool), episode[asked], frame[asked]
+    )
+
+
+def _error_rows(
+    spec: Any, predicted: np.ndarray, recorded: np.ndarray, mask: np.ndarray, episode_index: np.ndarray, frame_index: np.ndarray
+) -> pd.DataFrame:
+    error, weight = _action_error(spec, predicted, recorded), mask[..., None]
+    n, _, a = error.shape
+    return pd.DataFrame(
+        {
+            "episode_index": np.repeat(episode_index, a),
+            "frame_index": np.repeat(frame_index, a),
+            "dimension": pd.Categorical(np.tile(spec.names, n), spec.names),
+            "unit": np.tile(spec.units, n),
+            "first": error[:, 0].ravel(),
+            "chunk": ((error * weight).sum(1) / weight.sum(1)).ravel(),
+        }
+    )
+
+
+def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Absolute errors (n, k, a) in SI units; 1 or 0 for the gripper."""
+    error = np.abs(spec.to_si(predicted - recorded))
+    error[..., spec.gripper_index] = spec.is_open(predicted) != spec.is_open(recorded)
+    return error
+
+
+def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
+    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `errors_of`."""
+    moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
+    squared: Any = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
+    return np.sqrt(squared).groupby("episode_index").mean()
+
+
+def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first") -> pd.DataFrame:
+    """Open-loop error per dimension with a 95 % bootstrap interval over episodes.
+
+    Args:
+        errors: Name in tables and figures -> a table from `errors_of`.
+        seed: Of the bootstrap.
+        column: "first" or "chunk".
+
+    Returns:
+        Columns name, dimension, unit, value, low, high, n (episodes).
+    """
+    rows = []
+    for name, table in errors.items():
+        for key, group in table.groupby(["dimension", "unit"], observed=True, sort=False):
+            dimension, unit = cast(tuple, key)
+            per_episode: Any = group.groupby("episode_index")[column].mean()
+            mean = bootstrap_mean(per_episode, seed)
+            row = {"name": name, "dimension": dimension, "unit": unit, "value": mean.mean}
+            rows.append({**row, "low": mean.low, "high": mean.high, "n": mean.n})
+    return pd.DataFrame(rows)
