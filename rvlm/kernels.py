@@ -9,7 +9,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
-from traitlets import Type
+from traitlets import Type, default
 
 OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # waiting threads must not spin: 10 x slower when busy
 
@@ -40,6 +40,10 @@ def kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
 
     class ThisInterpreter(AsyncKernelManager):
         client_factory = Type(_Client)
+
+        @default("transport_encryption")
+        def _encrypt(self) -> str:
+            return "auto"  # or the kernel warns that others on this machine could read along
 
         @property
         def kernel_spec(self) -> KernelSpec:
