@@ -109,7 +109,11 @@ def hand_path(state: Num[np.ndarray, "n s"], arrows: Mapping[str, np.ndarray], t
         arrows: name -> displacements ``(n, 2)`` along x and y [m], in a colour each.
         title: a sentence.
     """
-    fig, ax = plt.subplots(figsize=(COLUMN_IN, 3.1), layout="constrained")
+    ends = [100 * (state[:, :2] + np.asarray(moved)) for moved in arrows.values()]
+    reach = np.concatenate([100 * state[:, :2], *ends])
+    (x_low, y_low), (x_high, y_high) = reach.min(0) - 1, reach.max(0) + 1
+    height_in = np.clip(0.75 * COLUMN_IN * (x_high - x_low) / (y_high - y_low) + 1.0, 1.8, 4.5)  # the axes fill the figure
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, height_in), layout="constrained")
     x, y = 100 * state[:, 0], 100 * state[:, 1]  # [cm]
     ax.plot(y, x, ".-", color="#b0b0b0", markersize=3, label="hand", zorder=1)
     for i, (name, moved) in enumerate(arrows.items()):
@@ -118,9 +122,6 @@ def hand_path(state: Num[np.ndarray, "n s"], arrows: Mapping[str, np.ndarray], t
         ax.quiver(y, x, moved[:, 1], moved[:, 0], color=PALETTE[i], label=name, zorder=2 + i, **scale)
     ax.plot(y[0], x[0], "o", mfc="white", mec="black", ms=5, zorder=9)
     ax.annotate("start", (y[0], x[0]), (5, 5), textcoords="offset points")
-    ends = [100 * (state[:, :2] + np.asarray(moved)) for moved in arrows.values()]
-    reach = np.concatenate([100 * state[:, :2], *ends])
-    (x_low, y_low), (x_high, y_high) = reach.min(0) - 1, reach.max(0) + 1
     ax.set(xlabel="y [cm], world frame", ylabel="x [cm], world frame", xlim=(y_low, y_high), ylim=(x_high, x_low), aspect="equal")
     fig.legend(loc="outside lower left", ncols=3)
     headline(fig, title)
