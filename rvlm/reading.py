@@ -115,7 +115,7 @@ class EpisodeDataset:
             self.camera_key(camera)
 
     def __repr__(self) -> str:
-        return f"EpisodeDataset({str(self.root)!r}: {self.n_episodes} episodes, {self.n_frames} frames)"
+        return f"EpisodeDataset({self.root.name!r}: {self.n_episodes} episodes, {self.n_frames} frames)"
 
     @property
     def n_episodes(self) -> int:
