@@ -66,7 +66,7 @@ reproduce: env
 
 # One thread a process: at these model sizes two processes of one thread beat one process of two.
 test: env
-	@$(WITH_GL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(WITH_GL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

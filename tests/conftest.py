@@ -24,6 +24,11 @@ def toy_frames(spec, n, seed, size=48):
     return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks_run.py")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """An artifacts folder of the module's own, which RVLM_HOME names."""
