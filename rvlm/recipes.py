@@ -63,16 +63,11 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
     hard = {"n": 8, "kinds": HARD}
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
-    together = Stage(
-        "together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples,
-        dialogue={"n": 8}, batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
-    )  # fmt: skip
+    whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "augment": 0, "seed": seed}
+    together = Stage("together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
     looks = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS)}
-    return Stage(
-        "vision_language", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples,
-        dialogue=looks, batch_size=32, learning_rate=1e-3, augment=0, seed=seed,
-    )  # fmt: skip
+    return Stage("vision_language", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples, dialogue=looks, **whole)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
