@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.files import ROOT, results_dir, write_whole
-from rvlm.report import fine_print, load_findings, provenance
+from rvlm.report import as_markdown, fine_print, load_findings, provenance
 
 README_MARKS = ("<!-- notebooks:begin -->", "<!-- notebooks:end -->")
 CSS = """
@@ -69,9 +69,9 @@ def readme_table(notebooks: Path | None = None, results: Path | None = None) -> 
     findings = load_findings(results or ROOT / "results")
     rows = []
     for chapter in chapters(notebooks):
-        found = " ".join(f["sentence"] for f in findings if chapter.owns(f["name"]))
-        link = f"[{chapter.stem[:2]} {chapter.title}](notebooks/{chapter.stem}.ipynb)"
-        rows.append(" | ".join(cell.replace("|", "\\|") for cell in (link, chapter.question, found or "–")))
+        found = " ".join(as_markdown(f["sentence"]) for f in findings if chapter.owns(f["name"]))
+        link, question = f"[{chapter.stem[:2]} {chapter.title}](notebooks/{chapter.stem}.ipynb)", chapter.question
+        rows.append(" | ".join([link.replace("|", "\\|"), question.replace("|", "\\|"), found or "–"]))
     return "".join(f"| {row} |\n" for row in ["Notebook | Question | Finding", "--- | --- | ---", *rows]) if rows else ""
 
 

@@ -94,7 +94,12 @@ class Finding:
     record: dict[str, Any]
 
     def _repr_markdown_(self) -> str:
-        return f"> **Finding.** {self.record['sentence']}\n>\n> <sub>{fine_print(self.record)}</sub>"
+        return f"> **Finding.** {as_markdown(self.record['sentence'])}\n>\n> <sub>{fine_print(self.record)}</sub>"
+
+
+def as_markdown(text: str) -> str:
+    """Plain text as one line of Markdown that reads the same, in a table's cell too: ``<act>`` is a token there, not a tag."""
+    return re.sub(r"[\\`*_\[<|~$&]", r"\\\g<0>", " ".join(text.split()))
 
 
 def finding(

@@ -1,5 +1,6 @@
 """Findings hold only computed numbers; figures, tables, report and README come out whole and the same each time."""
 
+import html
 import json
 import re
 
@@ -7,10 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from nbconvert.filters import markdown2html
 
 from rvlm import report
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
-from rvlm.page import chapters, html_report, update_readme, updated_readme
+from rvlm.page import chapters, html_report, readme_table, update_readme, updated_readme
 from rvlm.statistics import newcombe, wilson
 
 
@@ -192,6 +194,32 @@ def test_readme_table_comes_from_first_cells_and_findings(results, notebooks, tm
     assert once.startswith("before\n") and once.endswith("-->\nafter\n") and "old" not in once
     update_readme(readme, notebooks, results)
     assert readme.read_text() == once
+
+
+AWKWARD = r"At <act> & &lt;b>, a|b \| *c* _d_ `e` ~f~ [g](h) <!-- i --> cost $j$."
+
+
+def test_the_readme_shows_a_finding_as_it_was_written(results, notebooks):
+    find(AWKWARD + "\nIt ends.")
+    shown = markdown2html(readme_table(notebooks, results))
+    cells = [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", shown, re.DOTALL)]
+    assert cells[3:] == ["06 Evaluate", "Does low loss | mean success?", AWKWARD + " It ends."]
+
+
+def test_a_notebook_shows_a_finding_as_it_was_written(results):
+    shown = markdown2html(find(AWKWARD)._repr_markdown_())
+    assert html.escape(AWKWARD, quote=False) in shown
+
+
+def test_the_html_report_shows_names_and_sentences_as_they_were_written(results, notebooks):
+    find(AWKWARD, interval={"<k>": (0.1, 0.2)})
+    find(name="bench", sentence="An unnumbered <finding>.")
+    report.save_table(pd.DataFrame({"<th>": ["<td> & more"]}), "06_rates")
+    write_notebook(notebooks / "07_tokens.ipynb", "# 07 What <act> is\n\n**Question.** Is <act> a | token?")
+    page = html_report(notebooks=notebooks).read_text()
+    assert all(html.escape(text, quote=False) in page for text in (AWKWARD, "<k>", "<finding>", "<th>", "<td> & more"))
+    assert page.count("What &lt;act&gt; is</") == 2 and "Is &lt;act&gt; a | token?" in page
+    assert [tag for tag in ("<act>", "<k>", "<finding>", "<!-- i") if tag in page] == []
 
 
 def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results):
