@@ -102,10 +102,17 @@ def freeze_vision(model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Image features (n, images * tokens, d) as the language model receives them."""
+def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompts: int | None = None) -> torch.Tensor:
+    """Image features (n, images * tokens, d) of n prompts, as the language model receives them.
+
+    Args:
+        model: Vision-language model.
+        pixel_values: As `Prompter.pixels` makes them.
+        n_prompts: n, where it is not the first axis of `pixel_values`.
+    """
     features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
-    return torch.cat(list(features)).unflatten(0, (len(pixel_values), -1))
+    rows = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    return rows.reshape(n_prompts or len(pixel_values), -1, rows.shape[-1])
 
 
 def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
@@ -117,39 +124,44 @@ def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutpu
 class Prompter:
     """Images and instructions to what the backbone reads; the same object serves training and evaluation.
 
-    The text is the model's own image placeholders, the instruction, and `<act>`. Where the family's processor only
-    rescales and normalises an image of the model's size, which is tried once, prompts are made without it: token ids
-    are remembered per text, pixels are two operations. Other families, and other sizes, go through the whole processor.
+    The text is the model's own image placeholders, the instruction, and `<act>`; further observations of the same sequence
+    follow as placeholders and `<act>` alone. Where the family's processor only rescales and normalises an image of the
+    model's size, which is tried once, prompts are made without it: token ids are remembered per text, pixels are two
+    operations. Other families, and other sizes, go through the whole processor.
 
     Args:
         processor: The backbone's processor.
-        n_images: Images per prompt.
+        n_images: Images per observation.
+        n_queries: `<act>` per observation: the positions that the action head reads.
+        padding_side: "right" or "left", the side on which shorter prompts are filled up.
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
     """
 
-    def __init__(self, processor: ProcessorMixin, n_images: int) -> None:
-        self.processor, self.n_images = processor, n_images
+    def __init__(self, processor: ProcessorMixin, n_images: int, n_queries: int = 1, padding_side: str = "right") -> None:
+        self.processor, self.n_images, self.n_queries, self.padding_side = processor, n_images, n_queries, padding_side
         size = dict(processor.image_processor.size)
         self.image_size = int(next(size[k] for k in ("longest_edge", "height", "shortest_edge") if size.get(k)))
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[tuple[str, int], list[int]] = {}
 
     @functools.cached_property
     def _n_axes(self) -> int:
         """Axes of the processor's `pixel_values` where `_scaled` makes the same; 0 where it does not."""
         noise = np.random.default_rng(0).integers(0, 256, (1, self.n_images, self.image_size, self.image_size, 3), np.uint8)
-        whole = self._processed(noise, [self.text("")])
+        whole = self._processed(noise, [self.text("")], [1])
         if set(whole) - {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}:
             return 0
         ours, theirs = self._scaled(noise), whole["pixel_values"]
         is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
         return theirs.ndim if is_same else 0
 
-    def _processed(self, images: np.ndarray, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _processed(self, images: np.ndarray, texts: Sequence[str], n_steps: Sequence[int]) -> dict[str, torch.Tensor]:
         process: Any = self.processor
-        nested = [list(sample) for sample in images]
-        return dict(process(images=nested, text=list(texts), padding=True, padding_side="right", return_tensors="pt"))
+        rows = np.split(images, np.cumsum(n_steps)[:-1])
+        nested = [[image for observation in row for image in observation] for row in rows]
+        options = {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
+        return dict(process(images=nested, text=list(texts), **options))
 
     def _scaled(self, images: np.ndarray) -> torch.Tensor:
         """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
@@ -159,73 +171,84 @@ class Prompter:
         channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
         return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
 
-    def _is_plain(self, images: np.ndarray) -> bool:
-        return images.shape[2:4] == (self.image_size, self.image_size) and bool(self._n_axes)
+    def is_plain(self, images: np.ndarray) -> bool:
+        """Whether prompts of these images (..., h, w, 3) are made without the processor."""
+        return images.shape[-3:-1] == (self.image_size, self.image_size) and bool(self._n_axes)
 
-    def text(self, instruction: str) -> str:
-        """The prompt as text, before the processor expands the image placeholders."""
-        return f"{self.processor.image_token * self.n_images}{instruction}{ACT}"
+    def text(self, instruction: str, n_steps: int = 1) -> str:
+        """The prompt of `n_steps` observations as text, before the processor expands the image placeholders."""
+        images, queries = self.processor.image_token * self.n_images, ACT * self.n_queries
+        return f"{images}{instruction}{queries}" + (images + queries) * (n_steps - 1)
 
-    def token_ids(self, instruction: str) -> list[int]:
-        """Token ids of the prompt, image placeholders expanded by the processor itself.
+    def token_ids(self, instruction: str, n_steps: int = 1) -> list[int]:
+        """Token ids of the prompt of `n_steps` observations, image placeholders expanded by the processor itself.
 
         Raises:
             ValueError: The instruction itself holds `<act>` or an image placeholder.
         """
-        if instruction not in self._ids:
+        if (instruction, n_steps) not in self._ids:
             if ACT in instruction or self.processor.image_token in instruction:
                 raise ValueError(
                     f"expected an instruction in words, got {instruction!r}; {ACT} and {self.processor.image_token} are the "
                     "prompt's own: take them out"
                 )
-            blank = np.zeros((1, self.n_images, self.image_size, self.image_size, 3), np.uint8)
-            self._ids[instruction] = self._processed(blank, [self.text(instruction)])["input_ids"][0].tolist()
-        return self._ids[instruction]
+            blank = np.zeros((n_steps, self.n_images, self.image_size, self.image_size, 3), np.uint8)
+            whole = self._processed(blank, [self.text(instruction, n_steps)], [n_steps])
+            self._ids[instruction, n_steps] = whole["input_ids"][0].tolist()
+        return self._ids[instruction, n_steps]
 
-    def ribbon(self, instruction: str) -> tuple[list[str], list[str]]:
-        """Tokens of the prompt as texts, and the kind of each, for `rvlm.plots.token_map`.
+    def ribbon(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
+        """Tokens of the prompt of `n_steps` observations as texts, and the kind of each, for `rvlm.plots.token_map`.
 
         Proprioception has no token of its own: it is added to the embedding of `<act>`.
         """
-        tokenizer, ids = self.processor.tokenizer, self.token_ids(instruction)
+        tokenizer, ids = self.processor.tokenizer, self.token_ids(instruction, n_steps)
         kinds = {self.processor.image_token_id: "image", tokenizer.convert_tokens_to_ids(ACT): "action"}
         special = dict.fromkeys(tokenizer.added_tokens_decoder, "other")
         return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
 
     def pixels(self, images: np.ndarray) -> torch.Tensor:
         """What the processor's image part makes of (b, n, h, w, 3) uint8 RGB: float32, in the shape that the family takes."""
-        if not self._is_plain(images):
+        if not self.is_plain(images):
             return self.processor.image_processor([list(sample) for sample in images], return_tensors="pt")["pixel_values"]
         scaled = self._scaled(images)
         return scaled if self._n_axes == scaled.ndim else scaled.flatten(0, 1)
 
-    def __call__(self, images: np.ndarray, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, images: np.ndarray, instructions: Sequence[str], n_steps: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Batch of prompts.
 
         Args:
-            images: (b, n_images, h, w, 3) uint8 RGB.
+            images: (m, n_images, h, w, 3) uint8 RGB of all observations, those of one prompt side by side.
             instructions: b texts.
+            n_steps: Observations of each prompt; one each if left out.
 
         Returns:
-            `input_ids`, `attention_mask` (b, l) int64, padded on the right, `pixel_values`, and what else the family takes.
+            `input_ids`, `attention_mask` (b, l) int64, `pixel_values`, and what else the family takes.
         """
-        if not self._is_plain(images):
-            return self._processed(images, [self.text(instruction) for instruction in instructions])
-        return {**self.tokens(instructions), "pixel_values": self.pixels(images)}
+        n_steps = [1] * len(instructions) if n_steps is None else list(n_steps)
+        if not self.is_plain(images):
+            texts = [self.text(instruction, n) for instruction, n in zip(instructions, n_steps, strict=True)]
+            return self._processed(images, texts, n_steps)
+        return {**self.tokens(instructions, n_steps), "pixel_values": self.pixels(images)}
 
-    def tokens(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """The text half of a batch: `input_ids` and `attention_mask` (b, l)."""
-        return pad([self.token_ids(text) for text in instructions], self.processor.tokenizer.pad_token_id)
+        n_steps = [1] * len(instructions) if n_steps is None else n_steps
+        rows = [self.token_ids(text, n) for text, n in zip(instructions, n_steps, strict=True)]
+        return pad(rows, self.processor.tokenizer.pad_token_id, self.padding_side)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Token id rows of different lengths as `input_ids` and `attention_mask` (b, l), padded on the right."""
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Token id rows of different lengths as `input_ids` and `attention_mask` (b, l), padded on one side."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+        place = slice(length - len(row), length) if side == "left" else slice(len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -173,20 +173,31 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
 
 
 class RobotCollator:
-    """Windows of demonstrations to the batch that `VLA.forward` takes."""
+    """Windows of demonstrations to the batch that `VLA.forward` takes.
 
-    def __init__(self, processor: ProcessorMixin, n_cameras: int) -> None:
-        self.prompter = Prompter(processor, n_cameras)
+    Args:
+        prompter: As `VLA.prompter` gives it.
+        is_interleaved: Whether the observations of a sample share one prompt; those before the episode's start are then left
+            out of it. Else each has a prompt of its own, in the order of the b * t observations.
+    """
+
+    def __init__(self, prompter: Prompter, is_interleaved: bool = False) -> None:
+        self.prompter, self.is_interleaved = prompter, is_interleaved
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Samples of `Windows` to one batch; prompts stand in the order of the b * t observations."""
+        """Samples of `Windows` to one batch."""
         keys = ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")
         stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
-        images, n_obs_steps = stacked.pop("images"), samples[0]["images"].shape[0]
-        texts = [s["instruction"] for s in samples for _ in range(n_obs_steps)]
-        flat = images.reshape(-1, *images.shape[2:])
-        is_raw = flat.dtype == np.uint8
-        prompts = self.prompter(flat, texts) if is_raw else {**self.prompter.tokens(texts), **_see(self.prompter, flat)}
+        images, is_there = stacked.pop("images"), stacked["obs_mask"]
+        if self.is_interleaved:
+            flat, n_steps, texts = images[is_there], is_there.sum(1).tolist(), [s["instruction"] for s in samples]
+        else:
+            flat, n_steps = images.reshape(-1, *images.shape[2:]), [1] * is_there.size
+            texts = [s["instruction"] for s in samples for _ in range(is_there.shape[1])]
+        if flat.dtype == np.uint8:
+            prompts = self.prompter(flat, texts, n_steps)
+        else:
+            prompts = {**self.prompter.tokens(texts, n_steps), **_see(self.prompter, flat)}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
 
 
@@ -218,7 +229,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
 
     budget = Budget(len(windows), stage.n_samples, stage.seed, make)
-    return model, processor, budget, RobotCollator(processor, len(config.cameras))
+    return model, processor, budget, RobotCollator(model.prompter(processor), config.structure == "interleaved")
 
 
 def _require_same_policy(model: Any, data: Any, stage: Stage) -> None:

@@ -28,15 +28,15 @@ def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size:
     Returns:
         `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
     """
-    collate, spec, stats = RobotCollator(policy.prompter.processor, len(windows.cameras)), policy.model.spec, policy.model.stats
+    model = policy.model
+    collate, spec, stats = RobotCollator(policy.prompter, model.config.structure == "interleaved"), model.spec, model.stats
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         batch = collate([CONTROLS[control](sample) for sample in samples])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
-        for key in ("obs_mask", "dataset_index"):
-            batch.pop(key)
-        predicted = spec.unnormalize(policy.model.predict(**batch).float().numpy(), stats["action"])
+        batch.pop("dataset_index")
+        predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats["action"])
         part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats["action"]), "mask": mask[..., 0]}
         parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -1,6 +1,6 @@
 """A trained model in the loop: observations in, raw robot actions out, any number of robots side by side.
 
-The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`.
+The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`. All robots move in step.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rvlm.actions import ActionSpec
-from rvlm.backbones import Prompter
+from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
 from rvlm.vla import VLA, load_vla
 
 Observation = dict[str, Any]
@@ -25,11 +25,25 @@ class Policy:
     Args:
         model: As `load_vla` gives it.
         processor: Likewise.
-        n_action_steps: Actions executed of each predicted chunk before predicting anew.
+        n_action_steps: Actions executed of each predicted chunk before predicting anew: 1 re-plans at every step, the chunk's
+            size executes chunks whole.
+        ensemble: Execute the mean of what all chunks say that reach a step, weighted by exp(-ensemble * i), i counted from
+            the oldest chunk on; None executes the newest chunk alone. Source: temporal ensembling of ACT (Zhao et al. 2023,
+            arXiv 2304.13705), section IV-B.
         spec: The environment's; refused where it disagrees with the one that the policy was trained on.
+
+    Raises:
+        ValueError: More actions than are predicted, an ensemble of chunks that do not overlap, an unknown camera.
     """
 
-    def __init__(self, model: VLA, processor: Any, n_action_steps: int = 1, spec: ActionSpec | None = None) -> None:
+    def __init__(
+        self,
+        model: VLA,
+        processor: Any,
+        n_action_steps: int = 1,
+        ensemble: float | None = None,
+        spec: ActionSpec | None = None,
+    ) -> None:
         if spec is not None:
             model.spec.require_same(spec)
         if not 1 <= n_action_steps <= model.config.chunk_size:
@@ -37,11 +51,21 @@ class Policy:
                 f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; "
                 f"got {n_action_steps}"
             )
+        if ensemble is not None and (n_action_steps != 1 or ensemble < 0):
+            raise ValueError(
+                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and ensemble of at least 0; "
+                f"got n_action_steps={n_action_steps}, ensemble={ensemble}"
+            )
         unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
         if unknown:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
-        self.model, self.n_action_steps = model.eval(), n_action_steps
-        self.prompter = Prompter(processor, len(model.config.cameras))
+        self.model, self.n_action_steps, self.ensemble = model.eval(), n_action_steps, ensemble
+        self.prompter = model.prompter(processor)
+        self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
+            model.config.structure
+        ]
+        if self._remember is CachedSequence and not CachedSequence.is_exact(model, self.prompter):
+            self._remember = RecomputedSequence
         self.reset()
 
     @classmethod
@@ -50,9 +74,10 @@ class Policy:
         return cls(*load_vla(folder), **options)
 
     def reset(self, n_robots: int = 1) -> None:
-        """Forget everything: queued actions and remembered features of all robots."""
-        self._queues: list[deque[np.ndarray]] = [deque() for _ in range(n_robots)]
-        self._features: list[deque[torch.Tensor]] = [deque(maxlen=self.model.config.n_obs_steps) for _ in range(n_robots)]
+        """Forget everything: queued actions, chunks of an ensemble, and what is remembered of past observations."""
+        self.n_robots, self.memory = n_robots, self._remember(self.model, self.prompter)
+        self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
+        self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
 
     def select_action(self, observations: Sequence[Observation]) -> np.ndarray:
         """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up.
@@ -65,27 +90,23 @@ class Policy:
             ValueError: More or fewer observations than robots.
         """
         self._check(observations)
-        has_history = self.model.config.n_obs_steps > 1
-        empty = [i for i, queue in enumerate(self._queues) if not queue]
-        look = range(len(observations)) if has_history else empty
-        if look:
-            self._remember([observations[i] for i in look], look)
-        if empty:
-            for i, chunk in zip(empty, self._predict(empty), strict=True):
-                self._queues[i].extend(chunk[: self.n_action_steps])
-        return np.stack([queue.popleft() for queue in self._queues])
+        if not self._queue or self.model.config.n_obs_steps > 1:
+            self._see(observations)
+        if not self._queue:
+            chunk = self._unnormalized(self._planned())
+            self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
+        return self._queue.popleft()
 
     def predict_action_chunk(self, observations: Sequence[Observation]) -> np.ndarray:
         """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
         self._check(observations)
-        indices = range(len(observations))
-        self._remember(observations, indices)
-        return self._predict(indices)
+        self._see(observations)
+        return self._unnormalized(self._predict())
 
     def _check(self, observations: Sequence[Observation]) -> None:
-        if len(observations) != len(self._queues):
+        if len(observations) != self.n_robots:
             raise ValueError(
-                f"expected an observation of each of {len(self._queues)} robots, got {len(observations)}; "
+                f"expected an observation of each of {self.n_robots} robots, got {len(observations)}; "
                 f"begin with reset(n_robots={len(observations)})"
             )
         needed = {"state", "instruction", *(IMAGE_KEYS[c] for c in self.model.config.cameras)}
@@ -97,23 +118,30 @@ class Policy:
                 )
 
     @torch.inference_mode()
-    def _remember(self, observations: Sequence[Observation], indices: Sequence[int]) -> None:
-        """One pass of the backbone over the newest observations; only their features are kept."""
+    def _see(self, observations: Sequence[Observation]) -> None:
+        """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.model.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
-        prompts = self.prompter(images, [o["instruction"] for o in observations])
-        inputs = {**prompts, "state": torch.as_tensor(state, dtype=torch.float32)}
-        features = self.model.features(**{k: v.to(self.model.device) for k, v in inputs.items()})
-        for i, feature in zip(indices, features, strict=True):
-            self._features[i].append(feature)
+        felt = torch.as_tensor(state, dtype=torch.float32, device=self.model.device)
+        self.memory.add(images, felt, [o["instruction"] for o in observations])
 
     @torch.inference_mode()
-    def _predict(self, indices: Sequence[int]) -> np.ndarray:
-        """Raw chunks (n, k, a); a history that is not full yet is filled with its oldest observation, as in training."""
-        n_steps = self.model.config.n_obs_steps
-        rows = [list(self._features[i]) for i in indices]
-        stacked = torch.stack([torch.stack([row[0]] * (n_steps - len(row)) + row) for row in rows])
-        chunk = self.model.head.predict(self.model.history(stacked)[:, -1])
+    def _predict(self) -> torch.Tensor:
+        """Normalised chunks (n, k, a) from all that is remembered."""
+        return self.memory.predict()
+
+    def _planned(self) -> torch.Tensor:
+        """The normalised chunk to execute: the newest one, or what the ensemble of chunks says for this one step (n, 1, a)."""
+        newest = self._predict()
+        if self.ensemble is None:
+            return newest
+        self._chunks.append(newest)
+        n = len(self._chunks)
+        said = torch.stack([chunk[:, n - 1 - i] for i, chunk in enumerate(self._chunks)])  # about this step, oldest first
+        weights = torch.exp(-self.ensemble * torch.arange(n, device=said.device))[:, None, None]
+        return ((weights * said).sum(0) / weights.sum())[:, None]
+
+    def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
         return self.model.spec.unnormalize(chunk.float().cpu().numpy(), self.model.stats["action"])
 
 

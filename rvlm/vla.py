@@ -1,12 +1,16 @@
 """`VLA = VLM + action head + history`: any image-text-to-text model of transformers as a robot policy.
 
 The backbone is not changed: its tokenizer has one more token, `<act>`, and the policy reads the base model's hidden
-state where it stands (the language-model head is not computed). Proprioception enters as a learned offset of that
-token's input embedding.
+state where it stands (the language-model head is not computed). Proprioception, and action tokens where there are some,
+enter as learned offsets of that token's input embedding.
+
+Three structures say where history lives (RoboVLMs, arXiv 2412.14058, section on VLA formulations): nowhere ("one_step"),
+in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in a module that fuses what was read at each
+observation alone ("policy_head").
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,10 +18,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.modeling_outputs import ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import ACT, as_encoder_outputs, load_backbone, load_processor, refuse_wrong_weights
-from rvlm.heads import HEADS, HISTORIES
+from rvlm.backbones import ACT, Prompter, as_encoder_outputs, load_backbone, load_processor, refuse_wrong_weights
+from rvlm.heads import HEADS, HISTORIES, TokensHead
 
-STRUCTURES = ("one_step", "policy_head")
+CONTINUOUS = ("mlp", "flow")
+STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
+    "one_step": (("mlp", "flow", "tokens"), (None,)),
+    "interleaved": (CONTINUOUS, (None,)),
+    "policy_head": (CONTINUOUS, tuple(HISTORIES)),
+}
 
 
 class VLAConfig(PreTrainedConfig):
@@ -25,7 +34,7 @@ class VLAConfig(PreTrainedConfig):
 
     Args:
         backbone: Configuration of the vision-language model, as a dict with its `model_type`.
-        structure: "one_step" or "policy_head".
+        structure: Name in `STRUCTURES`.
         head: Name in `HEADS`; `head_options` are its arguments by name.
         history: Name in `HISTORIES`, for "policy_head" only.
         n_obs_steps: Observations that the policy sees (t).
@@ -63,19 +72,29 @@ def check_structure(config: VLAConfig) -> None:
     Raises:
         ValueError: Unknown or contradicting structure, head, history or window, with what is possible.
     """
-    for name, table in (("structure", STRUCTURES), ("head", HEADS)):
+    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", (None, *HISTORIES))):
         if getattr(config, name) not in table:
-            raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(table)}")
+            raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")
     for name in ("n_obs_steps", "chunk_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
-    if config.structure == "one_step" and (config.history or config.n_obs_steps != 1):
+    heads, histories = STRUCTURES[config.structure]
+    is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
+    if config.head not in heads or config.history not in histories or not is_window_right:
         raise ValueError(
-            f"one_step sees one observation and has no history; got n_obs_steps={config.n_obs_steps}, "
-            f"history={config.history!r}; use structure='policy_head', or n_obs_steps=1 and history=None"
+            f"structure={config.structure!r}, head={config.head!r}, history={config.history!r}, "
+            f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(combinations())}"
         )
-    if config.structure == "policy_head" and config.history not in HISTORIES:
-        raise ValueError(f"policy_head fuses steps by one of {', '.join(HISTORIES)}; got history={config.history!r}")
+
+
+def combinations() -> list[str]:
+    """Every valid combination of structure, heads, histories and window, in words."""
+    return [
+        f"{structure} with {' or '.join(heads)}, "
+        f"{'no history' if histories == (None,) else ' or '.join(map(str, histories))}, "
+        f"n_obs_steps {'of 1' if structure == 'one_step' else 'from 2 on'}"
+        for structure, (heads, histories) in STRUCTURES.items()
+    ]
 
 
 class VLA(PreTrainedModel):
@@ -103,7 +122,7 @@ class VLA(PreTrainedModel):
         self.spec = ActionSpec.from_dict(config.spec)
         self.stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
         self._check_cameras()
-        self.head = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
+        self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(self.spec.state_names)
         self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
@@ -119,54 +138,110 @@ class VLA(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
-    def features(
+    def prompter(self, processor: ProcessorMixin) -> Prompter:
+        """What makes this policy's prompts, in training and in evaluation.
+
+        Where a sequence is continued (several observations, or token after token), shorter prompts are filled up on the
+        left, so that what is appended stands right behind each of them.
+        """
+        is_continued = self.config.structure == "interleaved" or self.is_autoregressive
+        return Prompter(processor, len(self.config.cameras), self.head.n_queries, "left" if is_continued else "right")
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether actions are said token after token."""
+        return isinstance(self.head, TokensHead) and self.head.is_autoregressive
+
+    def read(
         self,
         input_ids: torch.Tensor,
-        state: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         **inputs: Any,
-    ) -> torch.Tensor:
-        """Hidden states (n, d) at `<act>` for n prompts with one observation each.
+    ) -> tuple[torch.Tensor, Any]:
+        """One pass of the base model.
 
         Args:
-            input_ids: (n, l), each row with one `<act>`.
-            state: (n, s), normalised; added to the embedding of `<act>` after a small network.
+            input_ids: (b, l).
+            offsets: (m, d), added to the embeddings of all `<act>` in the batch, row by row.
             image_features: (n, images * tokens, d) from `rvlm.backbones.vision_features`, instead of `pixel_values`.
-            inputs: What else the backbone takes: `attention_mask` (n, l), `pixel_values`, ...
+            inputs: What else the backbone takes: `attention_mask` (b, l), `pixel_values`, ...
+
+        Returns:
+            Hidden states (m, d) at the `<act>`, row by row, and the key-value cache if `use_cache` was asked for.
         """
         if image_features is not None:
             inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
         is_act = input_ids == self.config.act_id
-        handle = self._feed_state(is_act, state)
-        try:
-            hidden = self.backbone.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        finally:
-            if handle is not None:
-                handle.remove()
-        return hidden[is_act]
-
-    def _feed_state(self, is_act: torch.Tensor, state: torch.Tensor | None) -> Any:
-        """A hook that adds the state's embedding where `<act>` stands; None if the policy has no state."""
-        network = self.state_in
-        if network is None:
-            return None
-        if state is None:
-            raise ValueError("this policy was built with has_state=True; expected its state (n, s), got none")
 
         def add(module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
-            return embedded + is_act[..., None] * network(state)[:, None]
+            return embedded if offsets is None else embedded.index_put((is_act,), offsets.to(embedded.dtype), accumulate=True)
 
-        return self.backbone.get_input_embeddings().register_forward_hook(add)
+        handle = self.backbone.get_input_embeddings().register_forward_hook(add)
+        try:
+            out = self.backbone.model(input_ids=input_ids, **{"use_cache": False, **inputs})
+        finally:
+            handle.remove()
+        return out.last_hidden_state[is_act], out.get("past_key_values")
 
-    def fused(self, state: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """Features (b, t, d) of t observation steps, each alone through the backbone, fused by the history.
+    def offsets(self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What is added to the embeddings of the `<act>` of n observations (n * N, d), or None.
+
+        Args:
+            n: Observations.
+            state: (n, s), normalised; stands at the first `<act>` of each.
+            tokens: (n, N) that the head is told in training.
+
+        Raises:
+            ValueError: The policy has a state and none was given.
+        """
+        if self.state_in is not None and state is None:
+            raise ValueError("this policy was built with has_state=True; expected its state (n, s), got none")
+        felt = None if self.state_in is None else self.state_in(state)
+        if not isinstance(self.head, TokensHead):
+            return felt
+        told = self.head.offsets(n, tokens)
+        if felt is not None:
+            told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
+        return told.flatten(0, 1)
+
+    def features(
+        self,
+        input_ids: torch.Tensor,
+        state: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """Hidden states at the `<act>` of n observations: (n, d), or (n, N, d) where the head reads N of them.
+
+        Args:
+            input_ids: (b, l), with n observations in all.
+            state: (n, s), normalised.
+            tokens: (n, N), the action tokens that the head is told in training.
+            inputs: As `read` takes them.
+        """
+        n_queries = self.head.n_queries
+        n = int((input_ids == self.config.act_id).sum()) // n_queries
+        hidden, _ = self.read(input_ids, self.offsets(n, state, tokens), **inputs)
+        return hidden.unflatten(0, (n, n_queries)) if n_queries > 1 else hidden
+
+    def fused(
+        self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, tokens: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
 
         Args:
             state: (b, t, s) normalised.
-            inputs: Prompts of the b * t observations, in that order.
+            obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
+            tokens: (b * t, N), the action tokens that the head is told in training.
+            inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
         """
-        features = self.features(state=state.flatten(0, 1), **inputs)
-        return self.history(features.unflatten(0, state.shape[:2]))
+        if self.config.structure != "interleaved":
+            features = self.features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
+            return self.history(features)
+        is_there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
+        read = self.features(state=state[is_there], **inputs)
+        return read.new_zeros(*state.shape[:2], read.shape[-1]).index_put((is_there,), read)
 
     def forward(
         self,
@@ -183,20 +258,39 @@ class VLA(PreTrainedModel):
             state: (b, t, s), normalised.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
             action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start.
-            obs_mask: (b, t), false before the episode's start; what it says is in `action_mask` too.
+            obs_mask: (b, t), false before the episode's start.
             dataset_index: (b,), whose card and statistics the actions follow.
-            inputs: Prompts of the b * t observations.
+            inputs: As `fused` takes them.
 
         Returns:
-            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`).
+            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`).
         """
-        losses = self.head.loss(self.fused(state, **inputs), action, action_mask)
-        return ModelOutput(**losses)
+        tokens = self.head.encode(action).flatten(0, 1) if self.is_autoregressive else None
+        return ModelOutput(**self.head.loss(self.fused(state, obs_mask, tokens, **inputs), action, action_mask))
 
     @torch.inference_mode()
-    def predict(self, state: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    def predict(self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
         """Normalised actions (b, k, a) from the last of t observation steps; arguments as `fused` takes them."""
-        return self.head.predict(self.fused(state, **inputs)[:, -1])
+        if self.is_autoregressive:
+            return self._say(state[:, -1], **inputs)
+        return self.head.predict(self.fused(state, obs_mask, **inputs)[:, -1])
+
+    def _say(self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Normalised actions (b, k, a), token after token in the key-value cache; prompts are padded on the left."""
+        b, n_tokens = len(input_ids), self.head.n_queries
+        n_known = input_ids.shape[1] - n_tokens + 1  # up to the first <act>: all others hold the place of tokens to come
+        offsets = cast(torch.Tensor, self.offsets(b, state)).unflatten(0, (b, n_tokens))
+        known = {k: v[:, :n_known] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
+        known |= {"input_ids": input_ids[:, :n_known], "attention_mask": attention_mask[:, :n_known]}
+        hidden, cache = self.read(offsets=offsets[:, 0], use_cache=True, **known)
+        said = [self.head.choose(hidden)]
+        for i in range(1, n_tokens):
+            end = n_known + i
+            told = offsets[:, i] + self.head.tokens(said[-1])
+            step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
+            hidden, cache = self.read(offsets=told, past_key_values=cache, use_cache=True, **step)
+            said.append(self.head.choose(hidden))
+        return self.head.decode(torch.stack(said, dim=1))
 
     def save_pretrained(self, folder: str | Path, processor: ProcessorMixin | None = None, **options: Any) -> None:
         """Save weights and configuration, and the processor where one is given, as `load_vla` reads them.

@@ -102,7 +102,7 @@ def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):
     """Law 18."""
     spec = ActionSpec.from_card("tabletop_franka7")
     model, processor = make_vla(toy_vlm, spec, toy_stats)
-    policy, collate = Policy(model, processor), RobotCollator(processor, 2)
+    policy, collate = Policy(model, processor), RobotCollator(model.prompter(processor))
     assert type(policy.prompter) is type(collate.prompter) is Prompter
     sample = {
         "images": images(1, 2), "state": np.zeros((1, 7), np.float32), "action": np.zeros((1, 4, 7), np.float32),

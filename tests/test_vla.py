@@ -1,4 +1,4 @@
-"""The policy's laws: what it is made of, what moves its actions and what must not, save and load, the closed loop."""
+"""The policy's network: what it is made of, what moves its actions and what must not, save and load."""
 
 import json
 import re
@@ -9,64 +9,42 @@ import pytest
 import torch
 from conftest import TEXTS
 from safetensors.torch import load_file, save_file
-from test_backbones import llava  # noqa: F401  (a fixture)
+from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOKENS, a_batch, build, collate, inputs, windows_like
 
-from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.backbones import Prompter, load_backbone, load_processor
-from rvlm.batches import DialogueCollator, RobotCollator
-from rvlm.heads import LSTMHistory, MLPHead
-from rvlm.policy import Policy
+from rvlm.backbones import load_backbone
+from rvlm.batches import DialogueCollator
+from rvlm.heads import HISTORIES, FlowHead, MLPHead, TokensHead
 from rvlm.vla import load_vla, make_vla
 
-SPEC = ActionSpec.from_card("tabletop_franka7")
-ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}
-POLICY_HEAD = {**ONE_STEP, "structure": "policy_head", "history": "lstm", "n_obs_steps": 3}
-STRUCTURES = pytest.mark.parametrize("settings", [ONE_STEP, POLICY_HEAD], ids=["one_step", "policy_head"])
-
-
-def build(vlm, stats, settings):
-    torch.manual_seed(0)
-    model, processor = make_vla(vlm, SPEC, stats, **settings)
-    return model.eval(), processor
-
-
-def a_batch(processor, settings, b=3, seed=0, texts=TEXTS):
-    """What `RobotCollator` makes of b made-up windows."""
-    rng, t, k = np.random.default_rng(seed), settings.get("n_obs_steps", 1), settings["chunk_size"]
-    samples = []
-    for i in range(b):
-        action = rng.uniform(-1, 1, (t, k, 7)).astype(np.float32)
-        action[..., 6] = rng.random((t, k)) > 0.5
-        samples.append({
-            "images": rng.integers(0, 256, (t, 2, 48, 48, 3), np.uint8), "state": rng.normal(size=(t, 7)).astype(np.float32),
-            "action": action, "action_mask": np.ones((t, k, 7), bool), "obs_mask": np.ones(t, bool), "dataset_index": 0,
-            "instruction": texts[i % len(texts)],
-        })  # fmt: skip
-    return RobotCollator(processor, 2)(samples)
-
-
-def observe(rng, instruction=TEXTS[0]):
-    image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
-    state = rng.normal(size=7).astype(np.float32)
-    return {"image": image[0], "wrist_image": image[1], "state": state, "instruction": instruction}
-
-
-def inputs(batch):
-    return {k: v for k, v in batch.items() if k not in ("action", "action_mask", "obs_mask", "dataset_index")}
+STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["structure"] != "one_step"}
 
 
 # -- what it is made of ------------------------------------------------------------------------------------------------
+THERE_ARE = (
+    "there are one_step with mlp or flow or tokens, no history, n_obs_steps of 1; interleaved with mlp or flow, no history, "
+    "n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
+)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"structure": "two_step"}, "no structure 'two_step'; there are one_step, policy_head"),
-        ({"head": "mpl"}, "no head 'mpl'; there are mlp"),
-        ({"history": "lstm"}, "one_step sees one observation and has no history.*use structure='policy_head'"),
-        ({"n_obs_steps": 4}, r"one_step sees one observation.*got n_obs_steps=4"),
-        ({"structure": "policy_head", "n_obs_steps": 2}, "policy_head fuses steps by one of lstm; got history=None"),
+        ({"structure": "two_step"}, "no structure 'two_step'; there are one_step, interleaved, policy_head"),
+        ({"head": "mpl"}, "no head 'mpl'; there are mlp, flow, tokens"),
+        ({"history": "rnn"}, "no history 'rnn'; there are None, lstm, gpt"),
+        ({"history": "lstm"}, f"'one_step'.*history='lstm'.*do not go together; {THERE_ARE}"),
+        ({"n_obs_steps": 4}, f"n_obs_steps=4 do not go together; {THERE_ARE}"),
+        ({"structure": "interleaved"}, f"'interleaved'.*n_obs_steps=1 do not go together; {THERE_ARE}"),
+        ({**INTERLEAVED, "history": "gpt"}, f"history='gpt'.*do not go together; {THERE_ARE}"),
+        ({**INTERLEAVED, "head": "tokens"}, f"head='tokens'.*do not go together; {THERE_ARE}"),
+        ({**POLICY_HEAD, "head": "tokens"}, f"head='tokens'.*do not go together; {THERE_ARE}"),
+        ({**POLICY_HEAD, "history": None}, f"history=None.*do not go together; {THERE_ARE}"),
+        ({**POLICY_HEAD, "n_obs_steps": 1}, f"history='lstm', n_obs_steps=1 do not go together; {THERE_ARE}"),
         ({"chunk_size": 0}, "chunk_size is expected to be at least 1; got 0"),
         ({"cameras": ["static", "side"]}, "expected cameras of card 'tabletop_franka7', static, wrist; got .*side"),
         ({"head_options": {"arm_loss": "mae"}}, "no arm loss 'mae'; there are mse, huber, l1"),
+        ({**TOKENS, "head_options": {"decoding": "beam"}}, "no decoding 'beam'; there are autoregressive, parallel"),
     ],
 )
 def test_a_combination_that_means_nothing_is_refused(toy_vlm, toy_stats, wrong, message):
@@ -97,7 +75,7 @@ def test_attaching_a_head_leaves_the_pretrained_weights_alone(toy_vlm, toy_stats
 @STRUCTURES
 def test_gradients_reach_every_part(toy_vlm, toy_stats, settings):
     model, processor = build(toy_vlm, toy_stats, settings)
-    model(**a_batch(processor, settings)).loss.backward()
+    model(**a_batch(model, processor)).loss.backward()
     base = model.backbone.model
     parts = {
         "vision": base.vision_model, "connector": base.connector, "language": base.text_model,
@@ -124,55 +102,142 @@ def test_a_vision_language_batch_reaches_the_backbone_of_a_policy(toy_vlm, toy_s
 def test_padding_does_not_move_the_action(toy_vlm, toy_stats, settings):
     """Law 15: alone, or beside a prompt that is three times as long."""
     model, processor = build(toy_vlm, toy_stats, settings)
-    together = a_batch(processor, settings, b=2, texts=[TEXTS[2], " and then ".join(TEXTS)])
-    t = settings.get("n_obs_steps", 1)
-    assert together["attention_mask"][0].sum() < 0.7 * together["input_ids"].shape[1]
-    length = int(together["attention_mask"][0].sum())
-    alone = {k: v[:t, :length] if v.ndim == 2 and k != "obs_mask" else v[:t] for k, v in inputs(together).items() if k != "state"}
-    ours = model.predict(state=together["state"][:1], **alone)
-    torch.testing.assert_close(model.predict(**inputs(together))[:1], ours, atol=2e-5, rtol=0)
+    samples = windows_like(model.config, b=2, texts=[TEXTS[2], " and then ".join(TEXTS)])
+    together, alone = collate(model, processor, samples), collate(model, processor, samples[:1])
+    assert alone["input_ids"].shape[1] < together["input_ids"].shape[1]
+    torch.testing.assert_close(model.predict(**inputs(together))[:1], model.predict(**inputs(alone)), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", SEQUENCES.values(), ids=SEQUENCES)
+def test_observations_before_the_episodes_start_are_never_told_apart(toy_vlm, toy_stats, settings):
+    """Interleaved leaves them out; a policy head repeats the first one, whatever is in the array."""
+    model, processor = build(toy_vlm, toy_stats, settings)
+    (sample,) = windows_like(model.config, b=1)
+    sample["obs_mask"][:2] = False
+    if settings["structure"] == "interleaved":
+        other = {**sample, "images": sample["images"].copy(), "state": sample["state"].copy()}
+        other["images"][:2], other["state"][:2] = 0, 9
+        ours, theirs = (model.predict(**inputs(collate(model, processor, [s]))) for s in (sample, other))
+        assert torch.equal(ours, theirs)
+        shorter = {k: v[2:] if isinstance(v, np.ndarray) else v for k, v in sample.items()}
+        alone = model.predict(**inputs(collate(model, processor, [shorter])))
+        torch.testing.assert_close(ours, alone, atol=2e-5, rtol=0)
+    else:
+        batch = collate(model, processor, [sample])
+        assert batch["input_ids"].shape[0] == settings["n_obs_steps"]
+
+
+def fused(model, batch):
+    """All that the head reads, action tokens told where there are some."""
+    tokens = model.head.encode(batch["action"]).flatten(0, 1) if model.is_autoregressive else None
+    with torch.inference_mode():
+        return model.fused(tokens=tokens, **inputs(batch))
 
 
 @STRUCTURES
-def test_state_image_and_language_reach_the_action(toy_vlm, toy_stats, settings):
+def test_state_image_and_language_reach_the_features(toy_vlm, toy_stats, settings):
     """Law 20."""
     model, processor = build(toy_vlm, toy_stats, settings)
-    batch = inputs(a_batch(processor, settings, b=1))
-    before = model.predict(**batch)
-    assert not torch.allclose(model.predict(**{**batch, "state": batch["state"] + 1}), before, atol=1e-5)
-    assert not torch.allclose(model.predict(**{**batch, "pixel_values": -batch["pixel_values"]}), before, atol=1e-5)
-    said = inputs(a_batch(processor, settings, b=1, texts=[TEXTS[1]]))
-    assert not torch.allclose(model.predict(**said), before, atol=1e-5)
+    batch = a_batch(model, processor, b=1)
+    before = fused(model, batch)
+    assert not torch.allclose(fused(model, {**batch, "state": batch["state"] + 1}), before, atol=1e-5)
+    assert not torch.allclose(fused(model, {**batch, "pixel_values": -batch["pixel_values"]}), before, atol=1e-5)
+    said = a_batch(model, processor, b=1, texts=[TEXTS[1]])
+    assert not torch.allclose(fused(model, said), before, atol=1e-5)
 
 
 def test_without_state_the_state_does_not_matter(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, {**ONE_STEP, "has_state": False})
-    batch = inputs(a_batch(processor, ONE_STEP))
+    batch = inputs(a_batch(model, processor))
     assert torch.equal(model.predict(**batch), model.predict(**{**batch, "state": batch["state"] + 5}))
 
 
 def test_state_is_required_where_the_policy_has_one(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
-    batch = inputs(a_batch(processor, ONE_STEP))
+    batch = inputs(a_batch(model, processor))
+    batch.pop("obs_mask")
     batch.pop("state")
     with pytest.raises(ValueError, match="has_state=True; expected its state"):
         model.features(**batch)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
-def test_arm_and_gripper_are_split_on_the_last_axis(shape):
+@pytest.mark.parametrize("kind", [MLPHead, FlowHead])
+def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
     """Law 16, for any leading shape."""
     torch.manual_seed(0)
-    head, features = MLPHead(8, 5, 7), torch.randn(*shape, 8)
-    raw, predicted = head(features), head.predict(features)
+    head, features = kind(8, 5, 7), torch.randn(*shape, 8)
+    predicted = head.predict(features)
     assert predicted.shape == (*shape, 5, 7)
-    assert torch.equal(predicted[..., :6], raw[..., :6])
-    assert torch.equal(predicted[..., 6], raw[..., 6].sigmoid())
-    action, mask = torch.zeros_like(raw), torch.ones_like(raw, dtype=torch.bool)
-    before = head.loss(features, action, mask)
-    action[..., 6] = 1
-    after = head.loss(features, action, mask)
-    assert after["arm_loss"] == before["arm_loss"] and after["gripper_loss"] != before["gripper_loss"]
+    assert ((0 < predicted[..., 6]) & (predicted[..., 6] < 1)).all()
+    action, mask = torch.zeros_like(predicted), torch.ones_like(predicted, dtype=torch.bool)
+
+    def losses(action):
+        torch.manual_seed(1)
+        return head.loss(features, action, mask)
+
+    before = losses(action)
+    closed, moved = action.clone(), action.clone()
+    closed[..., 6], moved[..., :6] = 1, 1
+    assert losses(closed)["arm_loss"] == before["arm_loss"] and losses(closed)["gripper_loss"] != before["gripper_loss"]
+    assert losses(moved)["arm_loss"] != before["arm_loss"] and losses(moved)["gripper_loss"] == before["gripper_loss"]
+
+
+def test_flow_follows_the_straight_line_to_the_action():
+    """With the velocity that leads from any point to one chunk, any number of Euler steps ends in that chunk."""
+    goal = torch.rand(2, 3, 6)
+    for n_euler_steps in (1, 4, 10):
+        head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
+        head.velocity = lambda features, chunk, time: (goal - chunk) / (1 - time[..., None])
+        torch.testing.assert_close(head.predict(torch.randn(2, 8))[..., :6], goal)
+
+
+def test_flow_learns_two_ways_where_regression_means_them():
+    """Half of the demonstrations go left and half go right: the mean is neither, and flow matching chooses."""
+    torch.manual_seed(0)
+    features, action, mask = torch.zeros(256, 8), torch.zeros(256, 1, 7), torch.ones(256, 1, 7, dtype=torch.bool)
+    action[::2, 0, 0], action[1::2, 0, 0] = -1.0, 1.0
+    for head, is_chosen in ((MLPHead(8, 1, 7, hidden=64), False), (FlowHead(8, 1, 7, hidden=64, n_euler_steps=10), True)):
+        optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+        for _ in range(400):
+            optimizer.zero_grad()
+            head.loss(features, action, mask)["loss"].backward()
+            optimizer.step()
+        distance = head.predict(features[:1])[0, 0, 0].abs()
+        assert (distance > 0.5) == is_chosen
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_tokens_of_any_leading_shape_come_back(shape):
+    head = TokensHead(8, 3, 7, n_bins=64)
+    action = torch.rand(*shape, 3, 7) * 2 - 1
+    action[..., 6] = (action[..., 6] > 0).float()
+    ids = head.encode(action)
+    assert ids.shape == (*shape, 21)
+    back = head.decode(ids)
+    assert (back - action)[..., :6].abs().max() <= 1 / 64 + 1e-6
+    assert torch.equal(back[..., 6] > 0.5, action[..., 6] > 0.5)
+    assert torch.equal(head.encode(back), ids)
+
+
+def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_stats):
+    """Law 19: token after token in the cache says what one pass over all tokens says, in rows of different lengths."""
+    model, processor = build(toy_vlm, toy_stats, TOKENS)
+    batch = inputs(a_batch(model, processor, b=3))
+    said = model.head.encode(model.predict(**batch))
+    state = batch.pop("state")
+    with torch.inference_mode():
+        again = model.head.choose(model.fused(state, tokens=said, **batch))
+    assert torch.equal(again[:, 0], said)
+
+
+def test_action_tokens_are_known_to_those_behind_them_only(toy_vlm, toy_stats):
+    model, processor = build(toy_vlm, toy_stats, TOKENS)
+    batch = a_batch(model, processor, b=1)
+    before = fused(model, batch)
+    batch["action"][0, 0, 1, 2] += 0.5  # token 9 of 21
+    changed = (fused(model, batch) - before).abs().amax(-1).flatten() > 1e-6
+    assert changed.tolist() == [False] * 10 + [True] * 11
 
 
 @pytest.mark.parametrize("name", ["mse", "huber", "l1"])
@@ -192,48 +257,65 @@ def test_loss_is_the_published_formula(name):
 @STRUCTURES
 def test_masked_actions_do_not_change_the_loss(toy_vlm, toy_stats, settings):
     model, processor = build(toy_vlm, toy_stats, settings)
-    batch = a_batch(processor, settings)
+    batch = a_batch(model, processor)
     batch["action_mask"][:, :, 1:] = False
-    before = model(**batch).loss
+
+    def loss():
+        torch.manual_seed(1)
+        return model(**batch).loss
+
+    before = loss()
     batch["action"][:, :, 1:, :6] += 100
     batch["action"][:, :, 1:, 6] = 1 - batch["action"][:, :, 1:, 6]
-    assert torch.equal(model(**batch).loss, before)
+    assert torch.equal(loss(), before)
     batch["action"][:, :, :1, :6] += 1
-    assert not torch.equal(model(**batch).loss, before)
+    assert not torch.equal(loss(), before)
     batch["action_mask"][:] = False
-    assert model(**batch).loss == 0
+    assert loss() == 0
 
 
-def test_the_history_keeps_nothing_behind():
+@pytest.mark.parametrize("name", HISTORIES)
+def test_the_history_keeps_nothing_behind(name):
     """Law 21."""
     torch.manual_seed(0)
-    history, features = LSTMHistory(8), torch.randn(2, 4, 8)
+    history, features = HISTORIES[name](8), torch.randn(2, 4, 8)
     before = history(features)
     history.train()(torch.randn(2, 4, 8)).sum().backward()
     assert torch.equal(history.eval()(features), before)
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_future_observations_never_change_past_actions(toy_vlm, toy_stats, t):
-    model, processor = build(toy_vlm, toy_stats, POLICY_HEAD)
-    batch = inputs(a_batch(processor, POLICY_HEAD, b=1))
-    changed = {**batch, "state": batch["state"].clone(), "pixel_values": batch["pixel_values"].clone()}
-    changed["state"][:, t:] += 1
-    changed["pixel_values"][t:] *= -1
+@pytest.mark.parametrize("settings", SEQUENCES.values(), ids=SEQUENCES)
+def test_future_observations_never_change_past_actions(toy_vlm, toy_stats, settings, t):
+    model, processor = build(toy_vlm, toy_stats, settings)
+    (sample,) = windows_like(model.config, b=1)
+    changed = {**sample, "images": sample["images"].copy(), "state": sample["state"].copy()}
+    changed["state"][t:] += 1
+    changed["images"][t:] = 255 - changed["images"][t:]
     with torch.inference_mode():
-        before, after = (model.head(model.fused(**b)) for b in (batch, changed))
+        before, after = (model.head.predict(fused(model, collate(model, processor, [s]))) for s in (sample, changed))
     torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
     assert t == 3 or not torch.allclose(after[:, t:], before[:, t:], atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SEQUENCES.values(), ids=SEQUENCES)
+def test_past_observations_change_the_action(toy_vlm, toy_stats, settings):
+    model, processor = build(toy_vlm, toy_stats, settings)
+    (sample,) = windows_like(model.config, b=1)
+    changed = {**sample, "images": sample["images"].copy()}
+    changed["images"][0] = 255 - changed["images"][0]
+    before, after = (model.predict(**inputs(collate(model, processor, [s]))) for s in (sample, changed))
+    assert not torch.allclose(after, before, atol=1e-5)
 
 
 @STRUCTURES
 def test_a_permuted_batch_permutes_the_actions(toy_vlm, toy_stats, settings):
     model, processor = build(toy_vlm, toy_stats, settings)
-    batch, t = inputs(a_batch(processor, settings, b=3)), settings.get("n_obs_steps", 1)
-    order = torch.tensor([2, 0, 1])
-    permuted = {k: v.unflatten(0, (3, t))[order].flatten(0, 1) for k, v in batch.items() if k != "state"}
-    ours = model.predict(state=batch["state"][order], **permuted)
-    torch.testing.assert_close(ours, model.predict(**batch)[order], atol=2e-5, rtol=0)
+    samples, order = windows_like(model.config, b=3), [2, 0, 1]
+    ours, permuted = (
+        model.predict(**inputs(collate(model, processor, rows))) for rows in (samples, [samples[i] for i in order])
+    )
+    torch.testing.assert_close(permuted, ours[order], atol=2e-5, rtol=0)
 
 
 # -- save and load -----------------------------------------------------------------------------------------------------
@@ -249,7 +331,7 @@ def test_a_saved_policy_acts_alike_and_knows_what_its_actions_mean(saved):
     folder, model = saved
     loaded, processor = load_vla(folder)
     assert loaded.spec == SPEC and not loaded.training
-    batch = inputs(a_batch(processor, POLICY_HEAD))
+    batch = inputs(a_batch(model, processor))
     assert torch.equal(loaded.predict(**batch), model.predict(**batch))
     for name, stats in model.stats.items():
         assert loaded.stats[name].to_dict() == stats.to_dict()
@@ -282,73 +364,3 @@ def test_an_unknown_field_of_a_saved_configuration_is_named(saved, tmp_path):
         load_vla(folder)
 
 
-# -- the closed loop ---------------------------------------------------------------------------------------------------
-def test_a_policy_is_refused_where_actions_mean_something_else(saved):
-    with pytest.raises(SpecMismatch, match=r"policy vs environment.*gripper_open: 1.0 against -1.0"):
-        Policy.load(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))
-
-
-@pytest.mark.parametrize("n", [0, 4])
-def test_more_actions_than_predicted_cannot_be_executed(saved, n):
-    with pytest.raises(ValueError, match=rf"between 1 and the chunk of 3 predicted actions; got {n}"):
-        Policy.load(saved[0], n_action_steps=n)
-
-
-def test_a_missing_camera_and_a_missing_robot_are_named(saved):
-    policy, rng = Policy.load(saved[0]), np.random.default_rng(0)
-    observation = observe(rng)
-    observation.pop("wrist_image")
-    with pytest.raises(KeyError, match="add \\['wrist_image'\\]"):
-        policy.select_action([observation])
-    with pytest.raises(ValueError, match=r"expected an observation of each of 1 robots, got 2; begin with reset\(n_robots=2\)"):
-        policy.select_action([observe(rng), observe(rng)])
-
-
-@pytest.mark.parametrize("n_action_steps", [1, 2, 3])
-def test_queued_actions_are_those_of_the_predicted_chunk(toy_vlm, toy_stats, n_action_steps):
-    policy, rng = Policy(*build(toy_vlm, toy_stats, ONE_STEP), n_action_steps=n_action_steps), np.random.default_rng(0)
-    seen = [observe(rng) for _ in range(6)]
-    acted = [policy.select_action([o])[0] for o in seen]
-    planned = []
-    for i in range(0, 6, n_action_steps):
-        policy.reset()
-        planned += list(policy.predict_action_chunk([seen[i]])[0][:n_action_steps])
-    np.testing.assert_allclose(acted, planned, atol=1e-5)
-
-
-def test_remembered_features_equal_a_full_recomputation(saved):
-    policy, model, rng = Policy.load(saved[0]), saved[1], np.random.default_rng(0)
-    policy.reset(2)
-    steps = [[observe(rng), observe(rng, TEXTS[1])] for _ in range(5)]
-    acted = [policy.select_action(step) for step in steps]
-    prompter = Prompter(load_processor(saved[0]), 2)
-    for now, action in enumerate(acted):
-        window = [steps[max(0, now - i)] for i in (2, 1, 0)]  # the oldest fills what is missing
-        rows = [step[robot] for robot in range(2) for step in window]
-        state = model.stats["observation.state"].normalize(np.stack([o["state"] for o in rows])).astype(np.float32)
-        prompts = prompter(np.stack([[o["image"], o["wrist_image"]] for o in rows]), [o["instruction"] for o in rows])
-        chunk = model.predict(state=torch.from_numpy(state).unflatten(0, (2, 3)), **prompts)
-        raw = SPEC.unnormalize(chunk.numpy(), model.stats["action"])[:, 0]
-        np.testing.assert_allclose(action, raw, atol=1e-4)
-
-
-def test_robots_beside_each_other_do_not_mix_and_reset_forgets(saved):
-    policy, rng = Policy.load(saved[0]), np.random.default_rng(0)
-    ours, others = [observe(rng) for _ in range(3)], [observe(rng, TEXTS[1]) for _ in range(3)]
-    alone = [policy.select_action([o])[0] for o in ours]
-    policy.reset(2)
-    np.testing.assert_allclose([policy.select_action(list(pair))[1] for pair in zip(others, ours, strict=True)], alone, atol=1e-4)
-    policy.reset()
-    np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)
-
-
-def test_another_family_of_models_becomes_a_policy_too(llava, toy_stats, tmp_path):  # noqa: F811
-    model, processor = build(llava, toy_stats, ONE_STEP)
-    batch = a_batch(processor, ONE_STEP)
-    model(**batch).loss.backward()
-    assert all(p.grad is not None for p in model.head.parameters())
-    model.save_pretrained(tmp_path, processor)
-    loaded, processor = load_vla(tmp_path)
-    torch.testing.assert_close(loaded.predict(**inputs(batch)), model.predict(**inputs(batch)))
-    action = Policy(loaded, processor).select_action([observe(np.random.default_rng(0))])
-    assert action.shape == (1, 7) and action[0, 6] in (-1, 1)

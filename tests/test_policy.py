@@ -1,0 +1,183 @@
+"""The policy in the loop: what is executed of a chunk, what is remembered, and what must not mix."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+from test_backbones import llava  # noqa: F401  (a fixture)
+from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
+
+from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.memory import CachedSequence, RecomputedSequence
+from rvlm.policy import Policy
+from rvlm.vla import load_vla
+
+STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def saved(toy_vlm, toy_stats, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    model, processor = build(toy_vlm, toy_stats, POLICY_HEAD)
+    model.save_pretrained(folder, processor)
+    return folder, model
+
+
+def test_a_policy_is_refused_where_actions_mean_something_else(saved):
+    with pytest.raises(SpecMismatch, match=r"policy vs environment.*gripper_open: 1.0 against -1.0"):
+        Policy.load(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_more_actions_than_predicted_cannot_be_executed(saved, n):
+    with pytest.raises(ValueError, match=rf"between 1 and the chunk of 3 predicted actions; got {n}"):
+        Policy.load(saved[0], n_action_steps=n)
+
+
+def test_a_missing_camera_and_a_missing_robot_are_named(saved):
+    policy, rng = Policy.load(saved[0]), np.random.default_rng(0)
+    observation = observe(rng)
+    observation.pop("wrist_image")
+    with pytest.raises(KeyError, match="add \\['wrist_image'\\]"):
+        policy.select_action([observation])
+    with pytest.raises(ValueError, match=r"expected an observation of each of 1 robots, got 2; begin with reset\(n_robots=2\)"):
+        policy.select_action([observe(rng), observe(rng)])
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 2, 3])
+def test_queued_actions_are_those_of_the_predicted_chunk(toy_vlm, toy_stats, n_action_steps):
+    """Law 8: a chunk is executed as far as was asked, and no further."""
+    policy, rng = Policy(*build(toy_vlm, toy_stats, ONE_STEP), n_action_steps=n_action_steps), np.random.default_rng(0)
+    seen = [observe(rng) for _ in range(6)]
+    acted = [policy.select_action([o])[0] for o in seen]
+    planned = []
+    for i in range(0, 6, n_action_steps):
+        policy.reset()
+        planned += list(policy.predict_action_chunk([seen[i]])[0][:n_action_steps])
+    np.testing.assert_allclose(acted, planned, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [ONE_STEP, POLICY_HEAD], ids=["one_step", "policy_head"])
+def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_stats, settings):
+    """Law 8: by hand, oldest chunk first, as the window of chunks fills and slides."""
+    model, processor = build(toy_vlm, toy_stats, settings)
+    policy, plain = Policy(model, processor, ensemble=0.5), Policy(model, processor)
+    rng, stats = np.random.default_rng(0), model.stats["action"]
+    chunks = []
+    for step in range(5):
+        observation = observe(rng)
+        chunks.append(plain.predict_action_chunk([observation])[0])
+        said = np.stack([SPEC.normalize(chunks[i][step - i], stats) for i in range(max(0, step - 2), step + 1)])
+        weights = np.exp(-0.5 * np.arange(len(said)))
+        mean = (weights[:, None] * said).sum(0) / weights.sum()
+        acted = SPEC.normalize(policy.select_action([observation])[0], stats)
+        np.testing.assert_allclose(acted[:6], mean[:6], atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"ensemble": 0.1, "n_action_steps": 2}, {"ensemble": -1.0}])
+def test_an_ensemble_of_chunks_that_do_not_overlap_is_refused(saved, wrong):
+    with pytest.raises(ValueError, match="expected n_action_steps=1 and ensemble of at least 0; got"):
+        Policy.load(saved[0], **wrong)
+
+
+def window_of(steps, now, settings):
+    """Which of the steps so far are remembered at step `now`, oldest first."""
+    t = settings.get("n_obs_steps", 1)
+    if settings["structure"] != "interleaved":
+        return [steps[max(0, now - i)] for i in range(t - 1, -1, -1)]  # the oldest fills what is missing
+    length = 0
+    for _ in range(now + 1):
+        length = length + 1 if length < t else t // 2 + 1
+    return steps[now + 1 - length : now + 1]
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), {**INTERLEAVED, "n_obs_steps": 2}], ids=[*SETTINGS, "interleaved-2"])
+def test_the_closed_loop_equals_a_full_recomputation(toy_vlm, toy_stats, settings):
+    """Every structure, as the window fills and slides, with two robots whose instructions differ in length."""
+    model, processor = build(toy_vlm, toy_stats, settings)
+    policy, rng = Policy(model, processor), np.random.default_rng(0)
+    policy.reset(2)
+    texts = [TEXTS[2], " and then ".join(TEXTS)]
+    steps = [[observe(rng, text) for text in texts] for _ in range(8)]
+    for now in range(8):
+        action, samples = policy.select_action(steps[now]), []
+        window = window_of(steps, now, settings)
+        for robot, text in enumerate(texts):
+            seen = [step[robot] for step in window]
+            state = model.stats["observation.state"].normalize(np.stack([o["state"] for o in seen])).astype(np.float32)
+            t, k = len(seen), settings["chunk_size"]
+            samples.append({
+                "images": np.stack([[o["image"], o["wrist_image"]] for o in seen]), "state": state, "instruction": text,
+                "action": np.zeros((t, k, 7), np.float32), "action_mask": np.ones((t, k, 7), bool),
+                "obs_mask": np.ones(t, bool), "dataset_index": 0,
+            })  # fmt: skip
+        chunk = model.predict(**inputs(collate(model, processor, samples)))
+        raw = SPEC.unnormalize(chunk.numpy(), model.stats["action"])[:, 0]
+        np.testing.assert_allclose(action, raw, atol=1e-4)
+
+
+def test_every_observation_passes_through_the_tower_once(toy_vlm, toy_stats):
+    """A policy head and an interleaved policy never look again; the cache is made anew only where the window slides."""
+    for settings in (POLICY_HEAD, INTERLEAVED):
+        policy, rng, looks, lengths = Policy(*build(toy_vlm, toy_stats, settings)), np.random.default_rng(0), [], []
+        policy.model.backbone.model.vision_model.register_forward_hook(lambda _, args, out, looks=looks: looks.append(1))
+        policy.model.backbone.get_input_embeddings().register_forward_hook(
+            lambda _, args, out, lengths=lengths: lengths.append(args[0].shape[1])
+        )
+        for _ in range(6):
+            policy.select_action([observe(rng)])
+        assert len(looks) == len(lengths) == 6
+        one, more = lengths[0], lengths[1]
+        if settings is INTERLEAVED:  # 1 new, 1, 1, then a window of 2, and so on
+            assert more < one and lengths == [one, more, more, one + more, more, one + more]
+        else:
+            assert set(lengths) == {one}
+
+
+def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monkeypatch):
+    """Where the fast way does not say what the slow way says, the slow way acts."""
+    model, processor = build(toy_vlm, toy_stats, INTERLEAVED)
+    assert isinstance(Policy(model, processor).memory, CachedSequence)
+    monkeypatch.setattr(CachedSequence, "_append", lambda self: None)
+    memory = Policy(model, processor).memory
+    assert type(memory) is RecomputedSequence
+
+
+@STRUCTURES
+def test_robots_beside_each_other_do_not_mix_and_reset_forgets(toy_vlm, toy_stats, settings):
+    policy, rng = Policy(*build(toy_vlm, toy_stats, settings), n_action_steps=2), np.random.default_rng(0)
+    ours, others = [observe(rng) for _ in range(5)], [observe(rng, TEXTS[1]) for _ in range(5)]
+    alone = [policy.select_action([o])[0] for o in ours]
+    policy.reset(2)
+    np.testing.assert_allclose([policy.select_action(list(pair))[1] for pair in zip(others, ours, strict=True)], alone, atol=1e-4)
+    policy.reset()
+    np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["toy_vlm", "llava"])
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("cameras", [("static",), ("static", "wrist")])
+@STRUCTURES
+def test_every_combination_learns_an_episode_is_saved_and_acts(
+    family, settings, cameras, has_state, toy_stats, tmp_path, request
+):
+    """On two classes of models: by heart to near zero, the same after loading, and in the loop as in training."""
+    settings = {**settings, "cameras": list(cameras), "has_state": has_state}
+    model, processor = build(request.getfixturevalue(family), toy_stats, settings)
+    batch = a_batch(model, processor, b=2, n_cameras=len(cameras))
+    optimizer = torch.optim.AdamW(model.train().parameters(), 4e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    said, truth = model.eval().predict(**inputs(batch)), batch["action"][:, -1]
+    assert (said - truth)[..., :6].abs().mean() < 0.1 * truth[..., :6].abs().mean()
+    assert torch.equal(said[..., 6] > 0.5, truth[..., 6] > 0.5)
+    model.save_pretrained(tmp_path, processor)
+    loaded, processor = load_vla(tmp_path)
+    assert torch.equal(loaded.predict(**inputs(batch)), said)
+    policy, rng = Policy(loaded, processor), np.random.default_rng(0)
+    for _ in range(3):
+        action = policy.select_action([observe(rng)])
+        assert action.shape == (1, 7) and np.isfinite(action).all() and action[0, 6] in (-1, 1)

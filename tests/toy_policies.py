@@ -1,0 +1,68 @@
+"""Tiny policies of every kind, and what they are fed, for the tests of networks and of the closed loop."""
+
+import numpy as np
+import torch
+from conftest import TEXTS
+
+from rvlm.actions import ActionSpec
+from rvlm.batches import RobotCollator
+from rvlm.vla import make_vla
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}
+POLICY_HEAD = {**ONE_STEP, "structure": "policy_head", "history": "lstm", "n_obs_steps": 3}
+INTERLEAVED = {**ONE_STEP, "structure": "interleaved", "n_obs_steps": 3}
+TOKENS = {"structure": "one_step", "head": "tokens", "chunk_size": 3, "head_options": {"n_bins": 32}}
+FLOW = {"head": "flow"}
+SETTINGS = {
+    "one_step-mlp": ONE_STEP,
+    "one_step-flow": {**ONE_STEP, **FLOW},
+    "one_step-tokens": TOKENS,
+    "one_step-tokens-parallel": {**TOKENS, "head_options": {"n_bins": 32, "decoding": "parallel"}},
+    "interleaved-mlp": INTERLEAVED,
+    "interleaved-flow": {**INTERLEAVED, **FLOW},
+    "policy_head-lstm-mlp": POLICY_HEAD,
+    "policy_head-lstm-flow": {**POLICY_HEAD, **FLOW},
+    "policy_head-gpt-mlp": {**POLICY_HEAD, "history": "gpt"},
+    "policy_head-gpt-flow": {**POLICY_HEAD, "history": "gpt", **FLOW},
+}
+
+
+def build(vlm, stats, settings):
+    torch.manual_seed(0)
+    model, processor = make_vla(vlm, SPEC, stats, **settings)
+    return model.eval(), processor
+
+
+def windows_like(config, b=3, seed=0, texts=TEXTS, n_cameras=2):
+    """b made-up samples as `Windows` cuts them."""
+    rng, t, k = np.random.default_rng(seed), config.n_obs_steps, config.chunk_size
+    samples = []
+    for i in range(b):
+        action = rng.uniform(-1, 1, (t, k, 7)).astype(np.float32)
+        action[..., 6] = rng.random((t, k)) > 0.5
+        samples.append({
+            "images": rng.integers(0, 256, (t, n_cameras, 48, 48, 3), np.uint8),
+            "state": rng.normal(size=(t, 7)).astype(np.float32), "action": action,
+            "action_mask": np.ones((t, k, 7), bool), "obs_mask": np.ones(t, bool), "dataset_index": 0,
+            "instruction": texts[i % len(texts)],
+        })  # fmt: skip
+    return samples
+
+
+def collate(model, processor, samples):
+    return RobotCollator(model.prompter(processor), model.config.structure == "interleaved")(samples)
+
+
+def a_batch(model, processor, b=3, **options):
+    return collate(model, processor, windows_like(model.config, b, **options))
+
+
+def inputs(batch):
+    return {k: v for k, v in batch.items() if k not in ("action", "action_mask", "dataset_index")}
+
+
+def observe(rng, instruction=TEXTS[0]):
+    image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
+    state = rng.normal(size=7).astype(np.float32)
+    return {"image": image[0], "wrist_image": image[1], "state": state, "instruction": instruction}
