@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,24 @@ from typing import Any
 from rvlm.files import ROOT, results_dir, write_whole
 from rvlm.report import as_markdown, fine_print, load_findings, provenance
 
+PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
+READING = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."
 README_MARKS = ("<!-- notebooks:begin -->", "<!-- notebooks:end -->")
 CSS = """
-body{font:16px/1.55 system-ui,sans-serif;color:#222;max-width:60rem;margin:2rem auto;padding:0 1.2rem}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.25rem;margin:2.6rem 0 .3rem;border-top:1px solid #ddd;padding-top:1.2rem}
-.q{color:#555;font-style:italic}.f{border-left:4px solid #029e73;background:#f3faf7;padding:.5rem .9rem;margin:.8rem 0}
-.f small,.meta{color:#666;font-size:.82rem}img{max-width:100%;margin:.7rem 0;display:block}
-.fail{border-left:4px solid #d55e00;background:#fdf4ee;padding:.5rem .9rem}pre{overflow:auto;font-size:.8rem;line-height:1.35}
-table{border-collapse:collapse;font-size:.85rem;margin:.8rem 0}
-th,td{padding:.2rem .7rem;border-bottom:1px solid #e3e3e3;text-align:left}
-a{color:#0173b2}nav a{margin-right:.9rem;white-space:nowrap}
+:root{color-scheme:light dark;--ink:#222;--soft:#636363;--page:#fff;--line:#ddd;--good:#f3faf7;--bad:#fdf4ee;--link:#0173b2}
+@media(prefers-color-scheme:dark){
+:root{--ink:#ddd;--soft:#a6a6a6;--page:#17191b;--line:#3b3f42;--good:#14251f;--bad:#30201a;--link:#6db9e8}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:0 auto;padding:1.2rem}
+h1{font-size:1.7rem;margin:.8rem 0 .2rem}h2{font-size:1.25rem;margin:2.6rem 0 .3rem;scroll-margin-top:3.5rem}
+a{color:var(--link)}.meta,small,figcaption{color:var(--soft);font-size:.82rem}.q{color:var(--soft);font-style:italic}
+nav{position:sticky;top:0;display:flex;gap:.2rem 1rem;overflow-x:auto;white-space:nowrap;padding:.7rem 0;font-size:.87rem}
+nav{background:var(--page);border-bottom:1px solid var(--line)}
+.f,.fail{border-left:4px solid #029e73;background:var(--good);padding:.5rem .9rem;margin:.8rem 0}
+.fail{border-color:#d55e00;background:var(--bad)}pre{overflow:auto;font-size:.8rem;line-height:1.35}
+.shown{display:flex;flex-wrap:wrap;gap:1.2rem;align-items:flex-start}figure{margin:0;max-width:100%}
+.wide{display:block;overflow-x:auto}img{display:block;max-width:100%;height:auto;background:#fff}.page{max-width:max(100%,42rem)}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left}.n{text-align:right}
 """
 
 
@@ -35,15 +44,22 @@ class Chapter:
         stem: file name without suffix, e.g. "06_evaluate".
         title: without its number.
         question: the text after **Question.**.
+        source: of all its cells.
     """
 
     stem: str
     title: str
     question: str
+    source: str = ""
 
     def owns(self, name: str) -> bool:
         """Does a finding, figure or table of this name come from this notebook?"""
         return name[:3] == self.stem[:3]
+
+    def place(self, name: str) -> int:
+        """Where it names a figure or table, or the first of a series ("06_film_0"); after all others if it does not."""
+        named = re.search(rf'"{name.rstrip("0123456789")}["{{]', self.source)
+        return named.start() if named else len(self.source)
 
 
 def chapters(notebooks: Path | None = None) -> list[Chapter]:
@@ -61,6 +77,7 @@ def read_chapter(path: Path) -> Chapter:
         path.stem,
         title.group(1).strip() if title else path.stem[3:].replace("_", " "),
         " ".join(question.group(1).split()) if question else "",
+        "".join(line for cell in cells for line in cell["source"]),
     )
 
 
@@ -103,10 +120,11 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
     links = "".join(f'<a href="#{c.stem}">{c.stem[:2]} {html.escape(c.title)}</a>' for c in listed)
     origin = provenance()
     hardware, commit = origin["hardware"], (origin["commit"] or "unknown")[:8]
-    made = f"{origin['date']}, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores"
+    made = f"Page made {origin['date']}, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores. {READING}"
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Report</title><style>{CSS}</style></head><body><h1>What was found</h1>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>rvlm: what was found</title><style>{CSS}</style></head><body><h1>What was found</h1>"
         f'<p class="meta">{html.escape(made)}</p><nav>{links}</nav>{"".join(sections)}</body></html>\n'
     )
     return write_whole(results / "report.html", page)
@@ -119,8 +137,11 @@ def _section(chapter: Chapter, found: list[dict[str, Any]], results: Path) -> st
     if failed.exists():
         parts.append(_failure_html(failed))
     parts.append(_findings_html([f for f in found if chapter.owns(f["name"])]))
-    parts += [_figure_html(path) for path in sorted((results / "figures").glob("*.png")) if chapter.owns(path.stem)]
-    parts += [_table_html(path) for path in sorted((results / "tables").glob("*.csv")) if chapter.owns(path.stem)]
+    shown = [path for path in [*results.glob("figures/*.png"), *results.glob("tables/*.csv")] if chapter.owns(path.stem)]
+    shown.sort(key=lambda path: (chapter.place(path.stem), path.stem, path.suffix))
+    parts.append('<div class="shown">')
+    parts += [_figure_html(path) if path.suffix == ".png" else _table_html(path) for path in shown]
+    parts.append("</div>")
     if executed.exists():
         parts.append(f'<p class="meta">Executed notebook: <a href="notebooks/{executed.name}">{executed.name}</a></p>')
     return "".join(parts)
@@ -133,20 +154,44 @@ def _findings_html(found: list[dict[str, Any]]) -> str:
     return "".join(f'<div class="f">{html.escape(f["sentence"])}<br><small>{bold(fine_print(f))}</small></div>' for f in found)
 
 
-def _figure_html(path: Path, max_width: int = 1400) -> str:
+def _figure_html(path: Path) -> str:
     from PIL import Image
 
     image, buffer = Image.open(path), io.BytesIO()
-    image.thumbnail((max_width, 10 * max_width))  # the full resolution lies beside the report
-    image.convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<a href="figures/{path.stem}.pdf"><img alt="{path.stem}" src="data:image/png;base64,{data}"></a>'
+    image.convert("RGB").quantize(256).convert("RGB").save(buffer, format="webp", lossless=True)
+    width, data = round(PX_PER_DOT * image.width), base64.b64encode(buffer.getvalue()).decode()
+    size = f'{"class=page " if width > 600 else ""}width="{width}"'
+    return (
+        f'<figure><a class="wide" href="figures/{path.stem}.pdf">'
+        f'<img {size} alt="{path.stem}" src="data:image/webp;base64,{data}"></a>'
+        f'<figcaption>Figure {path.stem} (<a href="figures/{path.stem}.pdf">PDF</a>)</figcaption></figure>'
+    )
 
 
 def _table_html(path: Path) -> str:
     import pandas as pd
 
-    return pd.read_csv(path).to_html(index=False, border=0, na_rep="–", float_format="{:.3g}".format)
+    table = pd.read_csv(path).convert_dtypes()
+    is_number = [pd.api.types.is_numeric_dtype(kind) and kind != "boolean" for kind in table.dtypes]
+    rows = [("th", table.columns), *(("td", row) for row in table.to_dict("split")["data"])]
+    return (
+        f'<figure><div class="wide"><table>{"".join(_row_html(tag, row, is_number) for tag, row in rows)}</table></div>'
+        f'<figcaption>Table {path.stem} (<a href="tables/{path.name}">CSV</a>)</figcaption></figure>'
+    )
+
+
+def _row_html(tag: str, row: Iterable[Any], is_number: list[bool]) -> str:
+    cells = (f"<{tag}{' class=n' if right else ''}>{_cell(value)}</{tag}>" for value, right in zip(row, is_number, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(value: Any) -> str:
+    """Three significant digits, thousands apart, a dash where there is nothing."""
+    if isinstance(value, bool | str):
+        return html.escape(str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:#.3g}".rstrip(".") if isinstance(value, float) else "–"
 
 
 def _failure_html(path: Path) -> str:

@@ -33,8 +33,8 @@ def notebooks(tmp_path):
     return tmp_path / "notebooks"
 
 
-def write_notebook(path, first, outputs=()):
-    code = {"cell_type": "code", "source": "x", "outputs": list(outputs)}
+def write_notebook(path, first, outputs=(), source="x"):
+    code = {"cell_type": "code", "source": source, "outputs": list(outputs)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": first.splitlines(True)}, code], "metadata": {}}))
 
@@ -169,11 +169,31 @@ def test_report_is_one_file_with_findings_figures_tables_and_links(results, note
     write_notebook(results / "notebooks/06_evaluate.ipynb", "# 06 Evaluate")
     page = html_report(notebooks=notebooks).read_text()
     train, evaluate = page.split('<h2 id="06_evaluate">')
-    assert "What does each stage add?" in train and "data:image/png" not in train
-    parts = ("Success is 47 %", "n = 200", 'src="data:image/png;base64,', "<td>lift</td>", 'href="notebooks/06_evaluate.ipynb"')
+    assert "What does each stage add?" in train and "<img" not in train
+    parts = ("Success is 47 %", "n = 200", 'src="data:image/webp;base64,', "<td>lift</td>", 'href="notebooks/06_evaluate.ipynb"')
     assert [part for part in parts if part not in evaluate] == []
     assert "Further findings" in evaluate and "An unnumbered finding." in evaluate
     assert not re.search(r'(src|href)="(https?:)?//|@import|<script', page)
+
+
+def test_report_follows_the_notebook_that_made_its_figures_and_tables(results, notebooks):
+    code = 'export(a, "06_zoo")\nexport(b, f"06_film_{i}")\nsave_table(c, "06_rates")\nexport(d, "06_film")'
+    write_notebook(notebooks / "06_evaluate.ipynb", "# 06 Evaluate", source=code)
+    for name in ("06_unnamed", "06_film", "06_film_1", "06_film_0", "06_zoo"):
+        report.export(draw(), name)
+    report.save_table(pd.DataFrame({"n": [1]}), "06_rates")
+    captions = re.findall(r"<figcaption>(.*?) \(", html_report(notebooks=notebooks).read_text())
+    order = ("Figure 06_zoo", "Figure 06_film_0", "Figure 06_film_1", "Table 06_rates", "Figure 06_film", "Figure 06_unnamed")
+    assert captions == list(order)
+
+
+def test_report_tables_read_like_print(results, notebooks):
+    table = pd.DataFrame({"name": ["a", None], "n": [1234567, 2], "rate": [0.5, np.nan], "is_on": [True, False]})
+    report.save_table(table, "06_rates")
+    page = html_report(notebooks=notebooks).read_text()
+    assert "<th>name</th><th class=n>n</th><th class=n>rate</th><th>is_on</th>" in page
+    assert "<td>a</td><td class=n>1,234,567</td><td class=n>0.500</td><td>True</td>" in page
+    assert "<td>–</td><td class=n>2</td><td class=n>–</td><td>False</td>" in page
 
 
 def test_report_shows_the_traceback_of_a_failed_notebook(results, notebooks):
