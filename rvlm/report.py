@@ -190,7 +190,7 @@ def fine_print(record: Mapping[str, Any]) -> str:
     """n, interval, seeds, seconds, profile, commit and verdict in one line."""
     parts = [f"n = {record['n']:,}"]
     if record["interval"] is not None:
-        parts.append(f"95 % interval {_interval(record['interval'])}")
+        parts.append(f"95 % interval {_interval(record['interval'], record['n'])}")
     parts.append(f"seeds {', '.join(map(str, record['seeds'])) or 'none'}")
     parts += [f"{record['seconds']:,.0f} s"] if record.get("seconds") is not None else []
     parts += [f"profile {record['profile']}"] if record.get("profile") else []
@@ -199,12 +199,14 @@ def fine_print(record: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _interval(value: Any) -> str:
+def _interval(value: Any, n: int) -> str:
+    """An interval, or several by name; with its own count where that is not the finding's."""
     if isinstance(value, list):
         return "[" + ", ".join(f"{v:.3g}" for v in value) + "]"
     if {"low", "high"} <= set(value):
-        return f"[{value['low']:.3g}, {value['high']:.3g}]"
-    return "; ".join(f"{k} {_interval(v)}" for k, v in value.items())
+        own = f" (n = {value['n']:,})" if value.get("n", n) != n else ""
+        return f"[{value['low']:.3g}, {value['high']:.3g}]{own}"
+    return "; ".join(f"{k} {_interval(v, n)}" for k, v in value.items())
 
 
 # --- figures, tables, source --------------------------------------------------------------------------------------------

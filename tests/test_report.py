@@ -110,6 +110,12 @@ def test_interval_may_be_a_pair_a_difference_or_a_dict_of_them(results):
         assert report.fine_print(find(interval=interval).record)
 
 
+def test_an_interval_of_fewer_than_the_findings_count_says_so(results):
+    assert "[0.402, 0.539] · seeds" in report.fine_print(find().record)
+    shown = report.fine_print(find(interval={"ours": wilson(94, 200), "control": wilson(0, 1200), "pair": (0.1, 0.2)}).record)
+    assert "ours [0.402, 0.539]; control [0, 0.00319] (n = 1,200); pair [0.1, 0.2] · seeds" in shown
+
+
 def test_names_are_slugs(results):
     with pytest.raises(ValueError, match=r"e\.g\. '05_loss'; got '\.\./loss'"):
         find(name="../loss")
