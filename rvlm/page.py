@@ -30,7 +30,7 @@ nav{background:var(--page);border-bottom:1px solid var(--line)}
 .f,.fail{border-left:4px solid #029e73;background:var(--good);padding:.5rem .9rem;margin:.8rem 0}
 .fail{border-color:#d55e00;background:var(--bad)}pre{overflow:auto;font-size:.8rem;line-height:1.35}
 .shown{display:flex;flex-wrap:wrap;gap:1.2rem;align-items:flex-start}figure{margin:0;max-width:100%}
-.wide{display:block;overflow-x:auto}img{display:block;max-width:100%;height:auto;background:#fff}.page{max-width:max(100%,42rem)}
+.scroll{display:block;overflow-x:auto}img{display:block;max-width:100%;height:auto;background:#fff}.page{max-width:max(100%,42rem)}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left}.n{text-align:right}
 """
@@ -161,9 +161,10 @@ def _figure_html(path: Path) -> str:
     image.convert("RGB").quantize(256).convert("RGB").save(buffer, format="webp", lossless=True)
     width, data = round(PX_PER_DOT * image.width), base64.b64encode(buffer.getvalue()).decode()
     size = f'{"class=page " if width > 600 else ""}width="{width}"'
+    alt = html.escape(image.info.get("Title", f"Figure {path.stem}"))
     return (
-        f'<figure><a class="wide" href="figures/{path.stem}.pdf">'
-        f'<img {size} alt="{path.stem}" src="data:image/webp;base64,{data}"></a>'
+        f'<figure><a class="scroll" href="figures/{path.stem}.pdf">'
+        f'<img {size} alt="{alt}" src="data:image/webp;base64,{data}"></a>'
         f'<figcaption>Figure {path.stem} (<a href="figures/{path.stem}.pdf">PDF</a>)</figcaption></figure>'
     )
 
@@ -175,7 +176,7 @@ def _table_html(path: Path) -> str:
     is_number = [pd.api.types.is_numeric_dtype(kind) and kind != "boolean" for kind in table.dtypes]
     rows = [("th", table.columns), *(("td", row) for row in table.to_dict("split")["data"])]
     return (
-        f'<figure><div class="wide"><table>{"".join(_row_html(tag, row, is_number) for tag, row in rows)}</table></div>'
+        f'<figure><div class="scroll"><table>{"".join(_row_html(tag, row, is_number) for tag, row in rows)}</table></div>'
         f'<figcaption>Table {path.stem} (<a href="tables/{path.name}">CSV</a>)</figcaption></figure>'
     )
 

@@ -215,6 +215,8 @@ def _interval(value: Any, n: int) -> str:
 def export(fig: Figure, name: str) -> Figure:
     """Write ``results/figures/{name}.pdf`` and ``.png`` at column or page width; same figure, same bytes.
 
+    Its headline is the files' title, which the report says to those who cannot see the figure.
+
     Returns:
         The figure, so that a cell can end in ``export(plots.filmstrip(...), "06_failures")``.
     """
@@ -223,9 +225,10 @@ def export(fig: Figure, name: str) -> Figure:
     width, height = fig.get_size_inches()
     target = min((COLUMN_IN, PAGE_IN), key=lambda w: abs(w - width))
     fig.set_size_inches(target, height * target / width)
+    title = {"Title": fig.get_suptitle() or None}
     for suffix, metadata in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
+        fig.savefig(buffer, format=suffix, dpi=300, metadata=metadata | title)
         write_whole(results_dir() / "figures" / f"{_checked(name)}.{suffix}", buffer.getvalue())
     return fig
 

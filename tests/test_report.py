@@ -193,6 +193,15 @@ def test_report_follows_the_notebook_that_made_its_figures_and_tables(results, n
     assert captions == list(order)
 
 
+def test_a_figure_is_read_aloud_by_its_headline(results, notebooks):
+    fig = draw()
+    report.export(fig, "06_plain")
+    fig.suptitle("“lift” at <act>: 3 ± 1 → 4 %")
+    report.export(fig, "06_titled")
+    alts = re.findall(r'<img [^>]*alt="(.*?)"', html_report(notebooks=notebooks).read_text())
+    assert alts == ["Figure 06_plain", "“lift” at &lt;act&gt;: 3 ± 1 → 4 %"]
+
+
 def test_report_tables_read_like_print(results, notebooks):
     table = pd.DataFrame({"name": ["a", None], "n": [1234567, 2], "rate": [0.5, np.nan], "is_on": [True, False]})
     report.save_table(table, "06_rates")
