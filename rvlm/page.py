@@ -32,7 +32,7 @@ nav{background:var(--page);border-bottom:1px solid var(--line)}
 .shown{display:flex;flex-wrap:wrap;gap:1.2rem;align-items:flex-start}figure{margin:0;max-width:100%}
 .scroll{display:block;overflow-x:auto}img{display:block;max-width:100%;height:auto;background:#fff}.page{max-width:max(100%,42rem)}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}.n{text-align:right}
+th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left}td{white-space:nowrap}.n{text-align:right}
 """
 
 
