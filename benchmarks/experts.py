@@ -16,7 +16,7 @@ import pandas as pd
 
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.tasks import FAMILIES
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 
 MAX_STEPS, FLOOR = 100, 0.95
 
@@ -45,11 +45,11 @@ def main():
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    cells = [(robot, family, options.seeds) for robot in ARMS for family in FAMILIES]
+    cells = [(robot, family, options.seeds) for robot in ARMS for family in ALL_FAMILIES]
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         rows = list(pool.map(solved, *zip(*cells, strict=True)))
     table = pd.DataFrame(rows, columns=["robot", "family", "solved"]).pivot(index="family", columns="robot", values="solved")
-    print((100 * table.loc[list(FAMILIES), list(ARMS)] / options.seeds).round(1).to_string())
+    print((100 * table.loc[list(ALL_FAMILIES), list(ARMS)] / options.seeds).round(1).to_string())
     worst = min(rows, key=lambda row: row[2])
     print(f"\n{options.seeds} seeds a cell, {options.workers} workers; lowest: {worst[0]} {worst[1]} {worst[2]}/{options.seeds}")
     sys.exit(worst[2] < FLOOR * options.seeds)

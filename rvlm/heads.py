@@ -88,41 +88,51 @@ class MLPHead(nn.Module):
 class FlowHead(nn.Module):
     """Conditional flow matching of the arm's chunk, and classification of the gripper.
 
-    A small network is told the feature, a chunk between noise and action, and how far between; it learns the velocity that
-    leads from one to the other. Acting follows it in a few Euler steps from noise that is drawn once, with the weights, so that
-    the same observation always gets the same actions.
+    A small network is told the feature, a chunk between noise and action, and how far between; it says which action that
+    chunk leads to, and with it the velocity there. Acting follows the velocity in a few Euler steps from noise that is drawn
+    once, with the weights, so that the same observation always gets the same actions.
 
     Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 
     Args:
         width, chunk_size, n_dims, hidden, gripper_weight: As of `MLPHead`.
         n_euler_steps: From noise to action.
+        n_draws: Noises and times that each feature is trained with at once; the backbone runs once for all.
     """
 
     n_queries = 1
+    start: torch.Tensor
 
     def __init__(
-        self, width: int, chunk_size: int, n_dims: int, hidden: int = 512, n_euler_steps: int = 5, gripper_weight: float = 0.1
+        self,
+        width: int,
+        chunk_size: int,
+        n_dims: int,
+        hidden: int = 512,
+        n_euler_steps: int = 5,
+        n_draws: int = 8,
+        gripper_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        self.shape, self.n_euler_steps, self.gripper_weight = (chunk_size, n_dims - 1), n_euler_steps, gripper_weight
+        self.shape, self.gripper_weight = (chunk_size, n_dims - 1), gripper_weight
+        self.n_euler_steps, self.n_draws = n_euler_steps, n_draws
         n_values = chunk_size * (n_dims - 1)
         self.norm = nn.LayerNorm(width)
         self.expert = mlp(width + n_values + 2, hidden, n_values)
         self.gripper = mlp(width, hidden, chunk_size)
         self.register_buffer("start", torch.randn(self.shape))
 
-    def velocity(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Where a chunk (..., k, a - 1) at `time` (..., 1), 0 for noise and 1 for actions, is to go from here, per unit time."""
+    def clean(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The action (..., k, a - 1) that a chunk of that shape leads to at `time` (..., 1), 0 for noise and 1 for actions."""
         waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
         return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
 
     def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
-        arm = action[..., :-1] * mask[..., :-1]  # what does not count must not be seen either
+        arm = (action * mask)[..., :-1].expand(self.n_draws, *action[..., :-1].shape)  # what does not count is not seen either
         noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
         between = (1 - time[..., None]) * noise + time[..., None] * arm
-        error = (self.velocity(features, between, time) - (arm - noise)) ** 2
+        error = ((self.clean(features.expand(self.n_draws, *features.shape), between, time) - arm) ** 2).mean(0)
         return arm_and_gripper(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
@@ -130,7 +140,7 @@ class FlowHead(nn.Module):
         chunk = self.start.expand(*features.shape[:-1], *self.shape)
         for step in range(self.n_euler_steps):
             time = torch.full_like(features[..., :1], step / self.n_euler_steps)
-            chunk = chunk + self.velocity(features, chunk, time) / self.n_euler_steps
+            chunk = chunk + (self.clean(features, chunk, time) - chunk) / (self.n_euler_steps - step)
         return torch.cat([chunk, self.gripper(self.norm(features)).sigmoid()[..., None]], dim=-1)
 
 

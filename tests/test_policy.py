@@ -166,7 +166,7 @@ def test_every_combination_learns_an_episode_is_saved_and_acts(
     model, processor = build(request.getfixturevalue(family), toy_stats, settings)
     batch = a_batch(model, processor, b=2, n_cameras=len(cameras))
     optimizer = torch.optim.AdamW(model.train().parameters(), 4e-3)
-    for _ in range(120):
+    for _ in range(150):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,5 +1,6 @@
 """The tabletop: deterministic, solvable by its experts, honest in its instructions, cameras and conventions."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import COLORS, SETTINGS, UNSEEN_COLORS
-from rvlm.envs.tabletop.tasks import FAMILIES, MIX, Task
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, CUE_STEPS, FAMILIES, MEMORY_FAMILIES, MIX, Task
 from rvlm.envs.tabletop.world import axis_angle, rotation_matrix
 
 ROBOTS = tuple(ARMS)
@@ -123,19 +124,19 @@ def test_different_seeds_differ(unseen):
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @ALL
 def test_the_expert_solves(unseen, robot, family):
     env, failed = unseen[robot], []
     for seed in range(3):
         env.reset(seed=seed, options={"family": family})
-        assert not FAMILIES[family].is_done(env.world, env.task), "asked for what is done already"
+        assert not ALL_FAMILIES[family].is_done(env.world, env.task), "asked for what is done already"
         if solve(env) is None:
             failed.append(seed)
     assert len(failed) <= 1, f"{robot} fails at {family} with seeds {failed}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("setting", ["simple", "unseen_target", "novel_description"])
 def test_an_instruction_names_exactly_one_object(family, setting):
     env = Unseen(setting=setting)
@@ -145,19 +146,44 @@ def test_an_instruction_names_exactly_one_object(family, setting):
         assert len(set(names)) == len(names)
         said = [name for name in names if name in env.task.instruction]
         meant = [names[i] for i in (env.task.target, env.task.other) if i is not None]
-        assert sorted(said) == sorted(meant) and len(meant) == FAMILIES[family].n_objects
+        assert sorted(said) == sorted(meant) and len(meant) == ALL_FAMILIES[family].n_objects
 
 
 def test_held_out_wordings_are_never_templates():
-    templates = {t for family in FAMILIES.values() for t in family.templates}
-    held_out = {t for family in FAMILIES.values() for t in family.held_out}
-    assert all(family.held_out for family in FAMILIES.values())
+    templates = {t for family in ALL_FAMILIES.values() for t in family.templates}
+    held_out = {t for family in ALL_FAMILIES.values() for t in family.held_out}
+    assert all(family.held_out for family in ALL_FAMILIES.values())
     assert not templates & held_out
-    assert len(templates) == sum(len(f.templates) for f in FAMILIES.values()), "two families share a wording"
+    assert len(templates) == sum(len(f.templates) for f in ALL_FAMILIES.values()), "two families share a wording"
 
 
 def test_at_least_twelve_families_and_a_mix_of_six():
     assert len(FAMILIES) >= 12 and len(MIX) >= 6 and set(MIX) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", MEMORY_FAMILIES)
+def test_where_memory_is_needed_one_picture_asks_for_two_actions(family):
+    """Once the cue is gone, two scenes that differ in it alone look and feel the same, and the expert does different things."""
+    envs = [Tabletop(image_size=32), Tabletop(image_size=32)]
+    for env, is_on in zip(envs, (False, True), strict=True):
+        env.reset(seed=3, options={"family": family})
+        env.world.set_light(is_on)
+        env.task = dataclasses.replace(env.task, was_light_on=is_on)
+    looks = [env.step(np.zeros(7))[0] for env in envs]
+    assert not np.array_equal(looks[0]["image"], looks[1]["image"]), "the cue is to be seen"
+    for _ in range(CUE_STEPS):
+        looks = [env.step(np.zeros(7))[0] for env in envs]
+    for key in ("image", "wrist_image", "state"):
+        assert np.array_equal(looks[0][key], looks[1][key]), key
+    assert looks[0]["instruction"] == looks[1]["instruction"]
+    acts = [env.expert_action() for env in envs]
+    assert np.abs(acts[0] - acts[1]).max() > 0.1
+
+
+def test_families_that_need_memory_are_not_chained_and_not_in_the_mix(unseen):
+    env = unseen["franka7"]
+    env.reset(seed=0)
+    assert not set(MEMORY_FAMILIES) & (set(env.feasible()) | set(MIX))
 
 
 def test_a_task_about_a_fixture_has_no_object():

@@ -169,7 +169,7 @@ def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
     head, features = kind(8, 5, 7), torch.randn(*shape, 8)
     predicted = head.predict(features)
     assert predicted.shape == (*shape, 5, 7)
-    assert ((0 < predicted[..., 6]) & (predicted[..., 6] < 1)).all()
+    assert ((predicted[..., 6] > 0) & (predicted[..., 6] < 1)).all()
     action, mask = torch.zeros_like(predicted), torch.ones_like(predicted, dtype=torch.bool)
 
     def losses(action):
@@ -184,12 +184,15 @@ def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
 
 
 def test_flow_follows_the_straight_line_to_the_action():
-    """With the velocity that leads from any point to one chunk, any number of Euler steps ends in that chunk."""
-    goal = torch.rand(2, 3, 6)
+    """Told one chunk from wherever it is, any number of Euler steps goes there in a straight line, in equal pieces."""
+    goal, path = torch.rand(2, 3, 6), []
     for n_euler_steps in (1, 4, 10):
         head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
-        head.velocity = lambda features, chunk, time: (goal - chunk) / (1 - time[..., None])
+        head.clean = lambda features, chunk, time: path.append((time[0], chunk)) or goal
         torch.testing.assert_close(head.predict(torch.randn(2, 8))[..., :6], goal)
+        for time, chunk in path:
+            torch.testing.assert_close(chunk, (1 - time) * head.start + time * goal)
+        path.clear()
 
 
 def test_flow_learns_two_ways_where_regression_means_them():
@@ -312,9 +315,7 @@ def test_past_observations_change_the_action(toy_vlm, toy_stats, settings):
 def test_a_permuted_batch_permutes_the_actions(toy_vlm, toy_stats, settings):
     model, processor = build(toy_vlm, toy_stats, settings)
     samples, order = windows_like(model.config, b=3), [2, 0, 1]
-    ours, permuted = (
-        model.predict(**inputs(collate(model, processor, rows))) for rows in (samples, [samples[i] for i in order])
-    )
+    ours, permuted = (model.predict(**inputs(collate(model, processor, rows))) for rows in (samples, [samples[i] for i in order]))
     torch.testing.assert_close(permuted, ours[order], atol=2e-5, rtol=0)
 
 
@@ -362,5 +363,3 @@ def test_an_unknown_field_of_a_saved_configuration_is_named(saved, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "chunksize": 8}))
     with pytest.raises(ValueError, match=r"unknown fields \['chunksize'\]"):
         load_vla(folder)
-
-

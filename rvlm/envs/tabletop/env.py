@@ -10,7 +10,7 @@ from rvlm.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.tasks import FAMILIES, MIX, Task, ask, can_ask
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, FAMILIES, MIX, Task, ask, can_ask
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
@@ -47,7 +47,7 @@ class Tabletop(gymnasium.Env):
         render_mode: str = "rgb_array",
     ) -> None:
         self.render_mode, self.robot, self.max_steps = render_mode, robot, max_steps
-        self.families = tuple(_known(f, FAMILIES, "task family") for f in families)
+        self.families = tuple(_known(f, ALL_FAMILIES, "task family") for f in families)
         self.setting = setting if isinstance(setting, Setting) else SETTINGS[_known(setting, SETTINGS, "setting")]
         self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ROBOTS, 'robot')}")
         self.world = World(robot, self.setting)
@@ -78,20 +78,20 @@ class Tabletop(gymnasium.Env):
         options.pop("reset_mask", None)  # gymnasium's vector environments pass it on
         if options:
             raise KeyError(f"unknown reset options {sorted(options)}; there are family, keep_state")
-        family = _known(family or str(self.np_random.choice(self.families)), FAMILIES, "task family")
+        family = _known(family or str(self.np_random.choice(self.families)), ALL_FAMILIES, "task family")
         if keep_state and not self.world.objects:
             raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
         if keep_state and not can_ask(self.world, family):
             raise ValueError(f"{family!r} cannot be asked in this state; can be: {', '.join(self.feasible())}")
         if not keep_state:
             self.world.scatter(self.np_random)
-            FAMILIES[family].prepare(self.world)
+            ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
         self.task, self.n_steps = ask(self.world, family, self.np_random), 0
         return self._observe(), {"family": family, "is_success": False}
 
     def feasible(self) -> list[str]:
-        """Families that can be asked in the present state and are not done already."""
+        """Families that can be asked in the present state and are not done already; those that need memory are not among them."""
         return [name for name in FAMILIES if can_ask(self.world, name)]
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -101,7 +101,8 @@ class Tabletop(gymnasium.Env):
         si = spec.to_si(action, *spec.names[:6])
         self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
         self.n_steps += 1
-        is_success = FAMILIES[self.task.family].is_done(self.world, self.task)
+        ALL_FAMILIES[self.task.family].tick(self.world, self.n_steps)
+        is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)
         info = {"family": self.task.family, "is_success": is_success}
         return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
 

@@ -1,7 +1,8 @@
 """Scripted experts: what to do next, from the present true state alone.
 
-No expert keeps a phase: the same state always gets the same answer, so every answer is a correct label for a policy
-that sees one observation, and a disturbed episode is corrected from wherever it went.
+No expert keeps a phase: the same state and task always get the same answer, so a disturbed episode is corrected from
+wherever it went, and outside the families that need memory every answer is a correct label for a policy that sees one
+observation.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rvlm.envs.tabletop.scene import HALF
-from rvlm.envs.tabletop.tasks import DIRECTIONS, Task, is_held
+from rvlm.envs.tabletop.tasks import DIRECTIONS, Task, cued_side, is_held
 from rvlm.envs.tabletop.world import World
 
 CLEAR = 0.085  # height above the table at which nothing is in the way [m]
@@ -147,6 +148,11 @@ def _slide(sign: int) -> Callable[[World, Task], Command]:
     return slide
 
 
+def slider_by_light(world: World, task: Task) -> Command:
+    """Push the slider to the side that the light has told."""
+    return _slide(-cued_side(task))(world, task)
+
+
 EXPERTS: dict[str, Callable[[World, Task], Command]] = {
     "lift": lift,
     **{f"push_{name}": _push(name) for name in DIRECTIONS},
@@ -161,6 +167,7 @@ EXPERTS: dict[str, Callable[[World, Task], Command]] = {
     "turn_off_light": press_button,
     "move_slider_left": _slide(-1),
     "move_slider_right": _slide(1),
+    "slider_by_light": slider_by_light,
 }
 
 

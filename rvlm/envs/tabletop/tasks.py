@@ -14,6 +14,7 @@ from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW, World
 
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "near": (1.0, 0.0), "far": (-1.0, 0.0)}  # unit vectors, world xy
 PUSH_DISTANCE, LIFT_HEIGHT, TURN_ANGLE = 0.05, 0.06, 0.5  # [m], [m], [rad]
+CUE_STEPS = 2  # observations in which a cue can be seen
 DRAWER_OPEN, DRAWER_SHUT, SLIDER_SIDE = 0.08, 0.02, 0.05  # joint positions [m]
 
 
@@ -27,6 +28,7 @@ class Task:
         other: Index of the second object (stacking), or None.
         instruction: What the policy is told.
         start: Position (3,) and yaw of the target when the task began [m, rad].
+        was_light_on: Whether the light was on when the task began.
     """
 
     family: str
@@ -34,6 +36,7 @@ class Task:
     other: int | None
     instruction: str
     start: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    was_light_on: bool = False
 
     @property
     def target_object(self) -> int:
@@ -71,6 +74,7 @@ class Family:
         can_start: Whether the fixtures' state lets it be asked; `can_ask` looks at the objects too.
         prepare: Changes a fresh scene so that it can be asked.
         n_objects: How many objects the instruction names.
+        tick: What the scene does by itself after so many control steps.
     """
 
     templates: tuple[str, ...]
@@ -79,6 +83,7 @@ class Family:
     can_start: Callable[[World], bool] = lambda world: True
     prepare: Callable[[World], None] = lambda world: None
     n_objects: int = 0
+    tick: Callable[[World, int], None] = lambda world, n_steps: None
 
 
 def is_held(world: World, i: int) -> bool:
@@ -233,6 +238,31 @@ FAMILIES: dict[str, Family] = {
     "move_slider_right": _slide(-1, "right"),
 }
 
+
+def cued_side(task: Task) -> int:
+    """Side that the light has told: 1 for left, if it was on, and -1 for right."""
+    return 1 if task.was_light_on else -1
+
+
+def _darken(world: World, n_steps: int) -> None:
+    """The light goes off once the cue has been seen."""
+    if n_steps == CUE_STEPS:
+        world.set_light(False)
+
+
+# Here one picture asks for different actions: which side is meant has been seen in the first observations only. Kept apart
+# from the other families, which need no memory.
+MEMORY_FAMILIES: dict[str, Family] = {
+    "slider_by_light": Family(
+        ("move the slider left if the light is on , right if it is off",),
+        ("push the slider left if the lamp is lit , else right",),
+        lambda world, task: cued_side(task) * world.travel("slider") < -SLIDER_SIDE,
+        prepare=lambda world: world.set_travel("slider", 0.1 * world.travel("slider")),
+        tick=_darken,
+    ),
+}
+ALL_FAMILIES = FAMILIES | MEMORY_FAMILIES
+
 # The default mix: language decides the object, the direction or the fixture.
 MIX = (
     "lift",
@@ -270,7 +300,7 @@ def _targets(world: World, family: str) -> list[int]:
 
 def _carriers(world: World, family: str) -> list[int | None]:
     """Objects that something can be stacked on; None alone where the family has no second object."""
-    if FAMILIES[family].n_objects < 2:
+    if ALL_FAMILIES[family].n_objects < 2:
         return [None]
     targets = _targets(world, family)
     cubes = [i for i in range(N_OBJECTS) if is_on_table(world, i) and world.objects[i][1] == "cube"]
@@ -279,13 +309,13 @@ def _carriers(world: World, family: str) -> list[int | None]:
 
 def can_ask(world: World, family: str) -> bool:
     """Whether a task of `family` can be asked in the present state, and is not done already."""
-    if not FAMILIES[family].can_start(world):
+    if not ALL_FAMILIES[family].can_start(world):
         return False
-    return FAMILIES[family].n_objects == 0 or bool(_targets(world, family) and _carriers(world, family))
+    return ALL_FAMILIES[family].n_objects == 0 or bool(_targets(world, family) and _carriers(world, family))
 
 
 def _choose_objects(world: World, family: str, rng: np.random.Generator) -> tuple[int | None, int | None]:
-    if FAMILIES[family].n_objects == 0:
+    if ALL_FAMILIES[family].n_objects == 0:
         return None, None
     carriers = _carriers(world, family)
     other = None if carriers == [None] else int(rng.choice(np.array(carriers, int)))
@@ -297,11 +327,11 @@ def ask(world: World, family: str, rng: np.random.Generator) -> Task:
 
     Args:
         world: A scene in which it can be asked (`can_ask`).
-        family: Name in `FAMILIES`.
+        family: Name in `ALL_FAMILIES`.
         rng: Draws the objects and the wording.
     """
     target, other = _choose_objects(world, family, rng)
-    words = FAMILIES[family].held_out if world.setting.paraphrase else FAMILIES[family].templates
+    words = ALL_FAMILIES[family].held_out if world.setting.paraphrase else ALL_FAMILIES[family].templates
     names = {k: " ".join(world.objects[i]) for k, i in (("a", target), ("b", other)) if i is not None}
     start = (*map(float, world.pos_object(target)), world.yaw_object(target)) if target is not None else (0.0,) * 4
-    return Task(family, target, other, str(rng.choice(words)).format(**names), start)
+    return Task(family, target, other, str(rng.choice(words)).format(**names), start, world.is_light_on)
