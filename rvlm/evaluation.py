@@ -49,7 +49,7 @@ class Evaluation:
         robot, families, setting, max_steps: Of the tabletop.
         n_episodes: Episodes; families take turns.
         first_seed: Seed of the first episode; they count up.
-        n_action_steps: Actions executed of each chunk.
+        n_action_steps, ensemble: What is executed of the predicted chunks, as `Policy` takes them.
     """
 
     policy: str
@@ -61,6 +61,7 @@ class Evaluation:
     max_steps: int = 50
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int = 1
+    ensemble: float | None = None
 
     def __post_init__(self) -> None:
         if self.control not in CONTROLS:
@@ -176,7 +177,7 @@ def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int 
 
 
 @functools.lru_cache(maxsize=4)
-def _load(policy: str, n_action_steps: int, robot: str) -> Any:
+def _load(policy: str, n_action_steps: int, ensemble: float | None, robot: str) -> Any:
     from rvlm.actions import ActionSpec
 
     spec = ActionSpec.from_card(f"tabletop_{robot}")
@@ -184,7 +185,7 @@ def _load(policy: str, n_action_steps: int, robot: str) -> Any:
         return RandomPolicy(spec) if policy == "random" else None
     from rvlm.policy import Policy
 
-    return Policy.load(policy, n_action_steps=n_action_steps, spec=spec)
+    return Policy.load(policy, n_action_steps=n_action_steps, ensemble=ensemble, spec=spec)
 
 
 def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
@@ -204,7 +205,7 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
 def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> list[dict]:
     """Roll out one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
     episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
-    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.robot)
+    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
     size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.image_size
     envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
     return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
