@@ -21,7 +21,7 @@ from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training import run, seconds_of
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
-SCENE_SEED, FRESH_SCENE_SEEDS, HELD_OUT_SCENE_SEED = 1_000, (2_000, 3_000), 500_000  # of stage 1: training, its end, exam
+SCENE_SEED, FRESH_SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 2_000, 500_000  # of the scenes of stage 1: training, its end, exam
 UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
 HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
 LOOKS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
@@ -44,10 +44,10 @@ def untrained_vlm(seed: int = 0) -> Path:
 
 
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Stage 1 on rendered scenes, in seven steps.
+    """Stage 1 on rendered scenes, in six steps.
 
     The tower detects; the language model points, answers, and answers what is hard; then everything learns together, at last
-    twice on twice as many scenes that no step before has shown, for details of looks are learned by heart from those seen often.
+    on twice as many scenes that no step before has shown, for details of looks are learned by heart from those seen often.
     Pointing (a name, and where it is) comes before free questions because the circuit that binds a word to a place forms
     sooner on it. The tower stands still while the language model learns, so its features are computed once and a step
     costs little. The budgets of all steps are multiples of `n_samples`.
@@ -65,11 +65,9 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
     whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "augment": 0, "seed": seed}
     together = Stage("together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
-    fresh, fresher = (tuple(map(str, collect_scenes(2 * n_scenes, s))) for s in FRESH_SCENE_SEEDS)
+    fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
     looks = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS)}
-    looking = Stage("looking", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples, dialogue=looks, **whole)
-    closely = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS, *LOOKS)}
-    return Stage("vision_language", VISION_LANGUAGE, fresher, str(run(looking)), 6 * n_samples, dialogue=closely, **whole)
+    return Stage("vision_language", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples, dialogue=looks, **whole)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
