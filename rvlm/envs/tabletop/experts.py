@@ -16,6 +16,7 @@ from rvlm.envs.tabletop.world import World
 
 CLEAR = 0.085  # height above the table at which nothing is in the way [m]
 CARRY = 0.115  # height of the tool centre point when carrying [m]
+RISE = 0.02  # of a held object in one control step [m]; wide fingers roll a cylinder out when they rise faster
 
 
 class Command(NamedTuple):
@@ -85,7 +86,7 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
     if np.linalg.norm(offset[:2]) < near:
         return Command(tcp + offset, False)
     if pos[2] < over - 0.03:
-        return Command(np.array([*tcp[:2], over + 0.02]), False)
+        return Command(np.array([*tcp[:2], min(over + 0.02, tcp[2] + RISE)]), False)
     return Command(np.array([*(tcp + offset)[:2], over]), False)
 
 
@@ -119,20 +120,19 @@ def _rotate(sign: int) -> Callable[[World, Task], Command]:
     return rotate
 
 
-def open_drawer(world: World, task: Task) -> Command:
-    """Close the fingers on the handle and pull."""
-    goal = world.pos_handle
-    offset = np.abs(goal - world.pos_tcp_world)
-    if offset.max() > 0.022:
-        return _reach(world, goal, True, clear=0.12)
-    if world.opening > 0.03:
-        return Command(goal, False)
-    return Command(np.add(goal, (0.1, 0, 0)), False)
+def _drawer(shift: float) -> Callable[[World, Task], Command]:
+    """Close the fingers on the handle and take it along x by `shift` [m]."""
 
+    def move(world: World, task: Task) -> Command:
+        goal = world.pos_handle
+        offset = np.abs(goal - world.pos_tcp_world)
+        if offset.max() > 0.022:
+            return _reach(world, goal, True, clear=0.12)
+        if world.opening > 0.03:
+            return Command(goal, False)
+        return Command(np.add(goal, (shift, 0, 0)), False)
 
-def close_drawer(world: World, task: Task) -> Command:
-    """Push the drawer's front with closed fingers."""
-    return _press_along(world, world.pos_handle[:2], np.array([-1.0, 0.0]), reach=0.055, height=0.055, clear=0.12)
+    return move
 
 
 def press_button(world: World, task: Task) -> Command:
@@ -161,8 +161,8 @@ EXPERTS: dict[str, Callable[[World, Task], Command]] = {
     "stack": stack,
     "rotate_left": _rotate(1),
     "rotate_right": _rotate(-1),
-    "open_drawer": open_drawer,
-    "close_drawer": close_drawer,
+    "open_drawer": _drawer(0.1),
+    "close_drawer": _drawer(-0.1),
     "turn_on_light": press_button,
     "turn_off_light": press_button,
     "move_slider_left": _slide(-1),

@@ -254,8 +254,8 @@ def _darken(world: World, n_steps: int) -> None:
 # from the other families, which need no memory.
 MEMORY_FAMILIES: dict[str, Family] = {
     "slider_by_light": Family(
-        ("move the slider left if the light is on , right if it is off",),
-        ("push the slider left if the lamp is lit , else right",),
+        ("move the slider as the light says",),  # on for left, off for right
+        ("push the slider to the side that the lamp tells",),
         lambda world, task: cued_side(task) * world.travel("slider") < -SLIDER_SIDE,
         prepare=lambda world: world.set_travel("slider", 0.1 * world.travel("slider")),
         tick=_darken,

@@ -1,0 +1,230 @@
+"""What a structure costs, as ratios: against the bare backbone on the same tokens, and against the original's computation.
+
+Each pair of variants takes turns in one process, so a busy machine disturbs both alike; a ratio is the median over rounds of
+the two times of one round. The model is the shipped vision-language model; inputs are noise. Ratios, with their range and the
+hardware, go to `results/benchmarks.json`.
+
+The original's computation, after RoboVLMs' released code (github.com/Robot-VLAs/RoboVLMs), written anew here: the
+language-model head and all hidden states are always computed, each camera is a call of the tower of its own, an interleaved
+sequence repeats the instruction at every frame, and acting encodes the whole window anew at every step.
+"""
+
+import json
+import time
+
+import numpy as np
+import torch
+
+from rvlm.actions import ActionSpec, NormStats
+from rvlm.backbones import SMALL_VLM, as_encoder_outputs, pad
+from rvlm.batches import RobotCollator
+from rvlm.files import results_dir, write_whole
+from rvlm.memory import CachedSequence, FeatureWindow, RecomputedSequence
+from rvlm.policy import Policy
+from rvlm.report import provenance
+from rvlm.vla import make_vla
+
+WINDOW, BATCH, N_ROUNDS, N_ROBOTS = 8, 16, 15, 10
+TEXT = "push the red cube towards the camera"
+SPEC = ActionSpec.from_card("tabletop_franka7")
+STRUCTURES = {
+    "one-step": {"structure": "one_step"},
+    "policy head (lstm)": {"structure": "policy_head", "history": "lstm", "n_obs_steps": WINDOW},
+    "policy head (gpt)": {"structure": "policy_head", "history": "gpt", "n_obs_steps": WINDOW},
+    "interleaved": {"structure": "interleaved", "n_obs_steps": WINDOW},
+}
+RNG = np.random.default_rng(0)
+
+
+def made_up_stats(width):
+    zero, one = np.zeros(width), np.ones(width)
+    return NormStats(min=-one, max=one, mean=zero, std=one, q01=-one, q10=-one, q50=zero, q90=one, q99=one, count=1)
+
+
+STATS = {"action": made_up_stats(7), "observation.state": made_up_stats(7)}
+
+
+def frames(*shape):
+    return RNG.integers(0, 256, (*shape, 2, 96, 96, 3), np.uint8)
+
+
+def build(settings):
+    torch.manual_seed(0)
+    return make_vla(SMALL_VLM, SPEC, STATS, **settings)
+
+
+def a_batch(model, processor):
+    """Samples with as many frames in all, whatever the structure."""
+    t = model.config.n_obs_steps
+    samples = [
+        {
+            "images": frames(t), "state": np.zeros((t, 7), np.float32), "action": np.zeros((t, 4, 7), np.float32),
+            "action_mask": np.ones((t, 4, 7), bool), "obs_mask": np.ones(t, bool), "dataset_index": 0, "instruction": TEXT,
+        }
+        for _ in range(BATCH // t)
+    ]  # fmt: skip
+    return RobotCollator(model.prompter(processor), model.config.structure == "interleaved")(samples)
+
+
+# -- the original's computation ----------------------------------------------------------------------------------------
+def original_features(model, input_ids, attention_mask, pixel_values, state):
+    """Features at `<act>` as the original computes them; pixel_values (n, cameras, 3, h, w)."""
+    per_camera = [
+        torch.stack(list(model.backbone.model.get_image_features(pixel_values[:, [c]], return_dict=True).pooler_output))
+        for c in range(pixel_values.shape[1])
+    ]
+    images = torch.cat(per_camera, dim=1).flatten(1, 2) if per_camera[0].ndim == 4 else torch.cat(per_camera, dim=1)
+    is_act = input_ids == model.config.act_id
+    felt = model.state_in(state.flatten(0, 1))
+    handle = model.backbone.get_input_embeddings().register_forward_hook(
+        lambda module, args, embedded: embedded.index_put((is_act,), felt, accumulate=True)
+    )
+    out = model.backbone(
+        input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=as_encoder_outputs(images),
+        output_hidden_states=True, use_cache=False,
+    )  # fmt: skip
+    handle.remove()
+    return out.hidden_states[-1][is_act].unflatten(0, state.shape[:2])
+
+
+def original_tokens(model, processor, n, t):
+    """Token ids of n samples; an interleaved sequence repeats the whole prompt at every frame."""
+    ids = model.prompter(processor).token_ids(TEXT)
+    rows = [ids * t] * n if model.config.structure == "interleaved" else [ids] * (n * t)
+    return pad(rows, processor.tokenizer.pad_token_id)
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+def ratio(name, ours, theirs, n_rounds=N_ROUNDS):
+    """Median over rounds of time(ours) / time(theirs), the two in turn."""
+    ours(), theirs()
+    times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(n_rounds)])
+    values = times[:, 0] / times[:, 1]
+    row = {"name": name, "ratio": np.median(values), "low": np.quantile(values, 0.25), "high": np.quantile(values, 0.75)}
+    row |= {"ours_ms": 1000 * np.median(times[:, 0]), "theirs_ms": 1000 * np.median(times[:, 1]), "rounds": n_rounds}
+    print(
+        f"{name:64s} {row['ratio']:5.2f} ({row['low']:.2f} to {row['high']:.2f})   "
+        f"{row['ours_ms']:.1f} ms / {row['theirs_ms']:.1f} ms"
+    )
+    return {k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()}
+
+
+def _seconds(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def training(name, settings):
+    """A training step, forward and backward, against the bare backbone and against the original's computation."""
+    model, processor = build(settings)
+    batch = a_batch(model, processor)
+    bare = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    state, told = batch["state"], original_tokens(model, processor, BATCH // model.config.n_obs_steps, model.config.n_obs_steps)
+
+    def ours():
+        model(**batch).loss.backward()
+
+    def backbone():
+        model.backbone.model(**bare, use_cache=False).last_hidden_state.mean().backward()
+
+    def original():
+        features = model.history(original_features(model, **told, pixel_values=batch["pixel_values"], state=state))
+        model.head.loss(features, batch["action"], batch["action_mask"])["loss"].backward()
+
+    return [
+        ratio(f"train step, {name} / bare forward and backward", ours, backbone),
+        ratio(f"train step, {name} / the original's computation", ours, original),
+    ]
+
+
+def full_window(kind, model, prompter):
+    """A memory whose next observation fills the window, and that observation."""
+    memory, state = kind(model, prompter), torch.zeros(N_ROBOTS, 7)
+    with torch.inference_mode():
+        for _ in range(WINDOW - 1):
+            memory.add(frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
+    return memory, (frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
+
+
+def acting(name, settings):
+    """A control step of ten robots at a full window, against the original's computation."""
+    model, processor = build(settings)
+    model.eval()
+    structure, t = model.config.structure, model.config.n_obs_steps
+    prompter, state = model.prompter(processor), torch.zeros(N_ROBOTS, t, 7)
+    policy = Policy(model, processor)
+    policy.reset(N_ROBOTS)
+    seen = [
+        [{"image": i[0], "wrist_image": i[1], "state": np.zeros(7), "instruction": TEXT} for i in frames(N_ROBOTS)]
+        for _ in range(2 * WINDOW)
+    ]
+    t_original = t if structure == "interleaved" else 1
+    told = original_tokens(model, processor, N_ROBOTS, t_original)
+    window = frames(N_ROBOTS * t_original)
+
+    @torch.inference_mode()
+    def ours():
+        for observation in seen:  # windows fill and slide on the way
+            policy.select_action(observation)
+
+    @torch.inference_mode()
+    def original():
+        for _ in seen:
+            features = original_features(model, **told, pixel_values=prompter.pixels(window), state=state[:, :t_original])
+            model.head.predict(model.history(features)[:, -1])
+
+    rows = [ratio(f"act, {name}, {2 * WINDOW} steps of {N_ROBOTS} robots / the original's computation", ours, original, 5)]
+    if structure == "interleaved":
+        rows.append(_appending(model, prompter))
+    return rows
+
+
+def _appending(model, prompter):
+    """The step that fills the window, appended against recomputed."""
+    times = []
+    for _ in range(N_ROUNDS + 1):
+        pair = []
+        for kind in (CachedSequence, RecomputedSequence):
+            memory, observation = full_window(kind, model, prompter)
+            with torch.inference_mode():
+                pair.append(_seconds(lambda memory=memory, observation=observation: (memory.add(*observation), memory.predict())))
+        times.append(pair)
+    values = np.array(times[1:])[:, 1] / np.array(times[1:])[:, 0]
+    row = {"name": f"act, interleaved, full window of {WINDOW}: recomputation / appending", "ratio": np.median(values)}
+    row |= {"low": np.quantile(values, 0.25), "high": np.quantile(values, 0.75), "rounds": N_ROUNDS}
+    print(f"{row['name']:64s} {row['ratio']:5.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    return {k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()}
+
+
+def flatness():
+    """A control step of a policy head that remembers 16 observations against one that remembers 2."""
+    memories = {}
+    for t in (2, 16):
+        model, processor = build({**STRUCTURES["policy head (lstm)"], "n_obs_steps": t})
+        memories[t] = FeatureWindow(model.eval(), model.prompter(processor))
+    observation = (frames(N_ROBOTS), torch.zeros(N_ROBOTS, 7), [TEXT] * N_ROBOTS)
+
+    @torch.inference_mode()
+    def step(t):
+        memories[t].add(*observation)
+        memories[t].predict()
+
+    for _ in range(16):
+        step(2), step(16)
+    return [ratio("act, policy head (lstm), window of 16 / window of 2", lambda: step(16), lambda: step(2))]
+
+
+def main():
+    torch.set_num_threads(1)
+    rows = [row for name, settings in STRUCTURES.items() for row in training(name, settings)]
+    rows += [row for name, settings in STRUCTURES.items() for row in acting(name, settings)]
+    rows += flatness()
+    path = results_dir() / "benchmarks.json"
+    settings = {"threads": 1, "frames_per_train_step": BATCH, "window": WINDOW, "robots": N_ROBOTS}
+    write_whole(path, json.dumps({**settings, **provenance(), "rows": rows}, indent=1))
+    print(f"{len(rows)} ratios: {path}")
+
+
+if __name__ == "__main__":
+    main()
