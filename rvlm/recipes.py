@@ -26,6 +26,8 @@ UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measurin
 HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
 LOOKS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
+DISCRETE = {"structure": "one_step", "head": "tokens", "chunk_size": 4}
+INTERLEAVED = {"structure": "interleaved", "head": "mlp", "n_obs_steps": 4, "chunk_size": 4}
 POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_obs_steps": 4, "chunk_size": 4}
 
 

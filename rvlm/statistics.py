@@ -227,6 +227,21 @@ def episodes_needed(p: float | int, effect: float, power: float = 0.8, level: fl
     return math.ceil(NormalIndPower().solve_power(size, alpha=1 - level, power=power, ratio=1))
 
 
+def smallest_effect(p: float | int, n: int, power: float = 0.8, level: float = LEVEL) -> float:
+    """Smallest gain over a success rate ``p`` that ``n`` episodes per policy show; inverse of `episodes_needed`.
+
+    Args:
+        p: success rate of the first policy, in [0, 1].
+        n: episodes of each policy.
+        power: chance of seeing the gain where it is there.
+        level: one minus the chance of seeing it where it is not.
+    """
+    from statsmodels.stats.power import NormalIndPower
+
+    size = NormalIndPower().solve_power(nobs1=n, alpha=1 - level, power=power, ratio=1)
+    return math.sin(min(math.pi / 2, math.asin(math.sqrt(p)) + size / 2)) ** 2 - p
+
+
 def verdict(difference: Difference, worthwhile: float | int = 0.0) -> str:
     """Was the claim "a is better than b" replicated?
 

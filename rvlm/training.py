@@ -164,13 +164,14 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
 
 
 def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
-    """Train independent stages at the same time, the cores shared between them; gives each one's model folder.
+    """Train independent stages at the same time, no more than there are cores; gives each one's model folder.
 
     Two processes of one thread train a small model about twice as fast as one process of two threads, so use stages with
     `n_processes=1`.
     """
-    n_threads = max(1, (os.cpu_count() or 1) // len(stages))
-    with ThreadPoolExecutor(len(stages)) as pool:
+    n_cores = os.cpu_count() or 1
+    n_threads = max(1, n_cores // len(stages))
+    with ThreadPoolExecutor(min(len(stages), n_cores)) as pool:
         futures = {name: pool.submit(run, stage, show_progress, n_threads) for name, stage in stages.items()}
         return {name: future.result() for name, future in futures.items()}
 

@@ -21,6 +21,11 @@ ESTIMATES = pd.DataFrame(
     | {"low": [0.05, 0.1, None, None], "high": [0.2, 0.3, None, None]}
 )
 LOG = [{"step": i, "n_steps": 8, "arm_loss": 1 / i} for i in range(1, 9)]
+CURVES = pd.DataFrame(
+    {"name": list("aab"), "window [steps]": [2, 4, 4], "time [ms]": [5.0, 6, 9], "low": [4.0, 5, 8], "high": [6.0, 7, 10]}
+)
+MASKS = {"alone": np.eye(3), "together": np.tril(np.ones((3, 3)))}
+KINDS = {name: ("image", "instruction", "action") for name in MASKS}
 POINTS = pd.DataFrame({"name": ["a", "a", "b"], "error_m": [0.01, 0.02, 0.03], "successes": [9, 5, 0], "n": [10, 10, 10]})
 
 
@@ -38,6 +43,8 @@ def draw_all():
         "grounding_overlay": plots.grounding_overlay(FRAMES[0], [(3, 4), (14, 2.5)], ["red cube", "drawer"]),
         "attention_overlay": plots.attention_overlay(FRAMES[0], rng.random((4, 4))),
         "estimates": plots.estimates(ESTIMATES, "Two policies and what is published"),
+        "lines": plots.lines(CURVES, "A longer window costs more"),
+        "attention_masks": plots.attention_masks(MASKS, KINDS, "Past tokens are seen in one sequence only"),
         "compare_losses": plots.compare_losses({"a": LOG, "b": LOG}),
         "error_against_success": plots.error_against_success(POINTS, "A lower error goes with more success"),
     }
@@ -143,6 +150,23 @@ def test_errors_and_success_are_drawn_in_their_units():
 def test_attention_is_drawn_as_shares():
     fig = plots.attention_overlay(FRAMES[0], np.array([[3, 1], [0, 0]]), title="Where it looks now")
     np.testing.assert_allclose(fig.axes[1].images[1].get_array(), [[75, 25], [0, 0]])
+
+
+def test_attention_masks_color_what_is_looked_at_by_its_kind():
+    fig = plots.attention_masks(MASKS, KINDS, "Past tokens are seen in one sequence only")
+    alone, together = (ax.images[0].get_array() for ax in fig.axes[:2])
+    assert (np.asarray(alone)[2, 0] == 1).all(), "white where nobody looks"
+    image, row = np.asarray(together)[:, 0], np.asarray(together)[2]
+    assert (image < 1).any(axis=-1).all() and (row < 1).any(axis=-1).all()
+    assert image[2].sum() < image[1].sum(), "rows of an action token are drawn in full"
+
+
+def test_lines_draw_every_curve_with_its_band_down_to_zero_or_below():
+    ax = plots.lines(CURVES, "A longer window costs more").axes[0]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[5, 6], [9]] and len(ax.collections) == 2
+    assert ax.get_xlabel() == "window [steps]" and ax.get_ylabel() == "time [ms]" and ax.get_ylim()[0] == 0
+    below = CURVES.assign(**{"time [ms]": [-5.0, 6, 9], "low": [-6.0, 5, 8]})
+    assert plots.lines(below, "Below zero").axes[0].get_ylim()[0] < -5
 
 
 def test_bad_input_is_one_clear_error():

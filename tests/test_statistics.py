@@ -18,6 +18,7 @@ from rvlm.statistics import (
     paired_bootstrap,
     r_squared,
     ridge_probe,
+    smallest_effect,
     verdict,
     wilson,
 )
@@ -75,6 +76,15 @@ def test_paired_bootstrap_is_near_the_normal_interval_and_repeats():
 
 def test_paired_bootstrap_of_identical_outcomes_is_a_point():
     assert paired_bootstrap([1, 0, 1], [1, 0, 1], seed=0) == Difference(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("n", [30, 200])
+def test_the_smallest_effect_needs_the_episodes_it_was_asked_for(p, n):
+    effect = smallest_effect(p, n)
+    if p + effect < 1:
+        assert abs(episodes_needed(p, effect) - n) <= 1
+    assert smallest_effect(p, 4 * n) < effect
 
 
 def test_episodes_needed_gives_the_power_asked_for():

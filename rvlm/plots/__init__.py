@@ -10,6 +10,7 @@ from rvlm.plots.charts import (
     error_against_success,
     error_by_bins,
     estimates,
+    lines,
     loss_curves,
     rates_by_group,
     success_bars,
@@ -39,7 +40,7 @@ from rvlm.plots.pictures import (
     observation,
     player,
 )
-from rvlm.plots.ribbon import TOKEN_COLORS, token_map
+from rvlm.plots.ribbon import TOKEN_COLORS, attention_masks, token_map
 
 __all__ = [
     "COLUMN_IN",
@@ -53,6 +54,7 @@ __all__ = [
     "TOKEN_COLORS",
     "Frames",
     "action_curves",
+    "attention_masks",
     "attention_overlay",
     "compare_losses",
     "dimension_color",
@@ -65,6 +67,7 @@ __all__ = [
     "grounding_overlay",
     "hand_path",
     "histograms",
+    "lines",
     "loss_curves",
     "mp4",
     "observation",

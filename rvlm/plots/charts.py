@@ -72,7 +72,7 @@ def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bar
         ax.errorbar(at, y, xerr=spread, fmt="osD^vP"[i % 6], ms=3.2, color=PALETTE[i % len(PALETTE)], elinewidth=0.9, label=name)
     ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
     ax.grid(False, axis="y")
-    fig.legend(loc="outside lower left", ncols=3)
+    fig.legend(loc="outside lower left", ncols=3 if max(map(len, names)) < 16 else 2)
     headline(fig, title)
     return fig
 
@@ -183,6 +183,29 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
     if lowest >= 0 and largest > 0:
         ax.set_xlim(0, 1.12 * largest)
     ax.grid(False, axis="y")
+
+
+@styled
+def lines(table: pd.DataFrame, title: str) -> Figure:
+    """Measured curves with their intervals as bands.
+
+    Args:
+        table: columns ``name`` (colour and marker), then the quantity on the horizontal axis and the one on the vertical, each
+            named with its unit in brackets, then ``low`` and ``high`` of the latter.
+        title: a sentence.
+    """
+    x, y = [column for column in table.columns if column not in ("name", "low", "high")]
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.4), layout="constrained")
+    for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
+        color = PALETTE[i % len(PALETTE)]
+        ax.plot(rows[x], rows[y], "-", marker="osD^vP"[i % 6], ms=3.5, color=color, label=name)
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=color, alpha=0.15, linewidth=0)
+    ax.set(xlabel=x, ylabel=y, xticks=sorted(set(table[x])))
+    if table[y].to_numpy().min() >= 0:
+        ax.set_ylim(bottom=0)
+    fig.legend(loc="outside lower left", ncols=2)
+    headline(fig, title)
+    return fig
 
 
 @styled

@@ -1,18 +1,22 @@
-"""What a model reads: a sequence of tokens as a coloured ribbon."""
+"""What a model reads: a sequence of tokens as a coloured ribbon, and which token may look at which."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Num
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Patch
 
 from rvlm.plots.look import (
     PAGE_IN,
     PALETTE,
+    headline,
     styled,
 )
 
@@ -48,6 +52,28 @@ def token_map(tokens: Sequence[str], kinds: Sequence[str], title: str | None = N
     _legend_row(ax, [(f"{counts[kind]} {kind}", TOKEN_COLORS[kind]) for kind in seen])
     listed = ", ".join(f"{counts[kind]} {kind}" for kind in seen)
     ax.text(0.06, height - 0.2, title or f"The model reads {len(tokens)} tokens: {listed}", fontsize=8.5)
+    return fig
+
+
+@styled
+def attention_masks(weights: Mapping[str, Num[np.ndarray, "l_q l_k"]], kinds: Mapping[str, Sequence[str]], title: str) -> Figure:
+    """Who looks at whom, a panel per structure: a row for each token that reads, coloured where it looks.
+
+    Args:
+        weights: name -> attention of each token (row) to each (column); whatever is above zero counts.
+        kinds: name -> kind of each token, as `token_map` takes them; rows that read at an action token are drawn in full.
+        title: a sentence.
+    """
+    fig, axes = plt.subplots(1, len(weights), figsize=(PAGE_IN, 0.45 + 3.1 * 2 / max(2, len(weights))), layout="constrained")
+    for ax, (name, seen) in zip(np.atleast_1d(axes), weights.items(), strict=True):
+        color = np.array([to_rgb(TOKEN_COLORS[kind]) for kind in kinds[name]])
+        strength = np.where([kind == "action" for kind in kinds[name]], 0.95, 0.3)[:, None] * (seen > 0)
+        ax.imshow(1 - strength[..., None] * (1 - color[None]), interpolation="nearest", aspect="equal")
+        ax.set(xlabel="token that is looked at [place]", ylabel="token that looks [place]", title=name)
+        ax.grid(False)
+    handles = [Patch(color=TOKEN_COLORS[kind], label=kind) for kind in TOKEN_COLORS if any(kind in k for k in kinds.values())]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    headline(fig, title)
     return fig
 
 
