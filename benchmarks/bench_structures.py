@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from rvlm.actions import ActionSpec, NormStats
+from rvlm.actions import ActionSpec, StatsAccumulator
 from rvlm.backbones import SMALL_VLM, as_encoder_outputs, pad
 from rvlm.batches import RobotCollator
 from rvlm.files import results_dir, write_whole
@@ -37,8 +37,9 @@ RNG = np.random.default_rng(0)
 
 
 def made_up_stats(width):
-    zero, one = np.zeros(width), np.ones(width)
-    return NormStats(min=-one, max=one, mean=zero, std=one, q01=-one, q10=-one, q50=zero, q90=one, q99=one, count=1)
+    accumulator = StatsAccumulator()
+    accumulator.update(np.random.default_rng(0).uniform(-1, 1, (100, width)))
+    return accumulator.finish()
 
 
 STATS = {"action": made_up_stats(7), "observation.state": made_up_stats(7)}

@@ -228,8 +228,9 @@ class GPTHistory(nn.Module):
         super().__init__()
         n_heads = next(n for n in (8, 4, 2, 1) if width % n == 0)
         size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": 256, "vocab_size": 1}
+        plain: dict[str, Any] = {f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}
         self.norm = nn.LayerNorm(width)
-        self.gpt = GPT2Model(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+        self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
         self.gpt.set_input_embeddings(None)  # features come in, not words
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
