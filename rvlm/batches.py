@@ -203,7 +203,8 @@ class RobotCollator:
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     from rvlm.episodes import EpisodeDataset, Windows, split
-    from rvlm.vla import VLAConfig, load_vla, make_vla
+    from rvlm.structures import VLAConfig
+    from rvlm.vla import load_vla, make_vla
 
     (root,) = stage.data
     data = EpisodeDataset(root)

@@ -3,10 +3,6 @@
 The backbone is not changed: its tokenizer has one more token, `<act>`, and the policy reads the base model's hidden
 state where it stands (the language-model head is not computed). Proprioception, and action tokens where there are some,
 enter as learned offsets of that token's input embedding.
-
-Three structures say where history lives (RoboVLMs, arXiv 2412.14058, section on VLA formulations): nowhere ("one_step"),
-in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in a module that fuses what was read at each
-observation alone ("policy_head").
 """
 
 from pathlib import Path
@@ -20,81 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import ACT, Prompter, as_encoder_outputs, load_backbone, load_processor, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
-
-CONTINUOUS = ("mlp", "flow")
-STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
-    "one_step": (("mlp", "flow", "tokens"), (None,)),
-    "interleaved": (CONTINUOUS, (None,)),
-    "policy_head": (CONTINUOUS, tuple(HISTORIES)),
-}
-
-
-class VLAConfig(PreTrainedConfig):
-    """What a policy is made of.
-
-    Args:
-        backbone: Configuration of the vision-language model, as a dict with its `model_type`.
-        structure: Name in `STRUCTURES`.
-        head: Name in `HEADS`; `head_options` are its arguments by name.
-        history: Name in `HISTORIES`, for "policy_head" only.
-        n_obs_steps: Observations that the policy sees (t).
-        chunk_size: Actions that it predicts (k).
-        cameras: Names of the card's cameras, in the order of the prompt's images.
-        has_state: Whether proprioception enters.
-        act_id: Id of `<act>`.
-        spec: `ActionSpec` of the robot, as a dict.
-        stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
-    """
-
-    model_type = "rvlm"
-    __no_type_check__ = True  # the library builds it from more than its fields, which a checker of signatures would refuse
-
-    backbone: dict | None = None
-    structure: str = "one_step"
-    head: str = "mlp"
-    head_options: dict | None = None
-    history: str | None = None
-    n_obs_steps: int = 1
-    chunk_size: int = 4
-    cameras: list | tuple = ("static", "wrist")
-    has_state: bool = True
-    act_id: int = 0
-    spec: dict | None = None
-    stats: dict | None = None
-
-
-AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
-
-
-def check_structure(config: VLAConfig) -> None:
-    """Refuse combinations that mean nothing.
-
-    Raises:
-        ValueError: Unknown or contradicting structure, head, history or window, with what is possible.
-    """
-    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", (None, *HISTORIES))):
-        if getattr(config, name) not in table:
-            raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")
-    for name in ("n_obs_steps", "chunk_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
-    heads, histories = STRUCTURES[config.structure]
-    is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
-    if config.head not in heads or config.history not in histories or not is_window_right:
-        raise ValueError(
-            f"structure={config.structure!r}, head={config.head!r}, history={config.history!r}, "
-            f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(combinations())}"
-        )
-
-
-def combinations() -> list[str]:
-    """Every valid combination of structure, heads, histories and window, in words."""
-    return [
-        f"{structure} with {' or '.join(heads)}, "
-        f"{'no history' if histories == (None,) else ' or '.join(map(str, histories))}, "
-        f"n_obs_steps {'of 1' if structure == 'one_step' else 'from 2 on'}"
-        for structure, (heads, histories) in STRUCTURES.items()
-    ]
+from rvlm.structures import VLAConfig, check_structure
 
 
 class VLA(PreTrainedModel):

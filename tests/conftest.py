@@ -76,3 +76,13 @@ def toy_stats(toy_demos):
     from rvlm.episodes import EpisodeDataset
 
     return EpisodeDataset(toy_demos).stats()
+
+
+@pytest.fixture(scope="session")
+def saved(toy_vlm, toy_stats, toy_home):
+    """A saved policy with a history: its folder, and the model as it was."""
+    from toy_policies import POLICY_HEAD, build
+
+    model, processor = build(toy_vlm, toy_stats, POLICY_HEAD)
+    model.save_pretrained(toy_home / "policy", processor)
+    return toy_home / "policy", model

@@ -15,14 +15,6 @@ from rvlm.vla import load_vla
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def saved(toy_vlm, toy_stats, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    model, processor = build(toy_vlm, toy_stats, POLICY_HEAD)
-    model.save_pretrained(folder, processor)
-    return folder, model
-
-
 def test_a_policy_is_refused_where_actions_mean_something_else(saved):
     with pytest.raises(SpecMismatch, match=r"policy vs environment.*gripper_open: 1.0 against -1.0"):
         Policy.load(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))

@@ -320,12 +320,6 @@ def test_a_permuted_batch_permutes_the_actions(toy_vlm, toy_stats, settings):
 
 
 # -- save and load -----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def saved(toy_vlm, toy_stats, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    model, processor = build(toy_vlm, toy_stats, POLICY_HEAD)
-    model.save_pretrained(folder, processor)
-    return folder, model
 
 
 def test_a_saved_policy_acts_alike_and_knows_what_its_actions_mean(saved):
