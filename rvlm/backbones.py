@@ -5,6 +5,7 @@ work, and the policy reads the hidden state where the token stands.
 """
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +26,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-logging.disable_progress_bar()  # a bar for each file of weights, which load at once here and are named when they do not
+# bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()  # a bar for each file of weights, which load at once here and are named when they do not
 
 ACT = "<act>"
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model
