@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 # bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-transformers_logging.disable_progress_bar()  # a bar for each file of weights, which load at once here and are named when they do not
+# A bar for each file of weights, which load at once here and are named when they do not, neither.
+transformers_logging.disable_progress_bar()
 
 ACT = "<act>"
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model

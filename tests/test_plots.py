@@ -161,6 +161,16 @@ def test_attention_masks_color_what_is_looked_at_by_its_kind():
     assert image[2].sum() < image[1].sum(), "rows of an action token are drawn in full"
 
 
+@pytest.mark.parametrize("lowest", [0.5, 0.1, 1e-2, 1e-5])
+def test_a_loss_axis_is_labelled_however_far_the_loss_falls(lowest):
+    log = [{"step": i + 1, "n_steps": 9, "arm_loss": float(v)} for i, v in enumerate(np.geomspace(1, lowest, 9))]
+    ax = plots.compare_losses({"a": log}).axes[0]
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_ylim()
+    labels = [t.get_text() for t in ax.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert len([label for label in labels if label]) >= 2, labels
+
+
 def test_lines_draw_every_curve_with_its_band_down_to_zero_or_below():
     ax = plots.lines(CURVES, "A longer window costs more").axes[0]
     assert [list(line.get_ydata()) for line in ax.lines] == [[5, 6], [9]] and len(ax.collections) == 2

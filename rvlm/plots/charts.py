@@ -133,14 +133,20 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
     ax.set(xlabel="optimiser step", ylabel="loss [1]")
     if (table[names].min() > 0).all():
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _label_logarithmic(ax)
     ax.legend()
     first, last = table[names[0]].dropna().iloc[[0, -1]]
     moved = "falls" if last < first else "does not fall"
     headline(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
     return fig
+
+
+def _label_logarithmic(ax: Axes) -> None:
+    """Plain numbers along a logarithmic vertical axis: 1, 2, 5, 10, or powers of ten alone where there are many."""
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=12))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 @styled
@@ -227,9 +233,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
         ax.plot(share, table[key].ewm(span=10).mean(), "-o" if len(table) == 1 else "-", color=color, label=name)
         last[name] = float(table[key].ewm(span=10).mean().iloc[-1])
     ax.set(xlabel="share of the training budget [%]", ylabel=f"{key.replace('_', ' ')} [1]", yscale="log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    _label_logarithmic(ax)
     ax.legend()
     lowest = min(last, key=last.__getitem__)
     headline(fig, title or f"Lowest {key.replace('_', ' ')} at the end: {lowest}, {last[lowest]:.3g}")
