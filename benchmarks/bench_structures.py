@@ -64,7 +64,7 @@ def a_batch(model, processor):
         }
         for _ in range(BATCH // t)
     ]  # fmt: skip
-    return RobotCollator(model.prompter(processor), model.config.structure == "interleaved")(samples)
+    return RobotCollator(model.prompter(processor))(samples)
 
 
 # -- the original's computation ----------------------------------------------------------------------------------------

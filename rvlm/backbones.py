@@ -138,13 +138,22 @@ class Prompter:
         n_images: Images per observation.
         n_queries: `<act>` per observation: the positions that the action head reads.
         padding_side: "right" or "left", the side on which shorter prompts are filled up.
+        is_interleaved: Whether the observations of a sample share one prompt, o1 `<act>` o2 `<act>` ...
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
     """
 
-    def __init__(self, processor: ProcessorMixin, n_images: int, n_queries: int = 1, padding_side: str = "right") -> None:
-        self.processor, self.n_images, self.n_queries, self.padding_side = processor, n_images, n_queries, padding_side
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        n_images: int,
+        n_queries: int = 1,
+        padding_side: str = "right",
+        is_interleaved: bool = False,
+    ) -> None:
+        self.processor, self.n_images, self.n_queries = processor, n_images, n_queries
+        self.padding_side, self.is_interleaved = padding_side, is_interleaved
         size = dict(processor.image_processor.size)
         self.image_size = int(next(size[k] for k in ("longest_edge", "height", "shortest_edge") if size.get(k)))
         self._ids: dict[tuple[str, int], list[int]] = {}

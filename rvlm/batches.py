@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -98,11 +99,13 @@ def cached_features(
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
     for name in names[start:] + names[:start]:
         path = folder / f"{name}.npy"
-        if not path.exists():
+        with FileLock(path.with_suffix(".lock")):
+            if path.exists():
+                continue
             flat = images[name].reshape(-1, 1, *images[name].shape[-3:])
             parts = [vision_features(model, prompter.pixels(flat[i : i + 64])).numpy() for i in range(0, len(flat), 64)]
             features = np.concatenate(parts).astype(np.float16)
-            partial = folder / f"{name}.{os.getpid()}.npy"
+            partial = folder / f"{name}.partial.npy"
             np.save(partial, features.reshape(*images[name].shape[:-3], *features.shape[1:]))
             partial.replace(path)
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in images}
@@ -176,20 +179,19 @@ class RobotCollator:
     """Windows of demonstrations to the batch that `VLA.forward` takes.
 
     Args:
-        prompter: As `VLA.prompter` gives it.
-        is_interleaved: Whether the observations of a sample share one prompt; those before the episode's start are then left
-            out of it. Else each has a prompt of its own, in the order of the b * t observations.
+        prompter: As `VLA.prompter` gives it. If it interleaves, the observations of a sample share one prompt, and those before
+            the episode's start are left out of it; else each has a prompt of its own, in the order of the b * t observations.
     """
 
-    def __init__(self, prompter: Prompter, is_interleaved: bool = False) -> None:
-        self.prompter, self.is_interleaved = prompter, is_interleaved
+    def __init__(self, prompter: Prompter) -> None:
+        self.prompter = prompter
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Samples of `Windows` to one batch."""
         keys = ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")
         stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
         images, is_there = stacked.pop("images"), stacked["obs_mask"]
-        if self.is_interleaved:
+        if self.prompter.is_interleaved:
             flat, n_steps, texts = images[is_there], is_there.sum(1).tolist(), [s["instruction"] for s in samples]
         else:
             flat, n_steps = images.reshape(-1, *images.shape[2:]), [1] * is_there.size
@@ -204,7 +206,7 @@ class RobotCollator:
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     from rvlm.episodes import EpisodeDataset, Windows, split
     from rvlm.structures import VLAConfig
-    from rvlm.vla import load_vla, make_vla
+    from rvlm.vla import make_vla, remake_vla
 
     (root,) = stage.data
     data = EpisodeDataset(root)
@@ -212,9 +214,13 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     stats = data.stats(episodes=train)
     path = Path(stage.init) / "config.json"
     if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
-        model: Any
-        model, processor = load_vla(stage.init)
-        _require_same_policy(model, data, stage)
+        if not stage.is_pretrained:
+            raise ValueError(
+                f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "
+                "leave it out, or start from a vision-language model"
+            )
+        model, processor = remake_vla(stage.init, **stage.policy)
+        model.spec.require_same(data.require_spec(), "policy vs demonstrations")
     else:
         model, processor = make_vla(stage.init, data.require_spec(), stats, is_pretrained=stage.is_pretrained, **stage.policy)
     config = model.config
@@ -230,19 +236,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
 
     budget = Budget(len(windows), stage.n_samples, stage.seed, make)
-    return model, processor, budget, RobotCollator(model.prompter(processor), config.structure == "interleaved")
-
-
-def _require_same_policy(model: Any, data: Any, stage: Stage) -> None:
-    """A policy that is trained further keeps what it is made of: settings that would not be read are refused."""
-    model.spec.require_same(data.require_spec(), "policy vs demonstrations")
-    differing = {k: (v, getattr(model.config, k, None)) for k, v in stage.policy.items() if getattr(model.config, k, None) != v}
-    if differing or not stage.is_pretrained:
-        raise ValueError(
-            f"stage {stage.name!r} goes on with the policy in {stage.init}: expected its own settings and is_pretrained=True; "
-            f"got {differing} (asked, its own), is_pretrained={stage.is_pretrained}; leave them out, or start from a "
-            "vision-language model"
-        )
+    return model, processor, budget, RobotCollator(model.prompter(processor))
 
 
 BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}

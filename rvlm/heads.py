@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2Model
 
 from rvlm.actions import ActionTokenizer
 
+LONGEST_MEMORY = 256  # observations that the GPT history can hold
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
 
 
@@ -208,13 +209,17 @@ class TokensHead(nn.Module):
 class LSTMHistory(nn.Module):
     """Fuses the features of t observation steps, oldest first, each seeing only its past.
 
-    A forward pass always starts from the zero state and keeps none behind.
+    A forward pass always starts from the zero state and keeps none behind. Forget gates begin nearly open, else what was seen
+    fades by half at every step (Jozefowicz et al. 2015, section 2.2).
     """
 
     def __init__(self, width: int, n_layers: int = 1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.lstm = nn.LSTM(width, width, n_layers, batch_first=True)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.constant_(bias[width : 2 * width], 2.0)  # PyTorch's order is input, forget, cell, output
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(b, t, d) to (b, t, d)."""
@@ -227,8 +232,8 @@ class GPTHistory(nn.Module):
     def __init__(self, width: int, n_layers: int = 2) -> None:
         super().__init__()
         n_heads = next(n for n in (8, 4, 2, 1) if width % n == 0)
-        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": 256, "vocab_size": 1}
-        plain: dict[str, Any] = {f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}
+        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": LONGEST_MEMORY}
+        plain: dict[str, Any] = {"vocab_size": 1, **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}}
         self.norm = nn.LayerNorm(width)
         self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
         self.gpt.set_input_embeddings(None)  # features come in, not words

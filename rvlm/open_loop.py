@@ -29,7 +29,7 @@ def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size:
         `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
     """
     model = policy.model
-    collate, spec, stats = RobotCollator(policy.prompter, model.config.structure == "interleaved"), model.spec, model.stats
+    collate, spec, stats = RobotCollator(policy.prompter), model.spec, model.stats
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))

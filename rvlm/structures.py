@@ -7,7 +7,7 @@ observation alone ("policy_head").
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from rvlm.heads import HEADS, HISTORIES
+from rvlm.heads import HEADS, HISTORIES, LONGEST_MEMORY
 
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
@@ -66,6 +66,8 @@ def check_structure(config: VLAConfig) -> None:
     for name in ("n_obs_steps", "chunk_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
+    if config.history == "gpt" and config.n_obs_steps > LONGEST_MEMORY:
+        raise ValueError(f"history 'gpt' is expected to hold at most {LONGEST_MEMORY} observations; got {config.n_obs_steps}")
     heads, histories = STRUCTURES[config.structure]
     is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
     if config.head not in heads or config.history not in histories or not is_window_right:

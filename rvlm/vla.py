@@ -66,8 +66,9 @@ class VLA(PreTrainedModel):
         Where a sequence is continued (several observations, or token after token), shorter prompts are filled up on the
         left, so that what is appended stands right behind each of them.
         """
-        is_continued = self.config.structure == "interleaved" or self.is_autoregressive
-        return Prompter(processor, len(self.config.cameras), self.head.n_queries, "left" if is_continued else "right")
+        is_interleaved = self.config.structure == "interleaved"
+        side = "left" if is_interleaved or self.is_autoregressive else "right"
+        return Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
 
     @property
     def is_autoregressive(self) -> bool:
@@ -251,10 +252,7 @@ def make_vla(
         TypeError: An unknown setting, with those that exist.
         ValueError: A combination that means nothing.
     """
-    known = set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats"}
-    unknown = set(settings) - known
-    if unknown:
-        raise TypeError(f"unknown settings {sorted(unknown)}; there are {', '.join(sorted(known))}")
+    _check_settings(settings)
     processor = load_processor(vlm)
     backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained)
     config = VLAConfig(
@@ -265,6 +263,39 @@ def make_vla(
         **settings,
     )
     return VLA(config, backbone), processor
+
+
+SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats"})
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
+
+
+def remake_vla(folder: str | Path, **settings: Any) -> tuple[VLA, ProcessorMixin]:
+    """A trained policy with other settings, say with a memory: what still fits keeps its weights, what is new is random.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor.
+        settings: Fields of `VLAConfig`, as `make_vla` takes them; what is left out stays as it is.
+
+    Returns:
+        The policy's model, with the old one's spec and statistics, and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing.
+    """
+    _check_settings(settings)
+    model, processor = load_vla(folder)
+    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
+    changed = VLA(VLAConfig(**{**own, **settings}), model.backbone)
+    shapes = {name: value.shape for name, value in changed.state_dict().items()}
+    fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
+    changed.load_state_dict(fitting, strict=False)
+    return changed, processor
 
 
 def load_vla(folder: str | Path) -> tuple[VLA, ProcessorMixin]:

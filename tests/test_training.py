@@ -297,10 +297,19 @@ def test_a_policy_goes_on_with_its_own_settings_and_statistics(stage, tmp_path):
     onwards = few(stage, init=str(tmp_path / "first" / "model"))
     before, after = (json.loads((trained_config(s, tmp_path / n)).read_text()) for s, n in ((onwards, "a"), (few(stage), "b")))
     assert before["stats"] == after["stats"]
-    with pytest.raises(ValueError, match=r"expected its own settings.*got \{'chunk_size': \(5, 3\)\}"):
-        work(dataclasses.replace(onwards, policy={"chunk_size": 5}), tmp_path / "c")
-    with pytest.raises(ValueError, match="is_pretrained=False; leave them out, or start from a vision-language model"):
+    with pytest.raises(ValueError, match="expected is_pretrained=True, got False; leave it out, or start from a vision"):
         work(dataclasses.replace(onwards, is_pretrained=False), tmp_path / "d")
+
+
+def test_a_policy_is_given_a_memory_and_keeps_what_it_can(stage, tmp_path):
+    """With learning rate 0 all that the two have in common is the first policy's; the memory is new."""
+    trained(few(stage), tmp_path / "first")
+    folder = tmp_path / "first" / "model"
+    memory = {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2}
+    before = load_file(folder / "model.safetensors")
+    after = trained(few(stage, init=str(folder), policy=memory, learning_rate=0.0), tmp_path / "second")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert {name.split(".")[0] for name in set(after) - set(before)} == {"history"}
 
 
 def trained_config(stage, folder):

@@ -41,6 +41,7 @@ THERE_ARE = (
         ({**POLICY_HEAD, "head": "tokens"}, f"head='tokens'.*do not go together; {THERE_ARE}"),
         ({**POLICY_HEAD, "history": None}, f"history=None.*do not go together; {THERE_ARE}"),
         ({**POLICY_HEAD, "n_obs_steps": 1}, f"history='lstm', n_obs_steps=1 do not go together; {THERE_ARE}"),
+        ({**POLICY_HEAD, "history": "gpt", "n_obs_steps": 257}, "'gpt' is expected to hold at most 256 observations; got 257"),
         ({"chunk_size": 0}, "chunk_size is expected to be at least 1; got 0"),
         ({"cameras": ["static", "side"]}, "expected cameras of card 'tabletop_franka7', static, wrist; got .*side"),
         ({"head_options": {"arm_loss": "mae"}}, "no arm loss 'mae'; there are mse, huber, l1"),

@@ -51,7 +51,7 @@ def windows_like(config, b=3, seed=0, texts=TEXTS, n_cameras=2):
 
 
 def collate(model, processor, samples):
-    return RobotCollator(model.prompter(processor), model.config.structure == "interleaved")(samples)
+    return RobotCollator(model.prompter(processor))(samples)
 
 
 def a_batch(model, processor, b=3, **options):
