@@ -26,17 +26,31 @@ from rvlm.statistics import wilson
 BATCH = 10  # episodes that run side by side
 
 
-def no_language(observation: dict) -> dict:
+Control = Callable[[Sequence[dict]], list[dict]]  # what a batch of observations becomes
+
+
+def no_language(observations: Sequence[dict]) -> list[dict]:
     """The control in which the instruction says nothing."""
-    return {**observation, "instruction": ""}
+    return [{**observation, "instruction": ""} for observation in observations]
 
 
-def blank_image(observation: dict) -> dict:
-    """The control in which both cameras see black."""
-    return {k: np.zeros_like(v) if "image" in k else v for k, v in observation.items()}
+def shuffled_language(observations: Sequence[dict]) -> list[dict]:
+    """The control in which everyone is told what the neighbour should do."""
+    n = len(observations)
+    return [{**o, "instruction": observations[(i + 1) % n]["instruction"]} for i, o in enumerate(observations)]
 
 
-CONTROLS: dict[str, Callable[[dict], dict]] = {"none": dict, "no_language": no_language, "blank_image": blank_image}
+def blank_image(observations: Sequence[dict]) -> list[dict]:
+    """The control in which all cameras see black."""
+    return [{k: np.zeros_like(v) if "image" in k else v for k, v in o.items()} for o in observations]
+
+
+CONTROLS: dict[str, Control] = {
+    "none": list,
+    "no_language": no_language,
+    "shuffled_language": shuffled_language,
+    "blank_image": blank_image,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Evaluation:
     setting: str = "simple"
     max_steps: int = 50
     first_seed: int = FIRST_HELD_OUT_SEED
-    n_action_steps: int = 1
+    n_action_steps: int | None = None
     ensemble: float | None = None
 
     def __post_init__(self) -> None:
@@ -165,7 +179,7 @@ def rollout(
 def _actions(policy: Any, envs: Sequence[Any], observations: Sequence[dict], control: str) -> np.ndarray:
     if policy is None:
         return np.stack([env.unwrapped.expert_action() for env in envs])
-    return policy.select_action([CONTROLS[control](observation) for observation in observations])
+    return policy.select_action(CONTROLS[control](observations))
 
 
 @functools.lru_cache(maxsize=2)
@@ -177,7 +191,7 @@ def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int 
 
 
 @functools.lru_cache(maxsize=4)
-def _load(policy: str, n_action_steps: int, ensemble: float | None, robot: str) -> Any:
+def _load(policy: str, n_action_steps: int | None, ensemble: float | None, robot: str) -> Any:
     from rvlm.actions import ActionSpec
 
     spec = ActionSpec.from_card(f"tabletop_{robot}")

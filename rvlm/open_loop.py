@@ -11,29 +11,30 @@ import pandas as pd
 
 from rvlm.batches import RobotCollator
 from rvlm.episodes import Windows
-from rvlm.evaluation import CONTROLS
+from rvlm.evaluation import CONTROLS, Control
 from rvlm.policy import Policy
 from rvlm.statistics import bootstrap_mean
 
 
-def predict_chunks(policy: Any, windows: Any, control: str = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
+def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
     """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
 
     Args:
         policy: A `Policy`.
         windows: As `policy_windows` cuts them.
-        control: What is taken from the policy, a name in `CONTROLS`.
+        control: What is taken from the policy, a name in `CONTROLS`, or what else is done to a batch of samples.
         batch_size: Frames per forward pass.
 
     Returns:
         `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
     """
     model = policy.model
+    change = CONTROLS[control] if isinstance(control, str) else control
     collate, spec, stats = RobotCollator(policy.prompter), model.spec, model.stats
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
-        batch = collate([CONTROLS[control](sample) for sample in samples])
+        batch = collate(change(samples))
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats["action"])

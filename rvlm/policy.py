@@ -26,7 +26,7 @@ class Policy:
         model: As `load_vla` gives it.
         processor: Likewise.
         n_action_steps: Actions executed of each predicted chunk before predicting anew: 1 re-plans at every step, the chunk's
-            size executes chunks whole.
+            size executes chunks whole. As the policy was made for, if left out.
         ensemble: Execute the mean of what all chunks say that reach a step, weighted by exp(-ensemble * i), i counted from
             the oldest chunk on; None executes the newest chunk alone. Source: temporal ensembling of ACT (Zhao et al. 2023,
             arXiv 2304.13705), section IV-B.
@@ -40,12 +40,13 @@ class Policy:
         self,
         model: VLA,
         processor: Any,
-        n_action_steps: int = 1,
+        n_action_steps: int | None = None,
         ensemble: float | None = None,
         spec: ActionSpec | None = None,
     ) -> None:
         if spec is not None:
             model.spec.require_same(spec)
+        n_action_steps = int(model.config.n_action_steps if n_action_steps is None else n_action_steps)
         if not 1 <= n_action_steps <= model.config.chunk_size:
             raise ValueError(
                 f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; "
@@ -59,7 +60,8 @@ class Policy:
         unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
         if unknown:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
-        self.model, self.n_action_steps, self.ensemble = model.eval(), n_action_steps, ensemble
+        self.model, self.ensemble = model.eval(), ensemble
+        self.n_action_steps: int = n_action_steps
         self.prompter = model.prompter(processor)
         self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
             model.config.structure

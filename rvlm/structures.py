@@ -27,6 +27,7 @@ class VLAConfig(PreTrainedConfig):
         history: Name in `HISTORIES`, for "policy_head" only.
         n_obs_steps: Observations that the policy sees (t).
         chunk_size: Actions that it predicts (k).
+        n_action_steps: Actions of a chunk that it is meant to execute before it predicts anew.
         cameras: Names of the card's cameras, in the order of the prompt's images.
         has_state: Whether proprioception enters.
         act_id: Id of `<act>`.
@@ -44,6 +45,7 @@ class VLAConfig(PreTrainedConfig):
     history: str | None = None
     n_obs_steps: int = 1
     chunk_size: int = 4
+    n_action_steps: int = 1
     cameras: list | tuple = ("static", "wrist")
     has_state: bool = True
     act_id: int = 0
@@ -68,6 +70,11 @@ def check_structure(config: VLAConfig) -> None:
             raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
     if config.history == "gpt" and config.n_obs_steps > LONGEST_MEMORY:
         raise ValueError(f"history 'gpt' is expected to hold at most {LONGEST_MEMORY} observations; got {config.n_obs_steps}")
+    if not 1 <= config.n_action_steps <= config.chunk_size:
+        raise ValueError(
+            f"n_action_steps is expected between 1 and the chunk of {config.chunk_size} predicted actions; "
+            f"got {config.n_action_steps}"
+        )
     heads, histories = STRUCTURES[config.structure]
     is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
     if config.head not in heads or config.history not in histories or not is_window_right:
