@@ -85,7 +85,7 @@ def cached_features(
     """A frozen tower's features of stored images, computed once per tower; processes that train together share the work.
 
     Args:
-        stage: Its `init` names the tower.
+        stage: Its `init` names the tower; where random weights are drawn instead, its seed does.
         model: The vision-language model.
         processor: Its processor.
         images: Name -> (n, ..., h, w, 3) uint8; names are unique among all data.
@@ -93,7 +93,8 @@ def cached_features(
     Returns:
         Name -> (n, ..., tokens, d) float16.
     """
-    folder = artifacts_dir() / "features" / digest(Path(stage.init) / "model.safetensors")
+    drawn = "" if stage.is_pretrained else f"-random-{stage.seed}"
+    folder = artifacts_dir() / "features" / f"{digest(Path(stage.init) / 'model.safetensors')}{drawn}"
     prompter, names = Prompter(processor, 1), sorted(images)
     folder.mkdir(parents=True, exist_ok=True)
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
@@ -229,6 +230,8 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         freeze_vision(model.backbone)
         images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(config.cameras).items()}
         frames = list(cached_features(stage, model.backbone, processor, images).values())
+    if stage.freeze_language:
+        model.backbone.model.get_decoder().requires_grad_(False)
     windows = Windows(data, config.n_obs_steps, config.chunk_size, train, model.stats, config.cameras, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:

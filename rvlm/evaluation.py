@@ -106,7 +106,7 @@ class Evaluation:
     def is_done(self, batch: int) -> bool:
         """Whether a batch is on disk, with as many episodes as are asked for now."""
         path = self.folder / f"{batch:05d}.parquet"
-        return path.exists() and pq.read_metadata(path).num_rows >= self.batch_size(batch)
+        return path.exists() and len(pq.read_table(path, columns=["seed"])["seed"].unique()) >= self.batch_size(batch)
 
     @property
     def folder(self) -> Path:
@@ -114,6 +114,10 @@ class Evaluation:
         weights = Path(self.policy) / "model.safetensors"
         content = {**dataclasses.asdict(self), "n_episodes": None, "weights": digest(weights) if weights.exists() else None}
         return artifacts_dir() / "evaluations" / key_of(content)
+
+    def run(self, batch: int) -> list[dict]:
+        """Roll out one of its batches in this process; rows as `rollout` gives them."""
+        return run_batch(self, batch)
 
 
 # -- rolling out -------------------------------------------------------------------------------------------------------
@@ -133,7 +137,12 @@ class RandomPolicy:
 
 
 def rollout(
-    policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], control: str = "none", keep_frames: bool = False
+    policy: Any,
+    envs: Sequence[Any],
+    episodes: Sequence[tuple[int, str]],
+    control: str = "none",
+    keep_frames: bool = False,
+    keep_state: bool = False,
 ) -> list[dict]:
     """Run one episode in each environment, all in step; what has ended stands still.
 
@@ -143,16 +152,17 @@ def rollout(
         episodes: (seed, family) of each.
         control: What is taken from the policy, a name in `CONTROLS`.
         keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
+        keep_state: Begin in the scene as it is, where the last task ended.
 
     Returns:
-        Per episode: seed, family, instruction, is_success, n_steps, and its share of the time that policy and simulator
-        took [s]: policy_s, simulator_s.
+        Per episode: seed, family, instruction, is_success, failure (a word, from the simulator's state), n_steps, and its
+        share of the time that policy and simulator took [s]: policy_s, simulator_s.
     """
     observations, rows, films = [], [], []
     for env, (seed, family) in zip(envs, episodes, strict=True):
-        observations.append(env.reset(seed=seed, options={"family": family})[0])
+        observations.append(env.reset(seed=seed, options={"family": family, "keep_state": keep_state})[0])
         told = {"seed": seed, "family": family, "instruction": observations[-1]["instruction"]}
-        rows.append({**told, "is_success": False, "n_steps": 0})
+        rows.append({**told, "is_success": False, "failure": "", "n_steps": 0})
         films.append([])
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
     if policy is not None:
@@ -166,6 +176,7 @@ def rollout(
                 films[i].append((observations[i]["image"], observations[i]["wrist_image"], actions[i]))
             observations[i], _, done, truncated, info = envs[i].step(actions[i])
             rows[i] |= {"n_steps": rows[i]["n_steps"] + 1, "is_success": bool(info["is_success"])}
+            rows[i]["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
             if done or truncated:
                 running.remove(i)
     spent = {"policy_s": policy_s, "simulator_s": time.perf_counter() - started - policy_s}
@@ -208,7 +219,7 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
 
     torch.set_num_threads(1)
     started = time.time()
-    rows = run_batch(evaluation, batch)
+    rows = evaluation.run(batch)
     table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
     part = folder / f"{batch:05d}.{os.getpid()}"
     table.to_parquet(part)
@@ -219,10 +230,15 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
 def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> list[dict]:
     """Roll out one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
     episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
+    policy, envs = cast_of(evaluation)
+    return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
+
+
+def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
+    """The policy that is judged, and the environments of a batch, at the image size that it takes."""
     policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
     size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.image_size
-    envs = make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
-    return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
+    return policy, make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -262,8 +278,8 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         show_progress: Whether to draw a progress bar.
 
     Returns:
-        One row per episode: name, seed, family, instruction, is_success, n_steps, policy_s, simulator_s, wall_s, control,
-        setting.
+        One row per episode: name, seed, family, instruction, is_success, failure, n_steps, policy_s, simulator_s, wall_s,
+        control, setting, and the hash of the policy's weights.
     """
     jobs, total = [], 0
     for evaluation in evaluations.values():
@@ -294,8 +310,11 @@ def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
 
 def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
     parts = [evaluation.folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
-    table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True).head(evaluation.n_episodes)
-    return table.assign(name=name, control=evaluation.control, setting=evaluation.setting)
+    table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
+    table = table.loc[table["seed"] < evaluation.first_seed + evaluation.n_episodes]
+    weights = Path(evaluation.policy) / "model.safetensors"
+    policy = digest(weights) if weights.exists() else evaluation.policy
+    return table.assign(name=name, control=evaluation.control, setting=evaluation.setting, policy=policy)
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:

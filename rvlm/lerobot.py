@@ -170,7 +170,7 @@ def finished_shards(partial: Path) -> list[Path]:
     return sorted(p for p in partial.glob("shard-*") if "." not in p.name)
 
 
-def assemble(partial: Path, root: Path, spec: ActionSpec) -> Path:
+def assemble(partial: Path, root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
     """Make one dataset of all finished shards, under a temporary name that becomes ``root`` at the end."""
     shards = [s for s in finished_shards(partial) if pq.read_metadata(s / "episodes.parquet").num_rows]
     if not shards:
@@ -185,6 +185,8 @@ def assemble(partial: Path, root: Path, spec: ActionSpec) -> Path:
     tables = _write_data(whole, shards, episodes, features, tasks, spec)
     episodes, stats = _all_stats(tables, episodes)
     _write_meta(whole, episodes, features, tasks, stats, spec)
+    if held_out is not None:
+        (whole / "meta/held_out.json").write_text(json.dumps(held_out, indent=1))
     try:
         whole.rename(root)
     except OSError as error:

@@ -132,6 +132,12 @@ class EpisodeDataset:
         """Frames, and actions, per second."""
         return float(self.info["fps"])
 
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """What the dataset promises not to hold (`rvlm.protocols.leaks`); empty where nothing was promised."""
+        path = self.root / "meta/held_out.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
     def instruction(self, i: Index) -> str:
         """What the robot was asked to do in episode i."""
         return str(self._row(i)["tasks"][0])

@@ -86,6 +86,17 @@ def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
     return in_domain(Collection(n_episodes=n_episodes), n_samples, freeze_vision=True, augment=0, seed=seed)
 
 
+def main_data(n_episodes: int) -> EpisodeDataset:
+    """The demonstrations of `main_policy`."""
+    return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes)))
+
+
+def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
+    """A probe: only head and state learn, over a backbone of random weights that stands still."""
+    frozen: dict[str, Any] = {"freeze_vision": True, "freeze_language": True, "is_pretrained": False, "augment": 0}
+    return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
+
+
 def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
     """Demonstrations that no policy is ever trained on, to measure open-loop error of policies with different training data."""
     return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes, first_seed=UNSEEN_SEED)))

@@ -193,6 +193,7 @@ def collect(
     n_shards: int,
     n_workers: int = 1,
     progress: bool = True,
+    held_out: dict[str, Any] | None = None,
 ) -> Path:
     """Record a dataset of ``n_shards`` shards in parallel; call it again after a kill and it goes on where it was.
 
@@ -204,6 +205,7 @@ def collect(
         n_shards: number of shards, each a file of the dataset.
         n_workers: processes; 1 or less records in this one.
         progress: show a progress bar.
+        held_out: what the dataset promises not to hold, for those who evaluate: ``meta/held_out.json``.
     """
     root = Path(root)
     if root.exists():
@@ -215,7 +217,7 @@ def collect(
     with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
         for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
             bar.update()
-    return assemble(partial, root, spec)
+    return assemble(partial, root, spec, held_out)
 
 
 def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: Callable, n_workers: int) -> Iterable[int]:

@@ -241,6 +241,19 @@ def save_table(table: pd.DataFrame, name: str, float_format: str = "%.3g") -> pd
     return table
 
 
+def save_episodes(episodes: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Write ``results/episodes/{name}.parquet``: one row per episode, with commit and versions; returns it.
+
+    ``pandas.read_parquet`` reads it back; every table and figure of a notebook is drawn from such a table.
+    """
+    made = provenance()
+    whole = episodes.assign(commit=made["commit"], versions=json.dumps(made["versions"]))
+    buffer = io.BytesIO()
+    whole.to_parquet(buffer, index=False)
+    write_whole(results_dir() / "episodes" / f"{_checked(name)}.parquet", buffer.getvalue())
+    return whole
+
+
 def show_source(function: Callable[..., Any] | type) -> Any:
     """The source of a function or class, as a notebook shows code; GitHub, Jupyter and nbconvert all colour it."""
     from IPython.display import Markdown

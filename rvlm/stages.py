@@ -27,6 +27,7 @@ class Stage:
             transformers.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
+        freeze_language: Keep the language model as it is too, for robot stages; history, head and state still learn.
         augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
         seed: Of weights, order and augmentation.
         n_processes: Data-parallel processes; on GPUs no more than one each.
@@ -47,6 +48,7 @@ class Stage:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
+    freeze_language: bool = False
     augment: int = 2
     seed: int = 0
     n_processes: int = 2
@@ -63,10 +65,11 @@ class Stage:
                 f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly; "
                 f"got {self.batch_size}"
             )
-        if self.policy and self.kind != ROBOT:
-            raise ValueError(
-                f"stage {self.name!r}: 'policy' is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
-            )
+        for name in ("policy", "freeze_language"):
+            if getattr(self, name) and self.kind != ROBOT:
+                raise ValueError(
+                    f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
+                )
 
     @property
     def folder(self) -> Path:

@@ -60,7 +60,7 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
     ("changes", "message"),
     [
         ({"first_seed": FIRST_HELD_OUT_SEED - 1}, "evaluation seeds start at 900000.*got 899999"),
-        ({"control": "blindfold"}, "no control 'blindfold'; there are none, no_language, blank_image"),
+        ({"control": "blindfold"}, "no control 'blindfold'; there are none, no_language, shuffled_language, blank_image"),
         ({"n_episodes": 0}, "expected at least one episode"),
     ],
 )

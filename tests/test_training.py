@@ -106,6 +106,7 @@ def test_an_unknown_field_is_an_error(stage):
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
         ({"n_processes": 3}, "a batch_size that 3 processes can share evenly; got 8"),
         ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
+        ({"kind": VISION_LANGUAGE, "policy": {}, "freeze_language": True}, "'freeze_language' is read by 'robot' stages only"),
     ],
 )
 def test_settings_that_would_not_be_followed_are_refused(stage, changes, message):
@@ -133,6 +134,7 @@ def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
     [
         {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
         {"augment": 3}, {"seed": 1}, {"is_pretrained": False}, {"freeze_vision": True},
+        {"freeze_language": True},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
@@ -148,6 +150,25 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
         patch.setenv("RVLM_HOME", str(folder / "home"))
         plain = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 24, policy=ONE_STEP, batch_size=8, augment=1, n_processes=1)
         return trained(plain, folder)
+
+
+def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
+    before = load_file(Path(stage.init) / "model.safetensors")
+    for frozen, still in ((("freeze_vision",), "vision_model"), (("freeze_vision", "freeze_language"), "model")):
+        after = trained(few(stage, augment=0, **dict.fromkeys(frozen, True)), tmp_path / still)
+        kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
+        assert {name for name in before if still in name} <= kept
+        assert (kept == set(before)) == (still == "model")
+
+
+def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_path):
+    """Each tower's features lie in a folder of their own, whichever is asked first."""
+    few_frozen = few(stage, freeze_vision=True, augment=0)
+    for name, changes in (("a", {}), ("b", {"is_pretrained": False}), ("c", {"is_pretrained": False, "seed": 1})):
+        trained(dataclasses.replace(few_frozen, **changes), tmp_path / name)
+    folders = sorted((tmp_path / "home" / "features").iterdir())
+    first = [np.load(next(folder.glob("*static.npy"))) for folder in folders]
+    assert len(folders) == 3 and not np.array_equal(first[0], first[1]) and not np.array_equal(first[1], first[2])
 
 
 def test_clipping_bounds_what_one_step_can_do(stage, tmp_path, toy_vlm, toy_demos):

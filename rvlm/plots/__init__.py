@@ -15,6 +15,7 @@ from rvlm.plots.charts import (
     rates_by_group,
     success_bars,
 )
+from rvlm.plots.ladder import evidence, failures, ladder
 from rvlm.plots.look import (
     COLUMN_IN,
     DIMENSIONS,
@@ -61,12 +62,15 @@ __all__ = [
     "error_against_success",
     "error_by_bins",
     "estimates",
+    "evidence",
     "explore",
+    "failures",
     "filmstrip",
     "gallery",
     "grounding_overlay",
     "hand_path",
     "histograms",
+    "ladder",
     "lines",
     "loss_curves",
     "mp4",

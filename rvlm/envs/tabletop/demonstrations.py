@@ -16,12 +16,18 @@ import numpy as np
 from rvlm.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.tasks import MIX
+from rvlm.envs.tabletop.scene import UNSEEN_COLORS
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.files import artifacts_dir, key_of
 from rvlm.recording import collect
 
 PER_SHARD = 50
 SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew
+HELD_OUT = {  # kept for evaluation: seeds from the first on, wordings, and words of colours
+    "first_seed": FIRST_HELD_OUT_SEED,
+    "wordings": [wording for family in ALL_FAMILIES.values() for wording in family.held_out],
+    "words": list(UNSEEN_COLORS),
+}
 NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are disturbed less
 
 
@@ -135,5 +141,5 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
             f"expected seeds below {FIRST_HELD_OUT_SEED}, where the held-out scenes begin; {collection.n_episodes} episodes from "
             f"seed {collection.first_seed} may use seeds up to {last}; collect fewer, or begin lower"
         )
-    spec = ActionSpec.from_card(f"tabletop_{collection.robot}")
-    return collect(collection.folder, spec, functools.partial(make_shard, collection=collection), n_shards, n_workers, progress)
+    spec, make = ActionSpec.from_card(f"tabletop_{collection.robot}"), functools.partial(make_shard, collection=collection)
+    return collect(collection.folder, spec, make, n_shards, n_workers, progress, HELD_OUT)

@@ -8,6 +8,7 @@ import numpy as np
 
 from rvlm.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
+from rvlm.envs.tabletop.failures import Story
 from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, FAMILIES, MIX, Task, ask, can_ask
@@ -88,6 +89,7 @@ class Tabletop(gymnasium.Env):
             ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
         self.task, self.n_steps = ask(self.world, family, self.np_random), 0
+        self._story = Story(self.world, self.task)
         return self._observe(), {"family": family, "is_success": False}
 
     def feasible(self) -> list[str]:
@@ -103,7 +105,9 @@ class Tabletop(gymnasium.Env):
         self.n_steps += 1
         ALL_FAMILIES[self.task.family].tick(self.world, self.n_steps)
         is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)
-        info = {"family": self.task.family, "is_success": is_success}
+        self._story.note(self.world)
+        failure = "" if is_success else self._story.failure(self.world)  # what it would be if the episode ended here
+        info = {"family": self.task.family, "is_success": is_success, "failure": failure}
         return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
 
     def expert_action(self) -> np.ndarray:

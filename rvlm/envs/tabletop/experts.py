@@ -174,6 +174,15 @@ EXPERTS: dict[str, Callable[[World, Task], Command]] = {
 }
 
 
+def _holds_handle(world: World) -> bool:
+    """Whether the fingers are still closed around the drawer's handle, from a task before."""
+    return bool(np.linalg.norm(world.pos_tcp_world - world.pos_handle) < 0.03 and 0.006 < world.opening < 0.03)
+
+
+def _let_go(world: World) -> Command:
+    return Command(np.add(world.pos_tcp_world, (0.01, 0, 0)), True)
+
+
 def expert_delta(world: World, task: Task) -> tuple[np.ndarray, np.ndarray, bool]:
     """What the expert would do now.
 
@@ -181,6 +190,6 @@ def expert_delta(world: World, task: Task) -> tuple[np.ndarray, np.ndarray, bool
         Wanted shift (3,) [m], wanted turn (3,) as axis-angle [rad] that also levels the hand, and whether the fingers
         are to be open; all in the world frame and not yet limited to what one action can do.
     """
-    command = EXPERTS[task.family](world, task)
+    command = _let_go(world) if _holds_handle(world) and "drawer" not in task.family else EXPERTS[task.family](world, task)
     tilt = world.tilt
     return command.pos - world.pos_tcp_world, np.array([-tilt[0], -tilt[1], command.yaw - tilt[2]]), command.is_open

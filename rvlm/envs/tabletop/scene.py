@@ -36,6 +36,7 @@ class Setting:
         lighting: Strong change of the lights.
         camera_shift: Largest shift of the static camera along each axis [m].
         paraphrase: Held-out wordings of the instructions.
+        start_spread: The hand starts so much farther out than in training, at most [m].
     """
 
     distractors: bool = False
@@ -44,6 +45,7 @@ class Setting:
     lighting: bool = False
     camera_shift: float = 0.0
     paraphrase: bool = False
+    start_spread: float = 0.0
 
 
 SETTINGS = {
@@ -54,6 +56,7 @@ SETTINGS = {
     "novel_description": Setting(paraphrase=True),
     "lighting": Setting(lighting=True),
     "camera_shift": Setting(camera_shift=0.04),
+    "new_start": Setting(start_spread=0.05),
 }
 
 _HEAD = """<option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>

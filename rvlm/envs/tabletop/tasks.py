@@ -6,6 +6,7 @@ Source: the families grow from CALVIN's 34 tasks (Mees et al. 2022, "CALVIN", ta
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -162,8 +163,8 @@ def _light(is_on: bool, word: str) -> Family:
     )
 
 
-def _one_cube(world: World) -> None:
-    """Make the second object a cube: something flat that can carry and be turned."""
+def _one_cube(world: Any) -> None:
+    """Make the second object of a world (or of what stands for one, as in `rvlm.chains`) a cube: it can carry and be turned."""
     world.objects[1] = (world.objects[1][0], "cube")
     world._dress(1, *world.objects[1])
 

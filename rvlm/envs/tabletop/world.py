@@ -223,7 +223,8 @@ class World:
     def start_arm(self, rng: np.random.Generator) -> None:
         """Put the arm above the table, hand down within a few degrees, fingers open or closed."""
         self.data.qpos[self._q] = self.arm.home
-        self.target_pos = rng.uniform((-0.12, -0.18, 0.10), (0.16, 0.18, 0.24))
+        out = self.setting.start_spread
+        self.target_pos = rng.uniform(np.array((-0.12, -0.18, 0.10)) - out, np.array((0.16, 0.18, 0.24)) + out)
         self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
         for _ in range(60):
             mujoco.mj_kinematics(self.model, self.data)

@@ -1,0 +1,58 @@
+"""Why an episode was not solved, read from the simulator's true state."""
+
+import numpy as np
+
+from rvlm.envs.tabletop.scene import N_OBJECTS
+from rvlm.envs.tabletop.tasks import Task, is_held
+from rvlm.envs.tabletop.world import World
+
+GRASPED = ("lift", "place", "stack", "rotate")  # first words of families whose object must be held
+FIXTURE = {"open": "drawer", "close": "drawer", "drawer": "drawer", "turn": "light", "move": "slider", "slider": "slider"}
+MOVED, NEAR = 0.03, 0.05  # [m]
+FAILURES = ("wrong object", "wrong way", "missed grasp", "dropped", "timed out")
+
+
+class Story:
+    """What has happened in an episode, as far as it explains a failure.
+
+    Args:
+        world: As the episode begins.
+        task: What was asked.
+    """
+
+    def __init__(self, world: World, task: Task) -> None:
+        self.task = task
+        self._objects = self._positions(world)
+        self._fixtures = self._travels(world)
+        self.was_held = self.was_tried = False  # the target between closed fingers; fingers closed beside it
+
+    @staticmethod
+    def _positions(world: World) -> np.ndarray:
+        return np.array([world.pos_object(i) for i in range(N_OBJECTS)])
+
+    @staticmethod
+    def _travels(world: World) -> dict[str, float]:
+        return {"drawer": world.travel("drawer"), "slider": world.travel("slider"), "light": MOVED * 2 * world.is_light_on}
+
+    def note(self, world: World) -> None:
+        """Take in the state after a control step."""
+        if self.task.target is None:
+            return
+        self.was_held |= is_held(world, self.task.target)
+        is_near = np.linalg.norm(world.pos_object(self.task.target) - world.pos_tcp_world) < NEAR
+        self.was_tried |= bool(is_near and world.opening < world.arm.opening - 0.01)
+
+    def failure(self, world: World) -> str:
+        """Which of `FAILURES` explains an episode that ends here unsolved."""
+        moved = np.linalg.norm(self._positions(world) - self._objects, axis=1)
+        travelled = {name: abs(value - self._fixtures[name]) for name, value in self._travels(world).items()}
+        family, target = self.task.family.split("_")[0], self.task.target
+        own = moved[target] if target is not None else travelled.pop(FIXTURE[family], 0.0)
+        others = max([*np.delete(moved, [i for i in (target, self.task.other) if i is not None]), *travelled.values()])
+        if family in GRASPED and self.was_held:
+            return "timed out" if is_held(world, self.task.target_object) else "dropped"
+        if own < MOVED < others:
+            return "wrong object"
+        if family in GRASPED and self.was_tried:
+            return "missed grasp"
+        return "wrong way" if own > MOVED else "timed out"

@@ -1,0 +1,104 @@
+"""Chains: drawn by the rule of feasible transitions, kept in one scene, counted as in closed form."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rvlm import chains
+from rvlm.chains import LENGTH, ChainEvaluation, Symbols, category
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.scene import SETTINGS
+from rvlm.envs.tabletop.tasks import FAMILIES, MIX
+from rvlm.evaluation import FIRST_HELD_OUT_SEED, evaluate
+
+SEEDS = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 40)
+SIMPLE = SETTINGS["simple"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+
+
+def test_a_chain_asks_about_everything_once_and_is_the_same_for_the_same_seed():
+    drawn = chains.draw(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
+    assert drawn == chains.draw(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
+    assert drawn[5:6] == chains.draw(SEEDS[5:6], tuple(FAMILIES), "franka7", SIMPLE)
+    for chain in drawn:
+        assert len(chain) == LENGTH == len({category(family) for family in chain})
+    assert len({chain[0] for chain in drawn}) > 8 and len(set(drawn)) > 35
+
+
+def test_families_of_too_few_kinds_are_refused():
+    with pytest.raises(ValueError, match="needs as many categories; these families have 2: drawer, push"):
+        chains.draw(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"), "franka7", SIMPLE)
+
+
+def test_success_leaves_what_the_next_task_needs():
+    """The expert is never asked for what cannot be asked, and the symbols say of fixtures what the simulator does."""
+    asked = ChainEvaluation("expert", n_episodes=12, families=tuple(FAMILIES), max_steps=60)
+    table = evaluate({"expert": asked}, n_workers=2, show_progress=False)
+    assert not (table["failure"] == "cannot be asked").any()
+    assert chains.avg_len(table)["expert"].mean > 4
+    for _, rows in table.groupby("seed"):
+        assert rows["link"].tolist() == list(range(len(rows)))
+        assert rows["is_success"].iloc[:-1].all() and (
+            rows["is_success"].iloc[-1] == (len(rows) == LENGTH) or len(rows) == LENGTH
+        )
+
+
+def test_the_scene_is_kept_between_tasks():
+    env = Tabletop(image_size=16, max_steps=40)
+    (first, second) = ("close_drawer", "turn_on_light")  # the hand has to let go of the handle on its way
+    seed = next(s for s in SEEDS if chains.draw([s], tuple(FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
+    env.reset(seed=seed, options={"family": first})
+    second = "turn_off_light" if env.world.is_light_on else second
+    rows = chains.roll_out(None, [env], [seed], [(first, second)])
+    assert [row["is_success"] for row in rows] == [True, True] and env.world.travel("drawer") < 0.02
+    env.close()
+
+
+def test_what_cannot_be_asked_ends_the_chain_and_says_so():
+    env = Tabletop(image_size=16, max_steps=40)
+    rows = chains.roll_out(None, [env], [FIRST_HELD_OUT_SEED], [("open_drawer", "open_drawer", "lift")])
+    assert [(row["is_success"], row["failure"]) for row in rows] == [(True, ""), (False, "cannot be asked")]
+    env.close()
+
+
+def test_symbols_follow_the_simulator():
+    env = Tabletop(image_size=16, max_steps=60)
+    for seed in range(6):
+        env.reset(seed=seed, options={"family": "lift"})
+        scene = Symbols(env.world)
+        fixtures = [family for family in FAMILIES if not FAMILIES[family].n_objects]
+        assert [f for f in fixtures if scene.can_ask(f)] == [f for f in fixtures if f in env.feasible()]
+    env.close()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8])
+def test_lengths_are_those_of_independent_tosses(p):
+    """An oracle that solves each task with probability p: k in a row with p ** k, a mean length of their sum."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(4000):
+        for link in range(LENGTH):
+            rows.append({"name": "oracle", "seed": seed, "link": link, "is_success": rng.random() < p})
+            if not rows[-1]["is_success"]:
+                break
+    table = pd.DataFrame(rows)
+    in_a_row, mean = chains.in_a_row(table), chains.avg_len(table)["oracle"]
+    expected = [p**k for k in range(1, LENGTH + 1)]
+    assert in_a_row["rate"].to_numpy() == pytest.approx(expected, abs=0.02)
+    assert sum(expected) == pytest.approx(mean.mean, abs=2 * (mean.high - mean.low)) and mean.n == 4000
+    assert mean.mean == pytest.approx(in_a_row["rate"].sum())
+
+
+def test_rows_are_the_same_for_any_number_of_workers_and_a_short_run_is_continued():
+    columns, tables = ["seed", "link", "family", "instruction", "is_success", "failure", "n_steps"], []
+    for n_workers in (1, 2):
+        asked = ChainEvaluation("random", n_episodes=12, families=MIX, max_steps=3 + n_workers)
+        tables.append(evaluate({"a": dataclasses.replace(asked, n_episodes=4)}, n_workers, show_progress=False)[columns])
+        tables.append(evaluate({"a": asked}, n_workers, show_progress=False)[columns])
+    assert len(set(tables[1]["seed"])) == 12 and set(tables[0]["seed"]) < set(tables[1]["seed"])
+    pd.testing.assert_frame_equal(tables[1].drop(columns="n_steps"), tables[3].drop(columns="n_steps"))

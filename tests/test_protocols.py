@@ -1,0 +1,97 @@
+"""Settings, gaps, probes and leaks."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.proportion import confint_proportions_2indep
+
+from rvlm import protocols, report
+from rvlm.envs.tabletop.demonstrations import HELD_OUT, Collection, collect_demonstrations
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
+from rvlm.episodes import EpisodeDataset
+from rvlm.evaluation import FIRST_HELD_OUT_SEED
+
+
+@pytest.fixture(scope="module")
+def dataset(home):
+    return EpisodeDataset(collect_demonstrations(Collection(n_episodes=10, image_size=32), n_workers=1, progress=False))
+
+
+def test_every_setting_asks_for_the_same_scenes_and_unseen_targets_for_objects_alone():
+    judged = protocols.settings("expert", 20)
+    assert list(judged) == list(protocols.SETTINGS)
+    assert len({tuple(seed for seed, _ in e.episodes()) for e in judged.values()}) == 1
+    assert all(ALL_FAMILIES[family].n_objects for _, family in judged["unseen_target"].episodes())
+    assert {family for _, family in judged["simple"].episodes()} == set(MIX)
+
+
+def test_a_probe_changes_one_thing():
+    plain = protocols.Evaluation("folder", 10, max_steps=30)
+    for name, probe in protocols.probes("folder", 10, max_steps=30).items():
+        changed = {f.name for f in dataclasses.fields(probe) if getattr(probe, f.name) != getattr(plain, f.name)}
+        assert changed == set(protocols.PROBES[name]) and len(changed) == 1
+
+
+def test_starts_farther_out_leave_the_scene_as_it_is():
+    tables, hands = [], []
+    for setting in ("simple", "new_start"):
+        env = Tabletop(image_size=16, setting=setting)
+        env.reset(seed=3, options={"family": "lift"})
+        tables.append([env.world.pos_object(i)[:2].copy() for i in range(3)])
+        hands.append(env.world.pos_tcp_world.copy())
+        env.close()
+    assert np.allclose(tables[0], tables[1], atol=1e-3) and np.abs(hands[0] - hands[1]).max() > 0.003
+
+
+def test_the_gap_is_newcombes_over_the_families_that_both_settings_ask_for():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"setting": setting, "family": family, "is_success": rng.random() < p}
+        for setting, families, p in (("simple", "ab", 0.8), ("unseen_target", "a", 0.4))
+        for family in families
+        for _ in range(50)
+    ]
+    episodes = pd.DataFrame(rows)
+    (told,) = protocols.gap(episodes).to_dict("records")
+    seen, unseen = (
+        episodes[(episodes["setting"] == s) & (episodes["family"] == "a")]["is_success"] for s in ("simple", "unseen_target")
+    )
+    low, high = confint_proportions_2indep(seen.sum(), 50, unseen.sum(), 50, method="newcomb", compare="diff", correction=False)
+    assert told["n_seen"] == told["n_unseen"] == 50
+    assert (told["gap"], told["low"], told["high"]) == pytest.approx((seen.mean() - unseen.mean(), low, high))
+
+
+def evaluated(**changes):
+    row = {"seed": FIRST_HELD_OUT_SEED, "instruction": "take the red cube off the table", "setting": "novel_description"}
+    return pd.DataFrame([{**row, **changes}])
+
+
+def test_what_is_held_out_travels_with_the_data_and_nothing_leaks(dataset):
+    assert dataset.held_out == HELD_OUT
+    assert protocols.leaks(dataset, evaluated()) == []
+
+
+def test_every_leak_is_named(dataset):
+    seed = int(dataset.episodes["seed"].iloc[0])
+    assert protocols.leaks(dataset, evaluated(seed=seed)) == [f"1 seeds were trained on, the first is {seed}"]
+    trained = dataset.tasks[0]
+    novel = protocols.leaks(dataset, evaluated(instruction=trained))
+    assert novel == ["1 instructions of the setting novel_description were trained on"]
+    for task, said in (
+        ("take the red cube off the table", "held-out wordings, the first is 'take the red cube off the table'"),
+        ("lift the pink cube", "name held-out objects, the first is 'lift the pink cube'"),
+    ):
+        leaky = EpisodeDataset(dataset.root)
+        leaky.tasks = [*dataset.tasks, task]
+        assert protocols.leaks(leaky, evaluated(instruction="")) == [f"1 instructions {'have ' if 'word' in said else ''}{said}"]
+
+
+def test_the_store_is_one_tidy_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "results_dir", lambda: tmp_path)
+    told = report.save_episodes(evaluated(is_success=True), "06_episodes")
+    read = pd.read_parquet(tmp_path / "episodes/06_episodes.parquet")
+    pd.testing.assert_frame_equal(read, told)
+    assert {"seed", "setting", "is_success", "commit", "versions"} <= set(read)
