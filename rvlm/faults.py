@@ -6,7 +6,7 @@ Each was reported by users of a real system. Nothing on disk is changed: a plant
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -17,41 +17,40 @@ from rvlm.episodes import EpisodeDataset
 from rvlm.policy import Policy
 
 
-class AlteredDataset:
+class AlteredDataset(EpisodeDataset):
     """Demonstrations of which something was changed on the way.
 
     Args:
         dataset: The sound ones.
         columns: Name of a column -> what it becomes.
         frames: What images (n, h, w, 3) become.
+        rate_hz: What it claims to be recorded at.
         attributes: Anything else, by name.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: EpisodeDataset,
         columns: dict[str, Callable[[np.ndarray], np.ndarray]] | None = None,
-        frames: Callable[[np.ndarray], np.ndarray] | None = None,
+        frames: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        rate_hz: float | None = None,
         **attributes: Any,
     ) -> None:
-        self._dataset, self._columns, self._turn = dataset, columns or {}, frames
-        self.__dict__.update(attributes)
+        self.__dict__.update({**dataset.__dict__, **attributes})
+        self._changes, self._turn, self._rate_hz = columns or {}, frames, rate_hz or dataset.fps
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
+    @property
+    def fps(self) -> float:
+        """As of `EpisodeDataset`, or what was put in its place."""
+        return self._rate_hz
 
     def column(self, name: str) -> np.ndarray:
         """As of `EpisodeDataset`, changed."""
-        return self._columns.get(name, lambda values: values)(self._dataset.column(name))
+        return self._changes.get(name, np.asarray)(super().column(name))
 
     def frames_cache(self, cameras: Any = None) -> dict[str, np.ndarray]:
         """As of `EpisodeDataset`, changed."""
-        frames = self._dataset.frames_cache(cameras)
-        return frames if self._turn is None else {camera: self._turn(images) for camera, images in frames.items()}
-
-    def require_spec(self) -> Any:
-        """The card's, or what was put in its place."""
-        return self.__dict__.get("spec") or self._dataset.require_spec()
+        return {camera: self._turn(images) for camera, images in super().frames_cache(cameras).items()}
 
 
 class AlteredEnv:
@@ -93,7 +92,7 @@ class AlteredEnv:
 
 
 def _data(case: Case, **changes: Any) -> Case:
-    return dataclasses.replace(case, dataset=cast(EpisodeDataset, AlteredDataset(case.dataset, **changes)))
+    return dataclasses.replace(case, dataset=AlteredDataset(case.dataset, **changes))
 
 
 def _actions(case: Case, change: Callable[[np.ndarray], np.ndarray]) -> Case:
@@ -258,7 +257,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("policy", "statistics of all episodes", "statistics of all episodes", _all_episodes),
     Fault("policy", "statistics of a robot with another scale", "statistics of another dataset", _another_dataset),
     Fault("policy", "quantiles as the widest of parts", "quantiles merged as envelopes", _envelopes),
-    Fault("data", "twice as many frames a second as the card says", "control rate", lambda case: _data(case, fps=20.0)),
+    Fault("data", "twice as many frames a second as the card says", "control rate", lambda case: _data(case, rate_hz=20.0)),
     Fault(
         "environment", "an action lasts half as long", "control rate",
         lambda case: _env(case, act=lambda action: _arm(action, lambda arm: 0.5 * arm)),
