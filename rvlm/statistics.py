@@ -10,6 +10,7 @@ Taught in: 06_evaluate (rates), 03_attach_an_action_head (the probe).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, SupportsIndex
@@ -205,6 +206,42 @@ def r_squared(true: ArrayLike, predicted: ArrayLike, seed: int, level: float = L
 
     low, high = np.nanquantile(share(draws), [(1 - level) / 2, (1 + level) / 2])
     return Mean(float(share(np.arange(len(true)))), len(true), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far success rates of several trainings of one recipe lie apart, and how much of that the judging explains.
+
+    Attributes:
+        mean: over trainings, in [0, 1].
+        n: trainings.
+        observed: standard deviation of their rates.
+        evaluation: of it, what a finite number of episodes alone would bring.
+        training: what is left: the standard deviation between trainings judged for ever; 0 where judging explains it all.
+    """
+
+    mean: float
+    n: int
+    observed: float
+    evaluation: float
+    training: float
+
+
+def spread_of_trainings(rates: Sequence[Rate]) -> Spread:
+    """Take apart what training seeds and what evaluation noise contribute to the spread of success rates.
+
+    Raises:
+        ValueError: fewer than two trainings.
+
+    Source: method of moments for a random effect, as in DerSimonian and Laird (1986), Controlled Clinical Trials 7.
+    """
+    if len(rates) < 2:
+        raise ValueError(f"spread_of_trainings: expected at least two trainings, got {len(rates)}; train with more seeds")
+    values = np.array([r.rate for r in rates])
+    observed = float(values.var(ddof=1))
+    noise = float(np.mean([r.rate * (1 - r.rate) / max(r.n - 1, 1) for r in rates]))
+    left = max(observed - noise, 0.0)
+    return Spread(float(values.mean()), len(rates), math.sqrt(observed), math.sqrt(noise), math.sqrt(left))
 
 
 def episodes_needed(p: float | int, effect: float, power: float = 0.8, level: float = LEVEL) -> int:

@@ -103,17 +103,18 @@ def test_an_episode_that_has_ended_stands_still():
 
 
 def test_the_expert_succeeds_and_chance_does_not_whoever_runs_them():
-    """Rows are the same for one process and two, and each policy is where it must be."""
+    """Rows are the same for one process, two and four, and each policy is where it must be."""
     tables = {}
-    for n_workers in (1, 2):
+    for n_workers in (1, 2, 4):
         runs = {
-            "expert": dataclasses.replace(FEW, n_episodes=12, max_steps=40 + n_workers),  # another folder for each
+            "expert": dataclasses.replace(FEW, n_episodes=4 + BATCH, max_steps=40 + n_workers),  # another folder for each
             "random": Evaluation("random", n_episodes=4, families=FAMILIES, max_steps=10 + n_workers),
         }
         tables[n_workers] = evaluate(runs, n_workers=n_workers, show_progress=False)
     columns = ["name", "seed", "family", "instruction", "is_success"]
-    one, two = (table[columns] for table in tables.values())
+    one, two, four = (table[columns] for table in tables.values())
     pd.testing.assert_frame_equal(one, two)
+    pd.testing.assert_frame_equal(one, four)
     rates = one.groupby("name")["is_success"].mean()
     assert rates["expert"] >= 0.9 and rates["random"] <= 0.25
     assert one["seed"][one["name"] == "expert"].is_unique

@@ -29,6 +29,13 @@ KINDS = {name: ("image", "instruction", "action") for name in MASKS}
 POINTS = pd.DataFrame({"name": ["a", "a", "b"], "error_m": [0.01, 0.02, 0.03], "successes": [9, 5, 0], "n": [10, 10, 10]})
 
 
+CLIMBS = pd.DataFrame({"name": ["sound", "gripper"], "rung": [None, "motion"], "verdict": [None, "gripper sign"]})
+READINGS = pd.DataFrame({"candidate": ["as recorded", "gripper sign"], "distance [mm]": [5.0, 0.0]})
+FAILED = pd.DataFrame(
+    {"group": ["lift", "lift", "push"], "failure": ["dropped", "timed out"] * 1 + ["timed out"], "share": [0.1, 0.2, 0.05]}
+)
+
+
 def draw_all():
     rng = np.random.default_rng(0)
     rates = pd.DataFrame(
@@ -46,6 +53,9 @@ def draw_all():
         "lines": plots.lines(CURVES, "A longer window costs more"),
         "attention_masks": plots.attention_masks(MASKS, KINDS, "Past tokens are seen in one sequence only"),
         "compare_losses": plots.compare_losses({"a": LOG, "b": LOG}),
+        "ladder": plots.ladder(CLIMBS, ["contract", "motion", "replay"], "One of two cases has a fault"),
+        "evidence": plots.evidence({"replay": READINGS, "again": READINGS}, "Another reading makes it right"),
+        "failures": plots.failures(FAILED, ["dropped", "timed out"], "Lifts fail most of all"),
         "error_against_success": plots.error_against_success(POINTS, "A lower error goes with more success"),
     }
 
@@ -177,6 +187,18 @@ def test_lines_draw_every_curve_with_its_band_down_to_zero_or_below():
     assert ax.get_xlabel() == "window [steps]" and ax.get_ylabel() == "time [ms]" and ax.get_ylim()[0] == 0
     below = CURVES.assign(**{"time [ms]": [-5.0, 6, 9], "low": [-6.0, 5, 8]})
     assert plots.lines(below, "Below zero").axes[0].get_ylim()[0] < -5
+
+
+def test_the_ladder_ends_where_it_breaks(figures):
+    texts = [text.get_text() for text in figures["ladder"].axes[0].texts]
+    assert texts == ["holds", "holds", "holds", "no fault", "holds", "breaks", "gripper sign"]
+
+
+def test_failures_stack_to_the_share_that_failed(figures):
+    ax = figures["failures"].axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["lift", "push"]
+    ends = {round(bar.get_x() + bar.get_width(), 6) for bar in ax.patches if bar.get_y() < 0}
+    assert max(ends) == pytest.approx(30)
 
 
 def test_bad_input_is_one_clear_error():

@@ -19,6 +19,7 @@ from rvlm.statistics import (
     r_squared,
     ridge_probe,
     smallest_effect,
+    spread_of_trainings,
     verdict,
     wilson,
 )
@@ -148,3 +149,20 @@ def test_bad_input_is_one_clear_error():
 
 def test_rates_read_as_text():
     assert str(wilson(94, 200)) == "47% [40%, 54%], 94 of 200"
+
+
+@pytest.mark.parametrize("between", [0.0, 0.15])
+def test_the_spread_of_trainings_is_taken_apart(between):
+    """Rates drawn around 0.5 with a known deviation between trainings: the part that is not judging comes back on average."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        true = np.clip(rng.normal(0.5, between, 5), 0, 1)
+        spread = spread_of_trainings([wilson(int(rng.binomial(50, p)), 50) for p in true])
+        found.append(spread.observed**2 - spread.evaluation**2)
+        assert spread.training**2 == pytest.approx(max(found[-1], 0), abs=1e-12) and spread.n == 5
+    assert np.mean(found) == pytest.approx(between**2, abs=0.002)
+
+
+def test_one_training_has_no_spread():
+    with pytest.raises(ValueError, match="expected at least two trainings, got 1; train with more seeds"):
+        spread_of_trainings([wilson(3, 5)])
