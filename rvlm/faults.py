@@ -12,7 +12,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from rvlm.actions import NormStats
-from rvlm.diagnosis import TURNS, Case
+from rvlm.cases import Case
+from rvlm.diagnosis import TURNS
 from rvlm.episodes import EpisodeDataset
 from rvlm.policy import Policy
 
@@ -222,7 +223,7 @@ class Fault:
     Attributes:
         where: "data", "policy" or "environment".
         how: In words.
-        named: What the ladder must call it, a key of `rvlm.diagnosis.MENDS`.
+        named: What the ladder must call it, a key of `rvlm.cases.MENDS`.
         plant: A sound case to one with the fault.
     """
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rvlm import diagnosis
-from rvlm.diagnosis import MENDS, RUNGS, Case, diagnose, verdict
+from rvlm.cases import MENDS, Case
+from rvlm.diagnosis import RUNGS, diagnose, verdict
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.episodes import EpisodeDataset
