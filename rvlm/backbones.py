@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     Idefics3Config,
     Idefics3Processor,
     PreTrainedModel,
@@ -28,21 +27,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from rvlm.processors import ACT
+
 # bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # A bar for each file of weights, which load at once here and are named when they do not, neither.
 transformers_logging.disable_progress_bar()
 
-ACT = "<act>"
+ANY_SIZE = 224  # side of images for families that take any [px]
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model
-
-
-def load_processor(name_or_path: str | Path) -> ProcessorMixin:
-    """The processor of a vision-language model, with `<act>` in its tokenizer."""
-    processor = AutoProcessor.from_pretrained(name_or_path)
-    if ACT not in processor.tokenizer.get_vocab():
-        processor.tokenizer.add_special_tokens({"extra_special_tokens": [ACT]}, replace_extra_special_tokens=False)
-    return processor
 
 
 def load_backbone(name_or_path: str | Path, processor: ProcessorMixin, *, is_pretrained: bool = True) -> PreTrainedModel:
@@ -121,8 +114,43 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompt
 
 def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
     """Features from `vision_features` in the form in which transformers' models take them instead of pixels."""
-    rows: Any = list(image_features)
+    rows: Any = _Rows(image_features)
     return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+
+class _Rows(list):
+    """Features of each image, which some families join as a list and others move as one tensor."""
+
+    def to(self, *where: Any) -> torch.Tensor:
+        """All rows as one tensor, there."""
+        return torch.stack(list(self)).to(*where)
+
+
+def markup(processor: Any) -> tuple[str, str, str]:
+    """How a family writes a prompt: what stands before all, an image, and what follows the text, up to the answer.
+
+    Read from its chat template, rendered with one image and with two; without a template it is the bare image token.
+    """
+    word = "TEXT"
+
+    def rendered(n: int) -> str:
+        content = [{"type": "image"}] * n + [{"type": "text", "text": word}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    if not getattr(processor, "chat_template", None):
+        return "", processor.image_token, ""
+    one, two = rendered(1), rendered(2)
+    start, length = one.index(word), len(two) - len(one)
+    return one[: start - length], one[start - length : start], one[start + len(word) :]
+
+
+def _image_size(part: Any) -> int:
+    """Side of the images that an image processor takes as they are; of one that takes any, `ANY_SIZE` or the largest [px]."""
+    size = dict(part.size)
+    if size.get("shortest_edge") and size.get("longest_edge"):  # then they are areas
+        step = part.patch_size * part.merge_size
+        return int(min(size["longest_edge"] ** 0.5, ANY_SIZE)) // step * step
+    return int(next(size[k] for k in ("longest_edge", "height", "shortest_edge") if size.get(k)))
 
 
 class Prompter:
@@ -142,6 +170,8 @@ class Prompter:
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
+        before, image, after: The family's own words around a prompt (`markup`).
+        is_causal_by_type: Whether the family must be told by token types that no token may look ahead.
     """
 
     def __init__(
@@ -154,8 +184,9 @@ class Prompter:
     ) -> None:
         self.processor, self.n_images, self.n_queries = processor, n_images, n_queries
         self.padding_side, self.is_interleaved = padding_side, is_interleaved
-        size = dict(processor.image_processor.size)
-        self.image_size = int(next(size[k] for k in ("longest_edge", "height", "shortest_edge") if size.get(k)))
+        self.before, self.image, self.after = markup(processor)
+        self.is_causal_by_type = False
+        self.image_size = _image_size(processor.image_processor)
         self._ids: dict[tuple[str, int], list[int]] = {}
 
     @functools.cached_property
@@ -174,7 +205,15 @@ class Prompter:
         rows = np.split(images, np.cumsum(n_steps)[:-1])
         nested = [[image for observation in row for image in observation] for row in rows]
         options = {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
-        return dict(process(images=nested, text=list(texts), **options))
+        batch = dict(process(images=nested, text=list(texts), **options))
+        batch.pop("labels", None)
+        if self.padding_side == "left":  # what a family says behind the last <act> is not said, for more may follow there
+            shape, is_act = batch["input_ids"].shape, batch["input_ids"] == process.tokenizer.convert_tokens_to_ids(ACT)
+            end = int(is_act.nonzero()[:, 1].max()) + 1
+            batch = {k: v[:, :end] if v.shape[:2] == shape else v for k, v in batch.items()}
+        if self.is_causal_by_type:
+            batch["token_type_ids"] = torch.ones_like(batch["token_type_ids"])
+        return batch
 
     def _scaled(self, images: np.ndarray) -> torch.Tensor:
         """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
@@ -190,8 +229,8 @@ class Prompter:
 
     def text(self, instruction: str, n_steps: int = 1) -> str:
         """The prompt of `n_steps` observations as text, before the processor expands the image placeholders."""
-        images, queries = self.processor.image_token * self.n_images, ACT * self.n_queries
-        return f"{images}{instruction}{queries}" + (images + queries) * (n_steps - 1)
+        images, queries = self.image * self.n_images, ACT * self.n_queries
+        return f"{self.before}{images}{instruction}{self.after}{queries}" + (images + queries) * (n_steps - 1)
 
     def token_ids(self, instruction: str, n_steps: int = 1) -> list[int]:
         """Token ids of the prompt of `n_steps` observations, image placeholders expanded by the processor itself.
@@ -223,7 +262,8 @@ class Prompter:
     def pixels(self, images: np.ndarray) -> torch.Tensor:
         """What the processor's image part makes of (b, n, h, w, 3) uint8 RGB: float32, in the shape that the family takes."""
         if not self.is_plain(images):
-            return self.processor.image_processor([list(sample) for sample in images], return_tensors="pt")["pixel_values"]
+            whole = self.processor.image_processor([list(sample) for sample in images], return_tensors="pt")["pixel_values"]
+            return whole if isinstance(whole, torch.Tensor) else torch.cat([torch.as_tensor(part) for part in whole])
         scaled = self._scaled(images)
         return scaled if self._n_axes == scaled.ndim else scaled.flatten(0, 1)
 

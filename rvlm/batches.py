@@ -16,15 +16,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import (
-    ACT,
     Prompter,
     freeze_vision,
     load_backbone,
-    load_processor,
     pad,
     vision_features,
 )
 from rvlm.files import artifacts_dir, digest
+from rvlm.processors import ACT, load_processor
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 
 

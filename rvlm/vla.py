@@ -8,14 +8,16 @@ enter as learned offsets of that token's input embedding.
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import ACT, Prompter, as_encoder_outputs, load_backbone, load_processor, refuse_wrong_weights
+from rvlm.backbones import Prompter, as_encoder_outputs, load_backbone, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
+from rvlm.processors import ACT, load_processor
 from rvlm.structures import VLAConfig, check_structure
 
 
@@ -68,7 +70,34 @@ class VLA(PreTrainedModel):
         """
         is_interleaved = self.config.structure == "interleaved"
         side = "left" if is_interleaved or self.is_autoregressive else "right"
-        return Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
+        prompter = Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
+        if side == "left":
+            self._forbid_looking_ahead(prompter)
+        return prompter
+
+    def _forbid_looking_ahead(self, prompter: Prompter) -> None:
+        """Have a family that lets a prompt's tokens see each other read it in order, by token types; tried with one prompt."""
+        side, n_steps = prompter.image_size, 1 if prompter.n_queries > 1 else 2
+        blank = np.zeros((n_steps, prompter.n_images, side, side, 3), np.uint8)
+        for prompter.is_causal_by_type in (False, True):
+            batch = {k: v.to(self.device) for k, v in prompter(blank, ["lift it"], [n_steps]).items()}
+            if "token_type_ids" not in batch or self._is_causal(batch):
+                return
+        raise ValueError(
+            f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
+            "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
+            "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
+        )
+
+    @torch.inference_mode()
+    def _is_causal(self, batch: dict[str, torch.Tensor]) -> bool:
+        """Whether what is read at the first `<act>` stays the same when the last one changes."""
+        n_act = int((batch["input_ids"] == self.config.act_id).sum())
+        offsets = torch.zeros(n_act, self.backbone.config.get_text_config().hidden_size, device=self.device, dtype=self.dtype)
+        before, _ = self.read(offsets=offsets, **batch)
+        offsets[-1] = 1.0
+        after, _ = self.read(offsets=offsets, **batch)
+        return torch.allclose(before[0], after[0], atol=1e-5)
 
     @property
     def is_autoregressive(self) -> bool:
@@ -95,6 +124,9 @@ class VLA(PreTrainedModel):
         """
         if image_features is not None:
             inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
+        if inputs.get("past_key_values") is not None and getattr(self.backbone.model, "rope_deltas", None) is not None:
+            place = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :] - 1 + self.backbone.model.rope_deltas
+            inputs["position_ids"] = place.expand(3, -1, -1)  # the family counts images in rows and columns; behind them, on
         is_act = input_ids == self.config.act_id
 
         def add(module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:

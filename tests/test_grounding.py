@@ -5,8 +5,9 @@ import pandas as pd
 import torch
 
 from rvlm import grounding
-from rvlm.backbones import ACT, Prompter, parts, small_vlm, train_tokenizer
+from rvlm.backbones import Prompter, parts, small_vlm, train_tokenizer
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS, location_tokens
+from rvlm.processors import ACT
 
 
 class Scenes(list):

@@ -1,0 +1,200 @@
+"""Tiny vision-language models of many families, built offline with random weights: one entry makes a folder.
+
+A new family is one more entry of `FAMILIES`; what it can do is found out by `test_families.py`.
+"""
+
+import importlib
+import json
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from rvlm.backbones import train_tokenizer
+
+SIDE, PATCH = 48, 12
+TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer"]
+LAYER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION = {**LAYER, "image_size": SIDE, "patch_size": PATCH}
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def words(extra=(), **named):
+    """A tokenizer; `named` are special tokens that the family's processor asks for by name."""
+    tokenizer = train_tokenizer(TEXTS, [*extra, *named.values()])
+    if not named:
+        return tokenizer
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special, extra_special_tokens=named)
+
+
+def text(tokenizer, **more):
+    """Configuration of a language model of one layer, with a few rows of its table to spare."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2}
+    size = {"num_key_value_heads": 4, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 512}
+    return {**LAYER, **size, **ids, **more}
+
+
+def images(family, kind, **settings):
+    """An image processor that needs no torchvision."""
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    return getattr(module, f"{kind}ImageProcessorPil")(**settings)
+
+
+def save(folder, config, *parts, **processor):
+    """Model and processor parts, and the processor's settings where it cannot be made whole here."""
+    model = AutoModelForImageTextToText.from_config(config)
+    for name, weight in model.named_parameters():  # some families begin with a projector of zeros, deaf to images
+        if not weight.any() and "bias" not in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    for part in (model, *parts):
+        part.save_pretrained(folder)
+    if processor:
+        (folder / "processor_config.json").write_text(json.dumps(processor))
+
+
+def qwen(folder, config, vision, **language):
+    """Qwen2-VL and its heirs; images of any size, positions in rows and columns."""
+    tokenizer = words(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    tokenizer.chat_template, id_of = QWEN_TEMPLATE, tokenizer.convert_tokens_to_ids
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 8, **vision}
+    made = getattr(transformers, config)(
+        vision_config=vision,
+        text_config=text(tokenizer, rope_parameters=rope, **language),
+        **{key: id_of(f"<|{name}|>") for key, name in names.items()},
+    )
+    part = images("qwen2_vl", "Qwen2VL", patch_size=8, merge_size=2, min_pixels=16**2, max_pixels=SIDE**2)
+    save(folder, made, part, tokenizer)
+
+
+def qwen2_vl(folder):
+    qwen(folder, "Qwen2VLConfig", {"embed_dim": 32, "mlp_ratio": 2})
+
+
+def qwen2_5_vl(folder):
+    vision = {"out_hidden_size": 32, "intermediate_size": 64, "window_size": 32, "fullatt_block_indexes": [0]}
+    qwen(folder, "Qwen2_5_VLConfig", vision)
+
+
+def qwen3_vl(folder):
+    vision = {"out_hidden_size": 32, "intermediate_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    qwen(folder, "Qwen3VLConfig", vision, head_dim=8)
+
+
+def paligemma(folder):
+    """Its prompt is read in both directions unless it is told otherwise."""
+    part = images("siglip", "Siglip", size={"height": SIDE, "width": SIDE})
+    part.image_seq_length = (SIDE // PATCH) ** 2
+    processor = transformers.PaliGemmaProcessor(part, words())
+    vision = {**VISION, "projection_dim": 32, "model_type": "siglip_vision_model"}
+    language = text(processor.tokenizer, head_dim=8, model_type="gemma")
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=language, projection_dim=32, image_token_index=processor.image_token_id
+    )
+    save(folder, config, processor)
+
+
+def gemma3(folder):
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = words(**named)
+    part = images("gemma3", "Gemma3", size={"height": SIDE, "width": SIDE})
+    ids = {"image_token_index": "image_token", "boi_token_index": "boi_token", "eoi_token_index": "eoi_token"}
+    config = transformers.Gemma3Config(
+        vision_config=VISION,
+        text_config=text(tokenizer, head_dim=8),
+        mm_tokens_per_image=4,
+        **{key: tokenizer.convert_tokens_to_ids(named[name]) for key, name in ids.items()},
+    )
+    save(folder, config, transformers.Gemma3Processor(part, tokenizer, image_seq_length=4))
+
+
+def internvl(folder):
+    named = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    tokenizer = words(**named, context_image_token="<IMG_CONTEXT>", video_token="<video>")
+    part = images("got_ocr2", "GotOcr2", size={"height": SIDE, "width": SIDE}, crop_to_patches=False)
+    config = transformers.InternVLConfig(
+        vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
+        text_config=text(tokenizer, model_type="qwen2"),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    save(folder, config, part, tokenizer, image_seq_length=4, processor_class="InternVLProcessor")
+
+
+def llava_onevision(folder):
+    tokenizer = words(["<video>"])
+    part = images("llava_onevision", "LlavaOnevision", size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=[[SIDE, SIDE]])
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        text_config=text(tokenizer, model_type="qwen2"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[SIDE, SIDE]],
+    )
+    settings = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
+    save(folder, config, part, tokenizer, **settings, processor_class="LlavaOnevisionProcessor")
+
+
+def llava(folder):
+    tokenizer = words()
+    part = images("clip", "CLIP", size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    config = transformers.LlavaConfig(
+        vision_config={**VISION, "num_hidden_layers": 2, "model_type": "clip_vision_model"},
+        text_config=text(tokenizer, model_type="llama"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIDE // PATCH) ** 2,
+    )
+    settings = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    save(folder, config, transformers.LlavaProcessor(part, tokenizer, **settings))
+
+
+def idefics3(folder):
+    tokenizer = words()
+    part = images(
+        "idefics3", "Idefics3", size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    config = transformers.Idefics3Config(
+        vision_config=VISION,
+        text_config=text(tokenizer, model_type="llama"),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    save(folder, config, transformers.Idefics3Processor(part, tokenizer, image_seq_len=4))
+
+
+def smolvlm(folder):
+    tokenizer = words()
+    part = images(
+        "smolvlm", "SmolVLM", size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    config = transformers.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=text(tokenizer, model_type="llama"),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    save(folder, config, part, tokenizer, image_seq_len=4, processor_class="SmolVLMProcessor")
+
+
+FAMILIES = {
+    build.__name__: build
+    for build in (
+        smolvlm,
+        idefics3,
+        paligemma,
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+        llava,
+        llava_onevision,
+        internvl,
+        gemma3,
+    )
+}
