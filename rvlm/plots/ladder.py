@@ -33,6 +33,7 @@ def ladder(table: pd.DataFrame, rungs: list[str], title: str) -> Figure:
     ax.set_xticks([x + 0.5 for x in range(len(rungs))], rungs)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=6.5)
+    ax.tick_params(axis="x", labelsize=5.5)
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
