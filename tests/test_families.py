@@ -1,5 +1,8 @@
 """Any image-text-to-text family is a backbone: the same loader, the same code, every structure."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from rvlm.policy import Policy
 from rvlm.processors import load_processor
 from rvlm.vla import load_vla, make_vla
 
+ROOT = Path(__file__).resolve().parents[1]
 STRUCTURES = {
     "one-step, mlp": {"structure": "one_step"},
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
@@ -56,6 +60,13 @@ def observations(seed):
         {"image": image(), "wrist_image": image(), "state": rng.normal(size=7).astype(np.float32), "instruction": text}
         for text in TEXTS
     ]
+
+
+def test_the_readme_names_every_family():
+    """Its table is this matrix: a family that is not tested is not promised."""
+    plain = lambda name: re.sub(r"[^a-z0-9]", "", name.lower())  # noqa: E731
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| SmolVLM"))
+    assert [plain(name) for name in line.strip("| ").split("|")] == [plain(name) for name in FAMILIES]
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
