@@ -62,6 +62,25 @@ def load_backbone(name_or_path: str | Path, processor: ProcessorMixin, *, is_pre
     return model
 
 
+def refuse_unfit(model: PreTrainedModel, processor: Any) -> None:
+    """Refuse a family in whose prompt `<act>` has no place, and say why.
+
+    Raises:
+        ValueError: Its language model is no decoder over one sequence of text and images, or its processor marks no images.
+    """
+    family, instead = model.config.model_type, "take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
+    if model.config.is_encoder_decoder or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        raise ValueError(
+            f"expected a decoder over one sequence of text and images, got {family!r}, an encoder and a decoder: an <act> in its "
+            f"prompt is read in both directions, and its answers are another sequence; {instead}"
+        )
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise ValueError(
+            f"expected a processor that marks each image by a token in the text (image_token), got that of {family!r}, which "
+            f"hands images to the model beside its text or lays them out itself; {instead}"
+        )
+
+
 def parts(model: PreTrainedModel) -> pd.DataFrame:
     """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
     rows, counted = [], set()

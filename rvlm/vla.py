@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.modeling_outputs import ModelOutput
 
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import Prompter, as_encoder_outputs, load_backbone, refuse_wrong_weights
+from rvlm.backbones import Prompter, as_encoder_outputs, load_backbone, refuse_unfit, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
 from rvlm.processors import ACT, load_processor
 from rvlm.structures import VLAConfig, check_structure
@@ -282,11 +282,12 @@ def make_vla(
 
     Raises:
         TypeError: An unknown setting, with those that exist.
-        ValueError: A combination that means nothing.
+        ValueError: A combination that means nothing, or a family that has no place for `<act>`.
     """
     _check_settings(settings)
     processor = load_processor(vlm)
     backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained)
+    refuse_unfit(backbone, processor)
     config = VLAConfig(
         backbone=backbone.config.to_dict(),
         act_id=processor.tokenizer.convert_tokens_to_ids(ACT),

@@ -183,6 +183,47 @@ def smolvlm(folder):
     save(folder, config, part, tokenizer, image_seq_len=4, processor_class="SmolVLMProcessor")
 
 
+def kosmos2(folder):
+    """Its processor lays images out itself, one for each text."""
+    tokenizer = words(["<image>", "</image>", "<phrase>", "</phrase>", "<object>", "</object>", "<grounding>"])
+    part = images("clip", "CLIP", size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    size = {"embed_dim": 32, "layers": 1, "ffn_dim": 64, "attention_heads": 4, "max_position_embeddings": 512}
+    language = {**size, "vocab_size": len(tokenizer) + 1100}
+    config = transformers.Kosmos2Config(vision_config=VISION, text_config=language, latent_query_num=4)
+    save(folder, config, transformers.Kosmos2Processor(part, tokenizer, num_patch_index_tokens=4))
+
+
+def idefics(folder):
+    """Flamingo's open form: images enter by cross-attention, beside the text."""
+    tokenizer = words()
+    vision = {"embed_dim": 32, "image_size": SIDE, "patch_size": PATCH, "intermediate_size": 64}
+    config = transformers.IdeficsConfig(
+        **LAYER,
+        vision_config={**vision, "num_attention_heads": 4, "num_hidden_layers": 1},
+        vocab_size=len(tokenizer),
+        additional_vocab_size=4,
+        cross_layer_interval=1,
+    )
+    save(folder, config, transformers.IdeficsProcessor(images("idefics", "Idefics", image_size=SIDE), tokenizer, image_size=SIDE))
+
+
+def florence2(folder):
+    """An encoder and a decoder."""
+    tokenizer = words(image_token="<image>")
+    part = images("clip", "CLIP", size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+    part.image_seq_length = 10
+    twice = {"embed_dim": [8, 8], "num_heads": [1, 1], "num_groups": [1, 1], "depths": [1, 1], "patch_size": [7, 3]}
+    more = {"patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 3}
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 4))}
+    config = transformers.Florence2Config(
+        vision_config={**twice, **more, "projection_dim": 32},
+        text_config={**sides, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": len(tokenizer) + 8},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    save(folder, config, transformers.Florence2Processor(part, tokenizer))
+
+
+REFUSED = {kosmos2: "lays them out itself", idefics: "beside its text", florence2: "an encoder and a decoder"}
 FAMILIES = {
     build.__name__: build
     for build in (

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, SIDE, TEXTS
+from families import FAMILIES, REFUSED, SIDE, TEXTS
 from toy_policies import SPEC
 
 from rvlm.backbones import markup
@@ -60,6 +60,13 @@ def observations(seed):
         {"image": image(), "wrist_image": image(), "state": rng.normal(size=7).astype(np.float32), "instruction": text}
         for text in TEXTS
     ]
+
+
+@pytest.mark.parametrize("build", REFUSED, ids=lambda build: build.__name__)
+def test_a_family_without_a_place_for_act_is_refused_with_the_reason(build, toy_stats, tmp_path):
+    build(tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)expected .*{REFUSED[build]}.*take a family that reads images"):
+        made(tmp_path, toy_stats, {})
 
 
 def test_the_readme_names_every_family():
