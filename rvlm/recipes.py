@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from rvlm.backbones import SMALL_VLM, small_vlm, train_tokenizer
+from rvlm.backbones import SMALL_VLM
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.files import artifacts_dir
 from rvlm.report import provenance
+from rvlm.small_vlm import small_vlm, train_tokenizer
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training import run, seconds_of
 

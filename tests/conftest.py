@@ -49,7 +49,7 @@ def toy_vlm(toy_home):
     """Folder of an untrained vision-language model of SmolVLM's class; it draws in microseconds."""
     import torch
 
-    from rvlm.backbones import small_vlm, train_tokenizer
+    from rvlm.small_vlm import small_vlm, train_tokenizer
 
     torch.manual_seed(0)
     model, processor = small_vlm(train_tokenizer(TEXTS, ["<loc00>"]), **TOY)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from rvlm.backbones import train_tokenizer
+from rvlm.small_vlm import train_tokenizer
 
 SIDE, PATCH = 48, 12
 TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer"]
@@ -155,32 +155,20 @@ def llava(folder):
     save(folder, config, transformers.LlavaProcessor(part, tokenizer, **settings))
 
 
-def idefics3(folder):
-    tokenizer = words()
-    part = images(
-        "idefics3", "Idefics3", size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
-    )
-    config = transformers.Idefics3Config(
+def idefics3(folder, name="Idefics3"):
+    tokenizer, side = words(), {"longest_edge": SIDE}
+    part = images(name.lower(), name, size=side, max_image_size=side, do_image_splitting=False)
+    config = getattr(transformers, f"{name}Config")(
         vision_config=VISION,
         text_config=text(tokenizer, model_type="llama"),
         scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    save(folder, config, transformers.Idefics3Processor(part, tokenizer, image_seq_len=4))
+    save(folder, config, part, tokenizer, image_seq_len=4, processor_class=f"{name}Processor")
 
 
 def smolvlm(folder):
-    tokenizer = words()
-    part = images(
-        "smolvlm", "SmolVLM", size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
-    )
-    config = transformers.SmolVLMConfig(
-        vision_config=VISION,
-        text_config=text(tokenizer, model_type="llama"),
-        scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    save(folder, config, part, tokenizer, image_seq_len=4, processor_class="SmolVLMProcessor")
+    idefics3(folder, "SmolVLM")
 
 
 def kosmos2(folder):
