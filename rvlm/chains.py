@@ -18,8 +18,8 @@ from gymnasium.utils.seeding import np_random
 from rvlm.envs.tabletop.scene import DRAWER_RANGE, N_OBJECTS, SETTINGS, SLIDER_RANGE, Setting
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.envs.tabletop.world import World
-from rvlm.evaluation import BATCH, Evaluation, cast_of, rollout
-from rvlm.statistics import Mean, bootstrap_mean, wilson
+from rvlm.evaluation import BATCH, Evaluation, cast_of, rollout, success_table
+from rvlm.statistics import Mean, bootstrap_mean
 
 LENGTH = 5
 PER_LINK = 1_000_000  # seeds of two links of a chain are this far apart
@@ -155,11 +155,6 @@ class ChainEvaluation(Evaluation):
 
     length: int = LENGTH
 
-    def chains(self) -> list[tuple]:
-        """The tasks of every chain, seeds counting up."""
-        seeds = range(self.first_seed, self.first_seed + self.n_episodes)
-        return draw(seeds, self.families or MIX, self.robot, SETTINGS[self.setting], self.length)
-
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `roll_out` gives them."""
         first = self.first_seed + batch * BATCH
@@ -185,14 +180,9 @@ def in_a_row(episodes: pd.DataFrame, length: int = LENGTH) -> pd.DataFrame:
     Returns:
         One row per name and k (1 to length): name, in_a_row, successes, n, rate, low, high.
     """
-    rows = []
-    for name, group in episodes.groupby("name", sort=False):
-        solved = lengths(group)
-        for k in range(1, length + 1):
-            rate = wilson(int((solved >= k).sum()), len(solved))
-            counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
-            rows.append({"name": name, "in_a_row": k, **counts})
-    return pd.DataFrame(rows)
+    solved = [(name, n) for name, group in episodes.groupby("name", sort=False) for n in lengths(group)]
+    rows = [{"name": name, "in_a_row": k, "is_success": n >= k} for name, n in solved for k in range(1, length + 1)]
+    return success_table(pd.DataFrame(rows), ("name", "in_a_row"))
 
 
 def avg_len(episodes: pd.DataFrame, seed: int = 0) -> dict[str, Mean]:

@@ -142,10 +142,7 @@ def own_statistics(case: Case) -> Rung:
     is_training = np.isin(episode, case.train())
     own = StatsAccumulator().update(action[is_training]).finish(mine.kind, mine.passthrough)
     every = StatsAccumulator().update(action).finish(mine.kind, mine.passthrough)
-    ends = [np.quantile(action[episode == e], (0.01, 0.99), axis=0) for e in case.train()]
-    low, high = np.min([e[0] for e in ends], axis=0), np.max([e[1] for e in ends], axis=0)
-    envelope = dataclasses.replace(own, q01=low, q99=high)
-    away = {name: _distance(mine, other) for name, other in (("training episodes", own), ("envelopes", envelope))}
+    away = {"training episodes": _distance(mine, own), "envelopes": _distance(mine, enveloped(own, case))}
     evidence = pd.DataFrame({"candidate": list(away), "difference in scale [1]": list(away.values())})
     if mine.count == every.count and _distance(mine, every) < 1e-6 < _distance(mine, own):
         return Rung("statistics", f"made of all {mine.count} frames", "statistics of all episodes", evidence)
@@ -155,6 +152,13 @@ def own_statistics(case: Case) -> Rung:
         measured = f"scales differ by {away['training episodes']:.0%} from those of this data's training episodes"
         return Rung("statistics", measured, "statistics of another dataset", evidence)
     return Rung("statistics", f"scales within {away['training episodes']:.0%} of this data's", evidence=evidence)
+
+
+def enveloped(stats: NormStats, case: Case) -> NormStats:
+    """Statistics whose quantiles are the widest of the training episodes' own, as a careless merge makes them."""
+    action, episode = case.dataset.column("action"), case.dataset.episode_of_frame
+    ends = np.array([np.quantile(action[episode == e], (0.01, 0.99), axis=0) for e in case.train()])
+    return dataclasses.replace(stats, q01=ends[:, 0].min(0), q99=ends[:, 1].max(0))
 
 
 def _distance(a: NormStats, b: NormStats) -> float:
@@ -307,9 +311,7 @@ def on_training_frames(case: Case) -> Rung:
     column = "error of the first action [spread of the actions]"
     evidence = pd.DataFrame({"candidate": list(away), column: list(away.values())})
     mean, best = away.pop("always the mean action"), min(away, key=away.__getitem__)
-    measured = (
-        f"first action off by {away['as it is']:.2f} of the actions' spread, {best} {away[best]:.2f}, mean action {mean:.2f}"
-    )
+    measured = f"first action off by {away['as it is']:.2f} of the actions' spread, always the mean action by {mean:.2f}"
     if best != "as it is" and away[best] < 0.9 * away["as it is"]:
         return Rung("open loop", f"{measured}; {best}: {away[best]:.2f}", best.split(":")[0], evidence)
     return Rung("open loop", measured, None if away["as it is"] < 0.9 * mean else "not learned", evidence)

@@ -109,10 +109,15 @@ class Evaluation:
         return path.exists() and len(pq.read_table(path, columns=["seed"])["seed"].unique()) >= self.batch_size(batch)
 
     @property
+    def weights(self) -> str | None:
+        """Hash of the policy's weights, or None where it has none."""
+        path = Path(self.policy) / "model.safetensors"
+        return digest(path) if path.exists() else None
+
+    @property
     def folder(self) -> Path:
         """Where finished batches are kept: named by these settings and the policy's weights."""
-        weights = Path(self.policy) / "model.safetensors"
-        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": digest(weights) if weights.exists() else None}
+        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": self.weights}
         return artifacts_dir() / "evaluations" / key_of(content)
 
     def run(self, batch: int) -> list[dict]:
@@ -312,9 +317,8 @@ def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
     parts = [evaluation.folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
     table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     table = table.loc[table["seed"] < evaluation.first_seed + evaluation.n_episodes]
-    weights = Path(evaluation.policy) / "model.safetensors"
-    policy = digest(weights) if weights.exists() else evaluation.policy
-    return table.assign(name=name, control=evaluation.control, setting=evaluation.setting, policy=policy)
+    judged = {"control": evaluation.control, "setting": evaluation.setting, "policy": evaluation.weights or evaluation.policy}
+    return table.assign(name=name, **judged)
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from rvlm.actions import NormStats
 from rvlm.cases import Case
-from rvlm.diagnosis import TURNS
+from rvlm.diagnosis import TURNS, enveloped
 from rvlm.episodes import EpisodeDataset
 from rvlm.policy import Policy
 
@@ -177,10 +177,7 @@ def _all_episodes(case: Case) -> Case:
 
 def _envelopes(case: Case) -> Case:
     """Quantiles of the whole as the widest of the episodes' own."""
-    action, episode = case.dataset.column("action"), case.dataset.episode_of_frame
-    ends = [np.quantile(action[episode == e], (0.01, 0.99), axis=0) for e in case.train()]
-    low, high = np.min([e[0] for e in ends], axis=0), np.max([e[1] for e in ends], axis=0)
-    return _stats(case, lambda stats: dataclasses.replace(stats, q01=low, q99=high))
+    return _stats(case, lambda stats: enveloped(stats, case))
 
 
 def _another_dataset(case: Case) -> Case:
