@@ -15,15 +15,10 @@ from filelock import FileLock
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from rvlm.backbones import (
-    Prompter,
-    freeze_vision,
-    load_backbone,
-    pad,
-    vision_features,
-)
+from rvlm.backbones import freeze_vision, load_backbone, vision_features
 from rvlm.files import artifacts_dir, digest
 from rvlm.processors import ACT, load_processor
+from rvlm.prompts import Prompter, pad
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 
 
@@ -204,14 +199,15 @@ class RobotCollator:
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
+    from rvlm.checkpoints import make_vla, remake_vla
     from rvlm.episodes import EpisodeDataset, Windows, split
     from rvlm.structures import VLAConfig
-    from rvlm.vla import make_vla, remake_vla
 
     (root,) = stage.data
     data = EpisodeDataset(root)
     train, _ = split(data)
     stats = data.stats(episodes=train)
+    how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank}
     path = Path(stage.init) / "config.json"
     if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
         if not stage.is_pretrained:
@@ -219,18 +215,17 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "
                 "leave it out, or start from a vision-language model"
             )
-        model, processor = remake_vla(stage.init, **stage.policy)
+        model, processor = remake_vla(stage.init, **how, **stage.policy)
         model.spec.require_same(data.require_spec(), "policy vs demonstrations")
     else:
-        model, processor = make_vla(stage.init, data.require_spec(), stats, is_pretrained=stage.is_pretrained, **stage.policy)
+        how["is_pretrained"] = stage.is_pretrained
+        model, processor = make_vla(stage.init, data.require_spec(), stats, **how, **stage.policy)
     config = model.config
     frames = None
     if stage.freeze_vision:
         freeze_vision(model.backbone)
         images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(config.cameras).items()}
         frames = list(cached_features(stage, model.backbone, processor, images).values())
-    if stage.freeze_language:
-        model.backbone.model.get_decoder().requires_grad_(False)
     windows = Windows(data, config.n_obs_steps, config.chunk_size, train, model.stats, config.cameras, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
-from rvlm.backbones import Prompter, vision_modules
+from rvlm.backbones import vision_modules
 from rvlm.envs.tabletop.questions import FIXTURES
 from rvlm.envs.tabletop.scene import COLORS, SHAPES
+from rvlm.prompts import Prompter
 
 THINGS = (*COLORS, *FIXTURES)  # what is detected: objects by color, and fixtures
 FLAGS = ("drawer", "light", "gripper")  # states of the scene, read from all tokens together

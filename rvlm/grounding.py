@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rvlm.backbones import Prompter, pad
 from rvlm.batches import DialogueCollator, encode_dialogue
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
+from rvlm.prompts import Prompter, pad
 from rvlm.statistics import Rate, wilson
 
 LOCATION = re.compile(r"<loc(\d+)>")

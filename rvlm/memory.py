@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rvlm.backbones import Prompter, vision_features
+from rvlm.backbones import vision_features
+from rvlm.prompts import Prompter
 from rvlm.vla import VLA
 
 
@@ -144,7 +145,7 @@ class CachedSequence(RecomputedSequence):
         """One pass over the last `length` observations of each robot."""
         seen, state = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*self._seen[-length:], strict=True))
         hidden, self._cache = self.model.read(
-            input_ids, self.model.offsets(len(state), state), seen,
+            input_ids, self.model.offsets(len(state), state), image_features=seen,
             attention_mask=mask, past_key_values=cache, use_cache=True,
         )  # fmt: skip
         self._mask, self._read = mask, hidden.unflatten(0, (-1, length))[:, -1]

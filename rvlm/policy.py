@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from rvlm.actions import ActionSpec
+from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
-from rvlm.vla import VLA, load_vla
+from rvlm.vla import VLA
 
 Observation = dict[str, Any]
 IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation

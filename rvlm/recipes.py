@@ -94,7 +94,7 @@ def main_data(n_episodes: int) -> EpisodeDataset:
 
 def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
     """A probe: only head and state learn, over a backbone of random weights that stands still."""
-    frozen: dict[str, Any] = {"freeze_vision": True, "freeze_language": True, "is_pretrained": False, "augment": 0}
+    frozen: dict[str, Any] = {"freeze_vision": True, "tuning": "head", "is_pretrained": False, "augment": 0}
     return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
 
 

@@ -4,8 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rvlm.files import artifacts_dir, digest, key_of
+from transformers.training_args import OptimizerNames
 
+from rvlm.files import artifacts_dir, digest, key_of
+from rvlm.structures import TUNINGS
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
 
@@ -27,9 +31,15 @@ class Stage:
             transformers.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
-        freeze_language: Keep the language model as it is too, for robot stages; history, head and state still learn.
+        tuning: What of the backbone learns in a robot stage (`rvlm.checkpoints.tune`); history, head and state always do.
+        rank: Of adapters.
         augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
         seed: Of weights, order and augmentation.
+        optimizer: Name of transformers: "adamw_torch", "adamw_8bit", "paged_adamw_8bit", ...
+        n_accumulated: Parts in which a process works through its share of a batch, one after another.
+        is_checkpointed: Keep only what enters each layer, and compute the layer again on the way back.
+        precision: "fp32", "bf16" or "fp16" for what is computed (weights that learn stay in fp32); "auto" is what the machine is
+            fastest in, fp32 on a CPU.
         n_processes: Data-parallel processes; on GPUs no more than one each.
     """
 
@@ -48,9 +58,14 @@ class Stage:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
-    freeze_language: bool = False
+    tuning: str = "full"
+    rank: int = 16
     augment: int = 2
     seed: int = 0
+    optimizer: str = "adamw_torch"
+    n_accumulated: int = 1
+    is_checkpointed: bool = False
+    precision: str = "auto"
     n_processes: int = 2
 
     def __post_init__(self) -> None:
@@ -60,21 +75,31 @@ class Stage:
             raise ValueError(
                 f"stage {self.name!r}: expected n_samples of at least one batch of {self.batch_size}; got {self.n_samples}"
             )
-        if self.batch_size % self.n_processes:
+        if self.batch_size % (self.n_processes * self.n_accumulated):
             raise ValueError(
-                f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly; "
-                f"got {self.batch_size}"
+                f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly, "
+                f"each in {self.n_accumulated} part(s); got {self.batch_size}"
             )
-        for name in ("policy", "freeze_language"):
-            if getattr(self, name) and self.kind != ROBOT:
+        for name, possible in (("tuning", TUNINGS), ("precision", PRECISIONS), ("optimizer", [o.value for o in OptimizerNames])):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
+        for name, default in (("policy", {}), ("tuning", "full")):
+            if getattr(self, name) != default and self.kind != ROBOT:
                 raise ValueError(
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
 
+        if self.rank != 16 and self.tuning in ("full", "head"):
+            raise ValueError(
+                f"stage {self.name!r}: 'rank' is read with adapters only, not with tuning={self.tuning!r}; leave it out"
+            )
+
     @property
     def folder(self) -> Path:
-        """Where its result is: the name and the hash of everything that makes it, except how many processes share it."""
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "n_processes")}
+        """Where its result is: its name, and the hash of all that makes it and is not as ever, except who shares the work."""
+        shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
         weights = Path(self.init) / "model.safetensors"
         if weights.exists():  # a model that was made anew in the same place is another start
             content["init"] = digest(weights)

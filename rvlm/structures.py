@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from rvlm.heads import HEADS, HISTORIES, LONGEST_MEMORY
 
+TUNINGS = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
     "one_step": (("mlp", "flow", "tokens"), (None,)),
@@ -33,6 +34,7 @@ class VLAConfig(PreTrainedConfig):
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
+        base: Of a policy with adapters, what they stand on: `name`, `weights` (their hash), and `is_quantized`.
     """
 
     model_type = "rvlm"
@@ -51,6 +53,7 @@ class VLAConfig(PreTrainedConfig):
     act_id: int = 0
     spec: dict | None = None
     stats: dict | None = None
+    base: dict | None = None
 
 
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is

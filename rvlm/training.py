@@ -23,9 +23,8 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rvlm.backbones import (
-    as_encoder_outputs,
-)
+from rvlm import adapters
+from rvlm.backbones import as_encoder_outputs
 from rvlm.batches import BUILDERS
 from rvlm.stages import Stage
 
@@ -66,18 +65,35 @@ class StageTrainer(Trainer):
             self._parts = {k: float(v.detach()) for k, v in outputs.items() if k.endswith("_loss")}
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights of a policy with adapters lie in two files, which the policy itself puts together."""
+        policy: Any = self.model
+        if getattr(policy, "adapters", None) is not None:
+            policy.fill(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with its parts."""
         super().log({**logs, **getattr(self, "_parts", {})}, *args, **kwargs)
 
 
+def _precision() -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[adapters.precision()]
+
+
 def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
     """The stage in the Trainer's own words."""
     n_steps = stage.n_samples // stage.batch_size
+    precision = _precision() if stage.precision == "auto" else stage.precision
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=n_steps,
-        per_device_train_batch_size=stage.batch_size // world_size,
+        per_device_train_batch_size=stage.batch_size // (world_size * stage.n_accumulated),
+        gradient_accumulation_steps=stage.n_accumulated,
+        activation_checkpointing=stage.is_checkpointed,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        optim=stage.optimizer,
         train_sampling_strategy="sequential",  # `Budget` has shuffled already
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
@@ -90,7 +106,8 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         save_total_limit=2,
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
@@ -107,8 +124,9 @@ def work(stage: Stage, folder: Path) -> None:
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, where they share one model
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=weights)
         processor.save_pretrained(folder / "model")
 
 

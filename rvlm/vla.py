@@ -8,16 +8,19 @@ enter as learned offsets of that token's input embedding.
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
+from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import Prompter, as_encoder_outputs, load_backbone, refuse_unfit, refuse_wrong_weights
+from rvlm.backbones import read_act, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
-from rvlm.processors import ACT, load_processor
+from rvlm.probe import keep_order
+from rvlm.prompts import Prompter
 from rvlm.structures import VLAConfig, check_structure
 
 
@@ -32,6 +35,7 @@ class VLA(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    adapters: Any
 
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -42,6 +46,7 @@ class VLA(PreTrainedModel):
             settings: dict[str, Any] = dict(config.backbone)
             backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
         self.backbone: Any = backbone
+        self.put_adapters(None)
         width = self.backbone.config.get_text_config().hidden_size
         self.spec = ActionSpec.from_dict(config.spec)
         self.stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
@@ -51,6 +56,10 @@ class VLA(PreTrainedModel):
         s = len(self.spec.state_names)
         self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
         self.post_init()
+
+    def put_adapters(self, adapters: PeftModel | None) -> None:
+        """Remember the adapters that are in the backbone, to save and merge them."""
+        object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
 
     def _check_cameras(self) -> None:
         unknown = [c for c in self.config.cameras if c not in self.spec.cameras]
@@ -71,73 +80,23 @@ class VLA(PreTrainedModel):
         is_interleaved = self.config.structure == "interleaved"
         side = "left" if is_interleaved or self.is_autoregressive else "right"
         prompter = Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
-        if side == "left":
-            self._forbid_looking_ahead(prompter)
+        if side == "left" and not keep_order(self.backbone, prompter, self.config.act_id):
+            raise ValueError(
+                f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
+                "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
+                "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
+            )
         return prompter
-
-    def _forbid_looking_ahead(self, prompter: Prompter) -> None:
-        """Have a family that lets a prompt's tokens see each other read it in order, by token types; tried with one prompt."""
-        side, n_steps = prompter.image_size, 1 if prompter.n_queries > 1 else 2
-        blank = np.zeros((n_steps, prompter.n_images, side, side, 3), np.uint8)
-        for prompter.is_causal_by_type in (False, True):
-            batch = {k: v.to(self.device) for k, v in prompter(blank, ["lift it"], [n_steps]).items()}
-            if "token_type_ids" not in batch or self._is_causal(batch):
-                return
-        raise ValueError(
-            f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
-            "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
-            "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
-        )
-
-    @torch.inference_mode()
-    def _is_causal(self, batch: dict[str, torch.Tensor]) -> bool:
-        """Whether what is read at the first `<act>` stays the same when the last one changes."""
-        n_act = int((batch["input_ids"] == self.config.act_id).sum())
-        offsets = torch.zeros(n_act, self.backbone.config.get_text_config().hidden_size, device=self.device, dtype=self.dtype)
-        before, _ = self.read(offsets=offsets, **batch)
-        offsets[-1] = 1.0
-        after, _ = self.read(offsets=offsets, **batch)
-        return torch.allclose(before[0], after[0], atol=1e-5)
 
     @property
     def is_autoregressive(self) -> bool:
         """Whether actions are said token after token."""
         return isinstance(self.head, TokensHead) and self.head.is_autoregressive
 
-    def read(
-        self,
-        input_ids: torch.Tensor,
-        offsets: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> tuple[torch.Tensor, Any]:
-        """One pass of the base model.
-
-        Args:
-            input_ids: (b, l).
-            offsets: (m, d), added to the embeddings of all `<act>` in the batch, row by row.
-            image_features: (n, images * tokens, d) from `rvlm.backbones.vision_features`, instead of `pixel_values`.
-            inputs: What else the backbone takes: `attention_mask` (b, l), `pixel_values`, ...
-
-        Returns:
-            Hidden states (m, d) at the `<act>`, row by row, and the key-value cache if `use_cache` was asked for.
-        """
-        if image_features is not None:
-            inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
-        if inputs.get("past_key_values") is not None and getattr(self.backbone.model, "rope_deltas", None) is not None:
-            place = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :] - 1 + self.backbone.model.rope_deltas
-            inputs["position_ids"] = place.expand(3, -1, -1)  # the family counts images in rows and columns; behind them, on
-        is_act = input_ids == self.config.act_id
-
-        def add(module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
-            return embedded if offsets is None else embedded.index_put((is_act,), offsets.to(embedded.dtype), accumulate=True)
-
-        handle = self.backbone.get_input_embeddings().register_forward_hook(add)
-        try:
-            out = self.backbone.model(input_ids=input_ids, **{"use_cache": False, **inputs})
-        finally:
-            handle.remove()
-        return out.last_hidden_state[is_act], out.get("past_key_values")
+    def read(self, input_ids: torch.Tensor, offsets: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        """One pass of the backbone, as `rvlm.backbones.read_act`, in the head's precision."""
+        hidden, cache = read_act(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
+        return hidden.to(next(self.head.parameters()).dtype), cache
 
     def offsets(self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """What is added to the embeddings of the `<act>` of n observations (n * N, d), or None.
@@ -250,104 +209,35 @@ class VLA(PreTrainedModel):
     def save_pretrained(self, folder: str | Path, processor: ProcessorMixin | None = None, **options: Any) -> None:
         """Save weights and configuration, and the processor where one is given, as `load_vla` reads them.
 
+        Of a backbone with adapters only the adapters are saved, in peft's own form beside the rest; what they stand on is named
+        in the configuration.
+
         Args:
             folder: Where to; made if it does not exist.
             processor: As `make_vla` gives it.
             options: Of `PreTrainedModel.save_pretrained`.
         """
+        if self.adapters is not None:
+            whole = options.pop("state_dict", None) or self.state_dict()
+            inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
+            adapters.save(self.adapters, Path(folder), inner)
+            options["state_dict"] = own_weights(whole)
         super().save_pretrained(folder, **options)
         if processor is not None:
             processor.save_pretrained(folder)
 
+    def fill(self, folder: str | Path) -> None:
+        """Weights of a policy with adapters from its folder; strictly.
 
-def make_vla(
-    vlm: str | Path,
-    spec: ActionSpec,
-    stats: dict[str, NormStats],
-    *,
-    is_pretrained: bool = True,
-    **settings: Any,
-) -> tuple[VLA, ProcessorMixin]:
-    """Attach an action head to a vision-language model.
-
-    Args:
-        vlm: Folder or Hub name.
-        spec: Of the demonstrations that it will be trained on.
-        stats: Of their training episodes: "action" and "observation.state".
-        is_pretrained: False for random weights: no vision-language pre-training.
-        settings: Fields of `VLAConfig`: structure, head, history, window.
-
-    Returns:
-        The policy's model and its processor.
-
-    Raises:
-        TypeError: An unknown setting, with those that exist.
-        ValueError: A combination that means nothing, or a family that has no place for `<act>`.
-    """
-    _check_settings(settings)
-    processor = load_processor(vlm)
-    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained)
-    refuse_unfit(backbone, processor)
-    config = VLAConfig(
-        backbone=backbone.config.to_dict(),
-        act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
-        spec=spec.to_dict(),
-        stats={name: s.to_dict() for name, s in stats.items()},
-        **settings,
-    )
-    return VLA(config, backbone), processor
+        Raises:
+            ValueError: A weight is missing, unexpected or misshapen.
+        """
+        adapters.fill(self.adapters, Path(folder))
+        saved = load_file(Path(folder) / "model.safetensors")
+        refuse_wrong_weights(folder, adapters.compared(own_weights(self.state_dict()), saved))
+        self.load_state_dict(saved, strict=False)
 
 
-SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats"})
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
-
-
-def remake_vla(folder: str | Path, **settings: Any) -> tuple[VLA, ProcessorMixin]:
-    """A trained policy with other settings, say with a memory: what still fits keeps its weights, what is new is random.
-
-    Args:
-        folder: Where `VLA.save_pretrained` has put model and processor.
-        settings: Fields of `VLAConfig`, as `make_vla` takes them; what is left out stays as it is.
-
-    Returns:
-        The policy's model, with the old one's spec and statistics, and its processor.
-
-    Raises:
-        TypeError: An unknown setting, with those that exist.
-        ValueError: A combination that means nothing.
-    """
-    _check_settings(settings)
-    model, processor = load_vla(folder)
-    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
-    changed = VLA(VLAConfig(**{**own, **settings}), model.backbone)
-    shapes = {name: value.shape for name, value in changed.state_dict().items()}
-    fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
-    changed.load_state_dict(fitting, strict=False)
-    return changed, processor
-
-
-def load_vla(folder: str | Path) -> tuple[VLA, ProcessorMixin]:
-    """Load a policy strictly.
-
-    Args:
-        folder: Where `VLA.save_pretrained` has put model and processor.
-
-    Returns:
-        The model, set to evaluate, and its processor.
-
-    Raises:
-        ValueError: A weight is missing, unexpected or misshapen, or the configuration has an unknown field.
-    """
-    config: Any = VLAConfig.from_pretrained(folder)
-    unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
-    if unknown:
-        raise ValueError(f"{folder}: unknown fields {sorted(unknown)} in its configuration; was it saved by another version?")
-    loaded: Any = VLA.from_pretrained(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
-    model, report = loaded
-    refuse_wrong_weights(folder, report)
-    return model.eval(), load_processor(folder)
+def own_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of history, head and state: all but the backbone's."""
+    return {name: value for name, value in weights.items() if not name.startswith("backbone.")}

@@ -16,12 +16,13 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from rvlm.actions import ActionSpec
-from rvlm.backbones import Prompter, load_backbone, pad
+from rvlm.backbones import load_backbone
 from rvlm.batches import RobotCollator, encode_dialogue
+from rvlm.checkpoints import make_vla
 from rvlm.policy import Policy
 from rvlm.processors import ACT, load_processor
+from rvlm.prompts import Prompter, pad
 from rvlm.small_vlm import small_vlm, train_tokenizer
-from rvlm.vla import make_vla
 
 RNG = np.random.default_rng(0)
 

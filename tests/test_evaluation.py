@@ -9,10 +9,10 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvlm import evaluation
 from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.checkpoints import make_vla
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
 from rvlm.evaluation import BATCH, CONTROLS, FIRST_HELD_OUT_SEED, Evaluation, RandomPolicy, evaluate, rollout, success_table
-from rvlm.vla import make_vla
 
 FAMILIES = ("push_left", "turn_on_light")
 FEW = Evaluation("expert", n_episodes=4, families=FAMILIES, max_steps=40)

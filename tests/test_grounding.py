@@ -5,9 +5,10 @@ import pandas as pd
 import torch
 
 from rvlm import grounding
-from rvlm.backbones import Prompter, parts
+from rvlm.backbones import parts
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS, location_tokens
 from rvlm.processors import ACT
+from rvlm.prompts import Prompter
 from rvlm.small_vlm import small_vlm, train_tokenizer
 
 

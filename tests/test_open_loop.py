@@ -10,10 +10,10 @@ import torch
 from rvlm import open_loop
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import SMALL_VLM
+from rvlm.checkpoints import make_vla
 from rvlm.episodes import EpisodeDataset, EpisodeWriter
 from rvlm.policy import Policy
 from rvlm.small_vlm import small_vlm, train_tokenizer
-from rvlm.vla import make_vla
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 LENGTHS = (5, 7)

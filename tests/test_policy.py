@@ -8,9 +8,9 @@ from test_backbones import llava  # noqa: F401  (a fixture)
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
 from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, RecomputedSequence
 from rvlm.policy import Policy
-from rvlm.vla import load_vla
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 

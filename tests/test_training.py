@@ -104,9 +104,14 @@ def test_an_unknown_field_is_an_error(stage):
     [
         ({"kind": "robots"}, "no kind 'robots'; there are .*robot"),
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
-        ({"n_processes": 3}, "a batch_size that 3 processes can share evenly; got 8"),
+        ({"n_processes": 3}, r"a batch_size that 3 processes can share evenly, each in 1 part\(s\); got 8"),
         ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
-        ({"kind": VISION_LANGUAGE, "policy": {}, "freeze_language": True}, "'freeze_language' is read by 'robot' stages only"),
+        ({"kind": VISION_LANGUAGE, "policy": {}, "tuning": "head"}, "'tuning' is read by 'robot' stages only"),
+        ({"tuning": "loraa"}, "no tuning 'loraa'; there are full, head, lora, dora, qlora"),
+        ({"precision": "int3"}, "no precision 'int3'; there are auto, fp32"),
+        ({"optimizer": "adam9"}, "no optimizer 'adam9'; there are .*adamw_torch"),
+        ({"rank": 4}, "'rank' is read with adapters only, not with tuning='full'"),
+        ({"n_accumulated": 3}, r"each in 3 part\(s\); got 8"),
     ],
 )
 def test_settings_that_would_not_be_followed_are_refused(stage, changes, message):
@@ -134,7 +139,8 @@ def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
     [
         {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
         {"augment": 3}, {"seed": 1}, {"is_pretrained": False}, {"freeze_vision": True},
-        {"freeze_language": True},
+        {"tuning": "head"}, {"tuning": "lora"}, {"tuning": "dora"}, {"tuning": "qlora"}, {"tuning": "lora", "rank": 2},
+        {"optimizer": "sgd"}, {"precision": "bf16"},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
@@ -154,8 +160,8 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
 
 def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
     before = load_file(Path(stage.init) / "model.safetensors")
-    for frozen, still in ((("freeze_vision",), "vision_model"), (("freeze_vision", "freeze_language"), "model")):
-        after = trained(few(stage, augment=0, **dict.fromkeys(frozen, True)), tmp_path / still)
+    for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"tuning": "head"}, "model")):
+        after = trained(few(stage, augment=0, **frozen), tmp_path / still)
         kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
         assert {name for name in before if still in name} <= kept
         assert (kept == set(before)) == (still == "model")

@@ -13,8 +13,8 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOK
 
 from rvlm.backbones import load_backbone
 from rvlm.batches import DialogueCollator
+from rvlm.checkpoints import load_vla, make_vla
 from rvlm.heads import HISTORIES, FlowHead, MLPHead, TokensHead
-from rvlm.vla import load_vla, make_vla
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["structure"] != "one_step"}

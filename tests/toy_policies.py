@@ -6,7 +6,7 @@ from conftest import TEXTS
 
 from rvlm.actions import ActionSpec
 from rvlm.batches import RobotCollator
-from rvlm.vla import make_vla
+from rvlm.checkpoints import make_vla
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}

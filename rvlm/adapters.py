@@ -1,0 +1,147 @@
+"""Train little of a backbone, or hold it in 4 bits: adapters by peft, quantisation by bitsandbytes.
+
+Adapters stand on every linear layer of the language model; vision tower and connector stay as they are. The embedding of
+`<act>` learns through peft's own trainable tokens. Source: LoRA (Hu et al. 2021, arXiv 2106.09685), QLoRA (Dettmers et al.
+2023, arXiv 2305.14314: 4-bit NormalFloat, double quantisation), DoRA (Liu et al. 2024, arXiv 2402.09353).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+from rvlm.backbones import refuse_wrong_weights, vision_modules
+
+FOLDER = "adapter"  # where a policy's folder keeps its adapters, in peft's own form
+
+
+def precision() -> torch.dtype:
+    """The type that this machine computes in fastest: bfloat16 where the GPU has it, float16 on others, float32 on the CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision-language model's modules without their weights: they take no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def linear_layers(model: PreTrainedModel) -> str:
+    """A pattern that matches the names of all linear layers of the language model, and no others."""
+    decoder = model.model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    leaves = {name.split(".")[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    return rf"{prefix.replace('.', '[.]')}[.].*[.]({'|'.join(sorted(leaves))})"
+
+
+def in_four_bits(name_or_path: str | Path, prefix: str = "") -> BitsAndBytesConfig:
+    """Hold the language model's linear layers in 4 bits; vision tower, connector and heads stay as they are.
+
+    Args:
+        name_or_path: Vision-language model, or policy around one.
+        prefix: Of the backbone's modules, where it is part of a policy.
+
+    Raises:
+        ImportError: bitsandbytes cannot be used here.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take tuning='lora'"
+        ) from error
+    config: Any = AutoConfig.from_pretrained(name_or_path)
+    if prefix:
+        config = AutoConfig.for_model(**config.backbone)
+    model = skeleton(config)
+    still = {id(part) for part in vision_modules(model)} | {id(model.get_output_embeddings())}
+    names = [prefix + name for name, module in model.named_modules() if id(module) in still]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision(),
+        llm_int8_skip_modules=[*names, "head", "history", "state_in"],
+    )
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether some of its layers are held in 4 bits."""
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def attach(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftModel:
+    """Adapters around a backbone, in place; nothing else of it learns.
+
+    Args:
+        model: Vision-language model.
+        kind: "lora", "dora" or "qlora".
+        rank: Of the update of each layer.
+        act_id: Id of `<act>`, whose embedding learns too.
+
+    Raises:
+        ValueError: "qlora" on a model that is not held in 4 bits, or the others on one that is.
+    """
+    if (kind == "qlora") != is_quantized(model):
+        raise ValueError(
+            f"expected a backbone {'in' if kind == 'qlora' else 'that is not in'} 4 bits for tuning={kind!r}; "
+            f"load it with is_quantized={kind == 'qlora'}"
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=linear_layers(model),
+        trainable_token_indices=[act_id],
+        use_dora=kind == "dora",
+    )
+    return _wrap(model, config)
+
+
+def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # else some CPUs would act in bfloat16 on what was trained in float32
+            layer.support_avx512bf16_for_cpu = False
+    return get_peft_model(model, config)
+
+
+def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Save adapters in peft's own form, small.
+
+    Args:
+        adapters: As `attach` gives them.
+        folder: The policy's.
+        state_dict: The backbone's, where it is gathered from several processes.
+    """
+    named = None if state_dict is None else {f"base_model.model.{name}": value for name, value in state_dict.items()}
+    options: Any = {} if named is None else {"state_dict": named}
+    adapters.save_pretrained(str(folder / FOLDER), save_embedding_layers=False, **options)
+
+
+def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """New adapters of the kind that `save` has put into a policy's folder, around their backbone; `fill` fills them."""
+    return _wrap(model, PeftConfig.from_pretrained(str(folder / FOLDER)))
+
+
+def fill(adapters: PeftModel, folder: Path) -> None:
+    """Weights of adapters from a policy's folder, strictly.
+
+    Raises:
+        ValueError: A weight is missing, unexpected or misshapen.
+    """
+    saved = load_file(folder / FOLDER / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    refuse_wrong_weights(folder, compared(own, saved))
+    set_peft_model_state_dict(adapters, saved)
+
+
+def compared(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    """In which weights a checkpoint differs from what a model has: missing, unexpected, misshapen."""
+    shapes = {name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape}
+    return {"missing": own.keys() - saved.keys(), "unexpected": saved.keys() - own.keys(), "misshapen": shapes}

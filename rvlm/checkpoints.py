@@ -1,0 +1,202 @@
+"""Policies from and to folders: made of a vision-language model, remade with other settings, loaded, merged."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from rvlm import adapters
+from rvlm.actions import ActionSpec, NormStats
+from rvlm.backbones import load_backbone, refuse_unfit, refuse_wrong_weights
+from rvlm.files import digest, key_of
+from rvlm.processors import ACT, load_processor
+from rvlm.structures import TUNINGS, VLAConfig
+from rvlm.vla import VLA, own_weights
+
+SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats", "base"})
+
+
+def make_vla(
+    vlm: str | Path,
+    spec: ActionSpec,
+    stats: dict[str, NormStats],
+    *,
+    is_pretrained: bool = True,
+    tuning: str = "full",
+    rank: int = 16,
+    **settings: Any,
+) -> tuple[VLA, ProcessorMixin]:
+    """Attach an action head to a vision-language model.
+
+    Args:
+        vlm: Folder or Hub name.
+        spec: Of the demonstrations that it will be trained on.
+        stats: Of their training episodes: "action" and "observation.state".
+        is_pretrained: False for random weights: no vision-language pre-training.
+        tuning: What of the backbone learns (`tune`).
+        rank: Of adapters.
+        settings: Fields of `VLAConfig`: structure, head, history, window.
+
+    Returns:
+        The policy's model and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing, or a family that has no place for `<act>`.
+    """
+    _check_settings(settings)
+    processor = load_processor(vlm)
+    quantization = adapters.in_four_bits(vlm) if tuning == "qlora" else None
+    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained, quantization=quantization)
+    refuse_unfit(backbone, processor)
+    config = VLAConfig(
+        backbone={name: value for name, value in backbone.config.to_dict().items() if name != "quantization_config"},
+        act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
+        spec=spec.to_dict(),
+        stats={name: s.to_dict() for name, s in stats.items()},
+        **settings,
+    )
+    return tune(VLA(config, backbone), tuning, rank, vlm), processor
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
+
+
+def tune(model: VLA, tuning: str, rank: int, base: str | Path) -> VLA:
+    """Say what of the backbone learns; history, head and state always do.
+
+    Args:
+        model: Without adapters.
+        tuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
+            (adapters on a language model that is held in 4 bits).
+        rank: Of adapters.
+        base: Folder or Hub name that the backbone came from, which adapters are saved without.
+
+    Raises:
+        ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them.
+    """
+    if tuning not in TUNINGS:
+        raise ValueError(f"no tuning {tuning!r}; there are {', '.join(TUNINGS)}")
+    if tuning in ("full", "head"):
+        model.backbone.requires_grad_(tuning == "full")
+        answers, words = model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings()
+        if answers.weight is not words.weight:
+            answers.requires_grad_(False)  # no action is read from it
+        return model
+    model.put_adapters(adapters.attach(model.backbone, tuning, rank, model.config.act_id))
+    model.config.base = {"name": str(base), "weights": weights_key(base), "is_quantized": tuning == "qlora"}
+    return model
+
+
+def weights_key(base: str | Path) -> str | None:
+    """What stands for the weights of a model: their hash in a folder, the commit on the Hub."""
+    files = sorted(Path(base).rglob("*.safetensors")) if Path(base).is_dir() else []
+    if files:
+        return key_of({str(path.relative_to(base)): digest(path) for path in files})
+    return getattr(AutoConfig.from_pretrained(base), "_commit_hash", None)
+
+
+def remake_vla(folder: str | Path, *, tuning: str = "full", rank: int = 16, **settings: Any) -> tuple[VLA, ProcessorMixin]:
+    """A trained policy with other settings, say with a memory: what still fits keeps its weights, what is new is random.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor; adapters are merged.
+        tuning: What of the backbone learns (`tune`).
+        rank: Of adapters.
+        settings: Fields of `VLAConfig`, as `make_vla` takes them; what is left out stays as it is.
+
+    Returns:
+        The policy's model, with the old one's spec and statistics, and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing.
+    """
+    _check_settings(settings)
+    if tuning == "qlora" and VLAConfig.from_pretrained(folder).base is not None:
+        raise ValueError(
+            f"{folder}: its adapters would be lost in 4 bits; merge them first: model, processor = merge_vla(folder), then "
+            "model.save_pretrained(another_folder, processor)"
+        )
+    model, processor = load_vla(folder, is_quantized=True) if tuning == "qlora" else merge_vla(folder)
+    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
+    changed = VLA(VLAConfig(**{**own, **settings}), model.backbone)
+    shapes = {name: value.shape for name, value in own_weights(changed.state_dict()).items()}
+    fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
+    changed.load_state_dict(fitting, strict=False)
+    return tune(changed, tuning, rank, folder), processor
+
+
+def load_vla(
+    folder: str | Path, *, base: str | Path | None = None, is_quantized: bool | None = None
+) -> tuple[VLA, ProcessorMixin]:
+    """Load a policy strictly.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor.
+        base: Of a policy with adapters: where what they stand on is now, if not where it was.
+        is_quantized: Whether to hold the backbone in 4 bits; as it was trained, if left out.
+
+    Returns:
+        The model, set to evaluate, and its processor.
+
+    Raises:
+        ValueError: A weight is missing, unexpected or misshapen, the configuration has an unknown field, or what adapters stand
+            on is no longer what they were trained on.
+    """
+    config: Any = VLAConfig.from_pretrained(folder)
+    unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
+    if unknown:
+        raise ValueError(f"{folder}: unknown fields {sorted(unknown)} in its configuration; was it saved by another version?")
+    processor = load_processor(folder)
+    if config.base is not None:
+        name = base or config.base["name"]
+        in_four_bits = config.base["is_quantized"] if is_quantized is None else is_quantized
+        model = VLA(config, _base(folder, name, config, in_four_bits, processor))
+        model.put_adapters(adapters.attach_saved(model.backbone, Path(folder)))
+        model.fill(folder)
+        return model.eval(), processor
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    if is_quantized:
+        options["quantization_config"] = adapters.in_four_bits(folder, "backbone.")
+    loaded: Any = VLA.from_pretrained(folder, config=config, **options)
+    model, report = loaded
+    refuse_wrong_weights(folder, report)
+    return model.eval(), processor
+
+
+def _base(folder: str | Path, name: str | Path, config: VLAConfig, is_quantized: bool, processor: Any) -> PreTrainedModel:
+    """What a policy's adapters stand on: a vision-language model, or the backbone of another policy."""
+    expected = config.base
+    found = weights_key(name)
+    if expected is not None and found != expected["weights"]:
+        raise ValueError(
+            f"{folder}: its adapters were trained on {expected['name']} with weights {expected['weights']}; got {name} with "
+            f"{found}; say where they are now by base=, or train the adapters anew"
+        )
+    if AutoConfig.from_pretrained(name).model_type == VLAConfig.model_type:
+        return (load_vla(name, is_quantized=True) if is_quantized else merge_vla(name))[0].backbone
+    quantization = adapters.in_four_bits(name) if is_quantized else None
+    return load_backbone(name, processor, quantization=quantization)
+
+
+def merge_vla(folder: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
+    """A policy whose adapters are added to the weights that they stand on, which then needs neither; others as `load_vla`.
+
+    What was trained over 4 bits is merged into the full weights, whose rounding it then no longer answers for.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor.
+        options: `base` of `load_vla`.
+    """
+    config: Any = VLAConfig.from_pretrained(folder)
+    if config.base is None:
+        return load_vla(folder)
+    model, processor = load_vla(folder, is_quantized=False, **options)
+    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base")}
+    merged = VLA(VLAConfig(**own), model.adapters.merge_and_unload())
+    merged.load_state_dict(own_weights(model.state_dict()), strict=False)
+    return merged.eval(), processor

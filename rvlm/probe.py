@@ -1,0 +1,87 @@
+"""Find out what a vision-language model needs by trying it: how its prompt is written, what it reads in order, what can adapt."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from rvlm.adapters import linear_layers
+from rvlm.backbones import load_backbone, read_act, refuse_unfit, vision_modules
+from rvlm.processors import ACT, load_processor
+from rvlm.prompts import Prompter
+
+
+def keep_order(model: PreTrainedModel, prompter: Prompter, act_id: int) -> bool:
+    """Have a family that lets a prompt's tokens see each other read it in order, by token types; tried with one prompt.
+
+    Args:
+        model: Vision-language model.
+        prompter: Told by `is_causal_by_type` what was found out.
+        act_id: Id of `<act>`.
+
+    Returns:
+        Whether the model reads in order now.
+    """
+    side, n_steps = prompter.image_size, 1 if prompter.n_queries > 1 else 2
+    blank = np.zeros((n_steps, prompter.n_images, side, side, 3), np.uint8)
+    for prompter.is_causal_by_type in (False, True):
+        batch = {k: v.to(model.device) for k, v in prompter(blank, ["lift it"], [n_steps]).items()}
+        if _is_in_order(model, batch, act_id):
+            return True
+        if "token_type_ids" not in batch:
+            break
+    prompter.is_causal_by_type = False
+    return False
+
+
+@torch.inference_mode()
+def _is_in_order(model: PreTrainedModel, batch: dict[str, torch.Tensor], act_id: int) -> bool:
+    """Whether what is read at the first `<act>` stays the same when the last one changes."""
+    n_act = int((batch["input_ids"] == act_id).sum())
+    offsets = torch.zeros(n_act, model.config.get_text_config().hidden_size, device=model.device)
+    before, _ = read_act(model, act_id, offsets=offsets, **batch)
+    offsets[-1] = 1.0
+    after, _ = read_act(model, act_id, offsets=offsets, **batch)
+    return torch.allclose(before[0], after[0], atol=1e-5)
+
+
+def probe(vlm: str | Path) -> pd.Series:
+    """What a vision-language model is and needs, each found by trying.
+
+    Args:
+        vlm: Folder or Hub name.
+
+    Returns:
+        Facts by name; of a family that has no place for `<act>`, its class and the reason alone.
+    """
+    processor: Any = load_processor(vlm)
+    model = load_backbone(vlm, processor).eval()
+    config = model.config.get_text_config()
+    facts: dict[str, Any] = {"class": type(model).__name__}
+    try:
+        refuse_unfit(model, processor)
+    except ValueError as reason:
+        return pd.Series({**facts, "refused": str(reason)})
+    prompter, act_id = Prompter(processor, 1), processor.tokenizer.convert_tokens_to_ids(ACT)
+    n_images = [prompter.token_ids("lift it", n).count(processor.image_token_id) for n in (1, 2)]
+    is_in_order, tower = keep_order(model, prompter, act_id), vision_modules(model)
+    return pd.Series({
+        **facts,
+        "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "width of hidden states": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "side of images [px]": prompter.image_size,
+        "tokens of an image": n_images[0],
+        "several images": "yes" if n_images[1] == 2 * n_images[0] else "no",
+        "prompt": "…".join((prompter.before + prompter.image, prompter.after)) or processor.image_token,
+        "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
+        "pads on the": processor.tokenizer.padding_side,
+        "attention": model.config._attn_implementation,
+        "type": str(model.dtype).removeprefix("torch."),
+        "adapters on": linear_layers(model).split("(")[-1].strip(")").replace("|", ", "),
+        "freezable": ", ".join(name for name, part in model.model.named_children() if any(part is t for t in tower)),
+        "structures": "all" if is_in_order else "one_step, policy_head",
+    })  # fmt: skip

@@ -1,0 +1,232 @@
+"""Adapters: little learns, little is saved, what is reloaded or merged acts alike, and nothing else fits in silently."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS
+from safetensors.torch import load_file, save_file
+from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
+
+from rvlm.adapters import FOLDER, is_quantized, precision
+from rvlm.backbones import load_backbone, vision_modules
+from rvlm.checkpoints import load_vla, make_vla, merge_vla, remake_vla
+from rvlm.policy import Policy
+from rvlm.processors import load_processor
+
+ADAPTED = ("lora", "dora", "qlora")
+
+
+def build(vlm, stats, tuning, **settings):
+    torch.manual_seed(0)
+    return make_vla(vlm, SPEC, stats, tuning=tuning, rank=4, **{**ONE_STEP, **settings})
+
+
+def take_steps(model, batch, n=6):
+    """Some steps of AdamW; the losses on the way."""
+    optimizer, losses = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 1e-2), []
+    for _ in range(n):
+        losses.append(model(**batch).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    model.eval()
+    return [loss.item() for loss in losses]
+
+
+@pytest.fixture(scope="module", params=ADAPTED)
+def adapted(request, toy_vlm, toy_stats, tmp_path_factory):
+    """A policy with trained adapters: its model, its processor, its folder, a batch."""
+    model, processor = build(toy_vlm, toy_stats, request.param)
+    batch = a_batch(model, processor)
+    losses = take_steps(model, batch)
+    assert losses[-1] < 0.8 * losses[0]
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, processor)
+    return model, processor, folder, batch
+
+
+def said(model, batch):
+    return model.predict(**inputs(batch))
+
+
+def test_adapters_and_act_learn_and_nothing_else_of_the_backbone(adapted, toy_vlm):
+    model, *_ = adapted
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in learns} == {"backbone", "head", "state_in"}
+    within = {name for name in learns if name.startswith("backbone")}
+    assert all("lora_" in name or "trainable_tokens" in name for name in within)
+    assert any("trainable_tokens" in name for name in within)
+    tower = {id(p) for part in vision_modules(model.backbone) for p in part.parameters()}
+    assert not tower & {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_every_linear_layer_of_the_language_model_is_adapted(adapted):
+    model, *_ = adapted
+    decoder = model.backbone.model.get_decoder()
+    layers = {name.split(".lora_A")[0] for name, _ in decoder.named_parameters() if "lora_A" in name}
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert {name.split(".")[-1] for name in layers} == {*attention, *mlp}
+    assert len(layers) == 7 * len(decoder.layers)
+
+
+def test_only_the_row_of_act_is_new(adapted, toy_vlm):
+    model, processor, *_ = adapted
+    before = load_backbone(toy_vlm, processor).get_input_embeddings().weight
+    ids = torch.arange(len(before))
+    after = model.backbone.get_input_embeddings()(ids)
+    changed = (after - before).abs().amax(-1) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [model.config.act_id]
+
+
+def test_what_is_saved_is_small_and_reloads_to_the_same_action(adapted):
+    model, _, folder, batch = adapted
+    again, _ = load_vla(folder)
+    assert torch.equal(said(again, batch), said(model, batch))
+    assert is_quantized(again) == is_quantized(model)
+    names = set(load_file(folder / "model.safetensors"))
+    assert names and not any(name.startswith("backbone") for name in names)
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_a_reloaded_policy_goes_on_learning(adapted):
+    _, _, folder, batch = adapted
+    again, _ = load_vla(folder)
+    losses = take_steps(again, batch)
+    assert losses[-1] < losses[0] and again.adapters is not None
+
+
+def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
+    model, processor, folder, batch = adapted
+    merged, _ = merge_vla(folder)
+    over_full_weights, _ = load_vla(folder, is_quantized=False)
+    assert torch.allclose(said(merged, batch), said(over_full_weights, batch), atol=1e-4)
+    assert is_quantized(model) or torch.allclose(said(merged, batch), said(model, batch), atol=1e-4)
+    assert merged.config.base is None and not any("lora" in name for name in merged.state_dict())
+    merged.save_pretrained(tmp_path, processor)
+    shutil.rmtree(tmp_path / FOLDER, ignore_errors=True)
+    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(merged, batch))
+
+
+def test_an_adapted_policy_acts(adapted):
+    from toy_policies import observe
+
+    _, _, folder, _ = adapted
+    import numpy as np
+
+    acted = Policy.load(folder).select_action([observe(np.random.default_rng(0), TEXTS[0])])
+    assert acted.shape == (1, 7) and np.isfinite(acted).all()
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+def copied(adapted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(adapted[2], folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", f"{FOLDER}/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda w, name: w.pop(name), "missing"),
+        (lambda w, name: w.update(more=torch.zeros(1)), "unexpected"),
+        (lambda w, name: w.update({name: torch.zeros(3)}), "misshapen"),
+    ],
+    ids=["missing", "unexpected", "misshapen"],
+)
+def test_a_checkpoint_with_other_weights_is_refused_by_name(adapted, tmp_path, file, spoil, word):
+    """Law 25."""
+    folder = copied(adapted, tmp_path)
+    weights = load_file(folder / file)
+    name = sorted(weights)[0]
+    spoil(weights, name)
+    save_file(weights, folder / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"(?s){word}.*{'more' if word == 'unexpected' else name}"):
+        load_vla(folder)
+
+
+def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
+    folder = copied(adapted, tmp_path)
+    other = tmp_path / "vlm"
+    shutil.copytree(toy_vlm, other)
+    model, _, _, batch = adapted
+    assert torch.equal(said(load_vla(folder, base=other)[0], batch), said(model, batch)), "the same weights elsewhere"
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its adapters were trained on .*; got .*vlm with .*; say where they are now by base="):
+        load_vla(folder, base=other)
+
+
+def test_what_means_nothing_is_refused(toy_vlm, toy_stats, tmp_path):
+    with pytest.raises(ValueError, match="no tuning 'lra'; there are full, head, lora, dora, qlora"):
+        build(toy_vlm, toy_stats, "lra")
+    model, processor = build(toy_vlm, toy_stats, "lora")
+    model.save_pretrained(tmp_path, processor)
+    with pytest.raises(ValueError, match="its adapters would be lost in 4 bits; merge"):
+        remake_vla(tmp_path, tuning="qlora")
+
+
+# -- on top of a policy ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tuning", ADAPTED)
+def test_a_policy_is_adapted_and_keeps_what_it_can(saved, tuning, tmp_path):
+    folder, before = saved
+    model, processor = remake_vla(folder, tuning=tuning, rank=4)
+    batch = a_batch(before, processor)
+    off = float((said(model.eval(), batch) - said(before, batch)).abs().max())
+    assert off < (0.2 if tuning == "qlora" else 1e-5), "new adapters change nothing"
+    take_steps(model, batch)
+    model.save_pretrained(tmp_path, processor)
+    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    assert json.loads((tmp_path / "config.json").read_text())["history"] == POLICY_HEAD["history"]
+
+
+def test_adapters_stand_on_adapters(adapted, tmp_path):
+    """Of a policy with adapters the next stage sees the merged weights."""
+    _, processor, folder, batch = adapted
+    onwards, _ = remake_vla(folder, tuning="lora", rank=2)
+    assert torch.allclose(said(onwards.eval(), batch), said(merge_vla(folder)[0], batch), atol=1e-5)
+    take_steps(onwards, batch, 3)
+    onwards.save_pretrained(tmp_path, processor)
+    assert torch.allclose(said(load_vla(tmp_path)[0], batch), said(onwards, batch), atol=1e-6)
+
+
+def test_head_alone_learns(toy_vlm, toy_stats):
+    model, _ = build(toy_vlm, toy_stats, "head")
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head", "state_in"}
+
+
+def test_four_bits_hold_the_language_model_alone(toy_vlm, toy_stats):
+    model, _ = build(toy_vlm, toy_stats, "qlora")
+    small = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    prefix = next(n for n, m in model.named_modules() if m is model.backbone.model.get_decoder())
+    assert small and all(name.startswith(prefix) for name in small)
+    full, _ = build(toy_vlm, toy_stats, "lora")
+    size = lambda m: sum(p.numel() * p.element_size() for p in m.backbone.model.get_decoder().layers.parameters())  # noqa: E731
+    assert size(model) < 0.5 * size(full)
+    assert precision() == torch.float32 or torch.cuda.is_available()
+
+
+def test_no_code_and_no_pickle_come_with_a_checkpoint(saved, tmp_path):
+    """Only safetensors are read, and a model that brings its own code is not run."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(saved[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load_vla(folder)
+    brought = tmp_path / "brought"
+    brought.mkdir()
+    mark = tmp_path / "was_run"
+    (brought / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    (brought / "config.json").write_text(
+        json.dumps(
+            {"model_type": "brought", "auto_map": {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.Model"}}
+        )
+    )
+    with pytest.raises((ValueError, OSError)):
+        load_backbone(brought, load_processor(saved[0]))
+    assert not Path(mark).exists()
