@@ -33,8 +33,11 @@ class LogFile(TrainerCallback):
     """Appends every log entry to a file, from which another process can follow the training.
 
     An entry's `seconds` are those of the stage so far, from the making of this object on, earlier runs that were killed
-    counted up to their last entry.
+    counted up to their last entry. Each entry says how many processes share the work, and what wraps the model for that: a
+    launcher that falls back to one process says nothing itself.
     """
+
+    trainer: Trainer | None = None
 
     def __init__(self, folder: Path) -> None:
         self.path, self.started = folder / "log.jsonl", time.time()
@@ -45,6 +48,8 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             seconds = round(self.seconds_before + time.time() - self.started, 1)
             entry = {**(logs or {}), "step": state.global_step, "n_steps": state.max_steps, "seconds": seconds}
+            if self.trainer is not None:
+                entry |= {"n_processes": args.world_size, "wrapper": type(self.trainer.model_wrapped).__name__}
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -123,6 +128,7 @@ def work(stage: Stage, folder: Path) -> None:
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
+    log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, where they share one model
     if trainer.is_world_process_zero():
@@ -161,10 +167,34 @@ def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) 
     return final / "model"
 
 
-def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None) -> None:
-    partial = final.with_name(final.name + ".partial")
-    partial.mkdir(exist_ok=True)
+def prepare(stage: Stage) -> Path:
+    """Make the folder in which a stage is trained: for `torchrun ... -m rvlm.training FOLDER` by hand, on one machine or many."""
+    partial = stage.folder.with_name(stage.folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
     (partial / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1))
+    return partial
+
+
+def by_hand(folder: Path) -> None:
+    """Train as one of the processes that a launcher has started; the first of them puts the result in its place.
+
+    Raises:
+        RuntimeError: The launcher has started another number of processes than the stage is meant for.
+    """
+    stage = Stage(**json.loads((folder / "stage.json").read_text()))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != stage.n_processes:
+        raise RuntimeError(
+            f"stage {stage.name!r}: expected {stage.n_processes} processes, got {world_size}; start as many by torchrun "
+            "(on CPUs `accelerate launch` starts one, whatever it was told), or make the stage with another n_processes"
+        )
+    work(stage, folder)
+    if os.environ.get("RANK", "0") == "0":
+        folder.replace(stage.folder)
+
+
+def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None) -> None:
+    partial = prepare(stage)
     with (partial / "output.txt").open("ab") as output:
         environment = _environment(stage, n_threads)
         process = subprocess.Popen(
@@ -267,6 +297,9 @@ if __name__ == "__main__":
     from rvlm.recording import exit_with_parent
 
     partial_folder = Path(sys.argv[1])
-    exit_with_parent(os.getppid())
-    exit_with(int(sys.argv[2]))
-    work(Stage(**json.loads((partial_folder / "stage.json").read_text())), partial_folder)
+    if len(sys.argv) > 2:  # asked for by `run`, which puts the result in its place
+        exit_with_parent(os.getppid())
+        exit_with(int(sys.argv[2]))
+        work(Stage(**json.loads((partial_folder / "stage.json").read_text())), partial_folder)
+    else:
+        by_hand(partial_folder)

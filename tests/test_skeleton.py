@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 REQUIRED = {"notebooks", "rvlm", "data_cards", "tests", "environment.yml", "README.md"}
 ALLOWED = REQUIRED | {
     *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "Makefile", "pyproject.toml", "requirements.lock"),
-    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "results"),
+    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "docs", "results"),
 }
 COMMAND_LINE = {"rvlm/reproduce.py"}  # the one module that may print
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|home|root|Users|private/var)/[\w.-]+")

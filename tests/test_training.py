@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,14 +18,17 @@ import pytest
 import torch
 from conftest import TEXTS, toy_frames
 from safetensors.torch import load_file
+from toy_policies import a_batch, build
 from transformers import TrainingArguments
 
 from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.batches import Budget, augment
+from rvlm.backbones import SMALL_VLM
+from rvlm.batches import BUILDERS, Budget, augment
 from rvlm.episodes import EpisodeWriter
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training import LogFile, StageTrainer, arguments, last_checkpoint, log_history, run, seconds_of, work
+from rvlm.training import LogFile, StageTrainer, arguments, last_checkpoint, log_history, prepare, run, seconds_of, work
 
+ROOT = Path(__file__).parents[1]
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
 
 
@@ -197,8 +201,6 @@ def test_accumulated_batches_equal_one_large_batch(stage, tmp_path):
 
 def a_step(stage, folder, **options):
     """Weights before and after training with options of the Trainer, on one fixed order of full windows."""
-    from rvlm.batches import BUILDERS
-
     torch.manual_seed(0)
     model, _, data, collate = BUILDERS[ROBOT](stage)
     full = [sample for i in range(60) if (sample := data[i])["action_mask"].all()][:8]
@@ -222,6 +224,82 @@ def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
     logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
     assert np.mean(logged[-5:]) < 0.3 * logged[0]
     assert {"arm_loss", "gripper_loss", "grad_norm", "learning_rate"} <= log_history(tmp_path)[0].keys()
+
+
+# -- memory savers, each by its effect ------------------------------------------------------------------------------------
+def kept_bytes(model, batch):
+    """Bytes that one forward pass keeps for the backward pass, weights left out, and the gradients."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    return sum(kept.values()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(toy_vlm, toy_stats):
+    """Law 23."""
+    model, processor = build(toy_vlm, toy_stats, ONE_STEP)
+    batch = a_batch(model, processor)
+    whole, gradients = kept_bytes(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    less, again = kept_bytes(model, batch)
+    assert less < 0.7 * whole
+    assert gradients.keys() == again.keys() and all(torch.allclose(gradients[k], again[k], atol=1e-6) for k in gradients)
+
+
+def test_a_checkpointed_or_accumulated_stage_ends_where_the_plain_one_does(stage, tmp_path, plain_weights):
+    """Law 23; accumulated windows with masks are weighted by their part of the batch, so there they agree less."""
+    checkpointed = trained(few(stage, is_checkpointed=True), tmp_path / "checkpointed")
+    assert moved(checkpointed, plain_weights) < 1e-6
+    short = few(stage, policy={**ONE_STEP, "chunk_size": 1})
+    whole, parts = trained(short, tmp_path / "whole"), trained(dataclasses.replace(short, n_accumulated=4), tmp_path / "parts")
+    assert distance(whole, parts) < 0.05 * distance(whole, plain_start(short, tmp_path))
+    assert dataclasses.replace(short, n_accumulated=4, is_checkpointed=True).folder == short.folder
+
+
+def plain_start(stage, tmp_path):
+    return trained(dataclasses.replace(stage, learning_rate=0.0), tmp_path / "start")
+
+
+def test_half_precision_computes_in_half_and_keeps_what_learns_in_full(stage, tmp_path, toy_vlm, toy_stats):
+    seen = set()
+    model, _, data, collate = BUILDERS[ROBOT](stage)
+    layer = model.backbone.model.get_decoder().layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    args = arguments(few(stage, precision="bf16"), tmp_path, 1)
+    StageTrainer(model, args, train_dataset=data, data_collator=collate).train()
+    assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
+    """On the shipped model's shapes; bitsandbytes keeps weights of less than 4,096 numbers in full."""
+    sizes = {}
+    for name in ("adamw_torch", "adamw_8bit"):
+        shipped = few(stage, 2, init=str(SMALL_VLM), optimizer=name, batch_size=2)
+        work(shipped, tmp_path / name)
+        kept = torch.load(next((tmp_path / name / "trainer").glob("*/optimizer.pt")), weights_only=True)
+        tensors = [v for entry in kept["state"].values() for v in entry.values() if isinstance(v, torch.Tensor)]
+        sizes[name] = sum(v.numel() * v.element_size() for v in tensors)
+    assert sizes["adamw_8bit"] < 0.35 * sizes["adamw_torch"]
+
+
+def test_a_stage_with_adapters_goes_on_where_it_was(stage, tmp_path):
+    """Adapters are saved in a file of their own, which the Trainer alone would pass over."""
+    adapted = few(stage, 40, tuning="lora", rank=2)
+    work(adapted, tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken" / "trainer" / "checkpoint-20", tmp_path / "broken" / "trainer" / "checkpoint-20")
+    work(adapted, tmp_path / "broken")
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        unbroken, resumed = (load_file(tmp_path / name / "model" / file) for name in ("unbroken", "broken"))
+        assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
 
 
 # -- killed and gone on ------------------------------------------------------------------------------------------------
@@ -285,15 +363,85 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     assert log_history(tmp_path / "none") == []
 
 
-def test_two_processes_learn_what_one_does(stage, tmp_path):
-    """The same batches, shared over gloo: with nothing masked the mean of the halves' means is the mean of the whole."""
-    few_steps = few(stage, 6, n_processes=2, policy={**ONE_STEP, "chunk_size": 1})
-    one = trained(dataclasses.replace(few_steps, n_processes=1), tmp_path / "one")
-    two = load_file(run(few_steps, show_progress=False, n_threads=1) / "model.safetensors")
-    other_order = trained(dataclasses.replace(few_steps, n_processes=1, augment=0), tmp_path / "other")
-    assert distance(one, two) < 0.1 * distance(one, other_order)
-    logged = (few_steps.folder / "output.txt").read_text()
-    assert log_history(few_steps.folder)[-1]["step"] == 6, logged
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_two_processes_have_the_loss_of_one(stage, tmp_path, tuning):
+    """Over gloo, half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
+    twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, tuning=tuning)
+    work(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
+    run(twenty, show_progress=False, n_threads=1)
+    one, two = ([e["loss"] for e in log_history(folder) if "loss" in e] for folder in (tmp_path / "one", twenty.folder))
+    assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
+    assert told(tmp_path / "one") == (1, "VLA") and told(twenty.folder) == (2, "DistributedDataParallel")
+
+
+def launched(launcher, stage):
+    """Start a stage's processes by hand, in a group of their own."""
+    command = [sys.executable, "-m", *launcher, "-m", "rvlm.training", str(prepare(stage))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_processes_by_hand_go_on_after_a_kill(stage):
+    """The launcher and its workers are killed at the first checkpoint; launched again they end with the loss of no kill."""
+    stage = few(stage, 60, n_processes=2)
+    unbroken = run(dataclasses.replace(stage, name="unbroken"), show_progress=False, n_threads=1)
+    first = launched(TWO, stage)
+    partial = stage.folder.with_name(stage.folder.name + ".partial")
+    wait_for(lambda: last_checkpoint(partial / "trainer"))
+    for pid in trainers_of(partial):
+        os.kill(int(pid), signal.SIGKILL)
+    first.wait()
+    wait_for(lambda: not trainers_of(partial))
+    assert not stage.folder.exists()
+    second = launched(TWO, stage)
+    assert second.wait() == 0, second.stdout.read().decode()[-2000:]
+    assert told(stage.folder) == (2, "DistributedDataParallel")
+    assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
+    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken.parent)]
+    assert losses[0] == losses[1]
+    assert run(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
+
+
+def test_the_shipped_configuration_is_read_by_the_launcher():
+    """Accelerate's own reader knows every field, and takes it for FSDP2; it has no GPU to run on here."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "docs" / "fsdp2.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+
+
+def test_a_launcher_that_falls_back_to_one_process_is_refused(stage):
+    """`accelerate launch` on CPUs starts one process, whatever it was told, and says nothing."""
+    two = few(stage, 3, n_processes=2)
+    process = launched(("accelerate.commands.launch", "--cpu", "--num_processes=2"), two)
+    output = process.communicate()[0].decode()
+    assert process.returncode and "expected 2 processes, got 1; start as many by torchrun" in output
+    assert not two.folder.exists()
+
+
+def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_path):
+    """FSDP2 over gloo: half of the weights in each of two processes, the losses of one."""
+    from sharded import losses_of
+
+    model, processor = build(toy_vlm, toy_stats, {**ONE_STEP, "chunk_size": 1})
+    model.save_pretrained(tmp_path / "policy", processor)
+    batch = a_batch(model, processor, b=8, texts=TEXTS[:1])
+    torch.save(batch, tmp_path / "batch.pt")
+    script = Path(__file__).with_name("sharded.py")
+    arguments = [str(script), str(tmp_path / "policy"), str(tmp_path / "batch.pt"), str(tmp_path / "told.json")]
+    subprocess.run([sys.executable, "-m", *TWO, *arguments], check=True, capture_output=True, timeout=300)
+    said = json.loads((tmp_path / "told.json").read_text())
+    assert said["world"] == 2 and said["is_sharded"] and 0.4 < said["share"] < 0.6
+    assert np.allclose(said["losses"], losses_of(model, batch).numpy(), atol=1e-4) and np.ptp(said["losses"]) > 0.01
+
+
+def told(folder):
+    """World size and wrapper that the first entry of a log names."""
+    entry = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    return entry["n_processes"], entry["wrapper"]
 
 
 def test_two_who_ask_for_one_stage_at_once_get_one_training(stage):
