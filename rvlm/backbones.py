@@ -29,7 +29,12 @@ SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision
 
 
 def load_backbone(
-    name_or_path: str | Path, processor: ProcessorMixin, *, is_pretrained: bool = True, quantization: Any = None
+    name_or_path: str | Path,
+    processor: ProcessorMixin,
+    *,
+    is_pretrained: bool = True,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Load an image-text-to-text model of any class in transformers.
 
@@ -37,12 +42,13 @@ def load_backbone(
         name_or_path: A folder or a name on the Hub; default the shipped model.
         processor: As `load_processor` gives it; the embeddings grow where its tokenizer is larger than their table.
         is_pretrained: False draws random weights for the same architecture (no vision-language pre-training).
+        dtype: Of the weights.
         quantization: A `BitsAndBytesConfig` to hold layers in fewer bits, as `rvlm.adapters.in_four_bits` makes it.
 
     Raises:
         ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
     """
-    dtype = torch.float32 if quantization is None else quantization.bnb_4bit_compute_dtype
+    dtype = dtype if quantization is None else quantization.bnb_4bit_compute_dtype
     if is_pretrained:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
@@ -55,7 +61,7 @@ def load_backbone(
         model, report = loaded
         refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
     else:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(processor.tokenizer))
     return model

@@ -46,8 +46,7 @@ def make_vla(
     """
     _check_settings(settings)
     processor = load_processor(vlm)
-    quantization = adapters.in_four_bits(vlm) if tuning == "qlora" else None
-    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained, quantization=quantization)
+    backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained, **_how(vlm, tuning))
     refuse_unfit(backbone, processor)
     config = VLAConfig(
         backbone={name: value for name, value in backbone.config.to_dict().items() if name != "quantization_config"},
@@ -56,7 +55,14 @@ def make_vla(
         stats={name: s.to_dict() for name, s in stats.items()},
         **settings,
     )
-    return tune(VLA(config, backbone), tuning, rank, vlm), processor
+    return tune(VLA(config, backbone), tuning, rank, vlm if is_pretrained else None), processor
+
+
+def _how(vlm: str | Path, tuning: str) -> dict[str, Any]:
+    """How the weights of a backbone are held: those that learn in full, others as the machine computes, or in 4 bits."""
+    if tuning == "full":
+        return {}
+    return {"quantization": adapters.in_four_bits(vlm)} if tuning == "qlora" else {"dtype": adapters.precision()}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -65,7 +71,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
 
 
-def tune(model: VLA, tuning: str, rank: int, base: str | Path) -> VLA:
+def tune(model: VLA, tuning: str, rank: int, base: str | Path | None) -> VLA:
     """Say what of the backbone learns; history, head and state always do.
 
     Args:
@@ -73,21 +79,26 @@ def tune(model: VLA, tuning: str, rank: int, base: str | Path) -> VLA:
         tuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
             (adapters on a language model that is held in 4 bits).
         rank: Of adapters.
-        base: Folder or Hub name that the backbone came from, which adapters are saved without.
+        base: Folder or Hub name that the backbone came from; what stands still is not saved again. None if it came from nowhere.
 
     Raises:
-        ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them.
+        ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
     """
     if tuning not in TUNINGS:
         raise ValueError(f"no tuning {tuning!r}; there are {', '.join(TUNINGS)}")
-    if tuning in ("full", "head"):
-        model.backbone.requires_grad_(tuning == "full")
+    if tuning == "full":
         answers, words = model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings()
+        model.backbone.requires_grad_(True)
         if answers.weight is not words.weight:
             answers.requires_grad_(False)  # no action is read from it
         return model
-    model.put_adapters(adapters.attach(model.backbone, tuning, rank, model.config.act_id))
-    model.config.base = {"name": str(base), "weights": weights_key(base), "is_quantized": tuning == "qlora"}
+    model.backbone.requires_grad_(False)
+    if base is None and tuning != "head":
+        raise ValueError(f"expected weights under adapters that can be loaded again, got random ones with tuning={tuning!r}")
+    if tuning != "head":
+        model.put_adapters(adapters.attach(model.backbone, tuning, rank, model.config.act_id))
+    if base is not None:
+        model.config.base = {"name": str(base), "weights": weights_key(base), "tuning": tuning}
     return model
 
 
@@ -123,7 +134,7 @@ def remake_vla(folder: str | Path, *, tuning: str = "full", rank: int = 16, **se
         )
     model, processor = load_vla(folder, is_quantized=True) if tuning == "qlora" else merge_vla(folder)
     own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
-    changed = VLA(VLAConfig(**{**own, **settings}), model.backbone)
+    changed = VLA(VLAConfig(**{**own, **settings, "base": None}), model.backbone)
     shapes = {name: value.shape for name, value in own_weights(changed.state_dict()).items()}
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
     changed.load_state_dict(fitting, strict=False)
@@ -137,15 +148,15 @@ def load_vla(
 
     Args:
         folder: Where `VLA.save_pretrained` has put model and processor.
-        base: Of a policy with adapters: where what they stand on is now, if not where it was.
+        base: Of a policy that was saved without its backbone: where that is now, if not where it was.
         is_quantized: Whether to hold the backbone in 4 bits; as it was trained, if left out.
 
     Returns:
         The model, set to evaluate, and its processor.
 
     Raises:
-        ValueError: A weight is missing, unexpected or misshapen, the configuration has an unknown field, or what adapters stand
-            on is no longer what they were trained on.
+        ValueError: A weight is missing, unexpected or misshapen, the configuration has an unknown field, or what it
+            stands on is no longer what it was trained on.
     """
     config: Any = VLAConfig.from_pretrained(folder)
     unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
@@ -153,10 +164,9 @@ def load_vla(
         raise ValueError(f"{folder}: unknown fields {sorted(unknown)} in its configuration; was it saved by another version?")
     processor = load_processor(folder)
     if config.base is not None:
-        name = base or config.base["name"]
-        in_four_bits = config.base["is_quantized"] if is_quantized is None else is_quantized
-        model = VLA(config, _base(folder, name, config, in_four_bits, processor))
-        model.put_adapters(adapters.attach_saved(model.backbone, Path(folder)))
+        model = VLA(config, _base(folder, base or config.base["name"], config, is_quantized, processor))
+        if config.base["tuning"] != "head":
+            model.put_adapters(adapters.attach_saved(model.backbone, Path(folder)))
         model.fill(folder)
         return model.eval(), processor
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
@@ -168,23 +178,23 @@ def load_vla(
     return model.eval(), processor
 
 
-def _base(folder: str | Path, name: str | Path, config: VLAConfig, is_quantized: bool, processor: Any) -> PreTrainedModel:
-    """What a policy's adapters stand on: a vision-language model, or the backbone of another policy."""
-    expected = config.base
-    found = weights_key(name)
-    if expected is not None and found != expected["weights"]:
+def _base(folder: str | Path, name: str | Path, config: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:
+    """What a policy's head and adapters stand on: a vision-language model, or the backbone of another policy."""
+    expected, found, tuning = config.base["weights"], weights_key(name), config.base["tuning"]
+    if found != expected:
         raise ValueError(
-            f"{folder}: its adapters were trained on {expected['name']} with weights {expected['weights']}; got {name} with "
-            f"{found}; say where they are now by base=, or train the adapters anew"
+            f"{folder}: it was trained on {config.base['name']} with weights {expected}; got {name} with {found}; say where they "
+            "are now by base=, or train it anew"
         )
+    if is_quantized is not None:
+        tuning = "qlora" if is_quantized else "full"
     if AutoConfig.from_pretrained(name).model_type == VLAConfig.model_type:
-        return (load_vla(name, is_quantized=True) if is_quantized else merge_vla(name))[0].backbone
-    quantization = adapters.in_four_bits(name) if is_quantized else None
-    return load_backbone(name, processor, quantization=quantization)
+        return (load_vla(name, is_quantized=True) if tuning == "qlora" else merge_vla(name))[0].backbone
+    return load_backbone(name, processor, **_how(name, tuning))
 
 
 def merge_vla(folder: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
-    """A policy whose adapters are added to the weights that they stand on, which then needs neither; others as `load_vla`.
+    """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
 
     What was trained over 4 bits is merged into the full weights, whose rounding it then no longer answers for.
 
@@ -197,6 +207,6 @@ def merge_vla(folder: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
         return load_vla(folder)
     model, processor = load_vla(folder, is_quantized=False, **options)
     own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base")}
-    merged = VLA(VLAConfig(**own), model.adapters.merge_and_unload())
+    merged = VLA(VLAConfig(**own), model.adapters.merge_and_unload() if model.adapters is not None else model.backbone)
     merged.load_state_dict(own_weights(model.state_dict()), strict=False)
     return merged.eval(), processor

@@ -66,7 +66,8 @@ def probe(vlm: str | Path) -> pd.Series:
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
     prompter, act_id = Prompter(processor, 1), processor.tokenizer.convert_tokens_to_ids(ACT)
-    n_images = [prompter.token_ids("lift it", n).count(processor.image_token_id) for n in (1, 2)]
+    one, two = prompter.token_ids("lift it"), prompter.token_ids("lift it", 2)
+    has_several = processor.image_token_id in two[two.index(act_id) :]
     is_in_order, tower = keep_order(model, prompter, act_id), vision_modules(model)
     return pd.Series({
         **facts,
@@ -74,8 +75,8 @@ def probe(vlm: str | Path) -> pd.Series:
         "width of hidden states": config.hidden_size,
         "layers": config.num_hidden_layers,
         "side of images [px]": prompter.image_size,
-        "tokens of an image": n_images[0],
-        "several images": "yes" if n_images[1] == 2 * n_images[0] else "no",
+        "tokens of an image": one.count(processor.image_token_id),
+        "several images": "yes" if has_several else "no",
         "prompt": "…".join((prompter.before + prompter.image, prompter.after)) or processor.image_token,
         "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
         "pads on the": processor.tokenizer.padding_side,

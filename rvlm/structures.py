@@ -34,7 +34,7 @@ class VLAConfig(PreTrainedConfig):
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
-        base: Of a policy with adapters, what they stand on: `name`, `weights` (their hash), and `is_quantized`.
+        base: Of a policy that is saved without its backbone: the backbone's `name`, its `weights` (a hash), and the `tuning`.
     """
 
     model_type = "rvlm"

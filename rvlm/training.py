@@ -71,9 +71,9 @@ class StageTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights of a policy with adapters lie in two files, which the policy itself puts together."""
+        """A policy that is saved without its backbone puts its weights together itself."""
         policy: Any = self.model
-        if getattr(policy, "adapters", None) is not None:
+        if getattr(policy.config, "base", None) is not None:
             policy.fill(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -209,30 +209,31 @@ class VLA(PreTrainedModel):
     def save_pretrained(self, folder: str | Path, processor: ProcessorMixin | None = None, **options: Any) -> None:
         """Save weights and configuration, and the processor where one is given, as `load_vla` reads them.
 
-        Of a backbone with adapters only the adapters are saved, in peft's own form beside the rest; what they stand on is named
-        in the configuration.
+        A backbone that stands still is not saved again but named in the configuration; its adapters are, in peft's own form.
 
         Args:
             folder: Where to; made if it does not exist.
             processor: As `make_vla` gives it.
             options: Of `PreTrainedModel.save_pretrained`.
         """
-        if self.adapters is not None:
+        if self.config.base is not None:
             whole = options.pop("state_dict", None) or self.state_dict()
-            inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
-            adapters.save(self.adapters, Path(folder), inner)
             options["state_dict"] = own_weights(whole)
+            if self.adapters is not None:
+                inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
+                adapters.save(self.adapters, Path(folder), inner)
         super().save_pretrained(folder, **options)
         if processor is not None:
             processor.save_pretrained(folder)
 
     def fill(self, folder: str | Path) -> None:
-        """Weights of a policy with adapters from its folder; strictly.
+        """Weights of a policy that was saved without its backbone from its folder; strictly.
 
         Raises:
             ValueError: A weight is missing, unexpected or misshapen.
         """
-        adapters.fill(self.adapters, Path(folder))
+        if self.adapters is not None:
+            adapters.fill(self.adapters, Path(folder))
         saved = load_file(Path(folder) / "model.safetensors")
         refuse_wrong_weights(folder, adapters.compared(own_weights(self.state_dict()), saved))
         self.load_state_dict(saved, strict=False)

@@ -156,7 +156,7 @@ def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
     assert torch.equal(said(load_vla(folder, base=other)[0], batch), said(model, batch)), "the same weights elsewhere"
     weights = load_file(other / "model.safetensors")
     save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"its adapters were trained on .*; got .*vlm with .*; say where they are now by base="):
+    with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; say where they are now by base="):
         load_vla(folder, base=other)
 
 
@@ -193,9 +193,38 @@ def test_adapters_stand_on_adapters(adapted, tmp_path):
     assert torch.allclose(said(load_vla(tmp_path)[0], batch), said(onwards, batch), atol=1e-6)
 
 
-def test_head_alone_learns(toy_vlm, toy_stats):
-    model, _ = build(toy_vlm, toy_stats, "head")
+def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
+    model, processor = build(toy_vlm, toy_stats, "head")
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head", "state_in"}
+    batch = a_batch(model, processor)
+    take_steps(model, batch)
+    model.save_pretrained(tmp_path, processor)
+    assert not any(name.startswith("backbone") for name in load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(said(merge_vla(tmp_path)[0], batch), said(model, batch))
+
+
+def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
+    """Random weights can't be loaded again by name."""
+    model, processor = build(toy_vlm, toy_stats, "head", is_pretrained=False)
+    model.eval().save_pretrained(tmp_path, processor)
+    batch = a_batch(model, processor)
+    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    with pytest.raises(ValueError, match="expected weights under adapters that can be loaded again, got random ones"):
+        build(toy_vlm, toy_stats, "lora", is_pretrained=False)
+
+
+def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm, toy_stats, tmp_path, monkeypatch):
+    """As on a GPU: weights that learn in full, and the same action after reloading."""
+    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    model, processor = build(toy_vlm, toy_stats, "lora")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    batch = a_batch(model, processor)
+    losses = take_steps(model, batch)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path, processor)
+    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
 
 
 def test_four_bits_hold_the_language_model_alone(toy_vlm, toy_stats):

@@ -1,0 +1,93 @@
+"""The plan says before a run what the run then needs."""
+
+import pytest
+import torch
+from conftest import TEXTS
+from toy_policies import SPEC, a_batch
+from transformers import AutoConfig
+
+from rvlm.backbones import SMALL_VLM
+from rvlm.checkpoints import make_vla
+from rvlm.families import FAMILIES
+from rvlm.plan import CARDS, CONTEXT, measure, plan, shapes
+from rvlm.probe import probe
+
+ONE_STEP = {"structure": "one_step", "chunk_size": 4}
+INTERLEAVED = {"structure": "interleaved", "n_obs_steps": 3, "chunk_size": 4}
+POLICY_HEAD = {"structure": "policy_head", "history": "lstm", "n_obs_steps": 3, "chunk_size": 4}
+PUBLISHED = {"SmolVLM2-2.2B": 2.246e9, "PaliGemma-3B": 2.923e9, "Qwen2.5-VL-3B": 3.755e9, "Qwen2.5-VL-7B": 8.292e9}
+
+
+def small_plan(policy=ONE_STEP, b=8, **settings):
+    config = AutoConfig.from_pretrained(SMALL_VLM)
+    n_words = len(TEXTS[0].split()) + 1
+    return plan(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
+
+
+def measured(stats, policy, tuning, is_checkpointed, b=8):
+    model, processor = make_vla(SMALL_VLM, SPEC, stats, tuning=tuning, **policy)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = a_batch(model.train(), processor, b, texts=TEXTS[:1])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+
+    def step():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return model, measure(step, size(model.parameters()) + size(kept))
+
+
+CASES = [(policy, tuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HEAD) for tuning in ("full", "head", "lora")]
+
+
+@pytest.mark.parametrize(("policy", "tuning", "is_checkpointed"), [*CASES, (POLICY_HEAD, "full", True), (ONE_STEP, "lora", True)])
+def test_a_step_needs_what_the_plan_says(toy_stats, policy, tuning, is_checkpointed):
+    """Parameters exactly, peak memory within a tenth."""
+    told = small_plan(policy, tuning=tuning, is_checkpointed=is_checkpointed)
+    model, used = measured(toy_stats, policy, tuning, is_checkpointed)
+    assert told.parameters == sum(p.numel() for p in model.parameters())
+    assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert told.peak == pytest.approx(used["peak"], rel=0.1)
+
+
+def test_savers_save_in_the_plan_too():
+    full, half = small_plan(), small_plan(optimizer="adamw_8bit")
+    assert half.optimizer == full.optimizer / 4 and small_plan(is_checkpointed=True).activations < 0.5 * full.activations
+    assert small_plan(is_checkpointed=True).flops == pytest.approx(4 / 3 * full.flops, rel=0.2)
+    assert small_plan(b=16).activations == pytest.approx(2 * full.activations, rel=0.01)
+    with pytest.raises(ValueError, match="no optimizer 'adam' in the plan; there are adamw_torch"):
+        small_plan(optimizer="adam")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_of_the_hub_have_their_published_size(name):
+    """And the less of one learns, and in fewer bits it is held, the less it needs."""
+    config, n_image_tokens = shapes()[name]
+    plans = {t: plan(config, n_image_tokens, ONE_STEP, tuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
+    head = plans["full"].parameters - PUBLISHED[name]
+    assert 0 < head < 20e6
+    assert plans["full"].peak > plans["lora"].peak > plans["qlora"].peak
+    assert plans["qlora"].weights < 0.65 * plans["lora"].weights
+
+
+def test_a_card_holds_what_is_smaller():
+    config, n_image_tokens = shapes()["SmolVLM2-2.2B"]
+    whole = plan(config, n_image_tokens, ONE_STEP, batch_size=1)
+    assert not whole.fits("L4") and whole.fits("A100") and whole.peak + CONTEXT < CARDS["A100"][0] * 1e9
+    assert whole.seconds("L4") > whole.seconds("A100")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_planned_and_probed(name, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES[name](tmp_path)
+    facts = probe(tmp_path)
+    told = plan(AutoConfig.from_pretrained(tmp_path), int(facts["tokens of an image"]), ONE_STEP, tuning="lora", rank=2)
+    assert facts["structures"] == "all" and facts["several images"] == "yes"
+    assert told.parameters / 1e6 > facts["parameters [M]"] and told.flops > 0 and told.peak > 0
+    assert ("token types" in facts["reads in order"]) == (name == "paligemma")
