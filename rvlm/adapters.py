@@ -5,6 +5,7 @@ Adapters stand on every linear layer of the language model; vision tower and con
 2023, arXiv 2305.14314: 4-bit NormalFloat, double quantisation), DoRA (Liu et al. 2024, arXiv 2402.09353).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # else some CPUs would act in bfloat16 on what was trained in float32
             layer.support_avx512bf16_for_cpu = False
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks transformers by the old name
+        return get_peft_model(model, config)
 
 
 def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -4,7 +4,6 @@ The action query is a special token `<act>` in the text: the family's own proces
 work, and the policy reads the hidden state where the token stands.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-# bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# A bar for each file of weights, which load at once here and are named when they do not, neither.
+# No bar for each file of weights, which load at once here and are named when they do not.
 transformers_logging.disable_progress_bar()
 
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from rvlm.files import artifacts_dir, digest
 from rvlm.small_vlm import train_tokenizer
 
 SIDE, PATCH = 48, 12
@@ -257,3 +258,22 @@ FAMILIES = {
         gemma3,
     )
 }
+
+
+def tiny_vlm(name: str) -> str:
+    """Folder of a tiny model of a family, made once; any other name (a folder, one on the Hub) is given back.
+
+    Args:
+        name: A key of `FAMILIES` or the name of a function in `REFUSED`, such as "qwen2_5_vl".
+    """
+    build = (FAMILIES | {refused.__name__: refused for refused in REFUSED}).get(name)
+    if build is None:
+        return name
+    final = artifacts_dir() / "stages" / f"tiny-{name}-{digest(Path(__file__))}"
+    if not final.exists():
+        partial = final.with_name(final.name + ".partial")
+        torch.manual_seed(0)
+        partial.mkdir(parents=True, exist_ok=True)
+        build(partial)
+        partial.replace(final)
+    return str(final)

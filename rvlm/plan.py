@@ -12,10 +12,11 @@ import itertools
 import json
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -113,35 +114,84 @@ def plan(
     """
     if optimizer not in STATE:
         raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
+    return _both(config, n_image_tokens, policy, tuning, rank, batch_size, n_words, precision, optimizer)[is_checkpointed]
+
+
+def _both(
+    config: PreTrainedConfig,
+    n_image_tokens: int,
+    policy: dict[str, Any],
+    tuning: str = "full",
+    rank: int = 16,
+    batch_size: int = 8,
+    n_words: int = 24,
+    precision: str = "bf16",
+    optimizer: str = "adamw_torch",
+) -> tuple[Plan, Plan]:
+    """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
     model, four_bits = _on_paper(config, policy, tuning, rank)
-    half = 4 if precision == "fp32" else 2
+    half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
     small = sum(frozen[i] for i in four_bits)
     wide = sum(frozen.values()) - small
     n_trained, t, n_cameras = sum(trained.values()), model.config.n_obs_steps, len(model.config.cameras)
-    per_step, n_windows = n_cameras * n_image_tokens + model.head.n_queries, batch_size
+    per_step, rows = n_cameras * n_image_tokens + model.head.n_queries, batch_size
     length = n_words + per_step * t
     if model.config.structure != "interleaved":
-        n_windows, length = batch_size * t, n_words + per_step
-    kept, most, flops = _language_model(model, n_windows, length, precision)
-    seen, most_seen, looked = _vision_tower(config, batch_size * t * n_cameras, precision, tuning == "full", is_checkpointed)
-    if is_checkpointed:  # what enters each layer is kept, and one layer at a time is worked through
-        layers, width = config.get_text_config().num_hidden_layers, config.get_text_config().hidden_size
-        borders = layers * n_windows * length * width * (4 if tuning == "full" else half)
-        most += borders + kept / layers - kept
-        kept, flops = kept / layers + borders, flops * 4 / 3
-    gradients = 4 * n_trained
-    return Plan(
-        parameters=n_trained + sum(frozen.values()),
-        trained=n_trained,
-        weights=4 * n_trained + FOUR_BITS * small + wide * (4 if tuning == "full" else half),
-        gradients=gradients,
-        optimizer=STATE[optimizer] * n_trained,
-        activations=kept + seen,
-        passing=max(most + seen, gradients + most_seen),
-        flops=flops + looked,
+        rows, length = batch_size * t, n_words + per_step
+    kept, most, flops = _language_model(model, rows, length, precision)
+    borders = language.num_hidden_layers * rows * length * language.hidden_size * (4 if tuning == "full" else half)
+    one_layer = kept / language.num_hidden_layers  # with what enters each, all that is there of the pass when it is taken again
+    passes = (kept, most, flops), (borders + one_layer, borders + one_layer + most - kept, flops * 4 / 3)
+    held = {
+        "parameters": n_trained + sum(frozen.values()),
+        "trained": n_trained,
+        "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if tuning == "full" else half),
+        "gradients": 4.0 * n_trained,
+        "optimizer": float(STATE[optimizer] * n_trained),
+    }
+    towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=tuning == "full")
+    plain, again = (
+        Plan(
+            **held,
+            activations=kept + seen,
+            passing=max(most + seen, held["gradients"] + most_seen),
+            flops=flops + looked,
+        )
+        for (kept, most, flops), (seen, most_seen, looked) in zip(passes, towers, strict=True)
     )
+    return plain, again
+
+
+def compare(
+    models: Mapping[str, tuple[PreTrainedConfig, int]], tunings: Sequence[str], policy: dict[str, Any], **settings: Any
+) -> pd.DataFrame:
+    """Plans of several models, each trained in several ways, with and without layers computed again.
+
+    Args:
+        models: Name -> configuration, tokens of an image; as `shapes` gives them.
+        tunings: As `plan` takes them.
+        policy: As `plan` takes it.
+        settings: Others of `plan`.
+
+    Returns:
+        Columns `model`, `tuning`, `is_checkpointed`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
+        (the smallest of `CARDS` that holds it, or "none"), `step [s]` on that card.
+    """
+    rows = []
+    made = {
+        (name, tuning, again): one
+        for (name, (config, n_tokens)), tuning in itertools.product(models.items(), tunings)
+        for again, one in enumerate(_both(config, n_tokens, policy, tuning, **settings))
+    }
+    for (name, tuning, again), one in made.items():
+        card = next((card for card in CARDS if one.fits(card)), "none")
+        size = {part: getattr(one, part) / 1e9 for part in ("weights", "optimizer", "passing", "peak")}
+        seconds = one.seconds(card) if card in CARDS else float("nan")
+        what = {"model": name, "tuning": tuning, "is_checkpointed": bool(again), "trained [M]": one.trained / 1e6}
+        rows.append({**what, **size, "card": card, "step [s]": seconds})
+    return pd.DataFrame(rows)
 
 
 def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
@@ -235,9 +285,9 @@ def _fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
 
 
 def _vision_tower(
-    config: PreTrainedConfig, n_images: int, precision: str, learns: bool, is_checkpointed: bool
-) -> tuple[float, float, float]:
-    """Bytes kept, most bytes alive, and operations of the tower, told by one block in its size, of SigLIP's kind."""
+    config: PreTrainedConfig, n_images: int, precision: str, learns: bool
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """As `_both_ways`, of the tower, without and with blocks computed again; told by one block in its size, of SigLIP's kind."""
     tower: Any = config.vision_config
     size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
     heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
@@ -250,10 +300,11 @@ def _vision_tower(
         layer = SiglipEncoderLayer(block).requires_grad_(learns)
         patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=learns)
         kept, most, flops = _both_ways(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
-    if is_checkpointed and learns:
-        borders = n_blocks * float(patches.numel()) * patches.element_size()
-        return borders, borders + most, n_blocks * flops * 4 / 3
-    return n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
+    plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
+    if not learns:
+        return plain, plain
+    borders = n_blocks * float(patches.numel()) * patches.element_size()
+    return plain, (borders, borders + most, plain[2] * 4 / 3)
 
 
 def measure(step: Callable[[], Any], held: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from rvlm import adapters
 from rvlm.backbones import as_encoder_outputs
 from rvlm.batches import BUILDERS
+from rvlm.plan import measure
 from rvlm.stages import Stage
 
 
@@ -130,10 +132,44 @@ def work(stage: Stage, folder: Path) -> None:
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, where they share one model
+    whole = {}
+    if trainer.is_fsdp_enabled:  # then each process has a part
+        whole["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "model", state_dict=weights)
+        model.save_pretrained(folder / "model", **whole)
         processor.save_pretrained(folder / "model")
+
+
+def rehearse(stage: Stage) -> dict[str, float]:
+    """Peak memory [byte] and time [s] of one training step of a robot stage, taken in this process and forgotten.
+
+    Returns:
+        `peak` and `seconds`, as `rvlm.plan.measure`, with the `parameters` and how many of them are `trained`.
+    """
+    torch.manual_seed(stage.seed)
+    model, _, data, collate = BUILDERS[stage.kind](stage)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
+    if stage.is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = trainer.create_optimizer()
+    batch = collate([data[i] for i in range(stage.batch_size // stage.n_accumulated)])
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+
+    def step() -> None:
+        with trainer.accelerator.autocast():
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    parameters, states = list(model.parameters()), optimizer.state.values()
+    kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    used = measure(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return {**used, "parameters": sum(p.numel() for p in parameters), "trained": trained}
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from conftest import TEXTS
-from toy_policies import SPEC, a_batch
 from transformers import AutoConfig
 
 from rvlm.backbones import SMALL_VLM
-from rvlm.checkpoints import make_vla
 from rvlm.families import FAMILIES
-from rvlm.plan import CARDS, CONTEXT, measure, plan, shapes
+from rvlm.plan import CARDS, CONTEXT, plan, shapes
 from rvlm.probe import probe
+from rvlm.stages import ROBOT, Stage
+from rvlm.training import rehearse
 
 ONE_STEP = {"structure": "one_step", "chunk_size": 4}
 INTERLEAVED = {"structure": "interleaved", "n_obs_steps": 3, "chunk_size": 4}
@@ -24,34 +24,16 @@ def small_plan(policy=ONE_STEP, b=8, **settings):
     return plan(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
 
 
-def measured(stats, policy, tuning, is_checkpointed, b=8):
-    model, processor = make_vla(SMALL_VLM, SPEC, stats, tuning=tuning, **policy)
-    if is_checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = a_batch(model.train(), processor, b, texts=TEXTS[:1])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-
-    def step():
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    return model, measure(step, size(model.parameters()) + size(kept))
-
-
 CASES = [(policy, tuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HEAD) for tuning in ("full", "head", "lora")]
 
 
 @pytest.mark.parametrize(("policy", "tuning", "is_checkpointed"), [*CASES, (POLICY_HEAD, "full", True), (ONE_STEP, "lora", True)])
-def test_a_step_needs_what_the_plan_says(toy_stats, policy, tuning, is_checkpointed):
+def test_a_step_needs_what_the_plan_says(toy_demos, policy, tuning, is_checkpointed):
     """Parameters exactly, peak memory within a tenth."""
     told = small_plan(policy, tuning=tuning, is_checkpointed=is_checkpointed)
-    model, used = measured(toy_stats, policy, tuning, is_checkpointed)
-    assert told.parameters == sum(p.numel() for p in model.parameters())
-    assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = {"tuning": tuning, "is_checkpointed": is_checkpointed, "batch_size": 8, "n_processes": 1, "augment": 0}
+    used = rehearse(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
+    assert (told.parameters, told.trained) == (used["parameters"], used["trained"])
     assert told.peak == pytest.approx(used["peak"], rel=0.1)
 
 

@@ -15,6 +15,7 @@ from rvlm.plots.charts import (
     rates_by_group,
     success_bars,
 )
+from rvlm.plots.cost import memory_bars, planned_and_measured
 from rvlm.plots.ladder import evidence, failures, ladder
 from rvlm.plots.look import (
     COLUMN_IN,
@@ -73,8 +74,10 @@ __all__ = [
     "ladder",
     "lines",
     "loss_curves",
+    "memory_bars",
     "mp4",
     "observation",
+    "planned_and_measured",
     "player",
     "rates_by_group",
     "structure_color",
