@@ -73,6 +73,7 @@ class ActionSpec:
         cameras: names in the order in which the model sees them.
         state_names, state_units, state_rotation: the proprioceptive vector.
         robot, dataset: who moves, and where the demonstrations come from.
+        absent: names of arm dimensions that this robot cannot move in; they are always 0, and nothing is learned from them.
         image_rotation_deg: rotation of stored images against what the environment renders (LIBERO's public sets: 180).
     """
 
@@ -93,6 +94,7 @@ class ActionSpec:
     state_rotation: str
     robot: str
     dataset: str
+    absent: tuple[str, ...] = ()
     image_rotation_deg: float = 0.0
 
     def __post_init__(self) -> None:
@@ -119,6 +121,8 @@ class ActionSpec:
                 raise CardError(f"{self.dataset}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.gripper_open == self.gripper_close:
             raise CardError(f"{self.dataset}: gripper_open and gripper_close are both {self.gripper_open}; they must differ")
+        if not set(self.absent) <= set(self.names[:-1]):
+            raise CardError(f"{self.dataset}: absent is {list(self.absent)}; expected some of {', '.join(self.names[:-1])}")
         outside = {self.gripper_open, self.gripper_close} - {self.low[-1], self.high[-1]}
         if outside or self.rate_hz <= 0 or min(self.scale) <= 0:
             raise CardError(
@@ -137,7 +141,7 @@ class ActionSpec:
     def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
         """Inverse of `to_dict`; an unknown or missing field is an error."""
         known = {f.name for f in fields(cls)}
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"image_rotation_deg"})
+        unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"image_rotation_deg", "absent"})
         if unknown or missing:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
@@ -162,6 +166,11 @@ class ActionSpec:
     def arm_slice(self) -> slice:
         """The arm's dimensions on the last axis."""
         return slice(0, self.n_dims - 1)
+
+    @property
+    def present(self) -> np.ndarray:
+        """(a,) bool: the dimensions that this robot has."""
+        return np.array([name not in self.absent for name in self.names])
 
     def is_open(self, actions: Any) -> Any:
         """Raw actions ``(..., a)`` -> bool ``(...)``: nearer to the open than to the closed value."""
@@ -190,8 +199,9 @@ class ActionSpec:
         return stats.normalize(actions) * (1 - is_gripper) + self.is_open(actions)[..., None] * is_gripper
 
     def unnormalize(self, normalized: Any, stats: NormStats) -> Any:
-        """Training units ``(..., a)`` -> raw: the arm by ``stats``, the gripper open where it is above 0.5."""
-        return self.set_gripper(stats.unnormalize(normalized), normalized[..., self.gripper_index] > 0.5)
+        """Training units ``(..., a)`` -> raw: the arm by ``stats``, 0 in absent dimensions, the gripper open where above 0.5."""
+        raw = stats.unnormalize(normalized) * _like(self.present, normalized)
+        return self.set_gripper(raw, normalized[..., self.gripper_index] > 0.5)
 
     def check(self, actions: np.ndarray) -> None:
         """Raise `SpecMismatch` unless raw actions ``(..., a)`` have the right width, are finite and within range."""

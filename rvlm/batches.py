@@ -12,44 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import freeze_vision, load_backbone, vision_features
-from rvlm.files import artifacts_dir, digest
+from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter, pad
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-
-
-class Budget(Dataset):
-    """Exactly `n_samples` samples in a fixed order: epoch after epoch of shuffled data, each with a seed of its own.
-
-    What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
-
-    Args:
-        n_items: Items of the data.
-        n_samples: Budget.
-        seed: Of the order and of every sample.
-        make: (index of an item, generator) -> sample.
-    """
-
-    def __init__(self, n_items: int, n_samples: int, seed: int, make: Any) -> None:
-        self.n_items, self.n_samples, self.seed, self.make = n_items, n_samples, seed, make
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return self.n_samples
-
-    def item(self, i: int) -> int:
-        """Which item of the data stands at place `i`."""
-        epoch, place = divmod(i, self.n_items)
-        if epoch not in self._epochs:
-            self._epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n_items)}
-        return int(self._epochs[epoch][place])
-
-    def __getitem__(self, i: int) -> Any:
-        return self.make(self.item(i), np.random.default_rng((self.seed, 1, i)))
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndarray:
@@ -88,7 +58,7 @@ def cached_features(
         Name -> (n, ..., tokens, d) float16.
     """
     drawn = "" if stage.is_pretrained else f"-random-{stage.seed}"
-    folder = artifacts_dir() / "features" / f"{digest(Path(stage.init) / 'model.safetensors')}{drawn}"
+    folder = artifacts_dir() / "features" / f"{weights_of(stage.init) or key_of({'name': stage.init})}{drawn}"
     prompter, names = Prompter(processor, 1), sorted(images)
     folder.mkdir(parents=True, exist_ok=True)
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
@@ -199,14 +169,44 @@ class RobotCollator:
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
+    from rvlm.episodes import EpisodeDataset, split
+
+    sets = [EpisodeDataset(root) for root in stage.data]
+    train = [_few(stage, data, split(data)[0]) for data in sets]
+    robots = [Robot(data.require_spec(), data.stats(episodes=rows)) for data, rows in zip(sets, train, strict=True)]
+    model, processor = _policy(stage, robots)
+    frames = _frozen_frames(stage, model, processor, sets) if stage.freeze_vision else [None] * len(sets)
+    parts = [
+        _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
+    ]
+    budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
+    collate: Any = RobotCollator(model.prompter(processor))
+    if stage.scenes:
+        budget, collate = _with_dialogue(stage, processor, budget, collate)
+    return model, processor, budget, collate
+
+
+def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
+    """The training episodes, or as many of each task family as `shots` says, drawn by the seed."""
+    if not stage.shots:
+        return train
+    families = data.episodes["family"].to_numpy()[train]
+    order = np.random.default_rng((stage.seed, 3)).permutation(len(train))
+    drawn = [order[families[order] == family][: stage.shots] for family in sorted(set(families))]
+    short = [family for family, rows in zip(sorted(set(families)), drawn, strict=True) if len(rows) < stage.shots]
+    if short:
+        raise ValueError(
+            f"stage {stage.name!r}: expected {stage.shots} training episodes of each family in {data.root}, got fewer of "
+            f"{', '.join(short)}; record more, or ask for fewer shots"
+        )
+    return np.sort(train[np.concatenate(drawn)])
+
+
+def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
+    """The stage's policy, which knows the robots of the data; the first of them is the one that it is for."""
     from rvlm.checkpoints import make_vla, remake_vla
-    from rvlm.episodes import EpisodeDataset, Windows, split
     from rvlm.structures import VLAConfig
 
-    (root,) = stage.data
-    data = EpisodeDataset(root)
-    train, _ = split(data)
-    stats = data.stats(episodes=train)
     how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank}
     path = Path(stage.init) / "config.json"
     if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
@@ -216,24 +216,59 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
                 "leave it out, or start from a vision-language model"
             )
         model, processor = remake_vla(stage.init, **how, **stage.policy)
-        model.spec.require_same(data.require_spec(), "policy vs demonstrations")
+        if len(robots) == 1 and not stage.is_new_robot:
+            model.spec.require_same(robots[0].spec, "policy vs demonstrations")
     else:
         how["is_pretrained"] = stage.is_pretrained
-        model, processor = make_vla(stage.init, data.require_spec(), stats, **how, **stage.policy)
-    config = model.config
-    frames = None
-    if stage.freeze_vision:
-        freeze_vision(model.backbone)
-        images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(config.cameras).items()}
-        frames = list(cached_features(stage, model.backbone, processor, images).values())
-    windows = Windows(data, config.n_obs_steps, config.chunk_size, train, model.stats, config.cameras, frames=frames)
+        model, processor = make_vla(stage.init, robots[0].spec, robots[0].stats, **how, **stage.policy)
+    model.meet(robots)
+    return model, processor
+
+
+def _frozen_frames(stage: Stage, model: Any, processor: ProcessorMixin, sets: Sequence[Any]) -> list[list[np.ndarray]]:
+    """Features of all frames of each dataset, by camera."""
+    freeze_vision(model.backbone)
+    out = []
+    for data in sets:
+        images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(model.config.cameras).items()}
+        out.append(list(cached_features(stage, model.backbone, processor, images).values()))
+    return out
+
+
+def _part(stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[np.ndarray] | None, index: int) -> Budget:
+    """One dataset's samples, by its own robot's statistics."""
+    from rvlm.envs.tabletop.tasks import rewordings
+    from rvlm.episodes import Windows
+
+    config, robot = model.config, model.robot(data.require_spec())
+    cut = (config.n_obs_steps, config.chunk_size, train, robot.stats, config.cameras)
+    windows = Windows(data, *cut, dataset_index=index, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
+        sample["state"] = arranged(sample["state"], robot.spec.state_names, model.spec.state_names)
+        if stage.wordings != "recorded":
+            words = rewordings(sample["instruction"])
+            sample["instruction"] = words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
+        if config.names_robot:
+            sample["instruction"] = named(robot.spec, sample["instruction"])
         return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
 
-    budget = Budget(len(windows), stage.n_samples, stage.seed, make)
-    return model, processor, budget, RobotCollator(model.prompter(processor))
+    return Budget(len(windows), stage.n_samples, stage.seed + index, make)
+
+
+def _with_dialogue(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
+    """Some batches of questions about scenes among those of actions: co-training."""
+    from rvlm.envs.tabletop.questions import Scenes, draw
+
+    scenes = Scenes(stage.scenes)
+    talk = Budget(
+        len(scenes), stage.n_samples, stage.seed, lambda i, rng: (scenes[i][0], draw(scenes[i][1], rng, **stage.dialogue))
+    )
+    weights = (1 - stage.dialogue_share, stage.dialogue_share)
+    mixed = Mixture([robot, talk], weights, stage.n_samples, stage.seed, block=stage.batch_size)
+    both = DialogueCollator(processor)
+    return mixed, lambda samples: both(samples) if isinstance(samples[0], tuple) else collate(samples)
 
 
 BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}

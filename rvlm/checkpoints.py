@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import load_backbone, refuse_unfit, refuse_wrong_weights
-from rvlm.files import digest, key_of
+from rvlm.files import weights_of
 from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
 from rvlm.vla import VLA, own_weights
@@ -104,10 +104,7 @@ def tune(model: VLA, tuning: str, rank: int, base: str | Path | None) -> VLA:
 
 def weights_key(base: str | Path) -> str | None:
     """What stands for the weights of a model: their hash in a folder, the commit on the Hub."""
-    files = sorted(Path(base).rglob("*.safetensors")) if Path(base).is_dir() else []
-    if files:
-        return key_of({str(path.relative_to(base)): digest(path) for path in files})
-    return getattr(AutoConfig.from_pretrained(base), "_commit_hash", None)
+    return weights_of(base) or getattr(AutoConfig.from_pretrained(base), "_commit_hash", None)
 
 
 def remake_vla(folder: str | Path, *, tuning: str = "full", rank: int = 16, **settings: Any) -> tuple[VLA, ProcessorMixin]:

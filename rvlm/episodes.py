@@ -37,9 +37,10 @@ class Windows:
     """A map-style dataset (as torch's) with one sample per frame: t observations up to it, k actions from each of them.
 
     A sample is a dict: "images" ``(t, cameras, h, w, 3)`` uint8, "state" ``(t, s)`` and "action" ``(t, k, a)`` float32
-    normalised, the gripper being 1 (open) or 0; "action_mask" ``(t, k, a)`` bool, false past the episode's end and for
-    observations that don't exist; "obs_mask" ``(t,)`` bool, false before its start; "instruction"; "dataset_index",
-    "episode_index", "frame_index" int64. Beyond the edges values repeat the nearest frame, as LeRobot's do.
+    normalised, the gripper being 1 (open) or 0; "action_mask" ``(t, k, a)`` bool, false past the episode's end, for
+    observations that don't exist, and in dimensions that the robot does not have; "obs_mask" ``(t,)`` bool, false before the
+    episode's start; "instruction"; "dataset_index", "episode_index", "frame_index" int64. Beyond the edges values repeat the
+    nearest frame, as LeRobot's do.
 
     Args:
         dataset: demonstrations; its spec says what the actions mean.
@@ -130,7 +131,7 @@ class Windows:
             "images": np.stack([frames[obs] for frames in self._frames], axis=2),
             "state": self._state[obs],
             "action": action,
-            "action_mask": np.repeat(is_real[..., None], action.shape[-1], axis=-1),
+            "action_mask": is_real[..., None] & self.spec.present,
             "obs_mask": obs_mask,
             "instruction": [self._instruction(r) for r in row.tolist()],
             "dataset_index": np.full(len(row), self.dataset_index),

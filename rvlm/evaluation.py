@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.files import artifacts_dir, digest, key_of
+from rvlm.files import artifacts_dir, key_of, weights_of
 from rvlm.statistics import wilson
 
 BATCH = 10  # episodes that run side by side
@@ -111,8 +111,7 @@ class Evaluation:
     @property
     def weights(self) -> str | None:
         """Hash of the policy's weights, or None where it has none."""
-        path = Path(self.policy) / "model.safetensors"
-        return digest(path) if path.exists() else None
+        return weights_of(self.policy)
 
     @property
     def folder(self) -> Path:

@@ -36,3 +36,10 @@ def digest(path: Path) -> str:
 def key_of(settings: dict[str, Any]) -> str:
     """Twelve characters that stand for settings, whatever their order; by them a cached result is found again."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_of(model: str | Path) -> str | None:
+    """Twelve characters that stand for all weights in a model's folder; None where there are none, as for a name on the Hub."""
+    files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
+    digests = {str(path.relative_to(model)): digest(path) for path in files}
+    return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else key_of(digests) if digests else None

@@ -14,6 +14,7 @@ import torch
 from rvlm.actions import ActionSpec
 from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
+from rvlm.mixtures import arranged, named
 from rvlm.vla import VLA
 
 Observation = dict[str, Any]
@@ -31,7 +32,8 @@ class Policy:
         ensemble: Execute the mean of what all chunks say that reach a step, weighted by exp(-ensemble * i), i counted from
             the oldest chunk on; None executes the newest chunk alone. Source: temporal ensembling of ACT (Zhao et al. 2023,
             arXiv 2304.13705), section IV-B.
-        spec: The environment's; refused where it disagrees with the one that the policy was trained on.
+        spec: The environment's, by which the robot is chosen of those that the policy knows; refused where it disagrees. The
+            robot that the policy is for, if left out.
 
     Raises:
         ValueError: More actions than are predicted, an ensemble of chunks that do not overlap, an unknown camera.
@@ -45,8 +47,7 @@ class Policy:
         ensemble: float | None = None,
         spec: ActionSpec | None = None,
     ) -> None:
-        if spec is not None:
-            model.spec.require_same(spec)
+        self.robot = model.robot(model.spec if spec is None else spec)
         n_action_steps = int(model.config.n_action_steps if n_action_steps is None else n_action_steps)
         if not 1 <= n_action_steps <= model.config.chunk_size:
             raise ValueError(
@@ -124,9 +125,13 @@ class Policy:
     def _see(self, observations: Sequence[Observation]) -> None:
         """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
-        state = self.model.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
+        state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
+        state = arranged(state, self.robot.spec.state_names, self.model.spec.state_names)
         felt = torch.as_tensor(state, dtype=torch.float32, device=self.model.device)
-        self.memory.add(images, felt, [o["instruction"] for o in observations])
+        told = [o["instruction"] for o in observations]
+        if self.model.config.names_robot:
+            told = [named(self.robot.spec, instruction) for instruction in told]
+        self.memory.add(images, felt, told)
 
     @torch.inference_mode()
     def _predict(self) -> torch.Tensor:
@@ -145,7 +150,7 @@ class Policy:
         return ((weights * said).sum(0) / weights.sum())[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
-        return self.model.spec.unnormalize(chunk.float().cpu().numpy(), self.model.stats["action"])
+        return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
 
 
 def watch(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:

@@ -6,10 +6,15 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
-from rvlm.files import artifacts_dir, digest, key_of
+from rvlm.files import artifacts_dir, key_of, weights_of
 from rvlm.structures import TUNINGS
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_CHOICES = {
+    "tuning": TUNINGS,
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "optimizer": tuple(o.value for o in OptimizerNames),
+    "wordings": ("recorded", "varied", "one"),
+}
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
 
@@ -20,9 +25,14 @@ class Stage:
     Attributes:
         name: What it is called in figures and folders.
         kind: "detection" (the vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
-        data: Folders of scenes, or of demonstrations.
+        data: Folders of scenes, or of demonstrations; of several robots the first is the one that the policy is for.
+        weights: Share of each folder of demonstrations among the samples; equal if left out.
+        shots: Training episodes of each task family that are used; 0 for all.
+        wordings: Of instructions: as "recorded", "varied" (any training wording, drawn for each sample), or "one" for each task.
+        is_new_robot: Whether a policy is meant to move to a robot that it was not for.
+        scenes, dialogue_share: Folders of scenes, and the share of a robot stage's batches that ask about them: co-training.
         init: Folder or Hub name that the weights come from.
-        dialogue: Arguments of `questions.draw`, for vision-language stages.
+        dialogue: Arguments of `questions.draw`, for vision-language stages and co-training.
         is_pretrained: False draws random weights instead (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
@@ -51,6 +61,12 @@ class Stage:
     dialogue: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    shots: int = 0
+    wordings: str = "recorded"
+    is_new_robot: bool = False
+    scenes: tuple[str, ...] = ()
+    dialogue_share: float = 0.25
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -69,6 +85,8 @@ class Stage:
     n_processes: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("data", "weights", "scenes"):  # lists, where it was read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KINDS:
             raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(KINDS)}")
         if self.n_samples < self.batch_size:
@@ -80,11 +98,12 @@ class Stage:
                 f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly, "
                 f"each in {self.n_accumulated} part(s); got {self.batch_size}"
             )
-        for name, possible in (("tuning", TUNINGS), ("precision", PRECISIONS), ("optimizer", [o.value for o in OptimizerNames])):
+        for name, possible in _CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
-        for name, default in (("policy", {}), ("tuning", "full")):
-            if getattr(self, name) != default and self.kind != ROBOT:
+        usual = {"policy": {}, "tuning": "full", "weights": (), "shots": 0, "wordings": "recorded", "scenes": ()}
+        for name, value in {**usual, "is_new_robot": False}.items():
+            if getattr(self, name) != value and self.kind != ROBOT:
                 raise ValueError(
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
@@ -100,7 +119,5 @@ class Stage:
         shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
         usual = {f.name: f.default for f in dataclasses.fields(self)}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
-        weights = Path(self.init) / "model.safetensors"
-        if weights.exists():  # a model that was made anew in the same place is another start
-            content["init"] = digest(weights)
+        content["init"] = weights_of(self.init) or self.init  # a model that was made anew in the same place is another start
         return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"

@@ -34,6 +34,8 @@ class VLAConfig(PreTrainedConfig):
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
+        robots: Other robots that it was trained on: dataset -> `Robot.to_dict` (`rvlm.mixtures`).
+        names_robot: Whether instructions begin with the robot's name.
         base: Of a policy that is saved without its backbone: the backbone's `name`, its `weights` (a hash), and the `tuning`.
     """
 
@@ -53,6 +55,8 @@ class VLAConfig(PreTrainedConfig):
     act_id: int = 0
     spec: dict | None = None
     stats: dict | None = None
+    robots: dict | None = None
+    names_robot: bool = False
     base: dict | None = None
 
 

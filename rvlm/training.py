@@ -116,7 +116,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=bool(stage.scenes),  # questions pass by the head
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=["tensorboard"],

@@ -5,6 +5,7 @@ state where it stands (the language-model head is not computed). Proprioception,
 enter as learned offsets of that token's input embedding.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import read_act, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
+from rvlm.mixtures import Robot
 from rvlm.probe import keep_order
 from rvlm.prompts import Prompter
 from rvlm.structures import VLAConfig, check_structure
@@ -50,6 +52,7 @@ class VLA(PreTrainedModel):
         width = self.backbone.config.get_text_config().hidden_size
         self.spec = ActionSpec.from_dict(config.spec)
         self.stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
+        self.robots = {name: Robot.from_dict(values, name) for name, values in (config.robots or {}).items()}
         self._check_cameras()
         self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
@@ -60,6 +63,28 @@ class VLA(PreTrainedModel):
     def put_adapters(self, adapters: PeftModel | None) -> None:
         """Remember the adapters that are in the backbone, to save and merge them."""
         object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
+
+    def meet(self, robots: Sequence[Robot]) -> None:
+        """Know these robots from now on; the first is the one that the policy is for.
+
+        Statistics that it knows already stay as they are: what was learned was learned in them.
+        """
+        known = {self.spec.dataset: Robot(self.spec, self.stats), **self.robots}
+        known = {**{robot.spec.dataset: robot for robot in robots}, **known}
+        first = known.pop(robots[0].spec.dataset)
+        self.spec, self.stats, self.robots = first.spec, first.stats, known
+        self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
+        self.config.robots = {name: robot.to_dict() for name, robot in known.items()} or None
+
+    def robot(self, spec: ActionSpec) -> Robot:
+        """The robot of this spec, as it was when the policy was trained.
+
+        Raises:
+            SpecMismatch: The policy knows no such robot, or knows it by other conventions.
+        """
+        known = self.robots.get(spec.dataset, Robot(self.spec, self.stats))
+        known.spec.require_same(spec)
+        return known
 
     def _check_cameras(self) -> None:
         unknown = [c for c in self.config.cameras if c not in self.spec.cameras]
@@ -159,26 +184,33 @@ class VLA(PreTrainedModel):
 
     def forward(
         self,
-        state: torch.Tensor,
-        action: torch.Tensor,
-        action_mask: torch.Tensor,
+        state: torch.Tensor | None = None,
+        action: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
         obs_mask: torch.Tensor | None = None,
         dataset_index: torch.Tensor | None = None,
-        **inputs: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **inputs: Any,
     ) -> ModelOutput:
-        """Loss on a batch.
+        """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
 
         Args:
             state: (b, t, s), normalised.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
-            action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start.
+            action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
+                dimension that the robot does not have.
             obs_mask: (b, t), false before the episode's start.
             dataset_index: (b,), whose card and statistics the actions follow.
+            labels: (b, l), token ids that the vision-language model is to answer; -100 where it is not asked.
             inputs: As `fused` takes them.
 
         Returns:
-            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`).
+            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`) or `answer_loss`.
         """
+        if labels is not None:
+            loss = self.backbone(labels=labels, **inputs).loss
+            return ModelOutput(loss=loss, answer_loss=loss)
+        state, action, action_mask = (cast(torch.Tensor, given) for given in (state, action, action_mask))
         tokens = self.head.encode(action).flatten(0, 1) if self.is_autoregressive else None
         return ModelOutput(**self.head.loss(self.fused(state, obs_mask, tokens, **inputs), action, action_mask))
 

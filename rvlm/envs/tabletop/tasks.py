@@ -4,6 +4,8 @@ Directions are those that the static camera sees: left and right in its image, t
 Source: the families grow from CALVIN's 34 tasks (Mees et al. 2022, "CALVIN", table of tasks).
 """
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -336,3 +338,21 @@ def ask(world: World, family: str, rng: np.random.Generator) -> Task:
     names = {k: " ".join(world.objects[i]) for k, i in (("a", target), ("b", other)) if i is not None}
     start = (*map(float, world.pos_object(target)), world.yaw_object(target)) if target is not None else (0.0,) * 4
     return Task(family, target, other, str(rng.choice(words)).format(**names), start, world.is_light_on)
+
+
+@functools.cache
+def rewordings(instruction: str) -> tuple[str, ...]:
+    """An instruction of the tabletop in every training wording of its family, the family's first wording first.
+
+    Raises:
+        ValueError: No family says it so.
+    """
+    readings = []
+    for family in ALL_FAMILIES.values():
+        for wording in family.templates:
+            pattern = re.escape(wording).replace(r"\{a\}", "(?P<a>.+)").replace(r"\{b\}", "(?P<b>.+)")
+            if found := re.fullmatch(pattern, instruction):
+                readings.append((sum(map(len, found.groups())), [t.format(**found.groupdict()) for t in family.templates]))
+    if not readings:
+        raise ValueError(f"expected an instruction of the tabletop's families, got {instruction!r}; take wordings='recorded'")
+    return tuple(min(readings)[1])  # the shortest names: "the red cube", not "the red cube to the"

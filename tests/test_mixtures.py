@@ -1,0 +1,257 @@
+"""Mixtures: every robot by its own conventions and numbers, in an order that depends on the place alone."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, toy_frames
+from safetensors.torch import load_file
+
+from rvlm.actions import ActionSpec, CardError, SpecMismatch
+from rvlm.batches import BUILDERS
+from rvlm.checkpoints import load_vla
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, rewordings
+from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows, split
+from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
+from rvlm.policy import Policy
+from rvlm.stages import ROBOT, Stage
+from rvlm.training import log_history, work
+
+ROBOTS = ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")
+ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """Twelve made-up demonstrations of each robot, of three task families."""
+    folders = {}
+    for number, name in enumerate(ROBOTS):
+        spec = ActionSpec.from_card(name)
+        writer = EpisodeWriter(tmp_path_factory.mktemp("demos") / name, spec)
+        for seed in range(12):
+            frames = toy_frames(spec, 5 + seed % 3, 100 * number + seed)
+            frames["action"][:, :6] *= 0.2 * (number + 1)  # each robot moves in its own range
+            writer.add_episode(frames, TEXTS[seed % 3], {"family": f"family {seed % 3}"})
+        folders[name] = str(writer.finalize())
+    return folders
+
+
+@pytest.fixture
+def stage(demos, toy_vlm, tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    return Stage("mixed", ROBOT, tuple(demos.values()), str(toy_vlm), 48, policy=ONE_STEP, batch_size=8, augment=0, n_processes=1)
+
+
+def drawn(stage):
+    _, _, data, _ = BUILDERS[ROBOT](stage)
+    return data
+
+
+# -- the order ---------------------------------------------------------------------------------------------------------
+def parts(sizes, n):
+    return [Budget(size, n, seed, lambda i, rng, seed=seed: (seed, i)) for seed, size in enumerate(sizes)]
+
+
+def test_parts_come_by_weight_each_in_epochs_of_its_own():
+    mixed = Mixture(parts((5, 50), 2000), (1, 3), 2000, seed=0)
+    got = [mixed[i] for i in range(2000)]
+    assert np.mean([part == 1 for part, _ in got]) == pytest.approx(0.75, abs=0.03)
+    for part, size in ((0, 5), (1, 50)):
+        own = [item for at, item in got if at == part]
+        assert sorted(own[:size]) == list(range(size)) == sorted(own[size : 2 * size])
+
+
+def test_a_mixed_sample_depends_on_its_place_alone():
+    forwards, backwards = (Mixture(parts((7, 3), 60), (), 60, seed=4) for _ in range(2))
+    assert [forwards[i] for i in range(60)] == [backwards[i] for i in reversed(range(60))][::-1]
+    other = Mixture(parts((7, 3), 60), (), 60, seed=5)
+    assert [forwards[i] for i in range(60)] != [other[i] for i in range(60)]
+
+
+def test_blocks_are_of_one_part():
+    mixed = Mixture(parts((7, 3), 64), (), 64, seed=0, block=8)
+    assert len({tuple(mixed.part[i : i + 8]) for i in range(0, 64, 8)}) == 2
+    assert all(len(set(mixed.part[i : i + 8])) == 1 for i in range(0, 64, 8))
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1), (1, 1, 1)])
+def test_weights_that_mean_nothing_are_refused(weights):
+    with pytest.raises(ValueError, match=r"expected a weight above 0 for each of 2 parts of the data, got"):
+        Mixture(parts((7, 3), 8), weights, 8, seed=0)
+
+
+# -- every robot by its own numbers ------------------------------------------------------------------------------------
+def test_a_sample_in_a_mixture_is_that_of_its_robot_alone(stage, demos):
+    """Statistics of one dataset never touch another's actions; what comes back is what was recorded."""
+    model, _, data, _ = BUILDERS[ROBOT](stage)
+    seen = set()
+    for i in range(len(data)):
+        sample, part = data[i], int(data.part[i])
+        dataset = EpisodeDataset(stage.data[part])
+        robot = model.robot(dataset.require_spec())
+        alone = Windows(dataset, 1, 3, split(dataset)[0])
+        row = int(np.flatnonzero(dataset.episode_of_frame == sample["episode_index"])[0] + sample["frame_index"])
+        raw = robot.spec.unnormalize(sample["action"][0, 0], robot.stats["action"])
+        assert np.allclose(raw, dataset.column("action")[row], atol=1e-5)
+        assert np.allclose(robot.stats["action"].q99, alone.stats["action"].q99)
+        seen.add(part)
+    assert seen == {0, 1, 2}
+    q99 = [model.robot(ActionSpec.from_card(name)).stats["action"].q99[0] for name in ROBOTS]
+    assert q99[0] < q99[1] < q99[2]
+
+
+def test_a_dimension_trains_only_where_it_exists(stage, demos, tmp_path):
+    """Of a robot without a dimension that part of the head learns nothing, from another robot it does."""
+    spec = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="no_roll", absent=("droll", "dyaw"))
+    writer = EpisodeWriter(tmp_path / "no_roll", spec)
+    for seed in range(12):
+        frames = toy_frames(spec, 5, seed)
+        frames["action"][:, [3, 5]] = 0
+        writer.add_episode(frames, TEXTS[seed % 3])
+    folder = str(writer.finalize())
+    for data, has_gradient in (((folder,), False), ((folder, stage.data[0]), True)):
+        model, _, budget, collate = BUILDERS[ROBOT](dataclasses.replace(stage, data=data))
+        batch = collate([budget[i] for i in range(16)])
+        model(**batch).loss.backward()
+        out = [m for m in model.head.modules() if isinstance(m, torch.nn.Linear)][-1].weight.grad
+        rows = out.reshape(3, 7, -1).abs().sum((0, 2))
+        assert (rows[[3, 5]] > 0).all() == has_gradient and (rows[[0, 1, 2, 4, 6]] > 0).all()
+        assert batch["action_mask"][..., 3].any() == has_gradient
+    said = spec.unnormalize(np.full((2, 7), 0.5), Robot(spec, EpisodeDataset(folder).stats()).stats["action"])
+    assert not said[:, [3, 5]].any() and said[:, 0].all()
+
+
+def test_absent_dimensions_are_the_arms():
+    with pytest.raises(CardError, match=r"absent is \['gripper'\]; expected some of dx, dy"):
+        dataclasses.replace(ActionSpec.from_card(ROBOTS[0]), absent=("gripper",))
+
+
+def test_a_state_is_told_by_name():
+    state = np.array([[1.0, 2.0, 3.0]])
+    assert arranged(state, ("x", "y", "z"), ("z", "q", "x")).tolist() == [[3.0, 0.0, 1.0]]
+    assert arranged(state, ("x", "y", "z"), ("x", "y", "z")) is state
+
+
+@pytest.fixture
+def trained(stage, tmp_path):
+    work(stage, tmp_path / "stage")
+    return tmp_path / "stage" / "model"
+
+
+def test_a_policy_speaks_to_each_robot_that_it_was_trained_on(trained):
+    """The same normalised action is another raw one for each; a robot that it has not met is refused."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
+    observation = {"image": image[0], "wrist_image": image[1], "state": rng.normal(size=7), "instruction": TEXTS[0]}
+    for name in ROBOTS:
+        spec = ActionSpec.from_card(name)
+        policy = Policy.load(trained, spec=spec)
+        assert policy.robot.spec == spec
+        chunk = policy.predict_action_chunk([observation])[0]
+        spec.check(np.clip(chunk, spec.low, spec.high))
+        assert set(chunk[:, 6]) <= {spec.gripper_open, spec.gripper_close}
+    stranger = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="stranger")
+    with pytest.raises(SpecMismatch, match="gripper_open"):
+        Policy.load(trained, spec=stranger)
+    other = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), rate_hz=5.0)
+    with pytest.raises(SpecMismatch, match="rate_hz"):
+        Policy.load(trained, spec=other)
+
+
+def test_swapped_statistics_are_refused(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    first, second = config["robots"]
+    for swap in ("stats", "both"):
+        spoiled = json.loads(json.dumps(config))
+        robots = spoiled["robots"]
+        if swap == "both":
+            robots[first], robots[second] = robots[second], robots[first]
+        else:
+            robots[first]["stats"], robots[second]["stats"] = robots[second]["stats"], robots[first]["stats"]
+        folder = tmp_path / swap
+        shutil.copytree(trained, folder)
+        (folder / "config.json").write_text(json.dumps(spoiled))
+        with pytest.raises(ValueError, match="as they were saved together"):
+            load_vla(folder)
+
+
+def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, tmp_path):
+    alone = dataclasses.replace(stage, data=stage.data[1:2], init=str(trained), n_samples=8)
+    with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
+        work(alone, tmp_path / "refused")
+    work(dataclasses.replace(alone, is_new_robot=True), tmp_path / "moved")
+    before, after = load_vla(trained)[0], load_vla(tmp_path / "moved" / "model")[0]
+    assert after.spec.dataset == ROBOTS[1] and set(after.robots) == {ROBOTS[0], ROBOTS[2]}
+    q99 = [m.robot(ActionSpec.from_card(ROBOTS[1])).stats["action"].q99 for m in (before, after)]
+    assert np.array_equal(*q99), "what was learned was learned in these numbers"
+
+
+def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path):
+    """Law 18 for mixtures."""
+    named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "names_robot": True})
+    model, processor, data, _ = BUILDERS[ROBOT](named_stage)
+    for i in range(8):
+        robot = model.robot(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
+        assert data[i]["instruction"].startswith(f"{robot.spec.robot}: ")
+    policy, asked = Policy(model.eval(), processor, spec=ActionSpec.from_card(ROBOTS[2])), []
+    policy.memory.add = lambda images, state, told: asked.extend(told)
+    image = np.zeros((48, 48, 3), np.uint8)
+    policy._see([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
+    assert asked == [named(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
+
+
+# -- shots, wordings, co-training --------------------------------------------------------------------------------------
+def test_shots_are_as_many_of_each_family(stage):
+    one = dataclasses.replace(stage, data=stage.data[:1], shots=2)
+    episodes = {int(s["episode_index"]) for s in (drawn(one)[i] for i in range(48))}
+    families = EpisodeDataset(stage.data[0]).episodes["family"].to_numpy()
+    assert sorted(families[sorted(episodes)]) == ["family 0"] * 2 + ["family 1"] * 2 + ["family 2"] * 2
+    assert {int(s["episode_index"]) for s in (drawn(dataclasses.replace(one, seed=1))[i] for i in range(48))} != episodes
+    with pytest.raises(ValueError, match=r"expected 9 training episodes of each family in .*, got fewer of family 0"):
+        drawn(dataclasses.replace(one, shots=9))
+
+
+def test_every_wording_of_a_family_means_the_same():
+    for family in ALL_FAMILIES.values():
+        all_of_them = tuple(t.format(a="red cube", b="blue ball") for t in family.templates)
+        assert {rewordings(wording) for wording in all_of_them} == {all_of_them}
+    with pytest.raises(ValueError, match="expected an instruction of the tabletop's families, got 'dance'"):
+        rewordings("dance")
+
+
+def test_wordings_are_varied_or_made_one(stage):
+    said = {
+        how: {data[i]["instruction"] for i in range(48)}
+        for how in ("recorded", "varied", "one")
+        for data in [drawn(dataclasses.replace(stage, data=stage.data[:1], wordings=how))]
+    }
+    assert said["recorded"] == set(TEXTS[:3]) and len(said["one"]) == 3 < len(said["varied"])
+    assert said["varied"] == {wording for text in TEXTS[:3] for wording in rewordings(text)}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    from rvlm.envs.tabletop.questions import collect_scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("scenes")))
+        return tuple(map(str, collect_scenes(12, 1000, n_workers=1, per_part=12)))
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_co_training_asks_and_acts(stage, scenes, tmp_path, n_processes):
+    """Law 22: a batch of questions reaches the backbone, and the head learns from the others."""
+    from rvlm.training import run
+
+    both = dataclasses.replace(stage, scenes=scenes, dialogue_share=0.5, n_samples=96, n_processes=n_processes)
+    model = run(both, show_progress=False, n_threads=1)
+    logged = log_history(model.parent)
+    asked, acted = (sum(name in entry for entry in logged) for name in ("answer_loss", "arm_loss"))
+    assert asked >= 2 and acted >= 2 and asked + acted >= 12
+    alone = dataclasses.replace(stage, n_samples=96)
+    work(alone, tmp_path / "alone")
+    mixed, plain = load_file(model / "model.safetensors"), load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    assert not torch.equal(mixed["backbone.model.text_model.norm.weight"], plain["backbone.model.text_model.norm.weight"])
