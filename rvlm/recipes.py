@@ -1,11 +1,15 @@
-"""Recipes: which stages make the shipped models, and the same stages at the size of a notebook.
+"""Recipes: which stages make the shipped models, the same stages at the size of a notebook, and the orders that are compared.
 
 `rvlm vlm` and `rvlm policy` run them at full size and put the result, with a card that says how it was made, where the
 package ships it. Stages and demonstrations are kept in the artifacts folder, so every recipe resumes.
 """
 
+import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,97 @@ def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> St
 def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
     """Demonstrations that no policy is ever trained on, to measure open-loop error of policies with different training data."""
     return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes, first_seed=UNSEEN_SEED)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage of a recipe.
+
+    Attributes:
+        name: What it is called.
+        robots: Whose demonstrations: "target" alone, or "all" in equal shares.
+        share: Of the recipe's budget of samples.
+        asks: Whether questions about scenes are mixed in (co-training).
+    """
+
+    name: str
+    robots: str
+    share: float
+    asks: bool = False
+
+
+_CROSS, _OWN = Step("cross_embodiment", "all", 0.5), Step("in_domain", "target", 0.5)
+# Orders of stages after vision-language pre-training ("vl"), all at one budget. Source: RoboVLMs (arXiv 2412.14058), section on
+# cross-embodiment data: in-domain alone, cross-embodiment, and both ("post-train").
+RECIPES: dict[str, tuple[Step, ...]] = {
+    "scratch": (Step("in_domain", "target", 1.0),),
+    "vl -> in_domain": (Step("in_domain", "target", 1.0),),
+    "vl -> cross_embodiment": (Step("cross_embodiment", "all", 1.0),),
+    "vl -> cross_embodiment -> in_domain": (_CROSS, _OWN),
+    "vl -> in_domain -> cross_embodiment": (_OWN, _CROSS),
+    "vl -> co_train": (Step("co_train", "all", 1.0, asks=True),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What a recipe is followed with; the same for all that are compared.
+
+    Attributes:
+        target: Demonstrations of the robot that the policy is for.
+        others: Demonstrations of other robots.
+        n_samples: Budget of all stages together.
+        n_scenes: Scenes of which co-training asks.
+        changes: Fields of `Stage` that differ from its own.
+    """
+
+    target: Collection
+    others: tuple[Collection, ...]
+    n_samples: int
+    n_scenes: int = 400
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = None) -> list[Path]:
+    """Train a recipe's stages one after another; what another recipe has begun alike is not trained again.
+
+    Args:
+        recipe: Name in `RECIPES`.
+        course: Data and budget.
+        seed: Of every stage.
+        n_threads: Of each process that trains.
+
+    Returns:
+        The model's folder after each stage.
+
+    Raises:
+        ValueError: An unknown recipe, or one that needs other robots where there are none.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    if not course.others and any(step.robots == "all" for step in RECIPES[recipe]):
+        raise ValueError(f"recipe {recipe!r} learns from other robots too; expected others with demonstrations, got none")
+    target = str(collect_demonstrations(course.target))
+    everyone = (target, *(str(collect_demonstrations(other)) for other in course.others))
+    model, models = SMALL_VLM, []
+    for step in RECIPES[recipe]:
+        asked = {"scenes": tuple(map(str, collect_scenes(course.n_scenes, SCENE_SEED)))} if step.asks else {}
+        fixed = {"policy": ONE_STEP, "seed": seed, "is_pretrained": recipe != "scratch", **asked, **course.changes}
+        data = everyone if step.robots == "all" else (target,)
+        model = run(Stage(step.name, ROBOT, data, str(model), round(step.share * course.n_samples), **fixed), n_threads=n_threads)
+        models.append(model)
+    return models
+
+
+def follow_side_by_side(recipes: Sequence[str], course: Course, seeds: Sequence[int]) -> dict[tuple[str, int], list[Path]]:
+    """Follow recipes with several seeds at the same time, one process each on the cores that there are."""
+    collect_demonstrations(course.target)
+    for other in course.others:
+        collect_demonstrations(other)
+    alone = dataclasses.replace(course, changes={"n_processes": 1, **course.changes})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = {(recipe, seed): pool.submit(follow, recipe, alone, seed, 1) for seed in seeds for recipe in recipes}
+        return {key: models.result() for key, models in made.items()}
 
 
 def ship(stage: Stage, target: Path, command: str) -> Path:

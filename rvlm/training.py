@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -181,13 +181,19 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) -> Path:
+def run(
+    stage: Stage,
+    show_progress: bool = True,
+    n_threads: int | None = None,
+    watch: Callable[[dict[str, float]], None] | None = None,
+) -> Path:
     """Train a stage unless its result is there, in `n_processes` processes; resumes what was killed.
 
     Args:
         stage: What to train.
         show_progress: Whether to draw a progress bar.
         n_threads: Of each process; all cores shared between the processes if left out.
+        watch: Is shown each log entry; what it raises stops the training, which goes on from there when it is run again.
 
     Returns:
         The folder of the trained model.
@@ -199,7 +205,7 @@ def run(stage: Stage, show_progress: bool = True, n_threads: int | None = None) 
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.with_name(final.name + ".lock")):  # who asks for the same stage meanwhile waits for it
         if not final.exists():
-            _train(stage, final, show_progress, n_threads)
+            _train(stage, final, show_progress, n_threads, watch)
     return final / "model"
 
 
@@ -229,7 +235,7 @@ def by_hand(folder: Path) -> None:
         folder.replace(stage.folder)
 
 
-def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None) -> None:
+def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None, watch: Any) -> None:
     partial = prepare(stage)
     with (partial / "output.txt").open("ab") as output:
         environment = _environment(stage, n_threads)
@@ -237,7 +243,7 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
             _command(stage, partial), env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            _follow(process, partial, stage, show_progress)
+            _follow(process, partial, stage, show_progress, watch)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -276,12 +282,16 @@ def _environment(stage: Stage, n_threads: int | None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
-def _follow(process: subprocess.Popen, partial: Path, stage: Stage, show_progress: bool) -> None:
-    """Draw a progress bar from the log file until the process ends."""
+def _follow(process: subprocess.Popen, partial: Path, stage: Stage, show_progress: bool, watch: Any) -> None:
+    """Draw a progress bar from the log file until the process ends, and show its entries to whom it may concern."""
+    n_shown = 0
     with tqdm(total=stage.n_samples, desc=f"train {stage.name}", unit="sample", disable=not show_progress) as bar:
         while process.poll() is None:
             time.sleep(0.5)
             entries = log_history(partial)
+            for entry in entries[n_shown:] if watch else ():
+                watch(entry)
+            n_shown = len(entries)
             if entries:
                 bar.n = entries[-1]["step"] * stage.batch_size
                 bar.set_postfix({k: f"{v:.3f}" for k, v in entries[-1].items() if k.endswith("loss")})

@@ -1,0 +1,87 @@
+"""A policy's own mistakes, corrected: it acts, the scripted expert says what it would have done there (DAgger).
+
+Source: Ross, Gordon and Bagnell 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning"
+(arXiv 1011.0686), algorithm 3.1 with the policy alone acting.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvlm.actions import ActionSpec
+from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm.policy import Policy
+from rvlm.recording import collect
+
+FIRST_SEED = 700_000  # of scenes that no demonstration has shown, below those that are held out
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Episodes that a policy acts in and the expert corrects.
+
+    Attributes:
+        policy: Folder of a trained model.
+        like: Robot, families, image size and time limit, as of demonstrations; `n_episodes` of them, whether solved or not.
+    """
+
+    policy: str
+    like: Collection
+
+    @property
+    def folder(self) -> Path:
+        """Where the dataset is: the robot and the hash of everything that makes it."""
+        key = key_of({**asdict(self.like), "policy": weights_of(self.policy)})
+        return artifacts_dir() / "datasets" / f"dagger_{self.like.robot}-{key}"
+
+
+def correct(policy: Policy, env: Tabletop, seed: int, family: str) -> dict[str, np.ndarray]:
+    """One episode in which the policy acts; `action` is the expert's, at what the policy has come to.
+
+    Returns:
+        Columns in LeRobot's keys over the n steps, as demonstrations have them.
+    """
+    observation, _ = env.reset(seed=seed, options={"family": family})
+    policy.reset()
+    columns: dict[str, list[Any]] = {k: [] for k in ("image", "wrist_image", "state", "action", "executed")}
+    for _ in range(env.max_steps):
+        done = {"action": env.expert_action(), "executed": policy.select_action([observation])[0]}
+        for key, values in columns.items():
+            values.append(done[key] if key in done else observation[key])
+        observation, _, is_success, _, _ = env.step(done["executed"])
+        if is_success:
+            break
+    keys = ("observation.images.static", "observation.images.wrist", "observation.state", "action", "action_executed")
+    return {key: np.stack(values) for key, values in zip(keys, columns.values(), strict=True)}
+
+
+def make_shard(index: int, corrections: Corrections) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
+    """The episodes of one shard."""
+    like = corrections.like
+    env = Tabletop(like.robot, like.image_size, like.families, max_steps=like.max_steps)
+    policy = Policy.load(corrections.policy, spec=env.action_spec)
+    for i in range(index * PER_SHARD, min((index + 1) * PER_SHARD, like.n_episodes)):
+        family, seed = like.families[i % len(like.families)], FIRST_SEED + like.first_seed + i
+        frames = correct(policy, env, seed, family)
+        yield frames, env.task.instruction, {"family": family, "seed": seed}
+    env.close()
+
+
+def collect_corrections(corrections: Corrections, n_workers: int = 2, progress: bool = True) -> Path:
+    """Record the episodes unless they are there; killed, it goes on where it was.
+
+    Returns:
+        Folder of a LeRobotDataset v3.0.
+    """
+    spec, make = (
+        ActionSpec.from_card(f"tabletop_{corrections.like.robot}"),
+        functools.partial(make_shard, corrections=corrections),
+    )
+    n_shards = -(-corrections.like.n_episodes // PER_SHARD)
+    return collect(corrections.folder, spec, make, n_shards, n_workers, progress, HELD_OUT)

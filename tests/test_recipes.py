@@ -1,0 +1,104 @@
+"""Recipes, few shots, continual learning and corrections, each at the size of a handful of episodes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from rvlm.adaptation import FewShot, adapt, one_after_another
+from rvlm.backbones import SMALL_VLM
+from rvlm.dagger import FIRST_SEED, Corrections, collect_corrections
+from rvlm.envs import FIRST_HELD_OUT_SEED
+from rvlm.envs.tabletop.demonstrations import Collection
+from rvlm.episodes import EpisodeDataset
+from rvlm.recipes import POLICY, RECIPES, Course, follow, follow_side_by_side
+from rvlm.vla import VLAConfig
+
+TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
+SHORT = {"batch_size": 8, "n_processes": 1, "augment": 0}
+
+
+@pytest.fixture(scope="module")
+def course(home):
+    """Ten demonstrations each of two robots."""
+    return Course(Collection(**TINY), (Collection("ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
+
+
+def stage_of(model):
+    return json.loads((model.parent / "stage.json").read_text())
+
+
+def test_a_recipe_is_its_stages_in_order_at_one_budget():
+    assert set(RECIPES) >= {"scratch", "vl -> in_domain", "vl -> co_train", "vl -> cross_embodiment -> in_domain"}
+    for name, steps in RECIPES.items():
+        assert [step.name for step in steps] == name.removeprefix("vl -> ").replace("scratch", "in_domain").split(" -> ")
+        assert sum(step.share for step in steps) == 1.0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_followed(course, recipe):
+    models = follow(recipe, course, n_threads=1)
+    assert len(models) == len(RECIPES[recipe])
+    for step, model in zip(RECIPES[recipe], models, strict=True):
+        stage = stage_of(model)
+        assert (stage["name"], len(stage["data"])) == (step.name, 2 if step.robots == "all" else 1)
+        assert stage["n_samples"] == 16 * step.share and bool(stage["scenes"]) == step.asks
+        assert stage["is_pretrained"] == (recipe != "scratch")
+    starts = [str(SMALL_VLM), *map(str, models)]
+    assert [stage_of(model)["init"] for model in models] == starts[: len(models)]
+    config = VLAConfig.from_pretrained(models[-1])
+    assert config.spec["robot"] == "franka7" and (config.robots is None) == all(s.robots == "target" for s in RECIPES[recipe])
+
+
+def test_what_recipes_share_is_trained_once(course):
+    """Two halves that begin alike are one stage; followed again, nothing is trained."""
+    made = follow_side_by_side(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    stamp = {path: path.stat().st_mtime_ns for models in made.values() for path in models}
+    again = follow_side_by_side(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    assert again == made and {path: path.stat().st_mtime_ns for path in stamp} == stamp
+    half = dataclasses.replace(course, n_samples=32)
+    assert follow("vl -> in_domain -> cross_embodiment", half, n_threads=1)[0] == made["vl -> in_domain", 0][0]
+
+
+def test_recipes_that_mean_nothing_are_refused(course):
+    with pytest.raises(ValueError, match="no recipe 'vl'; there are scratch, vl -> in_domain"):
+        follow("vl", course)
+    with pytest.raises(ValueError, match="learns from other robots too; expected others with demonstrations, got none"):
+        follow("vl -> co_train", dataclasses.replace(course, others=()))
+
+
+def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
+    few = FewShot(
+        ("move_slider_left",), shots=(1, 2), n_query=2, n_samples=16, seeds=(0,), changes={**SHORT, "freeze_vision": True}
+    )
+    starts = {"policy": {"init": POLICY}, "policy, head": {"init": POLICY, "tuning": "head"}, "VL": {"init": SMALL_VLM}}
+    episodes = adapt(starts, few, n_workers=1)
+    assert len(episodes) == 3 * 2 * 2 and set(episodes["start"]) == set(starts) and set(episodes["shots"]) == {1, 2}
+    assert episodes["seed"].min() >= FIRST_HELD_OUT_SEED, "the query set is of scenes that no support shows"
+    held = EpisodeDataset(few.stage(POLICY, 1, 0).data[0])
+    assert held.episodes["seed"].max() < FIRST_HELD_OUT_SEED
+    assert few.stage(POLICY, 1, 0).folder != few.stage(POLICY, 1, 1).folder != few.stage(POLICY, 2, 0).folder
+
+
+def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
+    tasks = {name: Collection(n_episodes=10, families=(name,)) for name in ("open_drawer", "close_drawer")}
+    for replay, seen in ((0.0, 1), (0.5, 2)):
+        models = one_after_another(POLICY, tasks, 16, replay, **SHORT)
+        assert list(models) == list(tasks)
+        first, second = (stage_of(model) for model in models.values())
+        assert first["init"] == str(POLICY) and second["init"] == str(models["open_drawer"])
+        assert len(first["data"]) == 1 and len(second["data"]) == seen
+        assert second["weights"] == ([0.5, 0.5] if replay else [])
+    with pytest.raises(ValueError, match=r"expected replay as a share from 0 to below 1, got 1\.5"):
+        one_after_another(POLICY, tasks, 16, 1.5)
+
+
+def test_corrections_say_what_the_expert_would_have_done_where_the_policy_went(home):
+    like = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
+    data = EpisodeDataset(collect_corrections(Corrections(str(POLICY), like), n_workers=1))
+    assert data.n_episodes == 3 and sorted(data.episodes["seed"]) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
+    assert FIRST_SEED + 100_000 < FIRST_HELD_OUT_SEED
+    said, done = data.column("action"), data.column("action_executed")
+    assert not np.allclose(said, done) and said.shape == done.shape
+    assert Corrections(str(SMALL_VLM), like).folder != Corrections(str(POLICY), like).folder
