@@ -74,9 +74,7 @@ def adapt(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_worker
     models = run_side_by_side(stages)
     episodes = evaluate({name: experiment.query(model) for name, model in models.items()}, n_workers)
     episodes[["start", "shots", "training"]] = episodes["name"].str.split("|", expand=True).to_numpy()
-    return episodes.assign(
-        shots=episodes["shots"].astype(int), model=episodes["name"].map({n: str(m) for n, m in models.items()})
-    )
+    return episodes.assign(shots=episodes["shots"].astype(int))
 
 
 def one_after_another(

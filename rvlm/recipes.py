@@ -156,6 +156,19 @@ class Course:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+COMMON = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on_light", "push_left", "push_right")
+
+
+def little_of_target(n_target: int, n_others: int, n_samples: int) -> Course:
+    """The course of notebooks 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
+
+    Vision tower and connector stand still, but for the recipe `scratch`.
+    """
+    changes = {"freeze_vision": True, "augment": 0, "batch_size": 8}
+    others = tuple(Collection(robot, n_others, COMMON) for robot in ("ur6", "small5"))
+    return Course(Collection(n_episodes=n_target, families=COMMON), others, n_samples, changes=changes)
+
+
 def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = None) -> list[Path]:
     """Train a recipe's stages one after another; what another recipe has begun alike is not trained again.
 

@@ -43,6 +43,7 @@ from rvlm.plots.pictures import (
     player,
 )
 from rvlm.plots.ribbon import TOKEN_COLORS, attention_masks, token_map
+from rvlm.plots.stages import forgetting_matrices, parallel_coordinates
 
 __all__ = [
     "COLUMN_IN",
@@ -67,6 +68,7 @@ __all__ = [
     "explore",
     "failures",
     "filmstrip",
+    "forgetting_matrices",
     "gallery",
     "grounding_overlay",
     "hand_path",
@@ -77,6 +79,7 @@ __all__ = [
     "memory_bars",
     "mp4",
     "observation",
+    "parallel_coordinates",
     "planned_and_measured",
     "player",
     "rates_by_group",
