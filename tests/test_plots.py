@@ -29,6 +29,10 @@ KINDS = {name: ("image", "instruction", "action") for name in MASKS}
 POINTS = pd.DataFrame({"name": ["a", "a", "b"], "error_m": [0.01, 0.02, 0.03], "successes": [9, 5, 0], "n": [10, 10, 10]})
 
 
+MEMORY = pd.DataFrame({"name": ["small, LoRA", "large, full"], "weights": [5.0, 30], "optimizer": [0.0, 60]})
+PLANNED = pd.DataFrame({"name": ["full", "LoRA"], "planned": [50.0, 20], "measured": [40.0, 20]})
+LEFT = {"without replay": np.array([[1.0, 0.0], [0.2, 0.9]]), "with replay": np.array([[1.0, 0.0], [0.9, 0.9]])}
+TRIALS = pd.DataFrame({"rate": [1e-3, 1e-4, 1e-3], "decay": [0.0, 0.1, 0.1], "error [mm]": [20.0, 30.0, None]})
 CLIMBS = pd.DataFrame({"name": ["sound", "gripper"], "rung": [None, "motion"], "verdict": [None, "gripper sign"]})
 READINGS = pd.DataFrame({"candidate": ["as recorded", "gripper sign"], "distance [mm]": [5.0, 0.0]})
 FAILED = pd.DataFrame(
@@ -57,6 +61,10 @@ def draw_all():
         "evidence": plots.evidence({"replay": READINGS, "again": READINGS}, "Another reading makes it right"),
         "failures": plots.failures(FAILED, ["dropped", "timed out"], "Lifts fail most of all"),
         "error_against_success": plots.error_against_success(POINTS, "A lower error goes with more success"),
+        "memory_bars": plots.memory_bars(MEMORY, {"L4": 24}, "One of two models fits"),
+        "planned_and_measured": plots.planned_and_measured(PLANNED, "MB", "The plan is at most 25 % off"),
+        "forgetting_matrices": plots.forgetting_matrices(LEFT, ["a", "b"], ["a", "b"], "Replay keeps what was learned"),
+        "parallel_coordinates": plots.parallel_coordinates(TRIALS, ["rate", "decay"], "error [mm]", "A small rate is best"),
     }
 
 
@@ -199,6 +207,29 @@ def test_failures_stack_to_the_share_that_failed(figures):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["lift", "push"]
     ends = {round(bar.get_x() + bar.get_width(), 6) for bar in ax.patches if bar.get_y() < 0}
     assert max(ends) == pytest.approx(30)
+
+
+def test_memory_stacks_its_parts_and_marks_what_cards_hold(figures):
+    ax = figures["memory_bars"].axes[0]
+    assert [bar.get_x() + bar.get_width() for bar in ax.containers[1]] == [5.0, 90.0]
+    assert {line.get_xdata()[0] for line in ax.lines} == {24} and "24 GB" in [t.get_text() for t in ax.texts][-1]
+
+
+def test_a_plan_that_is_right_lies_on_the_line(figures):
+    line, *points = figures["planned_and_measured"].axes[0].lines
+    assert np.array_equal(*line.get_data())
+    assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [(40.0, 50.0), (20.0, 20.0)]
+
+
+def test_forgetting_is_written_in_every_field(figures):
+    written = [[text.get_text() for text in ax.texts] for ax in figures["forgetting_matrices"].axes]
+    assert written == [["100 %", "0 %", "20 %", "90 %"], ["100 %", "0 %", "90 %", "90 %"]]
+
+
+def test_a_stopped_trial_is_dashed_and_the_best_is_drawn_last(figures):
+    lines = figures["parallel_coordinates"].axes[0].lines
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "-"]
+    assert np.allclose(lines[-1].get_ydata(), [1, 0], atol=0.05), "rate 1e-3, decay 0"
 
 
 def test_bad_input_is_one_clear_error():
