@@ -339,13 +339,14 @@ def wait_for(condition, timeout_s=300):
 
 
 def trainers_of(folder):
-    """Living processes that train into a folder."""
+    """Living processes that train into a folder: they were told its name, or hold its log open."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            arguments = path.read_text().split("\0")
-            found += [path.parent.name] if str(folder) in arguments and "rvlm.training" in arguments else []
-    return found
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is not ours
+            arguments = (process / "cmdline").read_text().split("\0")
+            holds = any(path.readlink() == folder / "output.txt" for path in (process / "fd").iterdir())
+            found += [process.name] if holds or (str(folder) in arguments and "rvlm.training" in arguments) else []
+    return [pid for pid in found if int(pid) != os.getpid()]
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
