@@ -13,8 +13,6 @@ from rvlm.recipes import ONE_STEP
 from rvlm.stages import ROBOT, Stage
 from rvlm.training import run, run_side_by_side
 
-SHOTS_PER_SHARD = 50  # demonstrations of each family that few shots are drawn from, and some to spare
-
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
@@ -26,6 +24,7 @@ class FewShot:
         n_query: Episodes of new scenes that it is judged on, families taking turns.
         n_samples: Budget of each adaptation; the same whatever the shots.
         seeds: Of adaptations; each draws its own support.
+        n_support: Demonstrations of each family that shots are drawn from.
         robot: Embodiment.
         changes: Fields of `Stage` that differ from its own.
     """
@@ -35,14 +34,14 @@ class FewShot:
     n_query: int = 40
     n_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1)
+    n_support: int = 60
     robot: str = "franka7"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def support(self) -> Collection:
         """Demonstrations that shots are drawn from; a tenth of them is held out, as ever."""
-        n = len(self.families) * max(SHOTS_PER_SHARD, round(1.5 * max(self.shots)))
-        return Collection(self.robot, n, self.families)
+        return Collection(self.robot, self.n_support * len(self.families), self.families)
 
     def stage(self, init: str | Path, shots: int, seed: int, **changes: Any) -> Stage:
         """Adapt `init`, a policy or a vision-language model, to so many shots."""

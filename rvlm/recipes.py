@@ -202,9 +202,6 @@ def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = N
 
 def follow_side_by_side(recipes: Sequence[str], course: Course, seeds: Sequence[int]) -> dict[tuple[str, int], list[Path]]:
     """Follow recipes with several seeds at the same time, one process each on the cores that there are."""
-    collect_demonstrations(course.target)
-    for other in course.others:
-        collect_demonstrations(other)
     alone = dataclasses.replace(course, changes={"n_processes": 1, **course.changes})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = {(recipe, seed): pool.submit(follow, recipe, alone, seed, 1) for seed in seeds for recipe in recipes}

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from rvlm.actions import ActionSpec
@@ -210,14 +211,18 @@ def collect(
     root = Path(root)
     if root.exists():
         return root
-    partial = partial_folder(root)
-    _open_partial(partial, {"spec": spec.to_dict(), "n_shards": n_shards})
-    done = {int(p.name[-5:]) for p in finished_shards(partial)}
-    todo = [i for i in range(n_shards) if i not in done]
-    with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
-        for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
-            bar.update()
-    return assemble(partial, root, spec, held_out)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(root.name + ".lock")):  # who asks for the same recording meanwhile waits for it
+        if root.exists():
+            return root
+        partial = partial_folder(root)
+        _open_partial(partial, {"spec": spec.to_dict(), "n_shards": n_shards})
+        done = {int(p.name[-5:]) for p in finished_shards(partial)}
+        todo = [i for i in range(n_shards) if i not in done]
+        with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
+            for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
+                bar.update()
+        return assemble(partial, root, spec, held_out)
 
 
 def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: Callable, n_workers: int) -> Iterable[int]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,12 @@ def test_collect_in_parallel_equals_one_process(tmp_path):
     two = EpisodeDataset(collect(tmp_path / "two", SPEC, fake_shard, 3, n_workers=2, progress=False))
     assert (one.column("action") == two.column("action")).all() and one.tasks == two.tasks == ["task 0", "task 1", "task 2"]
     assert one.episodes.equals(two.episodes) and one.episodes["seed"].tolist() == [0, 1, 10, 11, 20, 21]
+
+
+def test_two_who_collect_the_same_at_once_get_one_recording(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        roots = list(pool.map(lambda _: collect(tmp_path / "d", SPEC, fake_shard, 3, n_workers=1, progress=False), range(2)))
+    assert roots == [tmp_path / "d"] * 2 and EpisodeDataset(roots[0]).n_episodes > 0
 
 
 def test_collect_does_nothing_when_whole(tmp_path):
