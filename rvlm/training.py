@@ -155,7 +155,7 @@ def rehearse(stage: Stage) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
     if stage.is_checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = trainer.create_optimizer()
     batch = collate([data[i] for i in range(stage.batch_size // stage.n_accumulated)])
