@@ -114,17 +114,16 @@ def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
         return get_peft_model(model, config)
 
 
-def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Save adapters in peft's own form, small.
 
     Args:
         adapters: As `attach` gives them.
         folder: The policy's.
-        state_dict: The backbone's, where it is gathered from several processes.
+        state_dict: The backbone's.
     """
-    named = None if state_dict is None else {f"base_model.model.{name}": value for name, value in state_dict.items()}
-    options: Any = {} if named is None else {"state_dict": named}
-    adapters.save_pretrained(str(folder / FOLDER), save_embedding_layers=False, **options)
+    named = {f"base_model.model.{name}": value for name, value in state_dict.items()}
+    adapters.save_pretrained(str(folder / FOLDER), save_embedding_layers=False, state_dict=named)
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -112,8 +112,6 @@ def plan(
     Raises:
         ValueError: An optimizer of which it is not known what it keeps.
     """
-    if optimizer not in STATE:
-        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
     return _both(config, n_image_tokens, policy, tuning, rank, batch_size, n_words, precision, optimizer)[is_checkpointed]
 
 
@@ -129,6 +127,8 @@ def _both(
     optimizer: str = "adamw_torch",
 ) -> tuple[Plan, Plan]:
     """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
+    if optimizer not in STATE:
+        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
     model, four_bits = _on_paper(config, policy, tuning, rank)
     half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
