@@ -7,7 +7,7 @@ Adapters stand on every linear layer of the language model; vision tower and con
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from rvlm.backbones import refuse_wrong_weights, vision_modules
+from rvlm.backbones import language_part, refuse_wrong_weights, vision_modules
 
 FOLDER = "adapter"  # where a policy's folder keeps its adapters, in peft's own form
 
@@ -35,10 +35,13 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 def linear_layers(model: PreTrainedModel) -> str:
     """A pattern that matches the names of all linear layers of the language model, and no others."""
-    decoder = model.model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    leaves = {name.split(".")[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    return rf"{prefix.replace('.', '[.]')}[.].*[.]({'|'.join(sorted(leaves))})"
+    language, seeing = language_part(model), vision_modules(model)
+    prefix = next(name for name, module in model.named_modules() if module is language)
+    inside = [name for name, module in language.named_modules() if any(module is part for part in seeing)]
+    linear = [name for name, module in language.named_modules() if isinstance(module, nn.Linear)]
+    leaves = {name.split(".")[-1] for name in linear if not name.startswith(tuple(f"{part}." for part in inside))}
+    others = f"(?!({'|'.join(inside)})[.])" if inside else ""
+    return rf"{prefix.replace('.', '[.]')}[.]{others}.*[.]({'|'.join(sorted(leaves))})"
 
 
 def in_four_bits(name_or_path: str | Path, prefix: str = "") -> BitsAndBytesConfig:
@@ -98,10 +101,16 @@ def attach(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftMod
         r=rank,
         lora_alpha=2 * rank,
         target_modules=linear_layers(model),
-        trainable_token_indices=[act_id],
+        **_own_token(model, act_id),
         use_dora=kind == "dora",
     )
     return _wrap(model, config)
+
+
+def _own_token(model: PreTrainedModel, act_id: int) -> dict[str, Any]:
+    """How peft is told that the embedding of `<act>` learns; Idefics keeps new tokens in a table of their own."""
+    is_apart = act_id >= cast(Any, model.get_input_embeddings()).num_embeddings
+    return {"modules_to_save": ["additional_embedding"]} if is_apart else {"trainable_token_indices": [act_id]}
 
 
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:

@@ -59,28 +59,25 @@ def load_backbone(
         refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
     else:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
-    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(processor.tokenizer))
+    _grow(model, len(processor.tokenizer))
     return model
 
 
-def refuse_unfit(model: PreTrainedModel, processor: Any) -> None:
-    """Refuse a family in whose prompt `<act>` has no place, and say why.
-
-    Raises:
-        ValueError: Its language model is no decoder over one sequence of text and images, or its processor marks no images.
-    """
-    family, instead = model.config.model_type, "take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
-    if model.config.is_encoder_decoder or getattr(model.config.get_text_config(), "is_encoder_decoder", False):
-        raise ValueError(
-            f"expected a decoder over one sequence of text and images, got {family!r}, an encoder and a decoder: an <act> in its "
-            f"prompt is read in both directions, and its answers are another sequence; {instead}"
-        )
-    if not isinstance(getattr(processor, "image_token", None), str):
-        raise ValueError(
-            f"expected a processor that marks each image by a token in the text (image_token), got that of {family!r}, which "
-            f"hands images to the model beside its text or lays them out itself; {instead}"
-        )
+def _grow(model: PreTrainedModel, n_tokens: int) -> None:
+    """Make room for new tokens; what stands in the table stays."""
+    table: Any = model.get_input_embeddings()
+    n_apart = getattr(table, "num_additional_embeddings", 0)  # Idefics keeps its own new tokens in a second table
+    missing = n_tokens - table.num_embeddings - n_apart
+    if missing > 0 and not n_apart:
+        model.resize_token_embeddings(n_tokens)
+    elif missing > 0:
+        answers: Any = model.get_output_embeddings()
+        for part in (table.additional_embedding, answers.additional_fc):
+            part.weight = torch.nn.Parameter(torch.cat([part.weight, part.weight.mean(0, keepdim=True).expand(missing, -1)]))
+        table.num_additional_embeddings = table.additional_embedding.num_embeddings = n_apart + missing
+        answers.out_additional_features = answers.additional_fc.out_features = n_apart + missing
+        model.config.additional_vocab_size = n_apart + missing
+        model.tie_weights()
 
 
 def parts(model: PreTrainedModel) -> pd.DataFrame:
@@ -107,10 +104,34 @@ def refuse_wrong_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
 
 
+def language_part(model: PreTrainedModel) -> torch.nn.Module:
+    """What of a vision-language model reads the prompt: its decoder or, of an encoder and a decoder, the encoder."""
+    base: Any = model.base_model
+    part = base.get_decoder()
+    for inner in ("model", "encoder"):
+        part = getattr(part, inner, part)
+    return part
+
+
 def vision_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Vision tower and connector of a vision-language model: all of its base model but the language model."""
-    language = model.model.get_decoder()
-    return [part for part in model.model.children() if part is not language]
+    """Vision tower and connector of a vision-language model: all of its base model but the language model.
+
+    Of a language model that holds the tower itself (Idefics), the tower alone.
+    """
+    base: Any = model.base_model
+    language = language_part(model)
+    if language is base:
+        return [base.get_encoder("image")]
+    return [part for part in base.children() if language not in set(part.modules()) and part is not model.get_output_embeddings()]
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Freeze what no action is read through: a language-model head of its own weights, the decoder behind an encoder."""
+    base: Any = model.base_model
+    read = [language_part(model), model.get_input_embeddings(), *vision_modules(model)]
+    learns = {id(p) for part in read for p in part.parameters()} | {id(p) for p in base.parameters(recurse=False)}
+    for weight in model.parameters():
+        weight.requires_grad_(id(weight) in learns)
 
 
 def freeze_vision(model: PreTrainedModel) -> None:
@@ -128,7 +149,8 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompt
         pixel_values: As `Prompter.pixels` makes them.
         n_prompts: n, where it is not the first axis of `pixel_values`.
     """
-    features = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
+    base: Any = model.base_model
+    features = base.get_image_features(pixel_values, return_dict=True).pooler_output
     rows = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
     return rows.reshape(n_prompts or len(pixel_values), -1, rows.shape[-1])
 
@@ -166,14 +188,23 @@ def read_act(
         inputs: What else the backbone takes: `attention_mask` (b, l), `pixel_values`, ...
 
     Returns:
-        Hidden states (m, d) at the `<act>`, row by row, and the key-value cache if `use_cache` was asked for.
+        Hidden states (m, d) at the `<act>`, row by row (of an encoder and a decoder: the encoder's), and the key-value cache if
+        `use_cache` was asked for.
+
+    Raises:
+        ValueError: The family's hidden states are not those of its tokens.
     """
-    base: Any = model.model
+    base: Any = model.base_model
+    if base is model:  # KosMos-2 has its language-model head among its parts
+        inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
     if image_features is not None:
         inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
-    if inputs.get("past_key_values") is not None and getattr(base, "rope_deltas", None) is not None:
-        place = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :] - 1 + base.rope_deltas
-        inputs["position_ids"] = place.expand(3, -1, -1)  # the family counts images in rows and columns; behind them, on
+    if inputs.get("past_key_values") is not None:
+        place = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :]
+        if getattr(base, "rope_deltas", None) is not None:  # Qwen counts images in rows and columns; behind them, on
+            inputs["position_ids"] = (place - 1 + base.rope_deltas).expand(3, -1, -1)
+        elif base is model:  # KosMos-2 would count what fills a prompt up
+            inputs["position_ids"] = place + model.config.get_text_config().pad_token_id
     is_act = input_ids == act_id
 
     def add(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
@@ -184,4 +215,12 @@ def read_act(
         out = base(input_ids=input_ids, **{"use_cache": False, **inputs})
     finally:
         handle.remove()
-    return out.last_hidden_state[is_act], out.get("past_key_values")
+    hidden = out.get("encoder_last_hidden_state", out.get("last_hidden_state"))
+    hidden = out.hidden_states[-1] if hidden is None else hidden
+    if hidden.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"expected hidden states at each of {tuple(input_ids.shape)} tokens, got {tuple(hidden.shape)} of "
+            f"{model.config.model_type!r}, which reads its prompt elsewhere; take a family that reads images and text as "
+            "one, such as SmolVLM or Qwen-VL"
+        )
+    return hidden[is_act], out.get("past_key_values")

@@ -103,6 +103,11 @@ class DialogueCollator:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.prompter = Prompter(processor, n_images=2)
+        if not self.prompter.sees_pixels_alone:
+            raise ValueError(
+                f"expected a family that is given nothing of images but pixels, got that of {type(processor).__name__}; "
+                "train such a one on dialogues by its own recipe, and its policy here"
+            )
 
     def __call__(self, samples: Sequence[tuple[np.ndarray, list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
         """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
@@ -175,7 +180,11 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     train = [_few(stage, data, split(data)[0]) for data in sets]
     robots = [Robot(data.require_spec(), data.stats(episodes=rows)) for data, rows in zip(sets, train, strict=True)]
     model, processor = _policy(stage, robots)
-    frames = _frozen_frames(stage, model, processor, sets) if stage.freeze_vision else [None] * len(sets)
+    frames: Any = [None] * len(sets)
+    if stage.freeze_vision:
+        freeze_vision(model.backbone)
+        if model.prompter(processor).sees_pixels_alone:
+            frames = _frozen_frames(stage, model, processor, sets)
     parts = [
         _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
     ]
@@ -227,7 +236,6 @@ def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
 
 def _frozen_frames(stage: Stage, model: Any, processor: ProcessorMixin, sets: Sequence[Any]) -> list[list[np.ndarray]]:
     """Features of all frames of each dataset, by camera."""
-    freeze_vision(model.backbone)
     out = []
     for data in sets:
         images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(model.config.cameras).items()}

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import load_backbone, refuse_unfit, refuse_wrong_weights
+from rvlm.backbones import freeze_unread, load_backbone, refuse_wrong_weights
 from rvlm.files import weights_of
 from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
@@ -47,7 +49,6 @@ def make_vla(
     _check_settings(settings)
     processor = load_processor(vlm)
     backbone = load_backbone(vlm, processor, is_pretrained=is_pretrained, **_how(vlm, tuning))
-    refuse_unfit(backbone, processor)
     config = VLAConfig(
         backbone={name: value for name, value in backbone.config.to_dict().items() if name != "quantization_config"},
         act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
@@ -55,7 +56,17 @@ def make_vla(
         stats={name: s.to_dict() for name, s in stats.items()},
         **settings,
     )
-    return tune(VLA(config, backbone), tuning, rank, vlm if is_pretrained else None), processor
+    model = VLA(config, backbone)
+    _read_once(model, processor)
+    return tune(model, tuning, rank, vlm if is_pretrained else None), processor
+
+
+@torch.inference_mode()
+def _read_once(model: VLA, processor: ProcessorMixin) -> None:
+    """Read a blank prompt, so that a family in which `<act>` has no place is refused before anything is trained."""
+    prompter = model.prompter(processor)
+    blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
+    model.read(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
 
 
 def _how(vlm: str | Path, tuning: str) -> dict[str, Any]:
@@ -87,10 +98,7 @@ def tune(model: VLA, tuning: str, rank: int, base: str | Path | None) -> VLA:
     if tuning not in TUNINGS:
         raise ValueError(f"no tuning {tuning!r}; there are {', '.join(TUNINGS)}")
     if tuning == "full":
-        answers, words = model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings()
-        model.backbone.requires_grad_(True)
-        if answers.weight is not words.weight:
-            answers.requires_grad_(False)  # no action is read from it
+        freeze_unread(model.backbone)
         return model
     model.backbone.requires_grad_(False)
     if base is None and tuning != "head":

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from rvlm.files import artifacts_dir, digest
+from rvlm.processors import ACT
 from rvlm.small_vlm import train_tokenizer
 
 SIDE, PATCH = 48, 12
@@ -195,24 +196,29 @@ def smolvlm(folder: Path) -> None:
 
 
 def kosmos2(folder: Path) -> None:
-    """Its processor lays images out itself, one for each text."""
-    tokenizer = words(["<image>", "</image>", "<phrase>", "</phrase>", "<object>", "</object>", "<grounding>"])
+    """One image for each text, which its processor sets before it."""
+    n_places = 64  # of an image's tokens: the processor counts them from the unknown word on
+    marks = ["<image>", "</image>", "<phrase>", "</phrase>", "<object>", "</object>", "<grounding>"]
+    tokenizer = words(["<unk>", *(f"<place{i}>" for i in range(n_places)), *marks])
+    tokenizer.unk_token = "<unk>"
     part = images("clip", "CLIP", size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = transformers.Kosmos2Processor(part, tokenizer, num_patch_index_tokens=4)
     size: dict[str, Any] = {"embed_dim": 32, "layers": 1, "ffn_dim": 64, "attention_heads": 4, "max_position_embeddings": 512}
-    language: dict[str, Any] = {**size, "vocab_size": len(tokenizer) + 1100}
-    config = transformers.Kosmos2Config(vision_config=VISION, text_config=language, latent_query_num=4)
-    save(folder, config, transformers.Kosmos2Processor(part, tokenizer, num_patch_index_tokens=4))
+    language: dict[str, Any] = {**size, "vocab_size": len(tokenizer), "pad_token_id": 0, "dropout": 0.0}
+    config = transformers.Kosmos2Config(vision_config=VISION, text_config=language, latent_query_num=n_places)
+    save(folder, config, processor)
 
 
 def idefics(folder: Path) -> None:
-    """Flamingo's open form: images enter by cross-attention, beside the text."""
+    """Flamingo's open form: images enter by cross-attention, beside the text; new tokens have a table of their own."""
     tokenizer = words()
+    n_words = tokenizer.convert_tokens_to_ids(ACT)
     vision: dict[str, Any] = {"embed_dim": 32, "image_size": SIDE, "patch_size": PATCH, "intermediate_size": 64}
     config = transformers.IdeficsConfig(
         **LAYER,
         vision_config={**vision, "num_attention_heads": 4, "num_hidden_layers": 1},
-        vocab_size=len(tokenizer),
-        additional_vocab_size=4,
+        vocab_size=n_words,
+        additional_vocab_size=len(tokenizer) - n_words,
         cross_layer_interval=1,
     )
     save(folder, config, transformers.IdeficsProcessor(images("idefics", "Idefics", image_size=SIDE), tokenizer, image_size=SIDE))
@@ -222,7 +228,7 @@ def florence2(folder: Path) -> None:
     """An encoder and a decoder."""
     tokenizer = words(image_token="<image>")
     part = images("clip", "CLIP", size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-    part.image_seq_length = 10
+    part.image_seq_length = 37
     twice: dict[str, Any] = {
         "embed_dim": [8, 8],
         "num_heads": [1, 1],
@@ -242,7 +248,15 @@ def florence2(folder: Path) -> None:
     save(folder, config, transformers.Florence2Processor(part, tokenizer))
 
 
-REFUSED = {kosmos2: "lays them out itself", idefics: "beside its text", florence2: "an encoder and a decoder"}
+def blip(folder: Path) -> None:
+    """Its words look at the image from a decoder of their own, whose states it keeps to itself."""
+    part = images("blip", "Blip", size={"height": SIDE, "width": SIDE})
+    processor = transformers.BlipProcessor(part, words())
+    language = text(processor.tokenizer, encoder_hidden_size=32)
+    save(folder, transformers.BlipConfig(vision_config=VISION, text_config=language, projection_dim=32), processor)
+
+
+REFUSED = {blip: "reads its prompt elsewhere"}
 FAMILIES = {
     build.__name__: build
     for build in (
@@ -256,6 +270,9 @@ FAMILIES = {
         llava_onevision,
         internvl,
         gemma3,
+        kosmos2,
+        idefics,
+        florence2,
     )
 }
 

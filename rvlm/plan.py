@@ -28,6 +28,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from rvlm import adapters
 from rvlm.actions import ActionSpec
+from rvlm.backbones import language_part
 from rvlm.structures import VLAConfig
 from rvlm.vla import VLA
 
@@ -202,7 +203,7 @@ def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, ran
     whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
     with torch.device("meta"):
         model = VLA(whole, adapters.skeleton(config))
-    decoder = model.backbone.model.get_decoder()
+    decoder = language_part(model.backbone)
     linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if tuning == "qlora" else set()
     if tuning in ("full", "head"):
         return tune(model, tuning, rank, None), linear
@@ -212,7 +213,7 @@ def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, ran
 
 def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
     """As `_both_ways`, of the decoder over so many sequences of one length."""
-    decoder = model.backbone.model.get_decoder()
+    decoder = language_part(model.backbone)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fake(decoder, dtype)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rvlm.adapters import linear_layers
-from rvlm.backbones import load_backbone, read_act, refuse_unfit, vision_modules
+from rvlm.backbones import load_backbone, read_act, vision_modules
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter
 
@@ -43,7 +43,7 @@ def _is_in_order(model: PreTrainedModel, batch: dict[str, torch.Tensor], act_id:
     n_act = int((batch["input_ids"] == act_id).sum())
     offsets = torch.zeros(n_act, model.config.get_text_config().hidden_size, device=model.device)
     before, _ = read_act(model, act_id, offsets=offsets, **batch)
-    offsets[-1] = 1.0
+    offsets[-1] = torch.linspace(-1, 1, offsets.shape[-1])  # no constant: a layer norm would not see it
     after, _ = read_act(model, act_id, offsets=offsets, **batch)
     return torch.allclose(before[0], after[0], atol=1e-5)
 
@@ -61,28 +61,28 @@ def probe(vlm: str | Path) -> pd.Series:
     model = load_backbone(vlm, processor).eval()
     config = model.config.get_text_config()
     facts: dict[str, Any] = {"class": type(model).__name__}
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     try:
-        refuse_unfit(model, processor)
+        prompter = Prompter(processor, 1, n_queries=2)
+        is_in_order = keep_order(model, prompter, act_id)
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
-    prompter, act_id = Prompter(processor, 1), processor.tokenizer.convert_tokens_to_ids(ACT)
-    one, two = prompter.token_ids("lift it"), prompter.token_ids("lift it", 2)
-    has_several = processor.image_token_id in two[two.index(act_id) :]
-    is_in_order, tower = keep_order(model, prompter, act_id), vision_modules(model)
+    tower, has_several = vision_modules(model), prompter.layout != "first"
+    n_tokens = sum(i in prompter.image_ids for i in prompter.token_ids("lift it"))
     return pd.Series({
         **facts,
         "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "width of hidden states": config.hidden_size,
         "layers": config.num_hidden_layers,
         "side of images [px]": prompter.image_size,
-        "tokens of an image": one.count(processor.image_token_id),
+        "tokens of an image": n_tokens,
         "several images": "yes" if has_several else "no",
-        "prompt": "…".join((prompter.before + prompter.image, prompter.after)) or processor.image_token,
+        "prompt": "…".join((prompter.before + prompter.image, prompter.after)),
         "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
         "pads on the": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,
         "type": str(model.dtype).removeprefix("torch."),
         "adapters on": linear_layers(model).split("(")[-1].strip(")").replace("|", ", "),
-        "freezable": ", ".join(name for name, part in model.model.named_children() if any(part is t for t in tower)),
-        "structures": "all" if is_in_order else "one_step, policy_head",
+        "freezable": ", ".join(name for name, part in model.base_model.named_children() if any(part is t for t in tower)),
+        "structures": "all" if is_in_order and has_several else "one_step, policy_head",
     })  # fmt: skip

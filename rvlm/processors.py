@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available
 
 ACT = "<act>"
+LAYOUTS = ("marked", "listed", "first")
 
 
 class NoVideos:
@@ -65,3 +67,51 @@ def _assembled(name_or_path: str) -> Any:
     images, tokenizer = AutoImageProcessor.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
     made = type(family.__name__, (WithoutVideos, family), {"_kept": {**settings, "processor_class": family.__name__}})
     return made(images, tokenizer, video_processor=NoVideos(), chat_template=tokenizer.chat_template, **settings)
+
+
+def image_mark(processor: Any) -> str:
+    """The word that stands for an image in a family's prompts."""
+    return getattr(processor, "image_token", None) or "<image>"
+
+
+def layout(processor: Any, image_size: int) -> str:
+    """How a family's processor takes images and text, found by trying with one blank image.
+
+    "marked": each image by a token in the text; "listed": images and texts as one list, in their order; "first": one image for
+    each text, which the processor sets before it.
+
+    Raises:
+        ValueError: It takes them in none of these ways; with what it said.
+    """
+    blank, said = np.zeros((image_size, image_size, 3), np.uint8), []
+    ways: dict[str, Any] = {"listed": (None, [[blank, ACT]]), "first": ([blank], [ACT])}
+    if isinstance(getattr(processor, "image_token", None), str):
+        ways = {"marked": ([[blank]], [processor.image_token + ACT]), **ways}
+    for name, (images, text) in ways.items():
+        try:
+            if "pixel_values" in processor(images=images, text=text, return_tensors="pt"):
+                return name
+        except (TypeError, ValueError, AttributeError) as error:
+            said.append(f"{name}: {error}")
+    raise ValueError(
+        f"expected a processor that takes images with text, {', '.join(LAYOUTS)}; got {type(processor).__name__}, which says "
+        f"{'; '.join(said)}; take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
+    )
+
+
+def markup(processor: Any) -> tuple[str, str, str]:
+    """How a family writes a prompt: what stands before all, an image, and what follows the text, up to the answer.
+
+    Read from its chat template, rendered with one image and with two; without a template it is the bare image token.
+    """
+    word = "TEXT"
+
+    def rendered(n: int) -> str:
+        content = [{"type": "image"}] * n + [{"type": "text", "text": word}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    if not getattr(processor, "chat_template", None):
+        return "", image_mark(processor), ""
+    one, two = rendered(1), rendered(2)
+    start, length = one.index(word), len(two) - len(one)
+    return one[: start - length], one[start - length : start], one[start + len(word) :]

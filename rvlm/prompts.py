@@ -11,27 +11,9 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from rvlm.processors import ACT
+from rvlm.processors import ACT, image_mark, layout, markup
 
 ANY_SIZE = 224  # side of images for families that take any [px]
-
-
-def markup(processor: Any) -> tuple[str, str, str]:
-    """How a family writes a prompt: what stands before all, an image, and what follows the text, up to the answer.
-
-    Read from its chat template, rendered with one image and with two; without a template it is the bare image token.
-    """
-    word = "TEXT"
-
-    def rendered(n: int) -> str:
-        content = [{"type": "image"}] * n + [{"type": "text", "text": word}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    if not getattr(processor, "chat_template", None):
-        return "", processor.image_token, ""
-    one, two = rendered(1), rendered(2)
-    start, length = one.index(word), len(two) - len(one)
-    return one[: start - length], one[start - length : start], one[start + len(word) :]
 
 
 def _image_size(part: Any) -> int:
@@ -60,8 +42,13 @@ class Prompter:
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
+        layout: How the processor takes images and text (`layout`).
+        image_ids: Token ids that hold the place of images; known with the first prompt.
         before, image, after: The family's own words around a prompt (`markup`).
         is_causal_by_type: Whether the family must be told by token types that no token may look ahead.
+
+    Raises:
+        ValueError: The processor takes no images with text, or one image a prompt and more are asked for.
     """
 
     def __init__(
@@ -74,28 +61,46 @@ class Prompter:
     ) -> None:
         self.processor, self.n_images, self.n_queries = processor, n_images, n_queries
         self.padding_side, self.is_interleaved = padding_side, is_interleaved
-        self.before, self.image, self.after = markup(processor)
         self.is_causal_by_type = False
         self.image_size = _image_size(processor.image_processor)
+        self.layout = layout(processor, self.image_size)
+        self.before, self.image, self.after = markup(processor) if self.layout == "marked" else ("", image_mark(processor), "")
+        if self.layout == "first" and (n_images > 1 or is_interleaved):
+            raise ValueError(
+                f"expected one image a prompt, for {type(processor).__name__} sets it before the text itself; got {n_images} an "
+                f"observation{', interleaved' * is_interleaved}; take one camera, with structure 'one_step' or 'policy_head'"
+            )
+        self.image_ids: set[int] = set()
         self._ids: dict[tuple[str, int], list[int]] = {}
 
     @functools.cached_property
     def _n_axes(self) -> int:
         """Axes of the processor's `pixel_values` where `_scaled` makes the same; 0 where it does not."""
         noise = np.random.default_rng(0).integers(0, 256, (1, self.n_images, self.image_size, self.image_size, 3), np.uint8)
-        whole = self._processed(noise, [self.text("")], [1])
+        whole = self._processed(noise, [""], [1])
         if set(whole) - {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}:
             return 0
         ours, theirs = self._scaled(noise), whole["pixel_values"]
         is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
         return theirs.ndim if is_same else 0
 
-    def _processed(self, images: np.ndarray, texts: Sequence[str], n_steps: Sequence[int]) -> dict[str, torch.Tensor]:
+    def _processed(self, images: np.ndarray, instructions: Sequence[str], n_steps: Sequence[int]) -> dict[str, torch.Tensor]:
         process: Any = self.processor
         rows = np.split(images, np.cumsum(n_steps)[:-1])
-        nested = [[image for observation in row for image in observation] for row in rows]
-        options = {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
-        batch = dict(process(images=nested, text=list(texts), **options))
+        queries, options = ACT * self.n_queries, {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
+        if self.layout == "marked":
+            texts = [self.text(text, n) for text, n in zip(instructions, n_steps, strict=True)]
+            batch = dict(process(images=[[image for step in row for image in step] for row in rows], text=texts, **options))
+        elif self.layout == "listed":
+            steps = [
+                zip(row, [text + queries, *[queries] * (len(row) - 1)], strict=True)
+                for row, text in zip(rows, instructions, strict=True)
+            ]
+            batch = dict(process(text=[[part for seen, said in row for part in (*seen, said)] for row in steps], **options))
+        else:
+            process.tokenizer.padding_side = self.padding_side  # KosMos-2 looks nowhere else
+            texts = [text + queries for text in instructions]
+            batch = dict(process(images=[row[0, 0] for row in rows], text=texts, **options))
         batch.pop("labels", None)
         if self.padding_side == "left":  # what a family says behind the last <act> is not said, for more may follow there
             shape, is_act = batch["input_ids"].shape, batch["input_ids"] == process.tokenizer.convert_tokens_to_ids(ACT)
@@ -113,9 +118,14 @@ class Prompter:
         channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
         return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
 
+    @property
+    def sees_pixels_alone(self) -> bool:
+        """Whether all that the family is given of an image is its pixels: then its features can be kept beside the text."""
+        return bool(self._n_axes)
+
     def is_plain(self, images: np.ndarray) -> bool:
         """Whether prompts of these images (..., h, w, 3) are made without the processor."""
-        return images.shape[-3:-1] == (self.image_size, self.image_size) and bool(self._n_axes)
+        return images.shape[-3:-1] == (self.image_size, self.image_size) and self.sees_pixels_alone
 
     def text(self, instruction: str, n_steps: int = 1) -> str:
         """The prompt of `n_steps` observations as text, before the processor expands the image placeholders."""
@@ -129,14 +139,17 @@ class Prompter:
             ValueError: The instruction itself holds `<act>` or an image placeholder.
         """
         if (instruction, n_steps) not in self._ids:
-            if ACT in instruction or self.processor.image_token in instruction:
+            mark = image_mark(self.processor)
+            if ACT in instruction or mark in instruction:
                 raise ValueError(
-                    f"expected an instruction in words, got {instruction!r}; {ACT} and {self.processor.image_token} are the "
-                    "prompt's own: take them out"
+                    f"expected an instruction in words, got {instruction!r}; {ACT} and {mark} are the prompt's own: take them out"
                 )
             blank = np.zeros((n_steps, self.n_images, self.image_size, self.image_size, 3), np.uint8)
-            whole = self._processed(blank, [self.text(instruction, n_steps)], [n_steps])
-            self._ids[instruction, n_steps] = whole["input_ids"][0].tolist()
+            whole = self._processed(blank, [instruction], [n_steps])
+            self._ids[instruction, n_steps] = ids = whole["input_ids"][0].tolist()
+            is_image = whole["input_ids"] == getattr(self.processor, "image_token_id", -1)
+            where = whole.get("image_embeds_position_mask", is_image)  # KosMos-2 says it by a mask
+            self.image_ids = {ids[i] for i in where[0].nonzero().flatten()}
         return self._ids[instruction, n_steps]
 
     def ribbon(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
@@ -145,7 +158,7 @@ class Prompter:
         Proprioception has no token of its own: it is added to the embedding of `<act>`.
         """
         tokenizer, ids = self.processor.tokenizer, self.token_ids(instruction, n_steps)
-        kinds = {self.processor.image_token_id: "image", tokenizer.convert_tokens_to_ids(ACT): "action"}
+        kinds = {**dict.fromkeys(self.image_ids, "image"), tokenizer.convert_tokens_to_ids(ACT): "action"}
         special = dict.fromkeys(tokenizer.added_tokens_decoder, "other")
         return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
 
@@ -172,8 +185,7 @@ class Prompter:
         """
         n_steps = [1] * len(instructions) if n_steps is None else list(n_steps)
         if not self.is_plain(images):
-            texts = [self.text(instruction, n) for instruction, n in zip(instructions, n_steps, strict=True)]
-            return self._processed(images, texts, n_steps)
+            return self._processed(images, instructions, n_steps)
         return {**self.tokens(instructions, n_steps), "pixel_values": self.pixels(images)}
 
     def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, torch.Tensor]:

@@ -234,6 +234,8 @@ class VLA(PreTrainedModel):
             end = n_known + i
             told = offsets[:, i] + self.head.tokens(said[-1])
             step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
+            for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 are told
+                step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # of images at every step
             hidden, cache = self.read(offsets=told, past_key_values=cache, use_cache=True, **step)
             said.append(self.head.choose(hidden))
         return self.head.decode(torch.stack(said, dim=1))

@@ -23,9 +23,11 @@ from transformers import TrainingArguments
 
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import SMALL_VLM
-from rvlm.batches import BUILDERS, Budget, augment
+from rvlm.batches import BUILDERS, Budget, DialogueCollator, augment
 from rvlm.checkpoints import merge_vla
 from rvlm.episodes import EpisodeWriter
+from rvlm.families import tiny_vlm
+from rvlm.processors import load_processor
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training import LogFile, StageTrainer, arguments, last_checkpoint, log_history, prepare, run, seconds_of, work
 
@@ -171,6 +173,18 @@ def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
         kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
         assert {name for name in before if still in name} <= kept
         assert (kept == set(before)) == (still == "model")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics"])
+def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stage, tmp_path, family):
+    """Its features are not kept, for they depend on more; the tower stands still all the same."""
+    frozen = few(stage, init=tiny_vlm(family), freeze_vision=True, augment=0)
+    after, before = trained(frozen, tmp_path), load_file(Path(frozen.init) / "model.safetensors")
+    towers = {name for name in before if "visual." in name or "vision_model." in name}
+    learned = {name for name in before if not torch.equal(before[name], after[f"backbone.{name}"])}
+    assert towers and learned and not towers & learned and not list((tmp_path / "home").glob("features/*/*.npy"))
+    with pytest.raises(ValueError, match="expected a family that is given nothing of images but pixels, got that of"):
+        DialogueCollator(load_processor(frozen.init))
 
 
 def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_path):
