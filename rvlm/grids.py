@@ -106,6 +106,7 @@ def table(study: optuna.Study) -> pd.DataFrame:
     """Its trials: settings, `value` (missing where it was stopped), `state`, `seconds`."""
     frame = study.trials_dataframe(("number", "params", "value", "state", "duration"))
     frame = frame[frame["state"].isin(["COMPLETE", "PRUNED"])]
+    frame["value"] = frame["value"].where(frame["state"] == "COMPLETE")  # of others it is the last loss that was reported
     return frame.rename(columns=lambda name: name.removeprefix("params_")).assign(seconds=frame["duration"].dt.total_seconds())
 
 

@@ -111,7 +111,7 @@ def plan(
         is_checkpointed: Whether layers are computed again on the way back.
 
     Raises:
-        ValueError: An optimizer of which it is not known what it keeps.
+        ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
     """
     return _both(config, n_image_tokens, policy, tuning, rank, batch_size, n_words, precision, optimizer)[is_checkpointed]
 
@@ -130,6 +130,11 @@ def _both(
     """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
     if optimizer not in STATE:
         raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
+    if config.is_encoder_decoder or not hasattr(config.vision_config, "patch_size") or config.get_text_config() is config:
+        raise ValueError(
+            f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
+            "rvlm.trainer.rehearse(stage)"
+        )
     model, four_bits = _on_paper(config, policy, tuning, rank)
     half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}

@@ -23,7 +23,8 @@ from rvlm.files import artifacts_dir
 from rvlm.report import provenance
 from rvlm.small_vlm import small_vlm, train_tokenizer
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training import run, seconds_of
+from rvlm.trainer import seconds_of
+from rvlm.training import run
 
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, FRESH_SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 2_000, 500_000  # of the scenes of stage 1: training, its end, exam

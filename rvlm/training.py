@@ -1,10 +1,9 @@
-"""Training stages on `transformers.Trainer`: one stage is data, a start and a budget; its result is a folder.
+"""Run training stages: one stage is data, a start and a budget; its result is a folder.
 
-A stage runs in processes of its own (one per core or GPU, by torchrun), saves every minute, and goes on where it was
-when it is started again. Its folder is named by the hash of what made it, so nothing is trained twice.
+A stage runs in processes of its own (one per core or GPU, by torchrun). Its folder is named by the hash of what made it, so
+nothing is trained twice.
 """
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -12,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,165 +22,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rvlm import adapters
-from rvlm.backbones import as_encoder_outputs
-from rvlm.batches import BUILDERS
-from rvlm.plan import measure
 from rvlm.stages import Stage
+from rvlm.trainer import log_history, work
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # threads that wait must not spin
-
-
-class LogFile(TrainerCallback):
-    """Appends every log entry to a file, from which another process can follow the training.
-
-    An entry's `seconds` are those of the stage so far, from the making of this object on, earlier runs that were killed
-    counted up to their last entry. Each entry says how many processes share the work, and what wraps the model for that: a
-    launcher that falls back to one process says nothing itself.
-    """
-
-    trainer: Trainer | None = None
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.started = folder / "log.jsonl", time.time()
-        self.seconds_before = seconds_of(folder)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-        """One line of JSON."""
-        if state.is_world_process_zero:
-            seconds = round(self.seconds_before + time.time() - self.started, 1)
-            entry = {**(logs or {}), "step": state.global_step, "n_steps": state.max_steps, "seconds": seconds}
-            if self.trainer is not None:
-                entry |= {"n_processes": args.world_size, "wrapper": type(self.trainer.model_wrapped).__name__}
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-class StageTrainer(Trainer):
-    """A `Trainer` that also logs the parts of the loss that the model names."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our losses are means: accumulated steps are averaged
-
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
-        """The model's own loss."""
-        if "image_features" in inputs and "labels" in inputs:
-            inputs["mm_encoder_outputs"] = as_encoder_outputs(inputs.pop("image_features"))
-        outputs = model(**inputs)
-        if self.state.global_step % self.args.logging_steps == 0:
-            self._parts = {k: float(v.detach()) for k, v in outputs.items() if k.endswith("_loss")}
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """A policy that is saved without its backbone puts its weights together itself."""
-        policy: Any = self.model
-        if getattr(policy.config, "base", None) is not None:
-            policy.fill(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss with its parts."""
-        super().log({**logs, **getattr(self, "_parts", {})}, *args, **kwargs)
-
-
-def _precision() -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[adapters.precision()]
-
-
-def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
-    """The stage in the Trainer's own words."""
-    n_steps = stage.n_samples // stage.batch_size
-    precision = _precision() if stage.precision == "auto" else stage.precision
-    return TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=n_steps,
-        per_device_train_batch_size=stage.batch_size // (world_size * stage.n_accumulated),
-        gradient_accumulation_steps=stage.n_accumulated,
-        activation_checkpointing=stage.is_checkpointed,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        optim=stage.optimizer,
-        train_sampling_strategy="sequential",  # `Budget` has shuffled already
-        learning_rate=stage.learning_rate,
-        weight_decay=stage.weight_decay,
-        adam_beta2=0.98,
-        warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type=stage.schedule,
-        max_grad_norm=stage.max_grad_norm,
-        logging_steps=max(1, n_steps // 100),
-        save_steps=max(20, n_steps // 25),
-        save_total_limit=2,
-        seed=stage.seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=bool(stage.scenes),  # questions pass by the head
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=["tensorboard"],
-    )
-
-
-def work(stage: Stage, folder: Path) -> None:
-    """Train in this process (one of `WORLD_SIZE`); the result is `folder/model`."""
-    torch.manual_seed(stage.seed)
-    log = LogFile(folder)
-    model, processor, data, collate = BUILDERS[stage.kind](stage)
-    options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
-    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
-    log.trainer = trainer
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
-    whole = {}
-    if trainer.is_fsdp_enabled:  # then each process has a part
-        whole["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "model", **whole)
-        processor.save_pretrained(folder / "model")
-
-
-def rehearse(stage: Stage) -> dict[str, float]:
-    """Peak memory [byte] and time [s] of one training step of a robot stage, taken in this process and forgotten.
-
-    Returns:
-        `peak` and `seconds`, as `rvlm.plan.measure`, with the `parameters` and how many of them are `trained`.
-    """
-    torch.manual_seed(stage.seed)
-    model, _, data, collate = BUILDERS[stage.kind](stage)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
-    if stage.is_checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    optimizer = trainer.create_optimizer()
-    batch = collate([data[i] for i in range(stage.batch_size // stage.n_accumulated)])
-    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
-
-    def step() -> None:
-        with trainer.accelerator.autocast():
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    parameters, states = list(model.parameters()), optimizer.state.values()
-    kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    used = measure(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return {**used, "parameters": sum(p.numel() for p in parameters), "trained": trained}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that a kill has cut short is passed over."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_text())  # what the Trainer writes last
-            return str(path)
-    return None
 
 
 def run(
@@ -309,7 +153,7 @@ def _follow(process: SimpleNamespace, partial: Path, stage: Stage, show_progress
     n_shown = 0
     with tqdm(total=stage.n_samples, desc=f"train {stage.name}", unit="sample", disable=not show_progress) as bar:
         while process.poll() is None:
-            time.sleep(0.5)
+            time.sleep(0.1)
             entries = log_history(partial)
             for entry in entries[n_shown:] if watch else ():
                 watch(entry)
@@ -317,31 +161,6 @@ def _follow(process: SimpleNamespace, partial: Path, stage: Stage, show_progress
             if entries:
                 bar.n = entries[-1]["step"] * stage.batch_size
                 bar.set_postfix({k: f"{v:.3f}" for k, v in entries[-1].items() if k.endswith("loss")})
-
-
-def log_history(folder: Path) -> list[dict[str, float]]:
-    """What a stage has logged so far; `folder` is the stage's, finished or not.
-
-    A line that a kill has cut short is passed over, and steps that were taken again after it count once.
-    """
-    path, entries = folder / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        while entries and entries[-1]["step"] > entry["step"]:
-            entries.pop()
-        if entries and entries[-1]["step"] == entry["step"] and entries[-1].keys() == entry.keys():
-            entries.pop()
-        entries.append(entry)
-    return entries
-
-
-def seconds_of(folder: Path) -> float:
-    """How long a stage has trained so far [s], or 0; `folder` is the stage's, finished or not."""
-    entries = log_history(folder)
-    return entries[-1].get("seconds", 0.0) if entries else 0.0
 
 
 def exit_with(pid: int) -> None:

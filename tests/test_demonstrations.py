@@ -12,7 +12,7 @@ from rvlm.envs.tabletop.demonstrations import NOISE_PER_DIM, Collection, collect
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.episodes import EpisodeDataset, Windows, split
 from rvlm.stages import ROBOT, Stage
-from rvlm.training import work
+from rvlm.trainer import work
 
 SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light"), image_size=48)
 

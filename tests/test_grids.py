@@ -10,7 +10,7 @@ import pytest
 
 from rvlm.grids import PAPER, SMALL, importance, search, storage_of, study_of, table
 from rvlm.stages import ROBOT, Stage
-from rvlm.training import log_history
+from rvlm.trainer import log_history
 
 GRID = {"learning_rate": (1e-3, 1e-4), "weight_decay": (0.0, 0.1)}
 
@@ -65,14 +65,15 @@ def test_two_workers_share_one_study(stage):
 
 
 def test_what_does_badly_is_stopped(stage, tmp_path):
-    """Four good trainings, then one with a step so large that its loss explodes."""
+    """Four good trainings, then one with a step so large that its loss is soon no number any more."""
     grid = {"learning_rate": (1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 10.0)}
     study = study_of("pruned", grid)
     for rate in grid["learning_rate"]:
         study.enqueue_trial({"learning_rate": rate})
-    long = dataclasses.replace(stage, n_samples=8 * 400, schedule="constant", warmup=0.0)
+    long = dataclasses.replace(stage, n_samples=8 * 160, schedule="constant", warmup=0.0)
     search("pruned", grid, lambda **s: dataclasses.replace(long, **s), end_of, n_trials=5, n_threads=1)
     tried = table(study_of("pruned", grid)).sort_values("learning_rate")
     assert tried["state"].tolist() == ["COMPLETE"] * 4 + ["PRUNED"]
+    assert tried["value"].notna().tolist() == [True] * 4 + [False]
     stopped = dataclasses.replace(long, learning_rate=10.0).folder
-    assert not stopped.exists() and 0 < log_history(stopped.with_name(stopped.name + ".partial"))[-1]["step"] < 400
+    assert not stopped.exists() and 0 < log_history(stopped.with_name(stopped.name + ".partial"))[-1]["step"] < 160

@@ -18,7 +18,7 @@ from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
 from rvlm.policy import Policy
 from rvlm.stages import ROBOT, Stage
-from rvlm.training import log_history, work
+from rvlm.trainer import log_history, work
 
 ROBOTS = ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}

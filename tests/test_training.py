@@ -29,7 +29,8 @@ from rvlm.episodes import EpisodeWriter
 from rvlm.families import tiny_vlm
 from rvlm.processors import load_processor
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training import LogFile, StageTrainer, arguments, last_checkpoint, log_history, prepare, run, seconds_of, work
+from rvlm.trainer import LogFile, StageTrainer, arguments, last_checkpoint, log_history, seconds_of, work
+from rvlm.training import prepare, run
 
 ROOT = Path(__file__).parents[1]
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
@@ -195,6 +196,13 @@ def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_
     folders = sorted((tmp_path / "home" / "features").iterdir())
     first = [np.load(next(folder.glob("*static.npy"))) for folder in folders]
     assert len(folders) == 3 and not np.array_equal(first[0], first[1]) and not np.array_equal(first[1], first[2])
+
+
+def test_a_training_that_explodes_says_so(stage, tmp_path):
+    """The library would log a loss of 0, and a policy of no numbers would be saved."""
+    with pytest.raises(FloatingPointError, match="'toy': its weights are no numbers any more; take a smaller learning_rate"):
+        work(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
+    assert not (tmp_path / "model").exists() and not np.isfinite(log_history(tmp_path)[-2]["loss"])
 
 
 def test_clipping_bounds_what_one_step_can_do(stage, tmp_path, toy_vlm, toy_demos):
