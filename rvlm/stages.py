@@ -14,6 +14,7 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": tuple(o.value for o in OptimizerNames),
     "wordings": ("recorded", "varied", "one"),
+    "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
@@ -37,8 +38,9 @@ class Stage:
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
         batch_size: Samples per optimizer step, over all processes.
-        learning_rate, weight_decay, warmup, schedule: Of AdamW; `warmup` is a fraction of the steps, `schedule` a name of
-            transformers.
+        learning_rate, weight_decay, warmup: Of AdamW; `warmup` is a fraction of the steps.
+        schedule: Of the learning rate behind its warm-up: "cosine", "linear", "constant_with_warmup", or "step_decay" (a tenth
+            after half of the steps, a hundredth after three quarters); "constant" has no warm-up.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
         tuning: What of the backbone learns in a robot stage (`rvlm.checkpoints.tune`); history, head and state always do.

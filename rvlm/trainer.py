@@ -4,10 +4,12 @@ A stage saves every minute, and goes on from its last whole checkpoint when it i
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,16 @@ class StageTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # our losses are means: accumulated steps are averaged
+        self.factor: Callable[..., float] | None = None  # of the learning rate, where the library has no such schedule
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stage's own schedule, or the library's."""
+        if self.factor is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        n_warmup = self.args.get_warmup_steps(num_training_steps)
+        factor = functools.partial(self.factor, n_warmup=n_warmup, n_steps=num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         """The model's own loss."""
@@ -75,6 +87,13 @@ class StageTrainer(Trainer):
         super().log({**logs, **getattr(self, "_parts", {})}, *args, **kwargs)
 
 
+def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
+    """Factor of the learning rate: a linear warm-up, then 1, 0.1 after half of the steps, 0.01 after three quarters."""
+    if step < n_warmup:
+        return step / n_warmup
+    return 0.1 ** ((step >= n_steps / 2) + (step >= 3 * n_steps / 4))
+
+
 def _precision() -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[adapters.precision()]
 
@@ -96,7 +115,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
         warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type=stage.schedule,
+        lr_scheduler_type="constant_with_warmup" if stage.schedule == "step_decay" else stage.schedule,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, n_steps // 100),
         logging_nan_inf_filter=False,  # else a loss that is no number any more is logged as 0
@@ -125,6 +144,7 @@ def work(stage: Stage, folder: Path) -> None:
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
+    trainer.factor = step_decay if stage.schedule == "step_decay" else None
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

@@ -29,7 +29,7 @@ from rvlm.episodes import EpisodeWriter
 from rvlm.families import tiny_vlm
 from rvlm.processors import load_processor
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.trainer import LogFile, StageTrainer, arguments, last_checkpoint, log_history, seconds_of, work
+from rvlm.trainer import LogFile, StageTrainer, arguments, last_checkpoint, log_history, seconds_of, step_decay, work
 from rvlm.training import prepare, run
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +118,7 @@ def test_an_unknown_field_is_an_error(stage):
         ({"tuning": "loraa"}, "no tuning 'loraa'; there are full, head, lora, dora, qlora"),
         ({"precision": "int3"}, "no precision 'int3'; there are auto, fp32"),
         ({"optimizer": "adam9"}, "no optimizer 'adam9'; there are .*adamw_torch"),
+        ({"schedule": "cosin"}, "no schedule 'cosin'; there are cosine, .*step_decay"),
         ({"rank": 4}, "'rank' is read with adapters only, not with tuning='full'"),
         ({"n_accumulated": 3}, r"each in 3 part\(s\); got 8"),
     ],
@@ -196,6 +197,16 @@ def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_
     folders = sorted((tmp_path / "home" / "features").iterdir())
     first = [np.load(next(folder.glob("*static.npy"))) for folder in folders]
     assert len(folders) == 3 and not np.array_equal(first[0], first[1]) and not np.array_equal(first[1], first[2])
+
+
+def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
+    """In the rates that the optimizer was given, and across a stop."""
+    decayed = few(stage, n_steps=20, schedule="step_decay", warmup=0.2)
+    work(decayed, tmp_path)
+    rates = [entry["learning_rate"] / stage.learning_rate for entry in log_history(tmp_path) if "learning_rate" in entry]
+    expected = [0, 0.25, 0.5, 0.75, *[1] * 6, *[0.1] * 5, *[0.01] * 5]
+    assert rates == pytest.approx(expected)
+    assert [step_decay(i, 4, 20) for i in range(20)] == pytest.approx(expected)
 
 
 def test_a_training_that_explodes_says_so(stage, tmp_path):

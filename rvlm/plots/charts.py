@@ -177,7 +177,7 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
     for name, value, low, high in rows[["name", "value", "low", "high"]].itertuples(index=False):
         y = names.index(name)
         known = structure_color(name)
-        color = known if known != NEUTRAL else PALETTE[y % len(PALETTE)]
+        color = known if known != NEUTRAL else (PALETTE[y] if len(names) <= len(PALETTE) else NEUTRAL)
         if pd.isna(low):
             ax.plot(value, y, "D", mfc="none", mec="black", ms=4.5, mew=0.9)
         else:

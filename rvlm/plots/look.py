@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+CHARACTERS_PER_IN = 15.5  # of a title
 COLUMN_IN, PAGE_IN = 3.5, 7.16  # widths of one column and of a two-column page [inch]
 PALETTE = sns.color_palette("colorblind").as_hex()  # ten colours, safe for the common colour-vision deficiencies
 DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -74,8 +76,9 @@ def structure_color(name: str) -> str:
 
 
 def headline(fig: Figure, text: str) -> None:
-    """The sentence over a figure."""
-    fig.suptitle(text, x=0.01, ha="left")
+    """The sentence over a figure, in as many lines as its width needs."""
+    width = int(CHARACTERS_PER_IN * fig.get_figwidth())
+    fig.suptitle("\n".join(textwrap.fill(line, width) for line in text.split("\n")), x=0.01, ha="left")
 
 
 def bare(ax: Axes, color: str | None = None) -> None:
