@@ -4,6 +4,7 @@ The action query is a special token `<act>` in the text: the family's own proces
 work, and the policy reads the hidden state where the token stands.
 """
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 # No bar for each file of weights, which load at once here and are named when they do not.
 transformers_logging.disable_progress_bar()
 
+LOADING = threading.RLock()  # the library changes itself while it loads: of two threads that do, both leave tied weights out
 SMALL_VLM = Path(__file__).parent / "assets" / "small-vlm"  # the shipped vision-language model
 
 
@@ -46,19 +48,20 @@ def load_backbone(
         ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
     """
     dtype = dtype if quantization is None else quantization.bnb_4bit_compute_dtype
-    if is_pretrained:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            quantization_config=quantization,
-        )
-        model, report = loaded
-        refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
-    else:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
+    with LOADING:
+        if is_pretrained:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name_or_path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                quantization_config=quantization,
+            )
+            model, report = loaded
+            refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
+        else:
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
     _grow(model, len(processor.tokenizer))
     return model
 

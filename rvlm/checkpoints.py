@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 
 from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import freeze_unread, load_backbone, refuse_wrong_weights
+from rvlm.backbones import LOADING, freeze_unread, load_backbone, refuse_wrong_weights
 from rvlm.files import weights_of
 from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
@@ -168,19 +168,24 @@ def load_vla(
     if unknown:
         raise ValueError(f"{folder}: unknown fields {sorted(unknown)} in its configuration; was it saved by another version?")
     processor = load_processor(folder)
+    with LOADING:
+        return _load(folder, config, base, is_quantized, processor), processor
+
+
+def _load(folder: str | Path, config: Any, base: str | Path | None, is_quantized: bool | None, processor: Any) -> VLA:
     if config.base is not None:
         model = VLA(config, _base(folder, base or config.base["name"], config, is_quantized, processor))
         if config.base["tuning"] != "head":
             model.put_adapters(adapters.attach_saved(model.backbone, Path(folder)))
         model.fill(folder)
-        return model.eval(), processor
+        return model.eval()
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     if is_quantized:
         options["quantization_config"] = adapters.in_four_bits(folder, "backbone.")
     loaded: Any = VLA.from_pretrained(folder, config=config, **options)
     model, report = loaded
     refuse_wrong_weights(folder, report)
-    return model.eval(), processor
+    return model.eval()
 
 
 def _base(folder: str | Path, name: str | Path, config: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:

@@ -62,7 +62,8 @@ class StageTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         n_warmup = self.args.get_warmup_steps(num_training_steps)
         factor = functools.partial(self.factor, n_warmup=n_warmup, n_steps=num_training_steps)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        stepped: Any = optimizer or self.optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, factor)
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -358,3 +359,13 @@ def test_an_unknown_field_of_a_saved_configuration_is_named(saved, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "chunksize": 8}))
     with pytest.raises(ValueError, match=r"unknown fields \['chunksize'\]"):
         load_vla(folder)
+
+
+def test_policies_can_be_loaded_from_several_threads(toy_vlm, toy_stats, tmp_path):
+    """The library's own loading leaves tied weights out where two threads load at once."""
+    model, processor = build(toy_vlm, toy_stats, ONE_STEP)
+    model.save_pretrained(tmp_path, processor)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_vla(tmp_path)[0], range(12)))
+    for other in loaded:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
