@@ -51,6 +51,11 @@ def untrained_vlm(seed: int = 0) -> Path:
     return final
 
 
+def _n_processes(n_samples: int) -> int:
+    """Two, unless a stage is over before a second process has started, which takes ten seconds on two cores."""
+    return 2 if n_samples >= 500 else 1
+
+
 def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     """Stage 1 on rendered scenes, in six steps.
 
@@ -61,17 +66,18 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     costs little. The budgets of all steps are multiples of `n_samples`.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, "augment": 0, "seed": seed}
+    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(4 * n_samples)}
+    frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, **shared}
     tower = Stage(
         "detection", DETECTION, scenes, str(untrained_vlm(seed)), 12 * n_samples,
-        batch_size=32, learning_rate=1.5e-3, augment=0, seed=seed,
+        batch_size=32, learning_rate=1.5e-3, **shared,
     )  # fmt: skip
     point = {"n": 10, "kinds": ("point", "point_wrist")}
     pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 8 * n_samples, dialogue=point, **frozen)
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
     hard = {"n": 8, "kinds": HARD}
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
-    whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "augment": 0, "seed": seed}
+    whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
     together = Stage("together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
     looks = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS)}
@@ -89,7 +95,8 @@ def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
 
     Vision tower and connector stay as stage 1 left them: on a CPU the same minutes then show three times the samples.
     """
-    return in_domain(Collection(n_episodes=n_episodes), n_samples, freeze_vision=True, augment=0, seed=seed)
+    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(n_samples)}
+    return in_domain(Collection(n_episodes=n_episodes), n_samples, freeze_vision=True, **shared)
 
 
 def main_data(n_episodes: int) -> EpisodeDataset:
