@@ -88,7 +88,8 @@ def search(
         return score(run(stage, show_progress=False, n_threads=n_threads, watch=watch))
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    study.optimize(attempt, callbacks=[optuna.study.MaxTrialsCallback(n_trials, states=states)], n_trials=n_trials)
+    if len(study.get_trials(deepcopy=False, states=states)) < n_trials:
+        study.optimize(attempt, callbacks=[optuna.study.MaxTrialsCallback(n_trials, states=states)], n_trials=n_trials)
     return study
 
 

@@ -42,6 +42,7 @@ def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
     assert len(tried) == 4 and len(tried[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
     assert tried["value"].notna().all() and (tried["seconds"] > 0).all()
     assert study.best_value == tried["value"].min()
+    assert len(table(search("toy", GRID, make, end_of, n_trials=4, n_threads=1))) == 4, "what is complete is left as it is"
     assert set(importance(study).index) == set(GRID)
 
 

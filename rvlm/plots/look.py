@@ -78,7 +78,7 @@ def structure_color(name: str) -> str:
 def headline(fig: Figure, text: str) -> None:
     """The sentence over a figure, in as many lines as its width needs."""
     width = int(CHARACTERS_PER_IN * fig.get_figwidth())
-    fig.suptitle("\n".join(textwrap.fill(line, width) for line in text.split("\n")), x=0.01, ha="left")
+    fig.suptitle("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n")), x=0.01, ha="left")
 
 
 def bare(ax: Axes, color: str | None = None) -> None:
