@@ -62,7 +62,7 @@ def load_backbone(
             refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
         else:
             model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
-    _grow(model, len(processor.tokenizer))
+        _grow(model, len(processor.tokenizer))
     return model
 
 
@@ -172,6 +172,17 @@ class _Rows(list):
         return torch.stack(list(self)).to(*where)
 
 
+def _places_behind(model: PreTrainedModel, attention_mask: torch.Tensor, n_tokens: int) -> dict[str, torch.Tensor]:
+    """Positions of the last tokens of a sequence that is continued, for families that would count them wrongly."""
+    base: Any = model.base_model
+    place = attention_mask.cumsum(-1)[:, -n_tokens:]
+    if getattr(base, "rope_deltas", None) is not None:  # Qwen counts images in rows and columns; behind them, on
+        return {"position_ids": (place - 1 + base.rope_deltas).expand(3, -1, -1)}
+    if base is model:  # KosMos-2 would count what fills a prompt up
+        return {"position_ids": place + model.config.get_text_config().pad_token_id}
+    return {}
+
+
 def read_act(
     model: PreTrainedModel,
     act_id: int,
@@ -203,11 +214,7 @@ def read_act(
     if image_features is not None:
         inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
     if inputs.get("past_key_values") is not None:
-        place = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :]
-        if getattr(base, "rope_deltas", None) is not None:  # Qwen counts images in rows and columns; behind them, on
-            inputs["position_ids"] = (place - 1 + base.rope_deltas).expand(3, -1, -1)
-        elif base is model:  # KosMos-2 would count what fills a prompt up
-            inputs["position_ids"] = place + model.config.get_text_config().pad_token_id
+        inputs |= _places_behind(model, inputs["attention_mask"], input_ids.shape[1])
     is_act = input_ids == act_id
 
     def add(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
 
     processor = load_processor(stage.init)
     model = load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained)
-    scenes = Scenes(stage.data)
+    scenes, collate = Scenes(stage.data), DialogueCollator(processor)
     if stage.freeze_vision:
         freeze_vision(model)
         scenes.images = list(cached_features(stage, model, processor, scenes.images_by_name()).values())
@@ -131,7 +131,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
         images, scene = scenes[i]
         return images, draw(scene, rng, **stage.dialogue)
 
-    return model, processor, Budget(len(scenes), stage.n_samples, stage.seed, make), DialogueCollator(processor)
+    return model, processor, Budget(len(scenes), stage.n_samples, stage.seed, make), collate
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
@@ -180,16 +180,15 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     train = [_few(stage, data, split(data)[0]) for data in sets]
     robots = [Robot(data.require_spec(), data.stats(episodes=rows)) for data, rows in zip(sets, train, strict=True)]
     model, processor = _policy(stage, robots)
-    frames: Any = [None] * len(sets)
+    prompter, frames = model.prompter(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
-        if model.prompter(processor).sees_pixels_alone:
-            frames = _frozen_frames(stage, model, processor, sets)
+        frames = _frozen_frames(stage, model, processor, sets) if prompter.sees_pixels_alone else frames
     parts = [
         _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
     ]
     budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
-    collate: Any = RobotCollator(model.prompter(processor))
+    collate: Any = RobotCollator(prompter)
     if stage.scenes:
         budget, collate = _with_dialogue(stage, processor, budget, collate)
     return model, processor, budget, collate

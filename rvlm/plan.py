@@ -130,7 +130,11 @@ def _both(
     """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
     if optimizer not in STATE:
         raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
-    if config.is_encoder_decoder or not hasattr(config.vision_config, "patch_size") or config.get_text_config() is config:
+    if (
+        config.is_encoder_decoder
+        or not hasattr(getattr(config, "vision_config", None), "patch_size")
+        or config.get_text_config() is config
+    ):
         raise ValueError(
             f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
             "rvlm.trainer.rehearse(stage)"

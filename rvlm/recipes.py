@@ -66,7 +66,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     costs little. The budgets of all steps are multiples of `n_samples`.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(4 * n_samples)}
+    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(4 * n_samples)}  # of its shortest step
     frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, **shared}
     tower = Stage(
         "detection", DETECTION, scenes, str(untrained_vlm(seed)), 12 * n_samples,

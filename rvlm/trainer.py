@@ -95,6 +95,9 @@ def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
     return 0.1 ** ((step >= n_steps / 2) + (step >= 3 * n_steps / 4))
 
 
+OWN_SCHEDULES = {"step_decay": step_decay}
+
+
 def _precision() -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[adapters.precision()]
 
@@ -116,7 +119,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
         warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type="constant_with_warmup" if stage.schedule == "step_decay" else stage.schedule,
+        lr_scheduler_type="constant_with_warmup" if stage.schedule in OWN_SCHEDULES else stage.schedule,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, n_steps // 100),
         logging_nan_inf_filter=False,  # else a loss that is no number any more is logged as 0
@@ -145,7 +148,7 @@ def work(stage: Stage, folder: Path) -> None:
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
-    trainer.factor = step_decay if stage.schedule == "step_decay" else None
+    trainer.factor = OWN_SCHEDULES.get(stage.schedule)
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

@@ -151,7 +151,7 @@ def test_every_image_is_seen(folder, toy_stats):
 
 
 def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path):
-    """The embeddings of `<act>` have to grow in most families of the Hub; its adapters then are saved with it."""
+    """The table of embeddings has to grow for `<act>` in most families of the Hub."""
     processor = load_processor(folder)
     before = load_backbone(folder, processor)
     processor.tokenizer.add_tokens([f"<new{i}>" for i in range(80)])
@@ -159,9 +159,8 @@ def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path
     ids = torch.arange(n)[None]
     rows, old = (m.get_input_embeddings()(ids[:, : n - 80])[0] for m in (grown, before))
     assert torch.equal(rows, old) and grown.get_input_embeddings()(ids).isfinite().all()
-    for part, parent in ((grown, tmp_path / folder.name), (processor, tmp_path / folder.name)):
-        part.save_pretrained(parent)
-    again = load_backbone(tmp_path / folder.name, processor)
+    grown.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path, processor)
     assert torch.equal(again.get_input_embeddings()(ids), grown.get_input_embeddings()(ids))
 
 

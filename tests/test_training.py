@@ -201,12 +201,14 @@ def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_
 
 def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
     """In the rates that the optimizer was given, and across a stop."""
-    decayed = few(stage, n_steps=20, schedule="step_decay", warmup=0.2)
-    work(decayed, tmp_path)
-    rates = [entry["learning_rate"] / stage.learning_rate for entry in log_history(tmp_path) if "learning_rate" in entry]
-    expected = [0, 0.25, 0.5, 0.75, *[1] * 6, *[0.1] * 5, *[0.01] * 5]
-    assert rates == pytest.approx(expected)
-    assert [step_decay(i, 4, 20) for i in range(20)] == pytest.approx(expected)
+    decayed = few(stage, n_steps=40, schedule="step_decay", warmup=0.1)
+    expected = [0, 0.25, 0.5, 0.75, *[1] * 16, *[0.1] * 10, *[0.01] * 10]
+    assert [step_decay(i, 4, 40) for i in range(40)] == pytest.approx(expected)
+    for _ in range(2):  # the second time from the checkpoint in the middle
+        work(decayed, tmp_path)
+        rates = [entry["learning_rate"] / stage.learning_rate for entry in log_history(tmp_path) if "learning_rate" in entry]
+        assert rates == pytest.approx(expected)
+        shutil.rmtree(tmp_path / "trainer" / "checkpoint-40")
 
 
 def test_a_training_that_explodes_says_so(stage, tmp_path):
