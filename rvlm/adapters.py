@@ -114,10 +114,6 @@ def _own_token(model: PreTrainedModel, act_id: int) -> dict[str, Any]:
 
 
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
-    layer: Any
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # else some CPUs would act in bfloat16 on what was trained in float32
-            layer.support_avx512bf16_for_cpu = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks transformers by the old name
         return get_peft_model(model, config)

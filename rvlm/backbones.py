@@ -63,7 +63,16 @@ def load_backbone(
         else:
             model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
         _grow(model, len(processor.tokenizer))
+    compute_as_trained(model)
     return model
+
+
+def compute_as_trained(model: torch.nn.Module) -> None:
+    """Keep layers in 4 bits from acting in bfloat16 on what was trained in float32, as bitsandbytes would on some CPUs."""
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _grow(model: PreTrainedModel, n_tokens: int) -> None:

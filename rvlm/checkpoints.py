@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 
 from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import LOADING, freeze_unread, load_backbone, refuse_wrong_weights
+from rvlm.backbones import LOADING, compute_as_trained, freeze_unread, load_backbone, refuse_wrong_weights
 from rvlm.files import weights_of
 from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
@@ -185,6 +185,7 @@ def _load(folder: str | Path, config: Any, base: str | Path | None, is_quantized
     loaded: Any = VLA.from_pretrained(folder, config=config, **options)
     model, report = loaded
     refuse_wrong_weights(folder, report)
+    compute_as_trained(model)
     return model.eval()
 
 

@@ -110,6 +110,17 @@ def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     assert torch.equal(said(load_vla(tmp_path)[0], batch), said(merged, batch))
 
 
+def test_a_processor_with_bfloat16_reads_layers_in_four_bits_as_any_other(toy_vlm, toy_stats, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model, processor = build(toy_vlm, toy_stats, "qlora")
+    batch = a_batch(model, processor)
+    model.eval().save_pretrained(tmp_path / "adapted", processor)
+    assert torch.equal(said(load_vla(tmp_path / "adapted")[0], batch), said(model, batch))
+    build(toy_vlm, toy_stats, "full")[0].save_pretrained(tmp_path / "whole", processor)
+    in_four_bits = load_vla(tmp_path / "whole", is_quantized=True)[0]
+    assert is_quantized(in_four_bits) and said(in_four_bits, batch).dtype == torch.float32
+
+
 def test_an_adapted_policy_acts(adapted):
     from toy_policies import observe
 
