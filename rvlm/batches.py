@@ -12,34 +12,40 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from torch.nn import functional
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import freeze_vision, load_backbone, vision_features
 from rvlm.files import artifacts_dir, key_of, weights_of
-from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
+from rvlm.mixtures import Budget, Mixture, Robot, named
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter, pad
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 
 
-def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndarray:
-    """Shift each camera's images by up to `shift` px (edges repeat), and vary brightness and contrast.
+def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: float = 0, color: float = 0) -> np.ndarray:
+    """Move and cut each camera's images at random (edges repeat), and vary brightness and contrast; hues stay, orders name them.
 
     Args:
         images: (t, cameras, h, w, 3) uint8; all observation steps of one camera move together.
-        rng: Draws the shift of each camera, and one change of brightness and contrast for all.
-        shift: Largest shift along each axis [px]; 0 leaves the images as they are.
+        rng: Draws shift and cut of each camera, and one change of brightness and contrast for all.
+        shift: Largest shift along each axis [px].
+        crop: Largest part of each side that is cut away, before what is left is enlarged to the whole.
+        color: Largest relative change of contrast, and of brightness in parts of half its range.
     """
-    if not shift:
+    if not (shift or crop or color):
         return images
+    h, w = images.shape[2:4]
+    gain, bias = rng.uniform(1 - color, 1 + color), 128 * rng.uniform(-color, color)
     out = np.empty_like(images)
-    gain, bias = rng.uniform(0.85, 1.15), rng.uniform(-12, 12)
     for camera in range(images.shape[1]):
-        dy, dx = rng.integers(-shift, shift + 1, 2)
-        rows = np.clip(np.arange(images.shape[2]) + dy, 0, images.shape[2] - 1)
-        columns = np.clip(np.arange(images.shape[3]) + dx, 0, images.shape[3] - 1)
-        moved = images[:, camera][:, rows][:, :, columns].astype(np.float32)
-        out[:, camera] = np.clip((moved - 128) * gain + 128 + bias, 0, 255)
+        part = rng.uniform(1 - crop, 1)
+        x, y = rng.uniform(part - 1, 1 - part, 2) + 2 * rng.integers(-shift, shift + 1, 2) / (w, h)
+        view = torch.from_numpy(images[:, camera]).permute(0, 3, 1, 2).float()
+        theta = torch.tensor([[part, 0, x], [0, part, y]], dtype=torch.float32).expand(len(view), -1, -1)
+        grid = functional.affine_grid(theta, list(view.shape), align_corners=False)
+        moved = functional.grid_sample(view, grid, padding_mode="border", align_corners=False)
+        out[:, camera] = ((moved - 128) * gain + 128 + bias).clamp(0, 255).round().permute(0, 2, 3, 1).numpy()
     return out
 
 
@@ -253,13 +259,13 @@ def _part(stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[n
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
-        sample["state"] = arranged(sample["state"], robot.spec.state_names, model.spec.state_names)
+        sample["state"] = model.felt(robot, sample["state"])
         if stage.wordings != "recorded":
             words = rewordings(sample["instruction"])
             sample["instruction"] = words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
-        if config.names_robot:
+        if config.embodiment == "name":
             sample["instruction"] = named(robot.spec, sample["instruction"])
-        return sample if stage.freeze_vision else {**sample, "images": augment(sample["images"], rng, stage.augment)}
+        return {**sample, "images": augment(sample["images"], rng, **stage.augment)} if stage.augment else sample
 
     return Budget(len(windows), stage.n_samples, stage.seed + index, make)
 

@@ -15,7 +15,7 @@ from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
 from rvlm.vla import VLA, own_weights
 
-SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats", "base"})
+SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats", "robots", "met", "base"})
 
 
 def make_vla(

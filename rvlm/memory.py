@@ -108,7 +108,8 @@ class CachedSequence(RecomputedSequence):
             return False
         fast, slow = CachedSequence(model, prompter), RecomputedSequence(model, prompter)
         for images in noise:
-            state = torch.zeros(2, len(model.spec.state_names), device=model.device)
+            at_rest = np.zeros((2, len(model.spec.state_names)), np.float32)
+            state = torch.as_tensor(model.felt(model.robot(model.spec), at_rest), device=model.device)
             for memory in (fast, slow):
                 memory.add(images, state, ["lift it", "lift the other one"])
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2

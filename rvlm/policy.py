@@ -14,7 +14,7 @@ import torch
 from rvlm.actions import ActionSpec
 from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
-from rvlm.mixtures import arranged, named
+from rvlm.mixtures import named
 from rvlm.vla import VLA
 
 Observation = dict[str, Any]
@@ -126,10 +126,9 @@ class Policy:
         """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
-        state = arranged(state, self.robot.spec.state_names, self.model.spec.state_names)
-        felt = torch.as_tensor(state, dtype=torch.float32, device=self.model.device)
+        felt = torch.as_tensor(self.model.felt(self.robot, state), dtype=torch.float32, device=self.model.device)
         told = [o["instruction"] for o in observations]
-        if self.model.config.names_robot:
+        if self.model.config.embodiment == "name":
             told = [named(self.robot.spec, instruction) for instruction in told]
         self.memory.add(images, felt, told)
 

@@ -66,7 +66,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     costs little. The budgets of all steps are multiples of `n_samples`.
     """
     scenes = tuple(map(str, collect_scenes(n_scenes, SCENE_SEED)))
-    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(4 * n_samples)}  # of its shortest step
+    shared: dict[str, Any] = {"seed": seed, "n_processes": _n_processes(4 * n_samples)}  # of its shortest step
     frozen: dict[str, Any] = {"freeze_vision": True, "learning_rate": 2e-3, **shared}
     tower = Stage(
         "detection", DETECTION, scenes, str(untrained_vlm(seed)), 12 * n_samples,
@@ -95,7 +95,7 @@ def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
 
     Vision tower and connector stay as stage 1 left them: on a CPU the same minutes then show three times the samples.
     """
-    shared: dict[str, Any] = {"augment": 0, "seed": seed, "n_processes": _n_processes(n_samples)}
+    shared: dict[str, Any] = {"seed": seed, "n_processes": _n_processes(n_samples)}
     return in_domain(Collection(n_episodes=n_episodes), n_samples, freeze_vision=True, **shared)
 
 
@@ -106,7 +106,7 @@ def main_data(n_episodes: int) -> EpisodeDataset:
 
 def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
     """A probe: only head and state learn, over a backbone of random weights that stands still."""
-    frozen: dict[str, Any] = {"freeze_vision": True, "tuning": "head", "is_pretrained": False, "augment": 0}
+    frozen: dict[str, Any] = {"freeze_vision": True, "tuning": "head", "is_pretrained": False}
     return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
 
 
@@ -172,7 +172,7 @@ def little_of_target(n_target: int, n_others: int, n_samples: int) -> Course:
 
     Vision tower and connector stand still, but for the recipe `scratch`.
     """
-    changes = {"freeze_vision": True, "augment": 0, "batch_size": 8}
+    changes = {"freeze_vision": True, "batch_size": 8}
     others = tuple(Collection(robot, n_others, COMMON) for robot in ("ur6", "small5"))
     return Course(Collection(n_episodes=n_target, families=COMMON), others, n_samples, changes=changes)
 

@@ -16,6 +16,7 @@ _CHOICES = {
     "wordings": ("recorded", "varied", "one"),
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
+AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
 
@@ -45,7 +46,7 @@ class Stage:
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
         tuning: What of the backbone learns in a robot stage (`rvlm.checkpoints.tune`); history, head and state always do.
         rank: Of adapters.
-        augment: Largest shift of an image [px], with brightness and contrast varied too; 0 for none.
+        augment: What is varied in images, and how much: "shift", "crop", "color", as `rvlm.batches.augment` takes them.
         seed: Of weights, order and augmentation.
         optimizer: Name of transformers: "adamw_torch", "adamw_8bit", "paged_adamw_8bit", ...
         n_accumulated: Parts in which a process works through its share of a batch, one after another.
@@ -78,7 +79,7 @@ class Stage:
     freeze_vision: bool = False
     tuning: str = "full"
     rank: int = 16
-    augment: int = 2
+    augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     optimizer: str = "adamw_torch"
     n_accumulated: int = 1
@@ -103,23 +104,39 @@ class Stage:
         for name, possible in _CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
-        usual = {"policy": {}, "tuning": "full", "weights": (), "shots": 0, "wordings": "recorded", "scenes": ()}
+        usual = {"policy": {}, "tuning": "full", "weights": (), "shots": 0, "wordings": "recorded", "scenes": (), "augment": {}}
         for name, value in {**usual, "is_new_robot": False}.items():
             if getattr(self, name) != value and self.kind != ROBOT:
                 raise ValueError(
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
-
+        self._check_augment()
         if self.rank != 16 and self.tuning in ("full", "head"):
             raise ValueError(
                 f"stage {self.name!r}: 'rank' is read with adapters only, not with tuning={self.tuning!r}; leave it out"
+            )
+
+    def _check_augment(self) -> None:
+        for name, most in self.augment.items():
+            if name not in AUGMENTATIONS:
+                raise ValueError(
+                    f"stage {self.name!r}: no augmentation {name!r}; there are {', '.join(AUGMENTATIONS)} (images are never "
+                    "mirrored: actions, states and words such as 'left' would have to be mirrored too)"
+                )
+            if not 0 <= most <= AUGMENTATIONS[name] or (name == "shift" and most % 1):
+                kind = "whole pixels" if name == "shift" else "a share"
+                raise ValueError(f"stage {self.name!r}: expected {name} as {kind} from 0 to {AUGMENTATIONS[name]}; got {most}")
+        if self.augment and self.freeze_vision:
+            raise ValueError(
+                f"stage {self.name!r}: expected images as they are with freeze_vision=True, which keeps their features; got "
+                f"augment={self.augment}; leave one of them out"
             )
 
     @property
     def folder(self) -> Path:
         """Where its result is: its name, and the hash of all that makes it and is not as ever, except who shares the work."""
         shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
-        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        usual = {f.name: {} if f.name == "augment" else f.default for f in dataclasses.fields(self)}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
         content["init"] = weights_of(self.init) or self.init  # a model that was made anew in the same place is another start
         return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"

@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from rvlm.heads import HEADS, HISTORIES, LONGEST_MEMORY
 
 TUNINGS = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
+EMBODIMENTS = (None, "name", "token")
+MAX_ROBOTS = 32  # that have tokens
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
     "one_step": (("mlp", "flow", "tokens"), (None,)),
@@ -35,7 +37,9 @@ class VLAConfig(PreTrainedConfig):
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
         robots: Other robots that it was trained on: dataset -> `Robot.to_dict` (`rvlm.mixtures`).
-        names_robot: Whether instructions begin with the robot's name.
+        embodiment: How it is told which robot acts: not at all (None), by the "name" before the instruction, or by a "token" of
+            each robot's own, an `<act>` with a learned offset.
+        met: Datasets of all robots that it was trained on, in the order in which it met them: the numbers of their tokens.
         base: Of a policy that is saved without its backbone: the backbone's `name`, its `weights` (a hash), and the `tuning`.
     """
 
@@ -56,7 +60,8 @@ class VLAConfig(PreTrainedConfig):
     spec: dict | None = None
     stats: dict | None = None
     robots: dict | None = None
-    names_robot: bool = False
+    embodiment: str | None = None
+    met: list | None = None
     base: dict | None = None
 
 
@@ -69,7 +74,8 @@ def check_structure(config: VLAConfig) -> None:
     Raises:
         ValueError: Unknown or contradicting structure, head, history or window, with what is possible.
     """
-    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", (None, *HISTORIES))):
+    histories = (None, *HISTORIES)
+    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", histories), ("embodiment", EMBODIMENTS)):
         if getattr(config, name) not in table:
             raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")
     for name in ("n_obs_steps", "chunk_size"):

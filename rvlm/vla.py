@@ -2,13 +2,14 @@
 
 The backbone is not changed: its tokenizer has one more token, `<act>`, and the policy reads the base model's hidden
 state where it stands (the language-model head is not computed). Proprioception, and action tokens where there are some,
-enter as learned offsets of that token's input embedding.
+enter as learned offsets of that token's input embedding, and so does the robot, where each has a token of its own.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -20,10 +21,10 @@ from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import read_act, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
-from rvlm.mixtures import Robot
+from rvlm.mixtures import Robot, arranged
 from rvlm.probe import keep_order
 from rvlm.prompts import Prompter
-from rvlm.structures import VLAConfig, check_structure
+from rvlm.structures import MAX_ROBOTS, VLAConfig, check_structure
 
 
 class VLA(PreTrainedModel):
@@ -58,6 +59,7 @@ class VLA(PreTrainedModel):
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(self.spec.state_names)
         self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
+        self.robot_in = nn.Parameter(torch.zeros(MAX_ROBOTS, width)) if config.embodiment == "token" else None
         self.post_init()
 
     def put_adapters(self, adapters: PeftModel | None) -> None:
@@ -71,10 +73,24 @@ class VLA(PreTrainedModel):
         """
         known = {self.spec.dataset: Robot(self.spec, self.stats), **self.robots}
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
+        met = list(dict.fromkeys([*(self.config.met or ()), *known]))
+        if self.robot_in is not None and len(met) > MAX_ROBOTS:
+            raise ValueError(f"expected at most {MAX_ROBOTS} robots with tokens of their own, got {len(met)}; tell them by name")
         first = known.pop(robots[0].spec.dataset)
-        self.spec, self.stats, self.robots = first.spec, first.stats, known
+        self.spec, self.stats, self.robots, self.config.met = first.spec, first.stats, known, met
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.robots = {name: robot.to_dict() for name, robot in known.items()} or None
+
+    def felt(self, robot: Robot, state: np.ndarray) -> np.ndarray:
+        """A robot's normalised state (..., s) as the policy takes it: in the order of the robot that it is for, by name.
+
+        Where each robot has a token of its own, the number of this one stands behind it: (..., s + 1).
+        """
+        state = arranged(state, robot.spec.state_names, self.spec.state_names)
+        if self.robot_in is None:
+            return state
+        number = (self.config.met or [self.spec.dataset]).index(robot.spec.dataset)
+        return np.concatenate([state, np.full((*state.shape[:-1], 1), number, state.dtype)], axis=-1)
 
     def robot(self, spec: ActionSpec) -> Robot:
         """The robot of this spec, as it was when the policy was trained.
@@ -128,15 +144,19 @@ class VLA(PreTrainedModel):
 
         Args:
             n: Observations.
-            state: (n, s), normalised; stands at the first `<act>` of each.
+            state: (n, s) as `felt` gives it; stands at the first `<act>` of each.
             tokens: (n, N) that the head is told in training.
 
         Raises:
             ValueError: The policy has a state and none was given.
         """
-        if self.state_in is not None and state is None:
+        if state is None and not (self.state_in is None and self.robot_in is None):
             raise ValueError("this policy was built with has_state=True; expected its state (n, s), got none")
-        felt = None if self.state_in is None else self.state_in(state)
+        felt = None
+        if self.robot_in is not None and state is not None:
+            state, felt = state[:, :-1], self.robot_in[state[:, -1].long()]
+        if self.state_in is not None:
+            felt = self.state_in(state) + (0 if felt is None else felt)
         if not isinstance(self.head, TokensHead):
             return felt
         told = self.head.offsets(n, tokens)
@@ -155,7 +175,7 @@ class VLA(PreTrainedModel):
 
         Args:
             input_ids: (b, l), with n observations in all.
-            state: (n, s), normalised.
+            state: (n, s), as `felt` gives it.
             tokens: (n, N), the action tokens that the head is told in training.
             inputs: As `read` takes them.
         """
@@ -170,7 +190,7 @@ class VLA(PreTrainedModel):
         """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
 
         Args:
-            state: (b, t, s) normalised.
+            state: (b, t, s), as `felt` gives it.
             obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
             tokens: (b * t, N), the action tokens that the head is told in training.
             inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
@@ -195,7 +215,7 @@ class VLA(PreTrainedModel):
         """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
 
         Args:
-            state: (b, t, s), normalised.
+            state: (b, t, s), as `felt` gives it.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
             action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
                 dimension that the robot does not have.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_policies import SPEC
 
-from rvlm.backbones import load_backbone
+from rvlm.backbones import load_backbone, vision_modules
 from rvlm.batches import RobotCollator
 from rvlm.checkpoints import load_vla, make_vla
 from rvlm.families import FAMILIES, REFUSED, SIDE, TEXTS
@@ -125,6 +125,14 @@ ASKED = ("action", "action_mask", "obs_mask", "dataset_index")
 def predicted(model, processor, chosen):
     batch = RobotCollator(model.prompter(processor))(chosen)
     return model.eval().predict(**{k: v for k, v in batch.items() if k not in ASKED})
+
+
+def test_all_of_the_language_model_that_learns_is_read_through(folder, toy_stats):
+    """Not so of towers: some families leave their last layers out."""
+    model, processor = made(folder, toy_stats, {})
+    model.train()(**RobotCollator(model.prompter(processor))(list(samples(model.config)))).loss.backward()
+    seeing = {p for part in vision_modules(model.backbone) for p in part.parameters()}
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p not in seeing]
 
 
 @pytest.mark.parametrize("name", ["one-step, mlp", "one-step, tokens"])

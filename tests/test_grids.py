@@ -19,7 +19,7 @@ GRID = {"learning_rate": (1e-3, 1e-4), "weight_decay": (0.0, 0.1)}
 def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     policy = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
-    return Stage("grid", ROBOT, (str(toy_demos),), str(toy_vlm), 16, policy=policy, batch_size=8, augment=0, n_processes=1)
+    return Stage("grid", ROBOT, (str(toy_demos),), str(toy_vlm), 16, policy=policy, batch_size=8, n_processes=1)
 
 
 def end_of(model):

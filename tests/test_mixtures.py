@@ -15,9 +15,11 @@ from rvlm.batches import BUILDERS
 from rvlm.checkpoints import load_vla
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, rewordings
 from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows, split
+from rvlm.memory import RecomputedSequence
 from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
 from rvlm.policy import Policy
 from rvlm.stages import ROBOT, Stage
+from rvlm.structures import MAX_ROBOTS
 from rvlm.trainer import log_history, work
 
 ROBOTS = ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")
@@ -42,7 +44,7 @@ def demos(tmp_path_factory):
 @pytest.fixture
 def stage(demos, toy_vlm, tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
-    return Stage("mixed", ROBOT, tuple(demos.values()), str(toy_vlm), 48, policy=ONE_STEP, batch_size=8, augment=0, n_processes=1)
+    return Stage("mixed", ROBOT, tuple(demos.values()), str(toy_vlm), 48, policy=ONE_STEP, batch_size=8, n_processes=1)
 
 
 def drawn(stage):
@@ -191,7 +193,7 @@ def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, 
 
 def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path):
     """Law 18 for mixtures."""
-    named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "names_robot": True})
+    named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "embodiment": "name"})
     model, processor, data, _ = BUILDERS[ROBOT](named_stage)
     for i in range(8):
         robot = model.robot(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
@@ -201,6 +203,57 @@ def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path
     image = np.zeros((48, 48, 3), np.uint8)
     policy._see([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
     assert asked == [named(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
+
+
+WAYS = {
+    "one step": {},
+    "no state": {"has_state": False},
+    "token after token": {"head": "tokens", "head_options": {"n_bins": 8}},
+    "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 3},
+    "interleaved": {"structure": "interleaved", "n_obs_steps": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
+    """What is seen, felt and told is the same; only the token differs, and it is what was learned."""
+    work(dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token", **way}), tmp_path / "stage")
+    model, processor = load_vla(tmp_path / "stage" / "model")
+    assert model.robot_in.abs().sum(1).gt(0).tolist() == [True] * 2 + [False] * (MAX_ROBOTS - 2)
+    image = np.random.default_rng(0).integers(0, 256, (1, 2, 48, 48, 3), np.uint8)
+
+    def said(name):
+        policy = Policy(model, processor, spec=ActionSpec.from_card(name))
+        slow = RecomputedSequence(model, policy.prompter)
+        for _ in range(2):
+            felt = torch.as_tensor(model.felt(policy.robot, np.zeros((1, 7), np.float32)))
+            for memory in (policy.memory, slow):
+                memory.add(image, felt, [TEXTS[0]])
+        assert model.config.structure != "interleaved" or torch.allclose(policy.memory.predict(), slow.predict(), atol=1e-4)
+        told = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
+        return model.fused(felt[:, None], **told, **policy.prompter(image, [TEXTS[0]]))
+
+    with torch.inference_mode():
+        one, other = map(said, ROBOTS[:2])
+        assert (one - other).abs().max() > 1e-6
+        torch.nn.init.zeros_(model.robot_in)
+        assert torch.equal(*map(said, ROBOTS[:2]))
+
+
+def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
+    first = dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token"}, n_samples=8)
+    work(first, tmp_path / "first")
+    model = tmp_path / "first" / "model"
+    work(dataclasses.replace(first, data=(stage.data[2], stage.data[1]), init=str(model), policy={}), tmp_path / "second")
+    before, after = (load_vla(folder)[0] for folder in (model, tmp_path / "second" / "model"))
+    assert after.spec.dataset == ROBOTS[2] and after.config.met == list(ROBOTS)
+    assert torch.equal(before.robot_in[0], after.robot_in[0]), "the first robot was not among the data"
+    assert [after.felt(after.robot(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
+    strangers = [Robot(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
+    with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):
+        after.meet(strangers)
+    with pytest.raises(ValueError, match="no embodiment 'tag'; there are None, name, token"):
+        BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment": "tag"}))
 
 
 # -- shots, wordings, co-training --------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ CASES = [(policy, tuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HE
 def test_a_step_needs_what_the_plan_says(toy_demos, policy, tuning, is_checkpointed):
     """Parameters exactly, peak memory within a tenth."""
     told = small_plan(policy, tuning=tuning, is_checkpointed=is_checkpointed)
-    how = {"tuning": tuning, "is_checkpointed": is_checkpointed, "batch_size": 8, "n_processes": 1, "augment": 0}
+    how = {"tuning": tuning, "is_checkpointed": is_checkpointed, "batch_size": 8, "n_processes": 1}
     used = rehearse(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
     assert (told.parameters, told.trained) == (used["parameters"], used["trained"])
     assert told.peak == pytest.approx(used["peak"], rel=0.1)

@@ -16,7 +16,7 @@ from rvlm.recipes import POLICY, RECIPES, Course, follow, follow_side_by_side
 from rvlm.vla import VLAConfig
 
 TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
-SHORT = {"batch_size": 8, "n_processes": 1, "augment": 0}
+SHORT = {"batch_size": 8, "n_processes": 1}
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden":
 @pytest.fixture
 def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
-    return Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 46, policy=ONE_STEP, batch_size=8, augment=1, n_processes=1)
+    return Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 46, policy=ONE_STEP, batch_size=8, n_processes=1)
 
 
 def trained(stage, folder):
@@ -78,14 +78,18 @@ def test_a_sample_depends_on_its_place_alone():
     assert [Budget(7, 20, 4, make)[i] for i in range(20)] != forwards
 
 
-def test_augmentation_is_deterministic_and_moves_all_steps_of_a_camera_alike():
+VARIED = {"shift": {"shift": 3}, "crop": {"crop": 0.3}, "color": {"color": 0.2}, "all": {"shift": 3, "crop": 0.3, "color": 0.2}}
+
+
+@pytest.mark.parametrize("how", VARIED.values(), ids=VARIED)
+def test_augmentation_is_deterministic_and_moves_all_steps_of_a_camera_alike(how):
     images = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), np.uint8), 3, axis=0)
-    out = augment(images, np.random.default_rng(5), 3)
+    out = augment(images, np.random.default_rng(5), **how)
     assert out.shape == images.shape and out.dtype == np.uint8
-    assert np.array_equal(out, augment(images, np.random.default_rng(5), 3))
-    assert not np.array_equal(out, augment(images, np.random.default_rng(6), 3))
+    assert np.array_equal(out, augment(images, np.random.default_rng(5), **how))
+    assert not np.array_equal(out, augment(images, np.random.default_rng(6), **how))
     assert np.array_equal(out[0], out[2]) and not np.array_equal(out, images)
-    assert augment(images, np.random.default_rng(5), 0) is images
+    assert augment(images, np.random.default_rng(5)) is images
 
 
 def test_augmentation_shifts_each_camera_by_its_own():
@@ -93,12 +97,22 @@ def test_augmentation_shifts_each_camera_by_its_own():
     images[:, :, 16, 16] = 255
     shifts = []
     for seed in range(20):
-        spots = [
-            np.argwhere(view == view.max())[0, :2] - 16 for view in augment(images, np.random.default_rng(seed), 4)[0, ..., :1]
-        ]
+        out = augment(images, np.random.default_rng(seed), shift=4)
+        assert sorted(np.unique(out)) == [0, 255] and (out == 255).sum() == (images == 255).sum(), "pixels are moved whole"
+        spots = [np.argwhere(view == 255)[0, :2] - 16 for view in out[0, ..., :1]]
         assert np.abs(spots).max() <= 4
         shifts.append(spots)
     assert np.ptp(shifts, axis=0).min() >= 4 and any(not np.array_equal(a, b) for a, b in shifts)
+
+
+def test_a_crop_shows_a_part_enlarged_and_color_keeps_hues():
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (1, 1, 64, 64, 3))
+    for seed in range(20):
+        seen = augment(ramp, np.random.default_rng(seed), crop=0.5)[0, 0, ..., 0].astype(float)
+        assert 31 <= np.ptp(seen) <= 63 and np.ptp(seen, axis=1).max() == 0 and np.diff(seen[:, 0]).min() >= 0
+        image = np.broadcast_to(np.array([180, 90, 90], np.uint8), (1, 1, 4, 4, 3))
+        red, green, blue = augment(image, np.random.default_rng(seed), color=0.2)[0, 0, 0, 0].astype(int)
+        assert green == blue and 0.8 * 90 - 1 <= red - green <= 1.2 * 90 + 1
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -121,6 +135,10 @@ def test_an_unknown_field_is_an_error(stage):
         ({"schedule": "cosin"}, "no schedule 'cosin'; there are cosine, .*step_decay"),
         ({"rank": 4}, "'rank' is read with adapters only, not with tuning='full'"),
         ({"n_accumulated": 3}, r"each in 3 part\(s\); got 8"),
+        ({"augment": {"flip": 1}}, r"no augmentation 'flip'; there are shift, crop, color \(images are never mirrored"),
+        ({"augment": {"crop": 0.9}}, "expected crop as a share from 0 to 0.5; got 0.9"),
+        ({"augment": {"shift": 2.5}}, "expected shift as whole pixels from 0 to 16; got 2.5"),
+        ({"augment": {"shift": 2}, "freeze_vision": True}, "expected images as they are with freeze_vision=True"),
     ],
 )
 def test_settings_that_would_not_be_followed_are_refused(stage, changes, message):
@@ -130,7 +148,7 @@ def test_settings_that_would_not_be_followed_are_refused(stage, changes, message
 
 def test_the_folder_is_named_by_what_makes_the_result(stage):
     assert dataclasses.replace(stage, n_processes=2).folder == stage.folder
-    for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": 0}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
+    for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": {"shift": 2}}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
         assert dataclasses.replace(stage, **changes).folder != stage.folder
 
 
@@ -147,7 +165,8 @@ def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
     "changes",
     [
         {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
-        {"augment": 3}, {"seed": 1}, {"is_pretrained": False}, {"freeze_vision": True},
+        {"augment": {"shift": 2}}, {"augment": {"crop": 0.1}}, {"augment": {"color": 0.1}}, {"seed": 1},
+        {"is_pretrained": False}, {"freeze_vision": True},
         {"tuning": "head"}, {"tuning": "lora"}, {"tuning": "dora"}, {"tuning": "qlora"}, {"tuning": "lora", "rank": 2},
         {"optimizer": "sgd"}, {"precision": "bf16"},
     ],
@@ -163,14 +182,14 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(folder / "home"))
-        plain = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 24, policy=ONE_STEP, batch_size=8, augment=1, n_processes=1)
+        plain = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 24, policy=ONE_STEP, batch_size=8, n_processes=1)
         return trained(plain, folder)
 
 
 def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
     before = load_file(Path(stage.init) / "model.safetensors")
     for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"tuning": "head"}, "model")):
-        work(few(stage, augment=0, **frozen), tmp_path / still)
+        work(few(stage, **frozen), tmp_path / still)
         after = merge_vla(tmp_path / still / "model")[0].state_dict()
         kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
         assert {name for name in before if still in name} <= kept
@@ -180,7 +199,7 @@ def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_vl", "idefics"])
 def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stage, tmp_path, family):
     """Its features are not kept, for they depend on more; the tower stands still all the same."""
-    frozen = few(stage, init=tiny_vlm(family), freeze_vision=True, augment=0)
+    frozen = few(stage, init=tiny_vlm(family), freeze_vision=True)
     after, before = trained(frozen, tmp_path), load_file(Path(frozen.init) / "model.safetensors")
     towers = {name for name in before if "visual." in name or "vision_model." in name}
     learned = {name for name in before if not torch.equal(before[name], after[f"backbone.{name}"])}
@@ -191,7 +210,7 @@ def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stag
 
 def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_path):
     """Each tower's features lie in a folder of their own, whichever is asked first."""
-    few_frozen = few(stage, freeze_vision=True, augment=0)
+    few_frozen = few(stage, freeze_vision=True)
     for name, changes in (("a", {}), ("b", {"is_pretrained": False}), ("c", {"is_pretrained": False, "seed": 1})):
         trained(dataclasses.replace(few_frozen, **changes), tmp_path / name)
     folders = sorted((tmp_path / "home" / "features").iterdir())
@@ -255,7 +274,7 @@ def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
 
 
 def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
-    one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, schedule="constant", augment=0)
+    one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, schedule="constant")
     monkeypatch.setattr(Budget, "item", lambda self, i: i % 8)
     work(one, tmp_path)
     logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
