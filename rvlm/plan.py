@@ -36,7 +36,7 @@ from rvlm.vla import VLA
 CARDS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
 UTILISATION = 0.35  # share of a card's peak that training reaches; an assumption
 CONTEXT = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
-STATE = {"adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # optimizer's bytes for each trained parameter
+STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # bytes for each trained one
 FOUR_BITS = (4 + 0.127) / 8  # bytes of a parameter with its share of the constants of quantisation
 SHAPES = Path(__file__).parent / "assets" / "shapes.json"  # configurations of models on the Hub
 
@@ -93,7 +93,7 @@ def plan(
     batch_size: int = 8,
     n_words: int = 24,
     precision: str = "bf16",
-    optimizer: str = "adamw_torch",
+    optimizer: str = "adamw_torch_fused",
     is_checkpointed: bool = False,
 ) -> Plan:
     """What a training step needs.
@@ -125,7 +125,7 @@ def _both(
     batch_size: int = 8,
     n_words: int = 24,
     precision: str = "bf16",
-    optimizer: str = "adamw_torch",
+    optimizer: str = "adamw_torch_fused",
 ) -> tuple[Plan, Plan]:
     """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
     if optimizer not in STATE:

@@ -48,7 +48,7 @@ class Stage:
         rank: Of adapters.
         augment: What is varied in images, and how much: "shift", "crop", "color", as `rvlm.batches.augment` takes them.
         seed: Of weights, order and augmentation.
-        optimizer: Name of transformers: "adamw_torch", "adamw_8bit", "paged_adamw_8bit", ...
+        optimizer: Name of transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
         n_accumulated: Parts in which a process works through its share of a batch, one after another.
         is_checkpointed: Keep only what enters each layer, and compute the layer again on the way back.
         precision: "fp32", "bf16" or "fp16" for what is computed (weights that learn stay in fp32); "auto" is what the machine is
@@ -81,7 +81,7 @@ class Stage:
     rank: int = 16
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     n_accumulated: int = 1
     is_checkpointed: bool = False
     precision: str = "auto"

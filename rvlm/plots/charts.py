@@ -72,7 +72,7 @@ def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bar
         ax.errorbar(at, y, xerr=spread, fmt="osD^vP"[i % 6], ms=3.2, color=PALETTE[i % len(PALETTE)], elinewidth=0.9, label=name)
     ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
     ax.grid(False, axis="y")
-    fig.legend(loc="outside lower left", ncols=3 if max(map(len, names)) < 16 else 2)
+    _legend_below(fig, names)
     headline(fig, title)
     return fig
 
@@ -125,7 +125,7 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
     names = [c for c in table.columns if "loss" in c and c != "train_loss"]
     if not names or "step" not in table:
         raise ValueError(f"loss_curves: expected records with 'step' and a loss, got the keys {sorted(table.columns)}")
-    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.4), layout="constrained")
     for color, name in zip(PALETTE, names, strict=False):
         known = table[["step", name]].dropna()
         held_out = name.startswith("eval")
@@ -134,11 +134,16 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
     if (table[names].min() > 0).all():
         ax.set_yscale("log")
         _label_logarithmic(ax)
-    ax.legend()
+    _legend_below(fig, names)
     first, last = table[names[0]].dropna().iloc[[0, -1]]
     moved = "falls" if last < first else "does not fall"
     headline(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
     return fig
+
+
+def _legend_below(fig: Figure, names: Sequence[str]) -> None:
+    """A legend in as many columns as fit under one column of a page."""
+    fig.legend(loc="outside lower left", ncols=min(3, max(1, 62 // (max(map(len, names)) + 5))))
 
 
 def _label_logarithmic(ax: Axes) -> None:
@@ -162,7 +167,8 @@ def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
     names, panels = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["panel"]))
     n_columns = min(n_columns, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    size = (PAGE_IN if n_columns > 1 else COLUMN_IN, n_rows * (0.19 * len(names) + 0.5) + 0.35)
+    width = COLUMN_IN if max(map(len, names)) < 24 else 1.4 * COLUMN_IN
+    size = (PAGE_IN if n_columns > 1 else width, n_rows * (0.19 * len(names) + 0.5) + 0.35)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, panel in zip(axes.flat, panels, strict=False):
         _estimates_panel(ax, table.loc[table["panel"] == panel], names)
@@ -223,7 +229,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
         key: which loss.
         title: a sentence; by default one made from the numbers drawn.
     """
-    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2 + 0.12 * len(logs)), layout="constrained")
     last: dict[str, float] = {}
     for i, (name, log) in enumerate(logs.items()):
         table = pd.DataFrame(list(log)).loc[:, ["step", "n_steps", key]].dropna().drop_duplicates("step")
@@ -234,7 +240,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
         last[name] = float(table[key].ewm(span=10).mean().iloc[-1])
     ax.set(xlabel="share of the training budget [%]", ylabel=f"{key.replace('_', ' ')} [1]", yscale="log")
     _label_logarithmic(ax)
-    ax.legend()
+    _legend_below(fig, list(logs))
     lowest = min(last, key=last.__getitem__)
     headline(fig, title or f"Lowest {key.replace('_', ' ')} at the end: {lowest}, {last[lowest]:.3g}")
     return fig
