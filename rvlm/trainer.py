@@ -159,6 +159,7 @@ def work(stage: Stage, folder: Path) -> None:
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "model", **whole)
         processor.save_pretrained(folder / "model")
+    trainer.accelerator.end_training()  # processes that share the work part before they end
 
 
 def rehearse(stage: Stage) -> dict[str, float]:

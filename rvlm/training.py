@@ -190,3 +190,6 @@ if __name__ == "__main__":
         work(Stage(**json.loads((partial_folder / "stage.json").read_text())), partial_folder)
     else:
         by_hand(partial_folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; gloo's threads may abort an interpreter that is torn down (pytorch/pytorch#179291)

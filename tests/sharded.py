@@ -4,6 +4,7 @@ Arguments: the policy's folder, the batch, where to write the losses.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -44,3 +45,4 @@ if __name__ == "__main__":
         told = {"losses": (losses / world).tolist(), "world": world, "is_sharded": isinstance(model, FSDPModule), "share": share}
         Path(sys.argv[3]).write_text(json.dumps(told))
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an interpreter that is torn down

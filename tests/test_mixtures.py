@@ -247,7 +247,8 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
     work(dataclasses.replace(first, data=(stage.data[2], stage.data[1]), init=str(model), policy={}), tmp_path / "second")
     before, after = (load_vla(folder)[0] for folder in (model, tmp_path / "second" / "model"))
     assert after.spec.dataset == ROBOTS[2] and after.config.met == list(ROBOTS)
-    assert torch.equal(before.robot_in[0], after.robot_in[0]), "the first robot was not among the data"
+    moved = ((after.robot_in - before.robot_in)[:3].norm(dim=1) / after.robot_in[:3].norm(dim=1)).tolist()
+    assert moved[0] < 1e-3 < min(moved[1:]), "the first robot was not among the data; its token is only decayed"
     assert [after.felt(after.robot(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
     strangers = [Robot(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
     with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):

@@ -489,7 +489,8 @@ def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_p
     torch.save(batch, tmp_path / "batch.pt")
     script = Path(__file__).with_name("sharded.py")
     arguments = [str(script), str(tmp_path / "policy"), str(tmp_path / "batch.pt"), str(tmp_path / "told.json")]
-    subprocess.run([sys.executable, "-m", *TWO, *arguments], check=True, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", *TWO, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "told.json").read_text())
     assert said["world"] == 2 and said["is_sharded"] and 0.4 < said["share"] < 0.6
     assert np.allclose(said["losses"], losses_of(model, batch).numpy(), atol=1e-4) and np.ptp(said["losses"]) > 0.01

@@ -57,7 +57,7 @@ def test_a_combination_that_means_nothing_is_refused(toy_vlm, toy_stats, wrong, 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
     """Law 24."""
-    with pytest.raises(TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, has_state"):
+    with pytest.raises(TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment, has_state"):
         make_vla(toy_vlm, SPEC, toy_stats, **{name: 1})
 
 
