@@ -41,7 +41,7 @@ def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: 
     for camera in range(images.shape[1]):
         part = rng.uniform(1 - crop, 1)
         x, y = rng.uniform(part - 1, 1 - part, 2) + 2 * rng.integers(-shift, shift + 1, 2) / (w, h)
-        view = torch.from_numpy(images[:, camera]).permute(0, 3, 1, 2).float()
+        view = torch.tensor(images[:, camera]).permute(0, 3, 1, 2).float()
         theta = torch.tensor([[part, 0, x], [0, part, y]], dtype=torch.float32).expand(len(view), -1, -1)
         grid = functional.affine_grid(theta, list(view.shape), align_corners=False)
         moved = functional.grid_sample(view, grid, padding_mode="border", align_corners=False)

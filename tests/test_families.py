@@ -135,6 +135,13 @@ def test_all_of_the_language_model_that_learns_is_read_through(folder, toy_stats
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p not in seeing]
 
 
+def test_adapters_stand_on_the_language_model_alone(folder, toy_stats):
+    model, _ = made(folder, toy_stats, STRUCTURES["one-step, lora"])
+    adapted = {name for name, p in model.backbone.named_parameters() if p.requires_grad and "lora_" in name}
+    seeing = {p for part in vision_modules(model.backbone) for p in part.parameters()}
+    assert adapted and not [name for name, p in model.backbone.named_parameters() if p.requires_grad and p in seeing]
+
+
 @pytest.mark.parametrize("name", ["one-step, mlp", "one-step, tokens"])
 def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
     """Law 15."""

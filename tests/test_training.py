@@ -106,13 +106,19 @@ def test_augmentation_shifts_each_camera_by_its_own():
 
 
 def test_a_crop_shows_a_part_enlarged_and_color_keeps_hues():
-    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (1, 1, 64, 64, 3))
+    rows, columns = np.indices((64, 64), np.uint8)
+    ramps = np.stack([rows, columns, rows], axis=-1)[None, None]
+    parts = []
     for seed in range(20):
-        seen = augment(ramp, np.random.default_rng(seed), crop=0.5)[0, 0, ..., 0].astype(float)
-        assert 31 <= np.ptp(seen) <= 63 and np.ptp(seen, axis=1).max() == 0 and np.diff(seen[:, 0]).min() >= 0
+        seen = augment(ramps, np.random.default_rng(seed), crop=0.5)[0, 0].astype(float)
+        shown = np.ptp(seen[0, :, 1]), np.ptp(seen[:, 0, 0])
+        assert 31 <= min(shown) and max(shown) <= 63 and abs(shown[0] - shown[1]) <= 1, "as much of each side"
+        parts.append(shown[0])
+        assert np.diff(seen[0, :, 1]).min() >= 0 and np.ptp(seen[..., 0], axis=1).max() == 0
         image = np.broadcast_to(np.array([180, 90, 90], np.uint8), (1, 1, 4, 4, 3))
         red, green, blue = augment(image, np.random.default_rng(seed), color=0.2)[0, 0, 0, 0].astype(int)
         assert green == blue and 0.8 * 90 - 1 <= red - green <= 1.2 * 90 + 1
+    assert np.ptp(parts) > 20
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
