@@ -25,8 +25,8 @@ def toy_frames(spec, n, seed, size=48):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks_run.py")
+    """The longest files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_notebooks_run"))
 
 
 @pytest.fixture(scope="module")
