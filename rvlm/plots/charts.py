@@ -167,7 +167,7 @@ def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
     names, panels = list(dict.fromkeys(table["name"])), list(dict.fromkeys(table["panel"]))
     n_columns = min(n_columns, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    width = COLUMN_IN if max(map(len, names)) < 24 else 1.4 * COLUMN_IN
+    width = COLUMN_IN if max(map(len, names)) < 40 else PAGE_IN
     size = (PAGE_IN if n_columns > 1 else width, n_rows * (0.19 * len(names) + 0.5) + 0.35)
     fig, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for ax, panel in zip(axes.flat, panels, strict=False):
