@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import freeze_vision, load_backbone, vision_features
 from rvlm.files import artifacts_dir, key_of, weights_of
-from rvlm.mixtures import Budget, Mixture, Robot, named
+from rvlm.mixtures import Budget, Mixture, Robot
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter, pad
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
@@ -259,12 +259,10 @@ def _part(stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[n
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
-        sample["state"] = model.felt(robot, sample["state"])
         if stage.wordings != "recorded":
             words = rewordings(sample["instruction"])
             sample["instruction"] = words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
-        if config.embodiment == "name":
-            sample["instruction"] = named(robot.spec, sample["instruction"])
+        sample = model.addressed(robot, sample)
         return {**sample, "images": augment(sample["images"], rng, **stage.augment)} if stage.augment else sample
 
     return Budget(len(windows), stage.n_samples, stage.seed + index, make)

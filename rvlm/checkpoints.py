@@ -83,7 +83,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 
 def tune(model: VLA, tuning: str, rank: int, base: str | Path | None) -> VLA:
-    """Say what of the backbone learns; history, head and state always do.
+    """Say what of the backbone learns; history, head, state and robots' tokens always do.
 
     Args:
         model: Without adapters.

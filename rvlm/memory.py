@@ -23,7 +23,7 @@ class Newest:
         self._inputs: dict[str, torch.Tensor] = {}
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """Take in images (n, cameras, h, w, 3) uint8, normalised state (n, s) and instructions of n robots."""
+        """Take in images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.felt` gives it, and instructions of n robots."""
         self._inputs = {**_prompts(self.model, self.prompter, images, instructions), "state": state[:, None]}
 
     def predict(self) -> torch.Tensor:

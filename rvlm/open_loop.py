@@ -30,11 +30,11 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
     """
     model = policy.model
     change = CONTROLS[control] if isinstance(control, str) else control
-    collate, spec, stats = RobotCollator(policy.prompter), model.spec, model.stats
+    collate, robot, spec, stats = RobotCollator(policy.prompter), model.robot(model.spec), model.spec, model.stats
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
-        batch = collate(change(samples))
+        batch = collate([model.addressed(robot, sample) for sample in change(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats["action"])

@@ -17,6 +17,7 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
 AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
+DEFAULTS = 2  # raised whenever the default of a field changes, for the names of results leave defaults out
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 
 
@@ -44,7 +45,7 @@ class Stage:
             after half of the steps, a hundredth after three quarters); "constant" has no warm-up.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
-        tuning: What of the backbone learns in a robot stage (`rvlm.checkpoints.tune`); history, head and state always do.
+        tuning: What of the backbone learns in a robot stage (`rvlm.checkpoints.tune`); all that stands around it does.
         rank: Of adapters.
         augment: What is varied in images, and how much: "shift", "crop", "color", as `rvlm.batches.augment` takes them.
         seed: Of weights, order and augmentation.
@@ -111,6 +112,7 @@ class Stage:
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
         self._check_augment()
+        object.__setattr__(self, "augment", {name: most for name, most in self.augment.items() if most})
         if self.rank != 16 and self.tuning in ("full", "head"):
             raise ValueError(
                 f"stage {self.name!r}: 'rank' is read with adapters only, not with tuning={self.tuning!r}; leave it out"
@@ -126,7 +128,7 @@ class Stage:
             if not 0 <= most <= AUGMENTATIONS[name] or (name == "shift" and most % 1):
                 kind = "whole pixels" if name == "shift" else "a share"
                 raise ValueError(f"stage {self.name!r}: expected {name} as {kind} from 0 to {AUGMENTATIONS[name]}; got {most}")
-        if self.augment and self.freeze_vision:
+        if any(self.augment.values()) and self.freeze_vision:
             raise ValueError(
                 f"stage {self.name!r}: expected images as they are with freeze_vision=True, which keeps their features; got "
                 f"augment={self.augment}; leave one of them out"
@@ -138,5 +140,6 @@ class Stage:
         shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
         usual = {f.name: {} if f.name == "augment" else f.default for f in dataclasses.fields(self)}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
+        content["defaults"] = DEFAULTS
         content["init"] = weights_of(self.init) or self.init  # a model that was made anew in the same place is another start
         return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"

@@ -72,7 +72,7 @@ def check_structure(config: VLAConfig) -> None:
     """Refuse combinations that mean nothing.
 
     Raises:
-        ValueError: Unknown or contradicting structure, head, history or window, with what is possible.
+        ValueError: Unknown or contradicting structure, head, history, window or embodiment, with what is possible.
     """
     histories = (None, *HISTORIES)
     for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", histories), ("embodiment", EMBODIMENTS)):

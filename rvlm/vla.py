@@ -21,7 +21,7 @@ from rvlm import adapters
 from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import read_act, refuse_wrong_weights
 from rvlm.heads import HEADS, HISTORIES, TokensHead
-from rvlm.mixtures import Robot, arranged
+from rvlm.mixtures import Robot, arranged, named
 from rvlm.probe import keep_order
 from rvlm.prompts import Prompter
 from rvlm.structures import MAX_ROBOTS, VLAConfig, check_structure
@@ -72,8 +72,8 @@ class VLA(PreTrainedModel):
         Statistics that it knows already stay as they are: what was learned was learned in them.
         """
         known = {self.spec.dataset: Robot(self.spec, self.stats), **self.robots}
+        met = list(dict.fromkeys([*self._met(), *(robot.spec.dataset for robot in robots)]))
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
-        met = list(dict.fromkeys([*(self.config.met or ()), *known]))
         if self.robot_in is not None and len(met) > MAX_ROBOTS:
             raise ValueError(f"expected at most {MAX_ROBOTS} robots with tokens of their own, got {len(met)}; tell them by name")
         first = known.pop(robots[0].spec.dataset)
@@ -89,8 +89,17 @@ class VLA(PreTrainedModel):
         state = arranged(state, robot.spec.state_names, self.spec.state_names)
         if self.robot_in is None:
             return state
-        number = (self.config.met or [self.spec.dataset]).index(robot.spec.dataset)
+        number = self._met().index(robot.spec.dataset)
         return np.concatenate([state, np.full((*state.shape[:-1], 1), number, state.dtype)], axis=-1)
+
+    def _met(self) -> list[str]:
+        return self.config.met or [self.spec.dataset, *self.robots]
+
+    def addressed(self, robot: Robot, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample of a robot as the policy takes it: its state by `felt`, and the robot's name where orders begin with it."""
+        told = sample["instruction"]
+        told = named(robot.spec, told) if self.config.embodiment == "name" else told
+        return {**sample, "state": self.felt(robot, sample["state"]), "instruction": told}
 
     def robot(self, spec: ActionSpec) -> Robot:
         """The robot of this spec, as it was when the policy was trained.
@@ -148,21 +157,27 @@ class VLA(PreTrainedModel):
             tokens: (n, N) that the head is told in training.
 
         Raises:
-            ValueError: The policy has a state and none was given.
+            ValueError: The policy has a state, or a token of each robot, and another one or none was given.
         """
-        if state is None and not (self.state_in is None and self.robot_in is None):
-            raise ValueError("this policy was built with has_state=True; expected its state (n, s), got none")
-        felt = None
-        if self.robot_in is not None and state is not None:
-            state, felt = state[:, :-1], self.robot_in[state[:, -1].long()]
-        if self.state_in is not None:
-            felt = self.state_in(state) + (0 if felt is None else felt)
+        felt = self._felt_offset(state)
         if not isinstance(self.head, TokensHead):
             return felt
         told = self.head.offsets(n, tokens)
         if felt is not None:
             told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
         return told.flatten(0, 1)
+
+    def _felt_offset(self, state: torch.Tensor | None) -> torch.Tensor | None:
+        if self.state_in is None and self.robot_in is None:
+            return None
+        width = len(self.spec.state_names) + (self.robot_in is not None)
+        if state is None or state.shape[-1] != width:
+            got = "none" if state is None else f"one of {state.shape[-1]}"
+            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.felt` makes it of a robot's own")
+        if self.robot_in is None:
+            return cast(nn.Module, self.state_in)(state)
+        token = self.robot_in[state[:, -1].long()]
+        return token if self.state_in is None else token + self.state_in(state[:, :-1])
 
     def features(
         self,
@@ -294,5 +309,5 @@ class VLA(PreTrainedModel):
 
 
 def own_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of history, head and state: all but the backbone's."""
+    """Weights of history, head, state and robots' tokens: all but the backbone's."""
     return {name: value for name, value in weights.items() if not name.startswith("backbone.")}

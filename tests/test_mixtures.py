@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rvlm.actions import ActionSpec, CardError, SpecMismatch
 from rvlm.batches import BUILDERS
-from rvlm.checkpoints import load_vla
+from rvlm.checkpoints import load_vla, make_vla
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, rewordings
 from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.memory import RecomputedSequence
@@ -250,6 +250,11 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
     moved = ((after.robot_in - before.robot_in)[:3].norm(dim=1) / after.robot_in[:3].norm(dim=1)).tolist()
     assert moved[0] < 1e-3 < min(moved[1:]), "the first robot was not among the data; its token is only decayed"
     assert [after.felt(after.robot(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
+    alone, _ = make_vla(stage.init, before.spec, before.stats, **ONE_STEP, embodiment="token")
+    alone.meet([after.robot(ActionSpec.from_card(ROBOTS[1]))])
+    assert alone.config.met == [before.spec.dataset, ROBOTS[1]], "whom it was made for comes first"
+    with pytest.raises(ValueError, match=r"expected a state \(n, 8\), got one of 7"):
+        alone.offsets(1, torch.zeros(1, 7))
     strangers = [Robot(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
     with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):
         after.meet(strangers)

@@ -36,9 +36,22 @@ def dataset(tmp_path_factory):
         yield EpisodeDataset(writer.finalize())
 
 
-@pytest.fixture(scope="module", params=[("one_step", None, 1), ("policy_head", "lstm", 3)], ids=lambda p: p[0])
+KINDS = [  # structure, history, n_obs_steps, embodiment
+    ("one_step", None, 1, None),
+    ("policy_head", "lstm", 3, None),
+    ("one_step", None, 1, "name"),
+    ("one_step", None, 1, "token"),
+]
+    ("one_step", None, 1, None),
+    ("policy_head", "lstm", 3, None),
+    ("one_step", None, 1, "name"),
+    ("one_step", None, 1, "token"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[3]}")
 def policy(request, dataset, tmp_path_factory):
-    structure, history, n_obs_steps = request.param
+    structure, history, n_obs_steps, embodiment = request.param
     torch.manual_seed(0)
     vlm = SMALL_VLM
     if not vlm.exists():
@@ -46,7 +59,10 @@ def policy(request, dataset, tmp_path_factory):
         for part in small_vlm(train_tokenizer(["lift the red cube"], [])):
             part.save_pretrained(vlm)
     settings = {"structure": structure, "history": history, "n_obs_steps": n_obs_steps, "chunk_size": 3}
-    return Policy(*make_vla(vlm, SPEC, dataset.stats(), **settings))
+    model, processor = make_vla(vlm, SPEC, dataset.stats(), embodiment=embodiment, **settings)
+    if model.robot_in is not None:
+        torch.nn.init.normal_(model.robot_in)
+    return Policy(model, processor)
 
 
 def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, dataset):

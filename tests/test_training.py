@@ -153,7 +153,8 @@ def test_settings_that_would_not_be_followed_are_refused(stage, changes, message
 
 
 def test_the_folder_is_named_by_what_makes_the_result(stage):
-    assert dataclasses.replace(stage, n_processes=2).folder == stage.folder
+    for changes in ({"n_processes": 2}, {"augment": {"shift": 0}}):
+        assert dataclasses.replace(stage, **changes).folder == stage.folder
     for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": {"shift": 2}}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
         assert dataclasses.replace(stage, **changes).folder != stage.folder
 
