@@ -42,11 +42,6 @@ KINDS = [  # structure, history, n_obs_steps, embodiment
     ("one_step", None, 1, "name"),
     ("one_step", None, 1, "token"),
 ]
-    ("one_step", None, 1, None),
-    ("policy_head", "lstm", 3, None),
-    ("one_step", None, 1, "name"),
-    ("one_step", None, 1, "token"),
-]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[3]}")
