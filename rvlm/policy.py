@@ -14,7 +14,6 @@ import torch
 from rvlm.actions import ActionSpec
 from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
-from rvlm.mixtures import named
 from rvlm.vla import VLA
 
 Observation = dict[str, Any]
@@ -126,11 +125,12 @@ class Policy:
         """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
-        felt = torch.as_tensor(self.model.felt(self.robot, state), dtype=torch.float32, device=self.model.device)
-        told = [o["instruction"] for o in observations]
-        if self.model.config.embodiment == "name":
-            told = [named(self.robot.spec, instruction) for instruction in told]
-        self.memory.add(images, felt, told)
+        told = [
+            self.model.addressed(self.robot, {"state": felt, "instruction": o["instruction"]})
+            for felt, o in zip(state, observations, strict=True)
+        ]
+        felt = torch.as_tensor(np.stack([t["state"] for t in told]), dtype=torch.float32, device=self.model.device)
+        self.memory.add(images, felt, [t["instruction"] for t in told])
 
     @torch.inference_mode()
     def _predict(self) -> torch.Tensor:

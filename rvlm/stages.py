@@ -138,7 +138,7 @@ class Stage:
     def folder(self) -> Path:
         """Where its result is: its name, and the hash of all that makes it and is not as ever, except who shares the work."""
         shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
-        usual = {f.name: {} if f.name == "augment" else f.default for f in dataclasses.fields(self)}
+        usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(self)}
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
         content["defaults"] = DEFAULTS
         content["init"] = weights_of(self.init) or self.init  # a model that was made anew in the same place is another start

@@ -38,6 +38,12 @@ def home(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """An artifacts folder of the module's notebooks: what one collects or trains the next one finds, as in a real run."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
 @pytest.fixture(scope="session")
 def toy_home(tmp_path_factory):
     """An artifacts folder for the toys of this session."""
