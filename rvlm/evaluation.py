@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.files import artifacts_dir, key_of, weights_of
-from rvlm.statistics import wilson
+from rvlm.statistics import Difference, bootstrap_mean, paired_bootstrap, wilson
 
 BATCH = 10  # episodes that run side by side
 
@@ -321,10 +321,10 @@ def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:
-    """Successes with 95 % Wilson intervals.
+    """Successes with 95 % Wilson intervals; wider where several trainings on the same episodes differ more than that.
 
     Args:
-        episodes: As `evaluate` gives them.
+        episodes: As `evaluate` gives them; a column `training` tells where a policy was trained several times.
         by: Columns that make the groups.
 
     Returns:
@@ -333,6 +333,35 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
     rows, columns = [], [by] if isinstance(by, str) else list(by)
     for key, group in episodes.groupby(columns, sort=False):
         rate, key = wilson(int(group["is_success"].to_numpy().sum()), len(group)), cast(tuple, key)
-        counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
+        is_several = "training" in group and len(set(group["training"])) > 1
+        over = bootstrap_mean(_outcomes(group, "training"), seed=0) if is_several else rate
+        ends = {"low": min(rate.low, over.low), "high": max(rate.high, over.high)}
+        counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, **ends}
         rows.append({**dict(zip(columns, key, strict=True)), **counts})
     return pd.DataFrame(rows)
+
+
+def gains(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]], seed: int) -> dict[str, Difference]:
+    """How many more of the same episodes one policy solves than another, by `rvlm.statistics.paired_bootstrap`.
+
+    Args:
+        episodes: As `evaluate` gives them; a column `training` tells where a policy was trained several times.
+        claims: What is claimed -> (name of the policy that is said to be better, name of the other).
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: The policies were not judged on the same episodes, or not trained equally often.
+    """
+    names = list(dict.fromkeys(name for pair in claims.values() for name in pair))
+    asked = episodes.loc[episodes["name"].isin(names)]
+    solved = _outcomes(asked if "training" in asked else asked.assign(training=0), ["name", "training"])
+    return {c: paired_bootstrap(solved.loc[a].to_numpy(), solved.loc[b].to_numpy(), seed) for c, (a, b) in claims.items()}
+
+
+def _outcomes(episodes: pd.DataFrame, trained: str | list[str]) -> pd.DataFrame:
+    """Success in {0, 1} of each training (a row) in each episode (a column)."""
+    solved = episodes.astype({"is_success": float}).pivot(index=trained, columns="seed", values="is_success")
+    if solved.isna().any(axis=None):
+        short = solved.index[solved.isna().any(axis=1)].tolist()
+        raise ValueError(f"expected all policies judged on the same episodes; {short} lack some of {solved.shape[1]} seeds")
+    return solved

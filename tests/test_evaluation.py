@@ -13,6 +13,7 @@ from rvlm.checkpoints import make_vla
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
 from rvlm.evaluation import BATCH, CONTROLS, FIRST_HELD_OUT_SEED, Evaluation, RandomPolicy, evaluate, rollout, success_table
+from rvlm.statistics import paired_bootstrap
 
 FAMILIES = ("push_left", "turn_on_light")
 FEW = Evaluation("expert", n_episodes=4, families=FAMILIES, max_steps=40)
@@ -177,6 +178,48 @@ def test_the_table_is_statsmodels(by):
         low, high = proportion_confint(group.sum(), len(group), method="wilson")
         assert (row["successes"], row["n"], row["rate"]) == (group.sum(), len(group), pytest.approx(group.mean()))
         assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def judged(rates, n_trainings=3, n_episodes=40):
+    """Made-up episodes of several trainings, policies by their chance of success."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (name, str(training), 900_000 + i, rng.random() < rate)
+        for training in range(n_trainings)
+        for name, rate in rates.items()
+        for i in range(n_episodes)
+    ]
+    return pd.DataFrame(rows, columns=["name", "training", "seed", "is_success"]).sample(frac=1, random_state=0)
+
+
+def test_gains_pair_episodes_and_trainings():
+    episodes = judged({"a": 0.8, "b": 0.4, "c": 0.1})
+    got = evaluation.gains(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")}, seed=1)
+    outcomes = episodes.set_index(["name", "training", "seed"])["is_success"].astype(float).sort_index().unstack()
+    a, b, c = (outcomes.loc[name].to_numpy() for name in "abc")
+    assert got == {"a over b": paired_bootstrap(a, b, seed=1), "c over b": paired_bootstrap(c, b, seed=1)}
+    once = episodes[episodes["training"] == "0"].drop(columns="training")
+    assert evaluation.gains(once, {"it": ("a", "b")}, seed=1) == {"it": paired_bootstrap(a[0], b[0], seed=1)}
+
+
+def test_gains_refuse_policies_that_were_not_judged_alike():
+    episodes = judged({"a": 0.8, "b": 0.4})
+    last = episodes["seed"].max()
+    with pytest.raises(ValueError, match=r"same episodes; \[\('b', '0'\)"):
+        evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")}, seed=0)
+    with pytest.raises(ValueError, match="same episodes"):
+        evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")}, seed=0)
+
+
+def test_rates_of_several_trainings_get_the_wider_interval():
+    alike, apart = judged({"a": 0.5}), judged({"a": 0.5})
+    apart["is_success"] = apart["training"] == "0"  # one training solves all, the others nothing
+    wilson_of = {k: success_table(e.drop(columns="training")).iloc[0] for k, e in {"alike": alike, "apart": apart}.items()}
+    got = {k: success_table(e).iloc[0] for k, e in {"alike": alike, "apart": apart}.items()}
+    assert got["apart"]["low"] == 0 and got["apart"]["high"] == 1 and wilson_of["apart"]["high"] < 0.5
+    for name, row in got.items():
+        assert row["low"] <= wilson_of[name]["low"] and wilson_of[name]["high"] <= row["high"]
+        assert row["rate"] == wilson_of[name]["rate"]
 
 
 def test_film_names_the_seeds_that_exist():

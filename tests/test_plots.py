@@ -141,6 +141,13 @@ def test_success_bars_show_wilson_intervals_and_hollow_published_values():
     assert (hollow.get_xdata()[0], hollow.get_ydata()[0], hollow.get_label()) == (30, 1, "published (X)")
 
 
+def test_success_bars_show_the_intervals_of_the_table_where_it_has_some():
+    table = pd.DataFrame({"name": ["a"], "successes": [90], "n": [200], "rate": [0.45], "low": [0.2], "high": [0.8]})
+    for ax in (plots.success_bars(table).axes[0], plots.rates_by_group(table.assign(group="x"), "A title").axes[0]):
+        (bar,) = next(c for c in ax.containers if c.__class__.__name__ == "ErrorbarContainer").lines[2]
+        np.testing.assert_allclose(bar.get_segments()[0][:, 0], [20, 80])
+
+
 def test_loss_curves_skip_the_mean_and_refuse_a_log_without_loss():
     fig = plots.loss_curves(
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}, {"step": 2, "train_loss": 2.5, "eval_loss": 1.0}]

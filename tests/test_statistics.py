@@ -79,6 +79,32 @@ def test_paired_bootstrap_of_identical_outcomes_is_a_point():
     assert paired_bootstrap([1, 0, 1], [1, 0, 1], seed=0) == Difference(0.0, 0.0, 0.0)
 
 
+def test_intervals_over_trainings_hold_the_truth_where_those_over_episodes_alone_do_not():
+    rng, n_trials, n_trainings, n_episodes = np.random.default_rng(0), 200, 5, 200
+    is_held = np.zeros(2)
+    for _ in range(n_trials):  # no true difference; both recipes' trainings differ, those of each pair by 10 points
+        hard = rng.normal(0.5, 0.25, n_episodes)
+        rates = np.clip(hard + rng.normal(0, 0.1 / math.sqrt(2), (2, n_trainings, 1)), 0, 1)
+        a, b = (rng.random((2, n_trainings, n_episodes)) < rates).astype(float)
+        both = [paired_bootstrap(a.mean(0), b.mean(0), 0, n_resamples=500), paired_bootstrap(a, b, 0, n_resamples=500)]
+        is_held += [gain.low <= 0 <= gain.high for gain in both]
+    over_episodes, over_both = is_held / n_trials
+    assert over_episodes < 0.7 and over_both > 0.88
+
+
+def test_intervals_over_trainings_are_what_drawing_both_anew_gives():
+    values = np.random.default_rng(0).random((3, 8))
+    rng, means = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = values[np.ix_(rng.integers(3, size=3), rng.integers(8, size=8))]
+        means.append(drawn.mean())
+    got = bootstrap_mean(values, seed=0)
+    assert got.n == 8 and got.mean == pytest.approx(values.mean())
+    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+    assert bootstrap_mean(values[:1], seed=0) == bootstrap_mean(values[0], seed=0)
+    assert got == bootstrap_mean(values, seed=0) != bootstrap_mean(values, seed=1)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.8])
 @pytest.mark.parametrize("n", [30, 200])
 def test_the_smallest_effect_needs_the_episodes_it_was_asked_for(p, n):
@@ -141,7 +167,7 @@ def test_bad_input_is_one_clear_error():
         mcnemar([True, False], [True, False, True])
     with pytest.raises(ValueError, match=r"p = 0\.95, effect = 0\.1"):
         episodes_needed(0.95, 0.1)
-    with pytest.raises(ValueError, match=r"one number per episode, \(n,\) with n > 0; got shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"one number per episode, \(n,\) or \(m, n\) with n > 0; got shape \(0,\)"):
         bootstrap_mean([], seed=0)
     with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
         verdict(Difference(0.0, -1.0, 1.0), worthwhile=-0.1)

@@ -54,20 +54,20 @@ def error_by_bins(table: pd.DataFrame, title: str, needed: float | None = None) 
 
 @styled
 def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bars: 95 % interval") -> Figure:
-    """Rates with 95 % Wilson intervals, several names side by side in each group.
+    """Rates with 95 % intervals, several names side by side in each group.
 
     Args:
-        table: columns ``group`` (a row of the figure), ``name`` (colour and marker), ``successes``, ``n``.
+        table: columns ``group`` (a row of the figure), ``name`` (colour and marker), ``successes``, ``n``, and where the
+            interval is not Wilson's, ``rate``, ``low``, ``high``.
         title: a sentence.
         label: of the axis, with its unit.
     """
     groups, names = (list(dict.fromkeys(table[column])) for column in ("group", "name"))
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.25 * len(groups) + 0.95), layout="constrained")
     for i, name in enumerate(names):
-        rows = table[table["name"] == name]
-        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
-        at = np.array([100 * r.rate for r in rates])
-        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        rows = table.loc[table["name"] == name]
+        at, low, high = _rates(rows)
+        spread = [at - low, high - at]
         y = [groups.index(g) + 0.5 * (i - (len(names) - 1) / 2) / len(names) for g in rows["group"]]
         ax.errorbar(at, y, xerr=spread, fmt="osD^vP"[i % 6], ms=3.2, color=PALETTE[i % len(PALETTE)], elinewidth=0.9, label=name)
     ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
@@ -79,27 +79,35 @@ def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bar
 
 @styled
 def success_bars(table: pd.DataFrame, title: str | None = None) -> Figure:
-    """Success rates with 95 % Wilson intervals; a published value is a hollow marker.
+    """Success rates with 95 % intervals; a published value is a hollow marker.
 
     Args:
-        table: columns ``name``, ``successes``, ``n`` and, where known, ``published`` (rate in [0, 1]) and ``source``.
+        table: columns ``name``, ``successes``, ``n``; where the interval is not Wilson's, ``rate``, ``low``, ``high``; and, where
+            known, ``published`` (rate in [0, 1]) and ``source``.
         title: a sentence; by default one made from the numbers drawn.
     """
-    rates = [wilson(int(s), int(n)) for s, n in zip(table["successes"], table["n"], strict=True)]
-    fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.26 * len(rates) + 0.85), layout="constrained")
-    for y, (name, rate) in enumerate(zip(table["name"], rates, strict=True)):
-        color, at = structure_color(name), 100 * rate.rate
+    fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.26 * len(table) + 0.85), layout="constrained")
+    for y, (name, n, at, low, high) in enumerate(zip(table["name"], table["n"], *_rates(table), strict=True)):
+        color = structure_color(name)
         ax.barh(y, at, color=color, alpha=0.25, height=0.66)
-        ax.errorbar(at, y, xerr=[[at - 100 * rate.low], [100 * rate.high - at]], color=color, fmt="o", ms=3.5, capsize=2)
-        ax.text(101, y, f"{at:.0f} % of {rate.n}", va="center", fontsize=6.5, color=NEUTRAL)
+        ax.errorbar(at, y, xerr=[[at - low], [high - at]], color=color, fmt="o", ms=3.5, capsize=2)
+        ax.text(101, y, f"{at:.0f} % of {n}", va="center", fontsize=6.5, color=NEUTRAL)
     _published(ax, table)
-    ax.set(yticks=range(len(rates)), yticklabels=table["name"], xlim=(0, 100), ylim=(len(rates) - 0.5, -0.5))
+    ax.set(yticks=range(len(table)), yticklabels=table["name"], xlim=(0, 100), ylim=(len(table) - 0.5, -0.5))
     ax.set_xlabel("success rate [%], bars: 95 % interval")
     ax.grid(False, axis="y")
-    best = int(np.argmax([rate.rate for rate in rates]))
-    name = str(table["name"].iloc[best])
-    headline(fig, title or f"{name[:1].upper()}{name[1:]} solves {rates[best].successes} of {rates[best].n} episodes")
+    best = table.iloc[int(np.argmax(table["successes"] / table["n"]))]
+    name = str(best["name"])
+    headline(fig, title or f"{name[:1].upper()}{name[1:]} solves {best['successes']} of {best['n']} episodes")
     return fig
+
+
+def _rates(table: pd.DataFrame) -> np.ndarray:
+    """Rates and the ends of their intervals [%], (3, n): the table's own, or Wilson's of what it counts."""
+    if "low" in table:
+        return 100 * table[["rate", "low", "high"]].to_numpy(float).T
+    rates = [wilson(int(s), int(n)) for s, n in zip(table["successes"], table["n"], strict=True)]
+    return 100 * np.array([(rate.rate, rate.low, rate.high) for rate in rates]).T
 
 
 def _published(ax: Axes, table: pd.DataFrame) -> None:
@@ -256,9 +264,8 @@ def error_against_success(table: pd.DataFrame, title: str) -> Figure:
     """
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.4), layout="constrained")
     for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
-        rates = [wilson(int(s), int(n)) for s, n in zip(rows["successes"], rows["n"], strict=True)]
-        at = np.array([100 * r.rate for r in rates])
-        spread = [at - [100 * r.low for r in rates], [100 * r.high for r in rates] - at]
+        at, low, high = _rates(rows)
+        spread = [at - low, high - at]
         style = {"fmt": "osD^vP"[i % 6], "ms": 3.5, "color": PALETTE[i % len(PALETTE)], "elinewidth": 0.6, "alpha": 0.85}
         ax.errorbar(1000 * rows["error_m"], at, yerr=spread, label=name, **style)
     ax.set(xlabel="open-loop position error of the first action [mm]", ylabel="success rate [%]", ylim=(-4, 104))
