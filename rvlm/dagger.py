@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rvlm.actions import ActionSpec
-from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection
+from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, act_out
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.files import artifacts_dir, key_of, weights_of
 from rvlm.policy import Policy
@@ -45,20 +45,11 @@ def correct(policy: Policy, env: Tabletop, seed: int, family: str) -> dict[str, 
     """One episode in which the policy acts; `action` is the expert's, at what the policy has come to.
 
     Returns:
-        Columns in LeRobot's keys over the n steps, as demonstrations have them.
+        Columns as `act_out` gives them, whether solved or not.
     """
-    observation, _ = env.reset(seed=seed, options={"family": family})
     policy.reset()
-    columns: dict[str, list[Any]] = {k: [] for k in ("image", "wrist_image", "state", "action", "executed")}
-    for _ in range(env.max_steps):
-        done = {"action": env.expert_action(), "executed": policy.select_action([observation])[0]}
-        for key, values in columns.items():
-            values.append(done[key] if key in done else observation[key])
-        observation, _, is_success, _, _ = env.step(done["executed"])
-        if is_success:
-            break
-    keys = ("observation.images.static", "observation.images.wrist", "observation.state", "action", "action_executed")
-    return {key: np.stack(values) for key, values in zip(keys, columns.values(), strict=True)}
+    frames, _ = act_out(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
+    return frames
 
 
 def make_shard(index: int, corrections: Corrections) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:

@@ -32,13 +32,13 @@ def env():
 def test_the_label_is_the_experts_and_the_noise_was_executed(env):
     columns = demonstrate(env, 7, "push_left", noise=0.6)
     env.reset(seed=7, options={"family": "push_left"})
-    for label, executed, state in zip(columns["action"], columns["executed"], columns["state"], strict=True):
+    for label, executed, state in zip(columns["action"], columns["action_executed"], columns["observation.state"], strict=True):
         assert np.array_equal(env.world.state(), state)
         assert np.array_equal(env.expert_action(), label)
         env.step(executed)
-    noise = columns["executed"] - columns["action"]
+    noise = columns["action_executed"] - columns["action"]
     assert np.abs(noise[:, :6]).max() > 0.05 and not noise[:, 6].any()
-    assert (np.abs(columns["executed"]) <= 1).all()
+    assert (np.abs(columns["action_executed"]) <= 1).all()
 
 
 def test_the_noise_is_drawn_as_told(env):
@@ -46,9 +46,9 @@ def test_the_noise_is_drawn_as_told(env):
     spread = rng.uniform(0, 0.6) * np.array(NOISE_PER_DIM)
     columns = demonstrate(env, 7, "push_left", noise=0.6)
     wanted = [np.clip(label[:6] + rng.normal(0, spread), -1, 1) for label in columns["action"]]
-    np.testing.assert_allclose(columns["executed"][:, :6], wanted, atol=1e-6)
+    np.testing.assert_allclose(columns["action_executed"][:, :6], wanted, atol=1e-6)
     silent = demonstrate(env, 7, "push_left", noise=0.0)
-    assert np.array_equal(silent["executed"], silent["action"])
+    assert np.array_equal(silent["action_executed"], silent["action"])
 
 
 def test_an_episode_that_takes_too_long_is_given_up():

@@ -6,7 +6,7 @@ Imitation Learning", section 4). The action that was executed is kept as `action
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,13 @@ HELD_OUT = {  # kept for evaluation: seeds from the first on, wordings, and word
     "first_seed": FIRST_HELD_OUT_SEED,
     "wordings": [wording for family in ALL_FAMILIES.values() for wording in family.held_out],
     "words": list(UNSEEN_COLORS),
+}
+KEYS = {  # LeRobot's keys -> what they hold
+    "observation.images.static": "image",
+    "observation.images.wrist": "wrist_image",
+    "observation.state": "state",
+    "action": "action",
+    "action_executed": "executed",
 }
 NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are disturbed less
 
@@ -59,34 +66,57 @@ class Collection:
         return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key_of(asdict(self))}"
 
 
+def act_out(
+    env: Tabletop, seed: int, family: str, act: Callable[[dict[str, Any], np.ndarray], np.ndarray]
+) -> tuple[dict[str, np.ndarray], bool]:
+    """One episode in which `act` moves the robot, and the expert says at every step what it would do there.
+
+    Args:
+        env: Of the robot that acts; its `max_steps` is the time limit.
+        seed: Of the scene.
+        family: What is asked.
+        act: From an observation and the expert's action (a,) to the one that is executed (a,), float32 in raw units.
+
+    Returns:
+        Columns in LeRobot's keys over the n steps: images (n, h, w, 3) uint8; `observation.state` (n, s) in the card's units;
+        `action`, the expert's, and `action_executed` (n, a), both float32 in raw units. And whether it was solved in time.
+    """
+    observation, _ = env.reset(seed=seed, options={"family": family})
+    columns: dict[str, list[Any]] = {key: [] for key in KEYS}
+    is_success = False
+    for _ in range(env.max_steps):
+        expert = env.expert_action()
+        executed = act(observation, expert)
+        told = observation | {"action": expert, "executed": executed}
+        for key, values in columns.items():
+            values.append(told[KEYS[key]])
+        observation, _, is_success, _, _ = env.step(executed)
+        if is_success:
+            break
+    return {key: np.stack(values) for key, values in columns.items()}, is_success
+
+
 def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str, np.ndarray] | None:
     """One noisy expert episode, or None if it did not succeed in time.
 
     Args:
-        env: Of the robot that demonstrates; its `max_steps` is the time limit.
+        env: As `act_out` takes it.
         seed: Of the scene and of the noise.
         family: What is asked.
         noise: Largest standard deviation of the noise [raw action units].
 
     Returns:
-        Columns over the n steps: `image`, `wrist_image` (n, h, w, 3) uint8; `state` (n, s) in the card's units; `action`, what
-        the expert would do, and `executed`, what was done (n, a), both float32 in raw units.
+        Columns as `act_out` gives them.
     """
-    observation, _ = env.reset(seed=seed, options={"family": family})
     rng = np.random.default_rng((seed, 1))
     spread = rng.uniform(0, noise) * np.array(NOISE_PER_DIM)
-    columns: dict[str, list[Any]] = {k: [] for k in ("image", "wrist_image", "state", "action", "executed")}
-    for _ in range(env.max_steps):
-        action = env.expert_action()
-        executed = action.copy()
-        executed[:6] = np.clip(action[:6] + rng.normal(0, spread), env.action_spec.low[:6], env.action_spec.high[:6])
-        seen = {k: observation[k] for k in ("image", "wrist_image", "state")}
-        for key, value in (seen | {"action": action, "executed": executed}).items():
-            columns[key].append(value)
-        observation, _, is_success, _, _ = env.step(executed)
-        if is_success:
-            return {k: np.stack(v) for k, v in columns.items()}
-    return None
+
+    def disturbed(_: dict[str, Any], expert: np.ndarray) -> np.ndarray:
+        moved = np.clip(expert[:6] + rng.normal(0, spread), env.action_spec.low[:6], env.action_spec.high[:6])
+        return np.concatenate([moved, expert[6:]]).astype(expert.dtype)
+
+    columns, is_success = act_out(env, seed, family, disturbed)
+    return columns if is_success else None
 
 
 def make_shard(index: int, collection: Collection) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
@@ -101,14 +131,7 @@ def make_shard(index: int, collection: Collection) -> Iterator[tuple[dict[str, n
     seeds = iter(range(first, first + SEEDS_PER_SHARD))
     for i in range(n):
         family = collection.families[(index * PER_SHARD + i) % len(collection.families)]
-        seed, columns = _next_success(env, seeds, family, collection)
-        frames = {
-            "observation.images.static": columns["image"],
-            "observation.images.wrist": columns["wrist_image"],
-            "observation.state": columns["state"],
-            "action": columns["action"],
-            "action_executed": columns["executed"],
-        }
+        seed, frames = _next_success(env, seeds, family, collection)
         yield frames, env.task.instruction, {"family": family, "seed": seed}
     env.close()
 
