@@ -17,6 +17,7 @@ from rvlm.report import as_markdown, fine_print, load_findings, provenance
 
 PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
 READING = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."
+FULL = "full"  # folder of results where those of the profile of that name are kept
 README_MARKS = ("<!-- notebooks:begin -->", "<!-- notebooks:end -->")
 CSS = """
 :root{color-scheme:light dark;--ink:#222;--soft:#636363;--page:#fff;--line:#ddd;--good:#f3faf7;--bad:#fdf4ee;--link:#0173b2}
@@ -82,11 +83,12 @@ def read_chapter(path: Path) -> Chapter:
 
 
 def readme_table(notebooks: Path | None = None, results: Path | None = None) -> str:
-    """The README's table of notebooks: title, question, finding."""
-    findings = load_findings(results or ROOT / "results")
-    rows = []
+    """The README's table of notebooks: title, question, finding, and where it was run in full, what that found."""
+    results, rows = results or ROOT / "results", []
+    findings = [("", found) for found in load_findings(results)]
+    findings += [("**Profile full:** ", found) for found in load_findings(results / FULL)]
     for chapter in chapters(notebooks):
-        found = " ".join(as_markdown(f["sentence"]) for f in findings if chapter.owns(f["name"]))
+        found = " ".join(size + as_markdown(f["sentence"]) for size, f in findings if chapter.owns(f["name"]))
         link, question = f"[{chapter.stem[:2]} {chapter.title}](notebooks/{chapter.stem}.ipynb)", chapter.question
         rows.append(" | ".join([link.replace("|", "\\|"), question.replace("|", "\\|"), found or "–"]))
     return "".join(f"| {row} |\n" for row in ["Notebook | Question | Finding", "--- | --- | ---", *rows]) if rows else ""
@@ -118,6 +120,7 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
     others = [f for f in found if not any(c.owns(f["name"]) for c in listed)]
     sections += [f"<h2>Further findings</h2>{_findings_html(others)}"] if others else []
     links = "".join(f'<a href="#{c.stem}">{c.stem[:2]} {html.escape(c.title)}</a>' for c in listed)
+    links += f'<a href="{FULL}/report.html">Profile full</a>' if (results / FULL / "report.html").exists() else ""
     origin = provenance()
     hardware, commit = origin["hardware"], (origin["commit"] or "unknown")[:8]
     made = f"Page made {origin['date']}, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores. {READING}"

@@ -231,6 +231,18 @@ def test_readme_table_comes_from_first_cells_and_findings(results, notebooks, tm
     assert readme.read_text() == once
 
 
+def test_readme_and_report_lead_to_what_was_run_in_full(results, notebooks, monkeypatch):
+    find()
+    assert "Profile full" not in readme_table(notebooks, results) + html_report(results, notebooks).read_text()
+    monkeypatch.setenv("RVLM_RESULTS", str(results / "full"))
+    find("Success is 47 % of 200 episodes, as always.")
+    html_report(results / "full", notebooks)
+    assert "Success is 47 % of 200 episodes. **Profile full:** Success is 47 % of 200 episodes, as always. |" in readme_table(
+        notebooks, results
+    )
+    assert '<a href="full/report.html">Profile full</a>' in html_report(results, notebooks).read_text()
+
+
 AWKWARD = r"At <act> & &lt;b>, a|b \| *c* _d_ `e` ~f~ [g](h) <!-- i --> cost $j$."
 
 
