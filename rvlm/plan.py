@@ -7,28 +7,22 @@ arXiv 2305.14314), section 3; what is kept when layers are computed again, Chen 
 
 import copy
 import dataclasses
-import gc
 import itertools
 import json
-import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from rvlm import adapters
 from rvlm.actions import ActionSpec
 from rvlm.backbones import language_part
+from rvlm.passes import both_ways, fake
 from rvlm.structures import VLAConfig
 from rvlm.vla import VLA
 
@@ -83,7 +77,7 @@ def shapes() -> dict[str, tuple[PreTrainedConfig, int]]:
     return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in told.items()}
 
 
-def plan(
+def plans(
     config: PreTrainedConfig,
     n_image_tokens: int,
     policy: dict[str, Any],
@@ -94,9 +88,8 @@ def plan(
     n_words: int = 24,
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
-    is_checkpointed: bool = False,
-) -> Plan:
-    """What a training step needs.
+) -> tuple[Plan, Plan]:
+    """What a training step needs as it is, and where layers are computed again on the way back.
 
     Args:
         config: Of the vision-language model; nothing else of it is read.
@@ -108,26 +101,10 @@ def plan(
         n_words: Tokens of an instruction with all that stands around it.
         precision: "fp32", "bf16" or "fp16", of what is computed.
         optimizer: Name in `STATE`.
-        is_checkpointed: Whether layers are computed again on the way back.
 
     Raises:
         ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
     """
-    return _both(config, n_image_tokens, policy, tuning, rank, batch_size, n_words, precision, optimizer)[is_checkpointed]
-
-
-def _both(
-    config: PreTrainedConfig,
-    n_image_tokens: int,
-    policy: dict[str, Any],
-    tuning: str = "full",
-    rank: int = 16,
-    batch_size: int = 8,
-    n_words: int = 24,
-    precision: str = "bf16",
-    optimizer: str = "adamw_torch_fused",
-) -> tuple[Plan, Plan]:
-    """Plans without and with layers computed again, from one pass; arguments as `plan` takes them."""
     if optimizer not in STATE:
         raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
     if (
@@ -174,6 +151,13 @@ def _both(
     return plain, again
 
 
+def plan(
+    config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], is_checkpointed: bool = False, **settings: Any
+) -> Plan:
+    """One of both `plans`, with layers computed again or not."""
+    return plans(config, n_image_tokens, policy, **settings)[is_checkpointed]
+
+
 def compare(
     models: Mapping[str, tuple[PreTrainedConfig, int]], tunings: Sequence[str], policy: dict[str, Any], **settings: Any
 ) -> pd.DataFrame:
@@ -181,9 +165,9 @@ def compare(
 
     Args:
         models: Name -> configuration, tokens of an image; as `shapes` gives them.
-        tunings: As `plan` takes them.
-        policy: As `plan` takes it.
-        settings: Others of `plan`.
+        tunings: As `plans` takes them.
+        policy: As `plans` takes it.
+        settings: Others of `plans`.
 
     Returns:
         Columns `model`, `tuning`, `is_checkpointed`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
@@ -193,7 +177,7 @@ def compare(
     made = {
         (name, tuning, again): one
         for (name, (config, n_tokens)), tuning in itertools.product(models.items(), tunings)
-        for again, one in enumerate(_both(config, n_tokens, policy, tuning, **settings))
+        for again, one in enumerate(plans(config, n_tokens, policy, tuning=tuning, **settings))
     }
     for (name, tuning, again), one in made.items():
         card = next((card for card in CARDS if one.fits(card)), "none")
@@ -221,83 +205,19 @@ def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, ran
 
 
 def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
-    """As `_both_ways`, of the decoder over so many sequences of one length."""
+    """As `both_ways`, of the decoder over so many sequences of one length."""
     decoder = language_part(model.backbone)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(decoder, dtype)
+        fake(decoder, dtype)
         words = torch.zeros(rows, length, model.backbone.config.get_text_config().hidden_size, requires_grad=True)
-        return _both_ways(decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32")
-
-
-class _Peak(TorchDispatchMode):
-    """Follows how many bytes are alive of all that is made inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._alive:
-            self._alive.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, key: int, n_bytes: int) -> None:
-        self._alive.discard(key)
-        self.now -= n_bytes
-
-
-def _both_ways(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -> tuple[float, float, float]:
-    """Bytes that a pass forwards keeps for the way back, most bytes alive at a time on both ways, and operations.
-
-    Weights are left out, their gradients are not.
-    """
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with (
-        _Peak() as followed,
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
-    ):
-        out = call()
-        if out.requires_grad:
-            out.sum().backward()
-    return float(sum(kept.values())), float(followed.peak), float(counter.get_total_flops())
-
-
-def _fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
-    """Give weights without data a device; inside a `FakeTensorMode`."""
-    for module in model.modules():
-        for name, p in list(module._parameters.items()):
-            if p is not None:
-                made = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else frozen)
-                module._parameters[name] = torch.nn.Parameter(made, p.requires_grad)
-        for name, b in list(module._buffers.items()):
-            if b is not None:
-                module._buffers[name] = torch.zeros(b.shape, dtype=b.dtype)
+        return both_ways(decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32")
 
 
 def _vision_tower(
     config: PreTrainedConfig, n_images: int, precision: str, learns: bool
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """As `_both_ways`, of the tower, without and with blocks computed again; told by one block in its size, of SigLIP's kind."""
+    """As `both_ways`, of the tower, without and with blocks computed again; told by one block in its size, of SigLIP's kind."""
     tower: Any = config.vision_config
     size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
     heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
@@ -309,37 +229,9 @@ def _vision_tower(
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer = SiglipEncoderLayer(block).requires_grad_(learns)
         patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=learns)
-        kept, most, flops = _both_ways(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
+        kept, most, flops = both_ways(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
     plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
     if not learns:
         return plain, plain
     borders = n_blocks * float(patches.numel()) * patches.element_size()
     return plain, (borders, borders + most, plain[2] * 4 / 3)
-
-
-def measure(step: Callable[[], Any], held: float) -> dict[str, float]:
-    """Peak memory and time of a training step, on the device where it runs.
-
-    Args:
-        step: One whole step, optimizer included; it is taken twice before it is measured.
-        held: What lies there between steps: weights and optimizer [byte]; counted where only changes can be measured (CPU).
-
-    Returns:
-        `peak` [byte] and `seconds`.
-    """
-    for _ in range(2):
-        step()
-    gc.collect()
-    start = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return {"peak": float(torch.cuda.max_memory_allocated()), "seconds": time.perf_counter() - start}
-    step()
-    seconds = time.perf_counter() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    results: Any = profiled.profiler
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
-    return {"peak": held + max(itertools.accumulate(n for _, n in events)), "seconds": seconds}

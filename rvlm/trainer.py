@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from rvlm import adapters
 from rvlm.backbones import as_encoder_outputs
 from rvlm.batches import BUILDERS
-from rvlm.plan import measure
+from rvlm.passes import measure
 from rvlm.stages import Stage
 
 
@@ -166,7 +166,7 @@ def rehearse(stage: Stage) -> dict[str, float]:
     """Peak memory [byte] and time [s] of one training step of a robot stage, taken in this process and forgotten.
 
     Returns:
-        `peak` and `seconds`, as `rvlm.plan.measure`, with the `parameters` and how many of them are `trained`.
+        `peak` and `seconds`, as `rvlm.passes.measure`, with the `parameters` and how many of them are `trained`.
     """
     torch.manual_seed(stage.seed)
     model, _, data, collate = BUILDERS[stage.kind](stage)
