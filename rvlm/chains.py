@@ -18,7 +18,8 @@ from gymnasium.utils.seeding import np_random
 from rvlm.envs.tabletop.scene import DRAWER_RANGE, N_OBJECTS, SETTINGS, SLIDER_RANGE, Setting
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.envs.tabletop.world import World
-from rvlm.evaluation import BATCH, Evaluation, cast_of, rollout, success_table
+from rvlm.evaluation import BATCH, Evaluation, cast_of, success_table
+from rvlm.rollouts import rollout
 from rvlm.statistics import Mean, bootstrap_mean
 
 LENGTH = 5

@@ -1,6 +1,6 @@
 """A real robot as an environment: LeRobot's `Robot` behind the tabletop's interface, with limits, a stop and a judge.
 
-What drives the tabletop (`rvlm.policy.Policy`, `rvlm.evaluation.rollout`) drives a robot unchanged, so the protocol of real-robot
+What drives the tabletop (`rvlm.policy.Policy`, `rvlm.rollouts.rollout`) drives a robot unchanged, so the protocol of real-robot
 evaluation (settings x tasks x rollouts) is the simulator's. LeRobot itself is never imported.
 
 Source: RoboVLMs (arXiv 2412.14058), real-robot experiments; huggingface/lerobot, src/lerobot/robots/robot.py.

@@ -11,8 +11,8 @@ import pandas as pd
 
 from rvlm.batches import RobotCollator
 from rvlm.episodes import Windows
-from rvlm.evaluation import CONTROLS, Control
 from rvlm.policy import Policy
+from rvlm.rollouts import CONTROLS, Control
 from rvlm.statistics import bootstrap_mean
 
 

@@ -10,9 +10,11 @@ from statsmodels.stats.proportion import proportion_confint
 from rvlm import evaluation
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.checkpoints import make_vla
+from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
-from rvlm.evaluation import BATCH, CONTROLS, FIRST_HELD_OUT_SEED, Evaluation, RandomPolicy, evaluate, rollout, success_table
+from rvlm.evaluation import BATCH, Evaluation, evaluate, success_table
+from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
 from rvlm.statistics import paired_bootstrap
 
 FAMILIES = ("push_left", "turn_on_light")

@@ -11,11 +11,12 @@ from hypothesis.extra.numpy import arrays
 from toy_policies import ONE_STEP, build
 
 from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.world import TOOL_DOWN, WORKSPACE_HIGH, WORKSPACE_LOW, axis_angle, rotation_matrix
-from rvlm.evaluation import FIRST_HELD_OUT_SEED, rollout
 from rvlm.hardware import HardwareEnv
 from rvlm.policy import Policy
+from rvlm.rollouts import rollout
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 EULER = dataclasses.replace(SPEC, rotation="euler_xyz", state_rotation="euler_xyz")
