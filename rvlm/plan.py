@@ -105,17 +105,7 @@ def plans(
     Raises:
         ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
     """
-    if optimizer not in STATE:
-        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
-    if (
-        config.is_encoder_decoder
-        or not hasattr(getattr(config, "vision_config", None), "patch_size")
-        or config.get_text_config() is config
-    ):
-        raise ValueError(
-            f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
-            "rvlm.trainer.rehearse(stage)"
-        )
+    _refuse_unknown(config, optimizer)
     model, four_bits = _on_paper(config, policy, tuning, rank)
     half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
@@ -186,6 +176,20 @@ def compare(
         what = {"model": name, "tuning": tuning, "is_checkpointed": bool(again), "trained [M]": one.trained / 1e6}
         rows.append({**what, **size, "card": card, "step [s]": seconds})
     return pd.DataFrame(rows)
+
+
+def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
+    if optimizer not in STATE:
+        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
+    if (
+        config.is_encoder_decoder
+        or not hasattr(getattr(config, "vision_config", None), "patch_size")
+        or config.get_text_config() is config
+    ):
+        raise ValueError(
+            f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
+            "rvlm.trainer.rehearse(stage)"
+        )
 
 
 def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
