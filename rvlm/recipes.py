@@ -105,7 +105,7 @@ def main_data(n_episodes: int) -> EpisodeDataset:
 
 
 def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
-    """A probe: only head and state learn, over a backbone of random weights that stands still."""
+    """A probe of what state and head alone can do: the backbone is random and, on purpose, frozen."""
     frozen: dict[str, Any] = {"freeze_vision": True, "tuning": "head", "is_pretrained": False}
     return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
 
@@ -164,13 +164,14 @@ class Course:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+SCRATCH: dict[str, Any] = {"is_pretrained": False, "freeze_vision": False}  # random weights, of which none may be frozen
 COMMON = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on_light", "push_left", "push_right")
 
 
 def little_of_target(n_target: int, n_others: int, n_samples: int) -> Course:
     """The course of notebooks 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
 
-    Vision tower and connector stand still, but for the recipe `scratch`.
+    Vision tower and connector are frozen, except for the recipe `scratch` (see `follow`).
     """
     changes = {"freeze_vision": True, "batch_size": 8}
     others = tuple(Collection(robot, n_others, COMMON) for robot in ("ur6", "small5"))
@@ -179,6 +180,8 @@ def little_of_target(n_target: int, n_others: int, n_samples: int) -> Course:
 
 def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = None) -> list[Path]:
     """Train a recipe's stages one after another; what another recipe has begun alike is not trained again.
+
+    In `scratch` every weight learns, whatever the course freezes: a frozen vision tower of random weights would see nothing.
 
     Args:
         recipe: Name in `RECIPES`.
@@ -201,7 +204,7 @@ def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = N
     model, models = SMALL_VLM, []
     for step in RECIPES[recipe]:
         asked = {"scenes": tuple(map(str, collect_scenes(course.n_scenes, SCENE_SEED)))} if step.asks else {}
-        fixed = {"policy": ONE_STEP, "seed": seed, "is_pretrained": recipe != "scratch", **asked, **course.changes}
+        fixed = {"policy": ONE_STEP, "seed": seed, **asked, **course.changes, **(SCRATCH if recipe == "scratch" else {})}
         data = everyone if step.robots == "all" else (target,)
         model = run(Stage(step.name, ROBOT, data, str(model), round(step.share * course.n_samples), **fixed), n_threads=n_threads)
         models.append(model)

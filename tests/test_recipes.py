@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rvlm.dagger import FIRST_SEED, Corrections, collect_corrections
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.demonstrations import Collection
 from rvlm.episodes import EpisodeDataset
-from rvlm.recipes import POLICY, RECIPES, Course, follow, follow_side_by_side
+from rvlm.recipes import POLICY, RECIPES, SCRATCH, Course, follow, follow_side_by_side, little_of_target, random_backbone_policy
 from rvlm.vla import VLAConfig
 
 TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
@@ -49,6 +50,32 @@ def test_every_recipe_is_followed(course, recipe):
     assert [stage_of(model)["init"] for model in models] == starts[: len(models)]
     config = VLAConfig.from_pretrained(models[-1])
     assert config.spec["robot"] == "franka7" and (config.robots is None) == all(s.robots == "target" for s in RECIPES[recipe])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
+    """The stages of notebooks 05, 07 and 08 as they are built: pre-trained towers are frozen, the random one learns."""
+    built = []
+    monkeypatch.setattr("rvlm.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
+    monkeypatch.setattr("rvlm.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
+    monkeypatch.setattr("rvlm.recipes.run", lambda stage, n_threads=None: built.append(stage) or Path("model"))
+    follow(recipe, little_of_target(10, 10, 64))
+    assert [stage.freeze_vision for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
+    assert [stage.is_pretrained for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
+
+
+def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing_but_its_head(monkeypatch):
+    monkeypatch.setattr("rvlm.adaptation.collect_demonstrations", lambda collection: Path("demos"))
+    monkeypatch.setattr("rvlm.recipes.collect_demonstrations", lambda collection: Path("demos"))
+    few = FewShot(("close_drawer",), changes=little_of_target(10, 10, 64).changes)
+    starts = {"scratch": {"init": SMALL_VLM, **SCRATCH}, "vision-language": {"init": SMALL_VLM}}
+    built = {name: few.stage(shots=1, seed=0, **start) for name, start in starts.items()}
+    assert {name: (s.freeze_vision, s.is_pretrained) for name, s in built.items()} == {
+        "scratch": (False, False),
+        "vision-language": (True, True),
+    }
+    probe = random_backbone_policy(10, 64)
+    assert (probe.freeze_vision, probe.is_pretrained, probe.tuning) == (True, False, "head")
 
 
 def test_what_recipes_share_is_trained_once(course):
