@@ -183,6 +183,55 @@ def test_where_memory_is_needed_one_picture_asks_for_two_actions(family):
     assert looks[0]["instruction"] == looks[1]["instruction"]
 
 
+def cued(env, seed, family, is_on):
+    """A scene with the cue set by hand."""
+    observation, _ = env.reset(seed=seed, options={"family": family})
+    env.world.set_light(is_on)
+    env.task = dataclasses.replace(env.task, was_light_on=is_on)
+    return observation
+
+
+@pytest.mark.parametrize("family", MEMORY_FAMILIES)
+@ALL
+def test_when_the_cue_ends_nothing_tells_what_it_was(unseen, robot, family):
+    """The expert's own first steps leave hand and scene the same for both cues, wherever the hand starts."""
+    env = unseen[robot]
+    for seed in range(40):
+        ends = []
+        for is_on in (False, True):
+            cued(env, seed, family, is_on)
+            for _ in range(CUE_STEPS):
+                env.step(env.expert_action())
+            ends.append(np.concatenate([env.world.data.qpos, env.world.data.qvel, env.world.state(), [env.world.is_light_on]]))
+        assert np.array_equal(*ends), f"seed {seed}"
+
+
+def without_memory(env):
+    """The expert that sees the present alone: left first, and right where the slider is on the left already."""
+    has_tried_left = env.world.travel("slider") < -0.052 or env.world.pos_tcp_world[1] < env.world.pos_fixture("slider")[1] - 0.02
+    env.task = dataclasses.replace(env.task, was_light_on=not has_tried_left)
+    return env.expert_action()
+
+
+@pytest.mark.parametrize("family", MEMORY_FAMILIES)
+def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):
+    """With the light's word the expert does all; the same expert without it one of the two cues of each scene."""
+    env, solved = unseen["franka7"], {"remembers": [], "sees the present alone": []}
+    for seed, is_on in [(seed, is_on) for seed in range(10) for is_on in (False, True)]:
+        cued(env, seed, family, is_on)
+        solved["remembers"].append(solve(env, 60) is not None)
+        cued(env, seed, family, is_on)
+        told, is_done = env.task, False
+        for _ in range(60):
+            action = env.expert_action() if env.world.is_cue_shown else without_memory(env)
+            env.task = told
+            is_done = env.step(action)[2]
+            if is_done:
+                break
+        solved["sees the present alone"].append(is_done)
+    assert {name: np.mean(done) for name, done in solved.items()} == {"remembers": 1.0, "sees the present alone": 0.5}
+
+
 def test_families_that_need_memory_are_not_chained_and_not_in_the_mix(unseen):
     env = unseen["franka7"]
     env.reset(seed=0)

@@ -88,6 +88,7 @@ class Tabletop(gymnasium.Env):
             self.world.scatter(self.np_random)
             ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
+        self.world.begin_task()
         self.task, self.n_steps = ask(self.world, family, self.np_random), 0
         self._story = Story(self.world, self.task)
         return self._observe(), {"family": family, "is_success": False}

@@ -149,7 +149,12 @@ def _slide(sign: int) -> Callable[[World, Task], Command]:
 
 
 def slider_by_light(world: World, task: Task) -> Command:
-    """Go over the middle of the slider, whichever side is meant, and only there choose the side."""
+    """Hold still while the cue is shown, go over the middle of the slider, and only there choose the side.
+
+    Moving during the cue would write the side into the hand's pose, and then no memory would be needed.
+    """
+    if world.is_cue_shown:
+        return Command(world.pos_tcp_world, False)
     over = np.array([*world.pos_fixture("slider")[:2], 0.11])
     if np.linalg.norm(world.pos_tcp_world[:2] - over[:2]) > 0.075:
         return Command(over, False)

@@ -247,21 +247,24 @@ def cued_side(task: Task) -> int:
     return 1 if task.was_light_on else -1
 
 
-def _darken(world: World, n_steps: int) -> None:
-    """The light goes off once the cue has been seen."""
+def _cue_once(world: World, n_steps: int) -> None:
+    """The light goes off once the cue has been seen; the side that the slider reaches first is noted."""
     if n_steps == CUE_STEPS:
         world.set_light(False)
+        world.is_cue_shown = False
+    if not world.first_side and abs(world.travel("slider")) > SLIDER_SIDE:
+        world.first_side = 1 if world.travel("slider") > 0 else -1
 
 
-# Here one picture asks for different actions: which side is meant has been seen in the first observations only. Kept apart
-# from the other families, which need no memory.
+# Here one picture asks for different actions: which side is meant has been seen in the first observations only, and the side
+# that is reached first counts, for trying one side and then the other would need no memory. Kept apart from the other families.
 MEMORY_FAMILIES: dict[str, Family] = {
     "slider_by_light": Family(
         ("move the slider as the light says",),  # on for left, off for right
         ("push the slider to the side that the lamp tells",),
-        lambda world, task: cued_side(task) * world.travel("slider") < -SLIDER_SIDE,
+        lambda world, task: world.first_side == -cued_side(task),
         prepare=lambda world: world.set_travel("slider", 0.1 * world.travel("slider")),
-        tick=_darken,
+        tick=_cue_once,
     ),
 }
 ALL_FAMILIES = FAMILIES | MEMORY_FAMILIES

@@ -53,6 +53,8 @@ class World:
     Attributes:
         objects: Colour and shape of each object, as words.
         is_light_on: Whether the button has switched the light on.
+        is_cue_shown: Whether a task that shows a cue at its beginning still shows it.
+        first_side: Side to which the slider was moved first in this task: -1 for left, 1 for right, 0 for none yet.
     """
 
     def __init__(self, robot: str, setting: Setting) -> None:
@@ -63,6 +65,7 @@ class World:
         self.data = mujoco.MjData(self.model)
         self.objects: list[tuple[str, str]] = []
         self.is_light_on = self._is_button_armed = False
+        self.begin_task()
         self._index()
 
     def _index(self) -> None:
@@ -137,6 +140,10 @@ class World:
         focal = 0.5 / np.tan(np.deg2rad(self.model.cam_fovy[cam]) / 2)
         depth = max(-z, 1e-6)
         return np.array([0.5 + focal * x / depth, 0.5 - focal * y / depth])
+
+    def begin_task(self) -> None:
+        """A new task in the present scene: its cue is to be seen, and nothing has been done yet."""
+        self.is_cue_shown, self.first_side = True, 0
 
     # -- making a scene ------------------------------------------------------------------------------------------
     def scatter(self, rng: np.random.Generator) -> None:
