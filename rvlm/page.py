@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.files import ROOT, results_dir, write_whole
-from rvlm.report import as_markdown, fine_print, load_findings, provenance
+from rvlm.provenance import provenance
+from rvlm.report import as_markdown, fine_print, load_findings
 
 PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
 READING = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."

@@ -20,7 +20,7 @@ from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
 from rvlm.files import artifacts_dir
-from rvlm.report import provenance
+from rvlm.provenance import provenance
 from rvlm.small_vlm import small_vlm, train_tokenizer
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.trainer import seconds_of

@@ -7,29 +7,23 @@ Everything is written to a temporary name and renamed when whole, so that a kill
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import io
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvlm.files import ROOT, results_dir, write_whole
+from rvlm.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "mujoco", "gymnasium", "matplotlib")
 NUMBER = re.compile(r"(?<![\w.,])[-−+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s?%)?")
 
 
@@ -41,47 +35,6 @@ def _checked(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"expected a name of a-z, 0-9 and _, led by its notebook's number, e.g. '05_loss'; got {name!r}")
     return name
-
-
-# --- provenance ---------------------------------------------------------------------------------------------------------
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _hardware() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch = sys.modules.get("torch")  # asked only where the notebook uses it: importing it takes seconds
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {"cpu": model or platform.machine(), "cores": cores, "gpus": gpus}
-
-
-def provenance() -> dict[str, Any]:
-    """Commit (and whether code differs from it), package versions, hardware, profile and date of whoever asks."""
-    versions = {package: version for package in PACKAGES if (version := _version(package))}
-    return {
-        "commit": _git("rev-parse", "HEAD") or None,
-        "is_dirty": bool(_git("status", "--porcelain", "--", "rvlm", "notebooks", "data_cards", "pyproject.toml")),
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": _hardware(),
-        "profile": os.environ.get("RVLM_PROFILE"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 # --- findings -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""What made a result: commit, versions, hardware, profile and date."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rvlm.files import ROOT
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "mujoco", "gymnasium", "matplotlib")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch = sys.modules.get("torch")  # asked only where the notebook uses it: importing it takes seconds
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {"cpu": model or platform.machine(), "cores": cores, "gpus": gpus}
+
+
+def provenance() -> dict[str, Any]:
+    """Commit (and whether code differs from it), package versions, hardware, profile and date of whoever asks."""
+    versions = {package: version for package in PACKAGES if (version := _version(package))}
+    return {
+        "commit": _git("rev-parse", "HEAD") or None,
+        "is_dirty": bool(_git("status", "--porcelain", "--", "rvlm", "notebooks", "data_cards", "pyproject.toml")),
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": _hardware(),
+        "profile": os.environ.get("RVLM_PROFILE"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
