@@ -1,12 +1,29 @@
-"""Where things are, and how a file is written so that it is whole or not there."""
+"""Where things are, how they are written so that they are whole or not there, and what stands for a content.
 
+A cached result is found again by its name: a hash of the settings (`key_of`), of the content of what went in (`digest`,
+`hash_of_tree`, `hash_of_model`) and of the source code that computes it (`hash_of_code`).
+"""
+
+import ast
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
+NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
+PLUMBING = ("rvlm", "rvlm.files", "rvlm.caches", "rvlm.stages")  # where results go and how they are asked for, not what they hold
 
 
 def results_dir() -> Path:
@@ -19,18 +36,51 @@ def artifacts_dir() -> Path:
     return Path(os.environ.get("RVLM_HOME") or ROOT / "artifacts")
 
 
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def temporary(path: Path) -> Path:
+    """A hidden name beside `path` that no other process, thread or call has: what is written there is renamed when whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write a file so that it is either there in full or as it was before; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
+    part = temporary(path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
-def digest(path: Path) -> str:
-    """Twelve characters that stand for a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+def make_folder(final: Path, fill: Callable[[Path], Any]) -> Path:
+    """The folder `final`, which `fill` writes unless it is there: whole or not at all, once for all that ask at the same time.
+
+    Args:
+        final: The folder's name.
+        fill: Is given an empty folder, which takes the name `final` when it returns.
+    """
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_name(f"{final.name}.lock")):
+        if not final.is_dir():
+            for left in final.parent.glob(f".{final.name}.*.part"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            part = temporary(final)
+            part.mkdir()
+            try:
+                fill(part)
+                part.replace(final)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return final
+
+
+# --- hashes of content --------------------------------------------------------------------------------------------------
 
 
 def key_of(settings: dict[str, Any]) -> str:
@@ -38,8 +88,205 @@ def key_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+_digests: dict[tuple, str] = {}
+
+
+def digest(path: str | Path) -> str:
+    """Twelve characters that stand for a file's content.
+
+    A file is read once: as long as name, size, times and inode are the same, the answer is remembered, for large files by later
+    processes too. A file that was written only a moment ago is read again next time, for a clock's tick could hide a change.
+    """
+    path = Path(path).resolve()
+    asked, known = time.time_ns(), _stamp(path)
+    if known not in _digests:
+        kept = artifacts_dir() / "digests" / key_of({"file": known})
+        is_large = known[1] >= LARGE
+        if is_large and kept.is_file():
+            _digests[known] = kept.read_text()
+        else:
+            with path.open("rb") as file:
+                value = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+            changed = known[-1]
+            tick = 50_000_000 if changed % 1_000_000_000 else 2_000_000_000  # of file systems that count seconds [ns]
+            if asked - changed < tick or _stamp(path) != known:
+                return value
+            _digests[known] = value
+            if is_large:
+                with contextlib.suppress(OSError):  # a full or read-only disk: then it is read again
+                    write_whole(kept, value)
+    return _digests[known]
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int, int]:
+    """What is different where a file is: name, size, time of writing, inode, and time of the last change, which none can set."""
+    told = path.stat()
+    return str(path), told.st_size, told.st_mtime_ns, told.st_ino, told.st_ctime_ns
+
+
+def hash_of_tree(folder: str | Path) -> str:
+    """Twelve characters that stand for all files of a folder, a recording's or a model's, wherever the folder is.
+
+    Hidden files, locks, and what only tells about the content (`NOT_CONTENT`) don't count.
+
+    Raises:
+        ValueError: There is no such folder, or it holds no files.
+    """
+    folder = Path(folder)
+    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    counted = [
+        n for n in names if not any(p.startswith(".") for p in n.parts) and n.name not in NOT_CONTENT and n.suffix != ".lock"
+    ]
+    if not counted:
+        raise ValueError(
+            f"expected a folder with files at {folder}, got {'an empty one' if folder.is_dir() else 'none'}; make it first"
+        )
+    return key_of({name.as_posix(): digest(folder / name) for name in counted})
+
+
 def weights_of(model: str | Path) -> str | None:
     """Twelve characters that stand for all weights in a model's folder; None where there are none, as for a name on the Hub."""
     files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
     digests = {str(path.relative_to(model)): digest(path) for path in files}
     return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else key_of(digests) if digests else None
+
+
+def hash_of_model(model: str | Path) -> str:
+    """What stands for a model: the content of its folder, processor included; of a name on the Hub the name and its commit.
+
+    Where the Hub's model was never fetched and can't be now, it is the name alone.
+    """
+    if Path(model).is_dir():
+        return hash_of_tree(model)
+    try:
+        return f"{model}@{_commit(str(model))}"
+    except (OSError, ValueError):  # what the client raises of a name that is none, is not there, or can't be reached
+        return str(model)
+
+
+@functools.cache
+def _commit(name: str) -> str:
+    """The commit of a model on the Hub; the same for as long as this process lives."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    return Path(try_to_load_from_cache(name, "config.json") or hf_hub_download(name, "config.json")).parent.name
+
+
+# --- hashes of code -----------------------------------------------------------------------------------------------------
+
+
+def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
+    """Twelve characters that stand for the source code that computes something; comments and docstrings don't count.
+
+    Args:
+        roots: Modules ("rvlm.rollouts"), which stand for all that they import within the package, within functions too; or
+            functions and classes ("rvlm.evaluation:run_batch"), which stand for their own source and what they import themselves.
+        without: Modules and packages that are imported somewhere on the way but not used by what is computed.
+
+    Raises:
+        ValueError: There is no such module, function or class.
+    """
+    return key_of({"code": _closure(roots, without)})
+
+
+def code_of(*roots: str, without: tuple[str, ...] = ()) -> list[str]:
+    """The modules, functions and classes that `hash_of_code` hashes, by name."""
+    return sorted(_closure(roots, without))
+
+
+def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]:
+    """Name -> hash, of all code that the roots stand for."""
+    found: dict[str, str] = {}
+    todo = list(roots)
+    while todo:
+        name = todo.pop()
+        if name in found or name in PLUMBING or any(f"{name}.".startswith(f"{other}.") for other in without):
+            continue
+        part, parsed = _part(name), _parsed(*_bytes(name))
+        if part not in parsed:
+            raise ValueError(f"expected a function or class {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}")
+        found[name], imported = parsed[part]
+        todo += [module for told in imported for module in _modules(told)]
+        todo += [] if part else _modules(name.rpartition(".")[0])  # a package's own code runs before its modules'
+    return found
+
+
+def refuse_changed_code(*roots: str, without: tuple[str, ...] = ()) -> None:
+    """Refuse to compute with code that has changed on disk since this process loaded it: the result would bear the wrong name.
+
+    Raises:
+        ValueError: The code of `hash_of_code` differs from what was there when this process began.
+    """
+    for name in code_of(*roots, without=without):
+        path, now = _bytes(name)
+        part, then = _part(name), _at_start.get(path, now)
+        if now != then and _parsed(path, now)[part][0] != _parsed(path, then).get(part, ("",))[0]:
+            raise ValueError(
+                f"expected the code that this process has loaded; {path} has changed since, so that what is computed "
+                "now would be kept under the name of other code; start the kernel or process again"
+            )
+
+
+def _part(name: str) -> str:
+    return name.partition(":")[2]
+
+
+def _modules(name: str) -> list[str]:
+    """The module of an imported name, as "rvlm.actions" of "rvlm.actions.ActionSpec"; none outside the package."""
+    while name.split(".")[0] == PACKAGE.name:
+        if _file(name) is not None:
+            return [name]
+        name = name.rpartition(".")[0]
+    return []
+
+
+def _file(module: str) -> Path | None:
+    package, *names = module.split(".")
+    path = PACKAGE.joinpath(*names)
+    places = (path.with_suffix(".py"), path / "__init__.py") if package == PACKAGE.name else ()
+    return next((place for place in places if place.is_file()), None)
+
+
+def _bytes(name: str) -> tuple[Path, bytes]:
+    path = _file(name.partition(":")[0])
+    if path is None:
+        raise ValueError(f"expected a module of {PACKAGE.name}, or module:function, got {name!r}")
+    return path, _read(*_stamp(path))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(path: str, *_: int) -> bytes:
+    return Path(path).read_bytes()
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str]]]:
+    """Hash, and names that are imported: of a module (under ""), and of each of its functions and classes by name."""
+    tree = ast.parse(source)
+    package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, *named)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    parts: Mapping[str, ast.AST] = {"": tree, **{node.name: node for node in tree.body if isinstance(node, named)}}
+    return {name: (_hash_of(node), frozenset(_imported(node, package))) for name, node in parts.items()}
+
+
+def _hash_of(node: ast.AST) -> str:
+    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:12]
+
+
+def _imported(node: ast.AST, package: str) -> Iterator[str]:
+    """Full names that a piece of code imports when it runs; those for type checkers alone are none."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        base = ".".join([*package.split(".")[: len(package.split(".")) + 1 - node.level], *filter(None, [node.module])])
+        yield from (f"{base if node.level else node.module}.{alias.name}" for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from _imported(child, package)
+
+
+_at_start = {path: path.read_bytes() for path in PACKAGE.rglob("*.py")}

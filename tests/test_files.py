@@ -1,0 +1,245 @@
+"""Names of cached results: what stands for files, folders, models and code, and what is written is whole."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rvlm import files
+from rvlm.files import code_of, digest, hash_of_code, hash_of_model, hash_of_tree, make_folder, temporary, weights_of, write_whole
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """Names of the files that were read whole to be hashed, in an artifacts folder of the test's own."""
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(files, "_digests", {})
+    names, plain = [], files.hashlib.file_digest
+    monkeypatch.setattr(
+        files.hashlib, "file_digest", lambda file, kind: (names.append(Path(file.name).name), plain(file, kind))[1]
+    )
+    return names
+
+
+def settled(path):
+    """Let the clock pass the tick in which a file was written."""
+    while files.time.time_ns() - path.stat().st_ctime_ns < 60_000_000:
+        files.time.sleep(0.02)
+    return path
+
+
+# --- content ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_once_and_a_large_one_once_for_all_processes(opened, tmp_path, monkeypatch):
+    small, large = tmp_path / "small", tmp_path / "large.safetensors"
+    small.write_bytes(b"s")
+    large.write_bytes(bytes(files.LARGE))
+    settled(large)
+    first = [(digest(small), digest(large)) for _ in range(42)]
+    assert len(set(first)) == 1 and sorted(opened) == ["large.safetensors", "small"]
+    monkeypatch.setattr(files, "_digests", {})  # as in another process
+    assert (digest(small), digest(large)) == first[0] and opened[2:] == ["small"]
+
+
+def test_a_file_that_is_rewritten_in_place_is_read_again(opened, tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * 100)
+    before, times = digest(settled(path)), path.stat()
+    with path.open("r+b") as file:
+        file.write(b"b")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_ino == times.st_ino and path.stat().st_mtime_ns == times.st_mtime_ns
+    assert digest(path) != before
+
+
+def test_a_file_that_was_just_written_is_not_remembered(opened, tmp_path, monkeypatch):
+    """Two writes within one tick of the clock leave the same size, times and inode."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    stamp = files._stamp(path)
+    monkeypatch.setattr(files, "_stamp", lambda _: stamp)
+    monkeypatch.setattr(files.time, "time_ns", lambda: stamp[-1] + 1_000_000)
+    before = digest(path)
+    path.write_bytes(b"b")
+    assert digest(path) != before
+
+
+def test_a_tree_is_its_files_wherever_it_is(tmp_path):
+    first, second = tmp_path / "a" / "train", tmp_path / "b" / "copy"
+    for name in ("data/file-000.parquet", "videos/x/file-000.mp4", "meta/info.json"):
+        write_whole(first / name, name)
+    shutil.copytree(first, second)
+    for name in ("made.json", "README.md", ".cache/x", "data.lock"):
+        write_whole(second / name, "about it")
+    assert hash_of_tree(first) == hash_of_tree(second)
+    write_whole(second / "videos/x/file-000.mp4", "other frames")
+    assert hash_of_tree(first) != hash_of_tree(second)
+    (second / "videos/x/file-000.mp4").rename(second / "videos/x/file-001.mp4")
+    write_whole(second / "videos/x/file-001.mp4", "videos/x/file-000.mp4")
+    assert hash_of_tree(first) != hash_of_tree(second), "names count"
+    with pytest.raises(ValueError, match=r"expected a folder with files at .*nowhere, got none; make it first"):
+        hash_of_tree(tmp_path / "nowhere")
+
+
+def test_a_model_is_its_weights_and_its_processor(tmp_path, toy_vlm, monkeypatch):
+    copy = shutil.copytree(toy_vlm, tmp_path / "copy")
+    assert hash_of_model(copy) == hash_of_model(toy_vlm) and weights_of(copy) == weights_of(toy_vlm)
+    settings = copy / "processor_config.json"
+    write_whole(settings, settings.read_text().replace("48", "24"))
+    assert hash_of_model(copy) != hash_of_model(toy_vlm) and weights_of(copy) == weights_of(toy_vlm)
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_model_of_the_hub_is_its_name_and_commit(monkeypatch):
+    import huggingface_hub
+
+    files._commit.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(OSError))
+    assert hash_of_model("somebody/model") == "somebody/model"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: f"/hub/{name}/snapshots/0123abc/{file}")
+    assert hash_of_model("somebody/model") == "somebody/model@0123abc"
+    files._commit.cache_clear()
+
+
+# --- code ---------------------------------------------------------------------------------------------------------------
+
+SAY = """
+import sys
+from rvlm.files import hash_of_code
+print(*(hash_of_code(*roots.split(","), without=("rvlm.envs.tabletop",)) for roots in sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package's source, which a test may change; `said` gives hashes as a new process sees them."""
+    source = shutil.copytree(files.PACKAGE, tmp_path / "site" / "rvlm", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+
+    def said(*roots):
+        environment = {**os.environ, "PYTHONPATH": str(source.parent)}
+        told = subprocess.run(
+            [sys.executable, "-c", SAY, *roots], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return told.stdout.split()
+
+    return source, said
+
+
+def test_code_is_what_computes_not_what_is_said_about_it(package):
+    source, said = package
+    roots = ("rvlm.vla", "rvlm.recording", "rvlm.evaluation:gains")
+    before = said(*roots)
+    assert before == [hash_of_code(root, without=("rvlm.envs.tabletop",)) for root in roots], "installed elsewhere, the same code"
+    path = source / "heads.py"
+    plain = path.read_text()
+    path.write_text(plain.replace('"""', '"""Other words. ', 1).replace("\nclass ", "\n# A remark.\nclass ", 1))
+    assert path.read_text() != plain and said(*roots) == before
+    path.write_text(plain + "\nTWO = 2\n")
+    after = said(*roots)
+    assert after[0] != before[0] and after[1:] == before[1:], "heads are imported by the policy, not by the recorder"
+
+
+def test_a_function_stands_for_its_own_source(package):
+    source, said = package
+    roots = ("rvlm.evaluation:gains", "rvlm.evaluation:_read")
+    before = said(*roots)
+    path = source / "evaluation.py"
+    path.write_text(path.read_text().replace("def gains(", "def gains(*_, ", 1))
+    after = said(*roots)
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+def test_imports_are_followed_within_functions_and_through_packages():
+    found = code_of("rvlm.batches")
+    assert {
+        "rvlm.envs",
+        "rvlm.envs.gl",
+        "rvlm.envs.tabletop",
+        "rvlm.envs.tabletop.tasks",
+        "rvlm.checkpoints",
+        "rvlm.heads",
+    } <= set(found)
+    assert "rvlm.files" not in found and "rvlm.report" not in found
+    assert not [n for n in code_of("rvlm.batches", without=("rvlm.envs.tabletop",)) if n.startswith("rvlm.envs.tabletop")]
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [("nowhere.video", "a module of rvlm, or module:function"), ("rvlm.video:nobody", "a function or class 'rvlm.video:nobody'")],
+)
+def test_unknown_code_is_refused(root, message):
+    with pytest.raises(ValueError, match=message):
+        hash_of_code(root)
+
+
+CHANGE = """
+from rvlm import files
+files.refuse_changed_code("rvlm.video")
+path = files.PACKAGE / "video.py"
+plain = path.read_text()
+path.write_text(plain + "# a remark\\n")
+files.refuse_changed_code("rvlm.video")
+path.write_text(plain + "TWO = 2\\n")
+files.refuse_changed_code("rvlm.heads")
+files.refuse_changed_code("rvlm.video")
+"""
+
+
+def test_code_that_changed_under_a_running_process_computes_nothing(package):
+    source, _ = package
+    environment = {**os.environ, "PYTHONPATH": str(source.parent)}
+    told = subprocess.run([sys.executable, "-c", CHANGE], env=environment, cwd=source, capture_output=True, text=True)
+    last = told.stderr.strip().splitlines()
+    assert "video.py has changed since" in last[-1], told.stderr
+    assert "line 10" in told.stderr, "only the last of the four is refused"
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def test_temporary_names_are_those_of_one_call(tmp_path):
+    assert temporary(tmp_path / "x") != temporary(tmp_path / "x")
+
+
+def test_a_folder_is_made_once_and_whole(tmp_path):
+    made, both = [], threading.Barrier(2)
+
+    def fill(part):
+        made.append(part)
+        (part / "content").write_text("whole")
+
+    def ask():
+        both.wait()
+        make_folder(tmp_path / "final", fill)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and (tmp_path / "final" / "content").read_text() == "whole" and not made[0].exists()
+
+
+def test_a_folder_whose_making_fails_is_not_there(tmp_path):
+    left = tmp_path / ".final.0123.part"
+    left.mkdir()
+
+    def fill(part):
+        (part / "half").write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        make_folder(tmp_path / "final", fill)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [], "what a killed process left goes too"
