@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from rvlm import plots
 
@@ -107,7 +108,7 @@ def test_action_curves_draw_si_units_and_start_chunks_where_they_were_predicted(
     actions = np.arange(84, dtype=float).reshape(12, 7)
     fig = plots.action_curves(actions, SPEC, {5: np.ones((3, 7))})
     panels = {ax.get_ylabel(): ax for ax in fig.axes}
-    assert set(panels) >= {"dx [m]", "droll [rad]", "gripper [1]"}
+    assert set(panels) >= {"dx [m]", "droll [rad]", "gripper"}
     chunk, executed = panels["droll [rad]"].lines
     np.testing.assert_allclose(executed.get_ydata(), actions[:, 3] * 0.05)
     np.testing.assert_array_equal(chunk.get_xdata(), [5, 6, 7])
@@ -146,6 +147,60 @@ def test_success_bars_show_the_intervals_of_the_table_where_it_has_some():
     for ax in (plots.success_bars(table).axes[0], plots.rates_by_group(table.assign(group="x"), "A title").axes[0]):
         (bar,) = next(c for c in ax.containers if c.__class__.__name__ == "ErrorbarContainer").lines[2]
         np.testing.assert_allclose(bar.get_segments()[0][:, 0], [20, 80])
+
+
+@pytest.mark.parametrize(
+    "successes, n, title",
+    [
+        ([94], [200], "First solves 94 of 200 episodes"),
+        ([184, 20], [200, 200], "First solves most: 184 of 200 episodes"),
+        ([64, 61, 60], [80, 80, 80], "No winner shown: 75 to 80 % (n = 80)"),
+        ([0, 0], [4, 8], "No winner shown: 0 % (n = 4 to 8)"),
+    ],
+)
+def test_a_title_names_a_winner_only_where_its_interval_stands_apart(successes, n, title):
+    table = pd.DataFrame({"name": ["first", "second", "third"][: len(n)], "successes": successes, "n": n})
+    assert plots.verdict_title(table) == title == plots.success_bars(table).get_suptitle()
+
+
+def test_success_bars_print_counts():
+    texts = [
+        t.get_text() for t in plots.success_bars(pd.DataFrame({"name": ["a"], "successes": [169], "n": [200]})).axes[0].texts
+    ]
+    assert texts == ["169/200"]
+
+
+def test_a_short_curve_is_not_smoothed_and_a_long_one_does_not_lag():
+    falling = pd.Series(np.linspace(1, 0, 59))
+    assert plots.smoothed(falling) is falling
+    line = pd.Series(np.linspace(1, 0, 101))
+    np.testing.assert_allclose(plots.smoothed(line)[10:-10], line[10:-10])
+    noisy = line + np.random.default_rng(0).normal(0, 0.1, 101)
+    assert (plots.smoothed(noisy) - line).abs().mean() < 0.5 * (noisy - line).abs().mean()
+
+
+def test_a_loss_axis_is_logarithmic_only_where_a_decade_is_crossed():
+    def scale(last):
+        log = [{"step": i, "n_steps": 4, "arm_loss": v} for i, v in enumerate(np.linspace(1, last, 5))]
+        return plots.compare_losses({"a": log}).axes[0].get_yscale(), plots.loss_curves(log).axes[0].get_yscale()
+
+    assert (scale(0.5), scale(0.05)) == (("linear",) * 2, ("log",) * 2)
+
+
+def test_zero_is_a_drawn_line_where_gains_may_lie_on_both_sides():
+    gains = pd.DataFrame({"name": ["a"], "panel": "gain [points]", "value": [3.0], "low": [-4.0], "high": [10.0]})
+    ax = plots.estimates(gains, "A gain").axes[0]
+    assert [list(line.get_xdata()) for line in ax.lines if line.get_color() == "black"] == [[0, 0]]
+    rows = pd.DataFrame({"name": ["mean action", "one-step continuous"], "panel": "x", "value": 1.0, "low": 0.5, "high": 2.0})
+    colors = [to_hex(c.lines[0].get_color()) for c in plots.estimates(rows, "Rows").axes[0].containers]
+    assert colors == [plots.NEUTRAL, plots.structure_color("one-step continuous")], "a row with a label needs no colour"
+
+
+def test_no_text_is_smaller_than_six_points(figures):
+    sizes = {
+        name: min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text()) for name, fig in {**figures, **draw_more()}.items()
+    }
+    assert min(sizes.values()) >= 6, sizes
 
 
 def test_loss_curves_skip_the_mean_and_refuse_a_log_without_loss():
@@ -296,7 +351,10 @@ def test_what_the_first_notebooks_draw_has_a_width_a_sentence_and_units():
     for name, fig in draw_more().items():
         assert fig.get_figwidth() in (plots.COLUMN_IN, plots.PAGE_IN), name
         labels = [ax.get_xlabel() for ax in fig.axes if ax.get_visible()]
-        assert fig.get_suptitle() and all("[" in x or "bins" in x or "px" in x for x in labels if x), (name, labels)
+        assert fig.get_suptitle() and all("[" in x or "bins" in x or "px" in x or x == "gripper" for x in labels if x), (
+            name,
+            labels,
+        )
 
 
 def test_a_displacement_starts_where_the_hand_was_and_the_camera_looks_from_below():

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from nbconvert.filters import markdown2html
+from PIL import Image
 
-from rvlm import report
+from rvlm import plots, report
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
 from rvlm.page import chapters, html_report, readme_table, update_readme, updated_readme
 from rvlm.statistics import newcombe, wilson
@@ -131,6 +132,24 @@ def test_export_writes_column_wide_files_that_repeat_byte_for_byte(results):
     assert b"/MediaBox [ 0 0 252 " in first["pdf"].replace(b"\n", b" ")
     assert fig.get_size_inches() == pytest.approx([3.5, 2 * 3.5 / 3.4])
     assert report.export(draw(8.0), "05_wide").get_figwidth() == pytest.approx(7.16)
+
+
+def test_fonts_of_an_exported_pdf_are_true_type(results):
+    """Publishers refuse Type 3, which matplotlib embeds unless told otherwise while it saves."""
+    report.export(
+        plots.estimates(pd.DataFrame({"name": ["a"], "panel": "x", "value": 1, "low": 0, "high": 2}), "A title"), "05_loss"
+    )
+    pdf = (results / "figures/05_loss.pdf").read_bytes()
+    assert b"/Type3" not in pdf and b"/FontFile2" in pdf
+
+
+def test_an_exported_png_has_a_palette_its_title_and_three_hundred_dots_an_inch(results):
+    fig = draw()
+    fig.suptitle("A sentence – with a dash")
+    report.export(fig, "05_loss")
+    with Image.open(results / "figures/05_loss.png") as image:
+        assert (image.mode, image.info["Title"], round(image.info["dpi"][0])) == ("P", "A sentence – with a dash", 300)
+        assert image.width == 1050
 
 
 def test_save_table_writes_csv_and_booktabs(results):

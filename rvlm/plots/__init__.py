@@ -13,7 +13,9 @@ from rvlm.plots.charts import (
     lines,
     loss_curves,
     rates_by_group,
+    smoothed,
     success_bars,
+    verdict_title,
 )
 from rvlm.plots.cost import memory_bars, planned_and_measured
 from rvlm.plots.ladder import evidence, failures, ladder
@@ -29,6 +31,7 @@ from rvlm.plots.look import (
     dimension_color,
     structure_color,
     style,
+    unit_in_brackets,
 )
 from rvlm.plots.motion import action_curves, hand_path, histograms
 from rvlm.plots.pictures import (
@@ -83,8 +86,11 @@ __all__ = [
     "planned_and_measured",
     "player",
     "rates_by_group",
+    "smoothed",
     "structure_color",
     "style",
     "success_bars",
     "token_map",
+    "unit_in_brackets",
+    "verdict_title",
 ]

@@ -53,7 +53,7 @@ def error_by_bins(table: pd.DataFrame, title: str, needed: float | None = None) 
 
 
 @styled
-def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], bars: 95 % interval") -> Figure:
+def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], whiskers: 95 % interval") -> Figure:
     """Rates with 95 % intervals, several names side by side in each group.
 
     Args:
@@ -87,19 +87,37 @@ def success_bars(table: pd.DataFrame, title: str | None = None) -> Figure:
         title: a sentence; by default one made from the numbers drawn.
     """
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.26 * len(table) + 0.85), layout="constrained")
-    for y, (name, n, at, low, high) in enumerate(zip(table["name"], table["n"], *_rates(table), strict=True)):
+    counted = zip(table["name"], table["successes"], table["n"], *_rates(table), strict=True)
+    for y, (name, successes, n, at, low, high) in enumerate(counted):
         color = structure_color(name)
         ax.barh(y, at, color=color, alpha=0.25, height=0.66)
         ax.errorbar(at, y, xerr=[[at - low], [high - at]], color=color, fmt="o", ms=3.5, capsize=2)
-        ax.text(101, y, f"{at:.0f} % of {n}", va="center", fontsize=6.5, color=NEUTRAL)
+        ax.text(103, y, f"{successes}/{n}", va="center", fontsize=6.5, color=NEUTRAL)
     _published(ax, table)
-    ax.set(yticks=range(len(table)), yticklabels=table["name"], xlim=(0, 100), ylim=(len(table) - 0.5, -0.5))
-    ax.set_xlabel("success rate [%], bars: 95 % interval")
+    ax.set(yticks=range(len(table)), yticklabels=table["name"], xlim=(0, 102), ylim=(len(table) - 0.5, -0.5))
+    ax.set_xlabel("success rate [%], whiskers: 95 % interval")
     ax.grid(False, axis="y")
-    best = table.iloc[int(np.argmax(table["successes"] / table["n"]))]
-    name = str(best["name"])
-    headline(fig, title or f"{name[:1].upper()}{name[1:]} solves {best['successes']} of {best['n']} episodes")
+    headline(fig, title or verdict_title(table))
     return fig
+
+
+def verdict_title(table: pd.DataFrame) -> str:
+    """A title that names a winner only where its whole interval lies above that of every other.
+
+    Args:
+        table: a row per policy, as `success_bars` takes it.
+    """
+    at, low, high = _rates(table)
+    first = int(np.argmax(at))
+    name, counts = str(table["name"].iloc[first]), "{successes} of {n} episodes".format(**table.iloc[first])
+    name = name[:1].upper() + name[1:]
+    if len(table) == 1:
+        return f"{name} solves {counts}"
+    if low[first] > np.delete(high, first).max():
+        return f"{name} solves most: {counts}"
+    ends, sizes = sorted({round(float(at.min())), round(float(at.max()))}), sorted(set(table["n"]))
+    listed, n = " to ".join(f"{end}" for end in ends), " to ".join(f"{size}" for size in (sizes[0], sizes[-1])[: len(sizes)])
+    return f"No winner shown: {listed} % (n = {n})"
 
 
 def _rates(table: pd.DataFrame) -> np.ndarray:
@@ -123,7 +141,7 @@ def _published(ax: Axes, table: pd.DataFrame) -> None:
 
 @styled
 def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = None) -> Figure:
-    """Every loss that a Trainer logged, over optimiser steps, on a logarithmic axis.
+    """Every loss that a Trainer logged, over optimiser steps.
 
     Args:
         log_history: ``trainer.state.log_history``; keys that contain "loss" are drawn, "train_loss" (a run's mean) is not.
@@ -138,10 +156,8 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
         known = table[["step", name]].dropna()
         held_out = name.startswith("eval")
         ax.plot(known["step"], known[name], "o--" if held_out else "-", ms=3, color=color, label=name.replace("_", " "))
-    ax.set(xlabel="optimiser step", ylabel="loss [1]")
-    if (table[names].min() > 0).all():
-        ax.set_yscale("log")
-        _label_logarithmic(ax)
+    ax.set(xlabel="optimiser step", ylabel="loss")
+    _scale_losses(ax)
     _legend_below(fig, names)
     first, last = table[names[0]].dropna().iloc[[0, -1]]
     moved = "falls" if last < first else "does not fall"
@@ -152,6 +168,16 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
 def _legend_below(fig: Figure, names: Sequence[str]) -> None:
     """A legend in as many columns as fit under one column of a page."""
     fig.legend(loc="outside lower left", ncols=min(3, max(1, 62 // (max(map(len, names)) + 5))))
+
+
+def _scale_losses(ax: Axes) -> None:
+    """A logarithmic vertical axis where the curves cross a decade, else a linear one from zero."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+    if values.min() > 0 and values.max() >= 10 * values.min():
+        ax.set_yscale("log")
+        _label_logarithmic(ax)
+    else:
+        ax.set_ylim(bottom=min(0.0, float(values.min())))
 
 
 def _label_logarithmic(ax: Axes) -> None:
@@ -190,8 +216,7 @@ def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
 def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
     for name, value, low, high in rows[["name", "value", "low", "high"]].itertuples(index=False):
         y = names.index(name)
-        known = structure_color(name)
-        color = known if known != NEUTRAL else (PALETTE[y] if len(names) <= len(PALETTE) else NEUTRAL)
+        color = structure_color(name)  # grey where the row's label tells what it is
         if pd.isna(low):
             ax.plot(value, y, "D", mfc="none", mec="black", ms=4.5, mew=0.9)
         else:
@@ -202,6 +227,8 @@ def _estimates_panel(ax: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None
     lowest, largest = np.nanmin(rows[["value", "low"]].to_numpy(float)), np.nanmax(rows[["value", "high"]].to_numpy(float))
     if lowest >= 0 and largest > 0:
         ax.set_xlim(0, 1.12 * largest)
+    if lowest < 0:
+        ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     ax.grid(False, axis="y")
 
 
@@ -230,7 +257,7 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
 
 @styled
 def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "arm_loss", title: str | None = None) -> Figure:
-    """One loss of several trainings over the samples' share of the budget, on a logarithmic axis.
+    """One loss of several trainings over the samples' share of the budget; faint as logged, bold smoothed (`smoothed`).
 
     Args:
         logs: name -> what the training logged, with ``step``, ``n_steps`` and ``key``.
@@ -238,20 +265,23 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
         title: a sentence; by default one made from the numbers drawn.
     """
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.2 + 0.12 * len(logs)), layout="constrained")
-    last: dict[str, float] = {}
     for i, (name, log) in enumerate(logs.items()):
         table = pd.DataFrame(list(log)).loc[:, ["step", "n_steps", key]].dropna().drop_duplicates("step")
         known = structure_color(name)
         color, share = (PALETTE[i] if known == NEUTRAL else known), 100 * table["step"] / table["n_steps"]
         ax.plot(share, table[key], color=color, alpha=0.25, linewidth=0.8)
-        ax.plot(share, table[key].ewm(span=10).mean(), "-o" if len(table) == 1 else "-", color=color, label=name)
-        last[name] = float(table[key].ewm(span=10).mean().iloc[-1])
-    ax.set(xlabel="share of the training budget [%]", ylabel=f"{key.replace('_', ' ')} [1]", yscale="log")
-    _label_logarithmic(ax)
+        ax.plot(share, smoothed(table[key]), "-o" if len(table) == 1 else "-", color=color, label=name)
+    what = key.replace("_", " ")
+    ax.set(xlabel="share of the training budget [%]", ylabel=what)
+    _scale_losses(ax)
     _legend_below(fig, list(logs))
-    lowest = min(last, key=last.__getitem__)
-    headline(fig, title or f"Lowest {key.replace('_', ' ')} at the end: {lowest}, {last[lowest]:.3g}")
+    headline(fig, title or f"{what[:1].upper()}{what[1:]} over the budget, one training each")
     return fig
+
+
+def smoothed(values: pd.Series, window: int = 9, shortest: int = 60) -> pd.Series:
+    """A curve's centred running mean, which does not lag; a curve of fewer than `shortest` points stays as it is."""
+    return values if len(values) < shortest else values.rolling(window, center=True, min_periods=1).mean()
 
 
 @styled

@@ -27,13 +27,13 @@ def ladder(table: pd.DataFrame, rungs: list[str], title: str) -> Figure:
         for x in range(min(last + 1, len(rungs))):
             color, mark = (FAILURE, "breaks") if x == last else (SUCCESS, "holds")
             ax.add_patch(Rectangle((x + 0.04, y - 0.42), 0.92, 0.84, color=color, alpha=0.75, linewidth=0))
-            ax.text(x + 0.5, y, mark, ha="center", va="center", fontsize=5.5, color="white")
+            ax.text(x + 0.5, y, mark, ha="center", va="center", fontsize=6, color="white")
         ax.text(len(rungs) + 0.15, y, verdict if pd.notna(verdict) else "no fault", va="center", fontsize=6.5)
     ax.set(xlim=(0, len(rungs) + 3.6), ylim=(len(table) - 0.5, -0.5), yticks=range(len(table)), yticklabels=table["name"])
     ax.set_xticks([x + 0.5 for x in range(len(rungs))], rungs)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=6.5)
-    ax.tick_params(axis="x", labelsize=5.5)
+    ax.tick_params(axis="x", labelsize=6)
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)

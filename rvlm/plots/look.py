@@ -75,6 +75,11 @@ def structure_color(name: str) -> str:
     return PALETTE[STRUCTURES.index(match[0])] if match else NEUTRAL
 
 
+def unit_in_brackets(name: str, unit: str) -> str:
+    """An axis label: "dx [m]"; a number without a unit has no brackets."""
+    return name if unit == "1" else f"{name} [{unit}]"
+
+
 def headline(fig: Figure, text: str) -> None:
     """The sentence over a figure, in as many lines as its width needs."""
     width = int(CHARACTERS_PER_IN * fig.get_figwidth())

@@ -19,6 +19,7 @@ from rvlm.plots.look import (
     dimension_color,
     headline,
     styled,
+    unit_in_brackets,
 )
 
 
@@ -47,7 +48,7 @@ def action_curves(
             fan = spec.to_si(np.asarray(chunk))[:, dim]
             ax.plot(step + np.arange(len(fan)), fan, color=NEUTRAL, alpha=0.4, linewidth=0.8)
         ax.plot(values[:, dim], color=dimension_color(name), drawstyle="steps-mid" if name == "gripper" else "default")
-        ax.set_ylabel(f"{name} [{unit}]")
+        ax.set_ylabel(unit_in_brackets(name, unit))
     _key(panels[len(spec.names) :], bool(fans))
     for ax in axes[-1]:
         ax.set_xlabel("control step")
@@ -93,7 +94,7 @@ def histograms(
         ax.hist(values[:, dim], bins=40, color=dimension_color(name), alpha=0.75)
         for mark in marks[:, dim]:
             ax.axvline(mark, color="black", linestyle="--", linewidth=0.8)
-        ax.set(xlabel=f"{name} [{unit}]", yscale="log")
+        ax.set(xlabel=unit_in_brackets(name, unit), yscale="log")
     for ax in axes[:, 0]:
         ax.set_ylabel("frames")
     headline(fig, title)

@@ -69,7 +69,7 @@ def attention_masks(weights: Mapping[str, Num[np.ndarray, "l_q l_k"]], kinds: Ma
         color = np.array([to_rgb(TOKEN_COLORS[kind]) for kind in kinds[name]])
         strength = np.where([kind == "action" for kind in kinds[name]], 0.95, 0.3)[:, None] * (seen > 0)
         ax.imshow(1 - strength[..., None] * (1 - color[None]), interpolation="nearest", aspect="equal")
-        ax.set(xlabel="token that is looked at [place]", ylabel="token that looks [place]", title=name)
+        ax.set(xlabel="key: token position", ylabel="query: token position", title=name)
         ax.grid(False)
     handles = [Patch(color=TOKEN_COLORS[kind], label=kind) for kind in TOKEN_COLORS if any(kind in k for k in kinds.values())]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
