@@ -20,7 +20,7 @@ from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.envs.tabletop.world import World
 from rvlm.evaluation import BATCH, Evaluation, cast_of, success_table
 from rvlm.rollouts import rollout
-from rvlm.statistics import Mean, bootstrap_mean
+from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
 PER_LINK = 1_000_000  # seeds of two links of a chain are this far apart
@@ -186,6 +186,7 @@ def in_a_row(episodes: pd.DataFrame, length: int = LENGTH) -> pd.DataFrame:
     return success_table(pd.DataFrame(rows), ("name", "in_a_row"))
 
 
-def avg_len(episodes: pd.DataFrame, seed: int = 0) -> dict[str, Mean]:
-    """CALVIN's mean number of tasks solved in a row, by name, with a 95 % bootstrap interval over chains."""
-    return {str(name): bootstrap_mean(lengths(group), seed) for name, group in episodes.groupby("name", sort=False)}
+def avg_len(episodes: pd.DataFrame, length: int = LENGTH) -> dict[str, Mean]:
+    """CALVIN's mean number of tasks solved in a row (0 to `length`), by name, with a 95 % interval over chains."""
+    solved = {str(name): lengths(group) for name, group in episodes.groupby("name", sort=False)}
+    return {name: mean_interval(n, bounds=(0, length)) for name, n in solved.items()}

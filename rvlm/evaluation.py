@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.files import artifacts_dir, key_of, weights_of
 from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
-from rvlm.statistics import Difference, bootstrap_mean, paired_bootstrap, wilson
+from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
 BATCH = 10  # episodes that run side by side
 
@@ -221,7 +221,7 @@ def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:
-    """Successes with 95 % Wilson intervals; wider where several trainings on the same episodes differ more than that.
+    """Successes with 95 % intervals: Wilson's, or over trainings too where there are several, by `success_rate`.
 
     Args:
         episodes: As `evaluate` gives them; a column `training` tells where a policy was trained several times.
@@ -232,30 +232,44 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
     """
     rows, columns = [], [by] if isinstance(by, str) else list(by)
     for key, group in episodes.groupby(columns, sort=False):
-        rate, key = wilson(int(group["is_success"].to_numpy().sum()), len(group)), cast(tuple, key)
         is_several = "training" in group and len(set(group["training"])) > 1
-        over = bootstrap_mean(_outcomes(group, "training"), seed=0) if is_several else rate
-        ends = {"low": min(rate.low, over.low), "high": max(rate.high, over.high)}
-        counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, **ends}
-        rows.append({**dict(zip(columns, key, strict=True)), **counts})
+        alone = wilson(int(group["is_success"].to_numpy().sum()), len(group))
+        rate = success_rate(_outcomes(group, "training")) if is_several else alone
+        counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
+        rows.append({**dict(zip(columns, cast(tuple, key), strict=True)), **counts})
     return pd.DataFrame(rows)
 
 
-def gains(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]], seed: int) -> dict[str, Difference]:
-    """How many more of the same episodes one policy solves than another, by `rvlm.statistics.paired_bootstrap`.
+def gains(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]]) -> dict[str, Difference]:
+    """How many more of the same episodes one policy solves than another, by `rvlm.statistics.paired_difference`.
+
+    Several claims of one notebook are judged together by `rvlm.statistics.holm`.
 
     Args:
         episodes: As `evaluate` gives them; a column `training` tells where a policy was trained several times.
         claims: What is claimed -> (name of the policy that is said to be better, name of the other).
-        seed: Of the resampling.
 
     Raises:
-        ValueError: The policies were not judged on the same episodes, or not trained equally often.
+        ValueError: The policies were not judged on the same episodes, or not trained equally often, or one training stands
+            for two.
     """
     names = list(dict.fromkeys(name for pair in claims.values() for name in pair))
     asked = episodes.loc[episodes["name"].isin(names)]
+    if {"training", "policy"} <= set(asked):
+        _check_trainings(asked)
     solved = _outcomes(asked if "training" in asked else asked.assign(training=0), ["name", "training"])
-    return {c: paired_bootstrap(solved.loc[a].to_numpy(), solved.loc[b].to_numpy(), seed) for c, (a, b) in claims.items()}
+    return {c: paired_difference(solved.loc[a].to_numpy(), solved.loc[b].to_numpy()) for c, (a, b) in claims.items()}
+
+
+def _check_trainings(episodes: pd.DataFrame) -> None:
+    """Trainings of one name have weights of their own."""
+    for name, group in episodes.groupby("name", sort=False):
+        n_trainings, n_weights = len(set(group["training"])), len(set(group["policy"]))
+        if n_weights < n_trainings:
+            raise ValueError(
+                f"{name!r} has {n_trainings} trainings, but {n_weights} different weights; one policy judged twice is one "
+                "training: train again with another seed"
+            )
 
 
 def _outcomes(episodes: pd.DataFrame, trained: str | list[str]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from rvlm.batches import RobotCollator
 from rvlm.episodes import Windows
 from rvlm.policy import Policy
 from rvlm.rollouts import CONTROLS, Control
-from rvlm.statistics import bootstrap_mean
+from rvlm.statistics import mean_interval
 
 
 def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
@@ -116,12 +116,11 @@ def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
     return np.sqrt(squared).groupby("episode_index").mean()
 
 
-def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first") -> pd.DataFrame:
-    """Open-loop error per dimension with a 95 % bootstrap interval over episodes.
+def error_table(errors: dict[str, pd.DataFrame], column: str = "first") -> pd.DataFrame:
+    """Open-loop error per dimension with a 95 % interval over episodes; NaN where all are equal.
 
     Args:
         errors: Name in tables and figures -> a table from `errors_of`.
-        seed: Of the bootstrap.
         column: "first" or "chunk".
 
     Returns:
@@ -132,7 +131,7 @@ def error_table(errors: dict[str, pd.DataFrame], seed: int, column: str = "first
         for key, group in table.groupby(["dimension", "unit"], observed=True, sort=False):
             dimension, unit = cast(tuple, key)
             per_episode: Any = group.groupby("episode_index")[column].mean()
-            mean = bootstrap_mean(per_episode, seed)
+            mean = mean_interval(per_episode)
             row = {"name": name, "dimension": dimension, "unit": unit, "value": mean.mean}
             rows.append({**row, "low": mean.low, "high": mean.high, "n": mean.n})
     return pd.DataFrame(rows)

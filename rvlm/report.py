@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvlm.files import ROOT, results_dir, write_whole
 from rvlm.provenance import provenance
+from rvlm.statistics import check_verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +65,7 @@ def finding(
     interval: Any,
     seeds: Sequence[int],
     seconds: float | int | None = None,
-    verdict: str | None = None,
+    verdict: str | Mapping[str, str] | None = None,
 ) -> Finding:
     """Write a finding to ``results/findings/{name}.json`` and show it.
 
@@ -76,28 +78,38 @@ def finding(
         interval: 95 % interval: ``(low, high)``, a `Rate` or `Difference`, a dict of them, or None.
         seeds: that it was computed with.
         seconds: how long it took [s].
-        verdict: "replicated", "not replicated" or "undecided", from `rvlm.statistics.verdict`.
+        verdict: a word that `rvlm.statistics.verdict` gives, or one by contrast.
 
     Raises:
+        ValueError: another word as a verdict.
         UncomputedNumber: the sentence holds a number that is in none of the arguments.
     """
     record = {"name": _checked(name), "sentence": sentence, "numbers": _plain(numbers), "n": int(n), "interval": _plain(interval)}
-    record |= {"seeds": _plain(list(seeds)), "seconds": seconds, "verdict": verdict}
+    record |= {"seeds": _plain(list(seeds)), "seconds": seconds, "verdict": _checked_verdict(verdict)}
     _check_sentence(record)
     record |= provenance()
     write_whole(results_dir() / "findings" / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return Finding(record)
 
 
+def _checked_verdict(verdict: str | Mapping[str, str] | None) -> str | dict[str, str] | None:
+    if isinstance(verdict, Mapping):
+        return {contrast: check_verdict(word) for contrast, word in verdict.items()}
+    return verdict if verdict is None else check_verdict(verdict)
+
+
 def _plain(value: Any) -> Any:
-    """Numpy, dataclasses and tuples as what JSON holds; a `Rate` also says its rate."""
+    """Numpy, dataclasses and tuples as what JSON holds; a `Rate` also says its rate, and what is not a number is null."""
     if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value) | ({"rate": value.rate} if hasattr(value, "rate") else {})
+        shown = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+        value = shown | ({"rate": value.rate} if hasattr(value, "rate") else {})
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers_in(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -143,13 +155,18 @@ def fine_print(record: Mapping[str, Any]) -> str:
     """n, interval, seeds, seconds, profile, commit and verdict in one line."""
     parts = [f"n = {record['n']:,}"]
     if record["interval"] is not None:
-        parts.append(f"95 % interval {_interval(record['interval'], record['n'])}")
+        joint = " (of all contrasts together)" if "p_value" in dict(_numbers_in(record["interval"])) else ""
+        parts.append(f"95 % interval{joint} {_interval(record['interval'], record['n'])}")
     parts.append(f"seeds {', '.join(map(str, record['seeds'])) or 'none'}")
     parts += [f"{record['seconds']:,.0f} s"] if record.get("seconds") is not None else []
     parts += [f"profile {record['profile']}"] if record.get("profile") else []
     parts += [f"commit {record['commit'][:8]}{' with changes' if record.get('is_dirty') else ''}"] if record.get("commit") else []
-    parts += [f"**{record['verdict']}**"] if record.get("verdict") else []
+    parts += [f"**{_verdict_line(record['verdict'])}**"] if record.get("verdict") else []
     return " · ".join(parts)
+
+
+def _verdict_line(verdict: str | Mapping[str, str]) -> str:
+    return verdict if isinstance(verdict, str) else "; ".join(f"{contrast}: {word}" for contrast, word in verdict.items())
 
 
 def _interval(value: Any, n: int) -> str:
@@ -157,6 +174,8 @@ def _interval(value: Any, n: int) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(f"{v:.3g}" for v in value) + "]"
     if {"low", "high"} <= set(value):
+        if value["low"] is None or value["high"] is None:
+            return "[none]"
         own = f" (n = {value['n']:,})" if value.get("n", n) != n else ""
         return f"[{value['low']:.3g}, {value['high']:.3g}]{own}"
     return "; ".join(f"{k} {_interval(v, n)}" for k, v in value.items())

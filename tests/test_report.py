@@ -14,7 +14,7 @@ from PIL import Image
 from rvlm import plots, report
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
 from rvlm.page import chapters, html_report, readme_table, update_readme, updated_readme
-from rvlm.statistics import newcombe, wilson
+from rvlm.statistics import holm, newcombe, paired_difference, verdict, wilson
 
 
 @pytest.fixture
@@ -65,6 +65,25 @@ def test_finding_is_written_with_all_that_it_rests_on(results):
     assert record["hardware"]["cores"] >= 1 and record["versions"]["numpy"] == np.__version__
     assert "47 %" in shown._repr_markdown_() and "**undecided**" in shown._repr_markdown_()
     assert not list(results.rglob("*.part"))
+
+
+def test_a_finding_takes_verdicts_of_the_rule_alone(results):
+    rng = np.random.default_rng(0)
+    solved = (rng.random((3, 3, 200)) < np.reshape([0.95, 0.3, 0.3], (3, 1, 1))).astype(float)
+    gains = holm({"a over b": paired_difference(solved[0], solved[1]), "b over c": paired_difference(solved[1], solved[2])})
+    said = {claim: verdict(gain) for claim, gain in gains.items()}
+    shown = find("Two contrasts.", interval=gains, verdict=said)
+    (record,) = report.load_findings()
+    assert record["verdict"] == said == {"a over b": "supported", "b over c": "undecided"}
+    assert "**a over b: supported; b over c: undecided**" in shown._repr_markdown_()
+    assert "95 % interval (of all contrasts together)" in shown._repr_markdown_()
+    assert "sides" not in record["interval"]["a over b"] and record["interval"]["a over b"]["n_trainings"] == 3
+    find("One episode has no interval.", interval=paired_difference([1.5], [1.0]))
+    (record,) = report.load_findings()
+    assert record["interval"]["low"] is None and "NaN" not in (results / "findings" / "06_success.json").read_text()
+    for wrong in ("replicates", {"a over b": "shown"}):
+        with pytest.raises(ValueError, match=r"no verdict '(replicates|shown)'"):
+            find("No digits at all.", verdict=wrong)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from rvlm.statistics import (
     Difference,
-    Mean,
-    bootstrap_mean,
-    episodes_needed,
+    check_verdict,
+    holm,
     mcnemar,
+    mean_interval,
+    minimum_detectable_difference,
     newcombe,
-    paired_bootstrap,
+    p_value,
+    paired_difference,
     r_squared,
     ridge_probe,
-    smallest_effect,
     spread_of_trainings,
+    success_rate,
     verdict,
     wilson,
 )
@@ -65,87 +68,197 @@ def test_mcnemar_agrees_with_the_binomial_test(pairs):
     assert (got.only_a - got.only_b) / got.n == pytest.approx(a.mean() - b.mean())
 
 
-def test_paired_bootstrap_is_near_the_normal_interval_and_repeats():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(1.0, 1, 400), rng.normal(0.5, 1, 400)
-    got, gain = paired_bootstrap(a, b, seed=1), a - b
-    half = 1.96 * gain.std(ddof=1) / 20
-    assert got.estimate == pytest.approx(gain.mean())
-    assert (got.low, got.high) == pytest.approx((gain.mean() - half, gain.mean() + half), abs=0.02)
-    assert got == paired_bootstrap(a, b, seed=1) != paired_bootstrap(a, b, seed=2)
+def test_newcombes_paired_interval_gives_the_published_example():
+    a, b = [1] * 14 + [1] * 5 + [0] * 22, [1] * 14 + [0] * 27  # Altman et al. (2000), Statistics with Confidence, table 6.2
+    got = paired_difference(a, b)
+    assert (got.estimate, got.low, got.high) == pytest.approx((0.122, 0.011, 0.226), abs=5e-4)
+    mirrored = paired_difference(b, a)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-got.high, -got.low), abs=1e-12)
 
 
-def test_paired_bootstrap_of_identical_outcomes_is_a_point():
-    assert paired_bootstrap([1, 0, 1], [1, 0, 1], seed=0) == Difference(0.0, 0.0, 0.0)
+@settings(max_examples=50, deadline=None)
+@given(outcomes)
+def test_one_training_gets_wilsons_interval(pairs):
+    solved = [int(a) for a, _ in pairs]
+    got, reference = success_rate(solved), wilson(sum(solved), len(solved))
+    assert (got.successes, got.n) == (reference.successes, reference.n)
+    assert (got.low, got.high) == pytest.approx((reference.low, reference.high), abs=1e-9)
 
 
-def test_intervals_over_trainings_hold_the_truth_where_those_over_episodes_alone_do_not():
-    rng, n_trials, n_trainings, n_episodes = np.random.default_rng(0), 200, 5, 200
-    is_held = np.zeros(2)
-    for _ in range(n_trials):  # no true difference; both recipes' trainings differ, those of each pair by 10 points
-        hard = rng.normal(0.5, 0.25, n_episodes)
-        rates = np.clip(hard + rng.normal(0, 0.1 / math.sqrt(2), (2, n_trainings, 1)), 0, 1)
-        a, b = (rng.random((2, n_trainings, n_episodes)) < rates).astype(float)
-        both = [paired_bootstrap(a.mean(0), b.mean(0), 0, n_resamples=500), paired_bootstrap(a, b, 0, n_resamples=500)]
-        is_held += [gain.low <= 0 <= gain.high for gain in both]
-    over_episodes, over_both = is_held / n_trials
-    assert over_episodes < 0.7 and over_both > 0.88
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 30), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_no_interval_of_outcomes_has_width_zero_or_leaves_its_bounds(m, n, seed, p):
+    a, b = np.random.default_rng(seed).random((2, m, n)) < p
+    rate, gain = success_rate(a), paired_difference(a, b)
+    assert 0 <= rate.low <= rate.rate + 1e-12 and rate.rate - 1e-12 <= rate.high <= 1 and rate.low < rate.high
+    assert -1 <= gain.low <= gain.estimate <= gain.high <= 1 and gain.low < gain.high
+    assert gain.high - gain.low > 0.5 / (m * n)
 
 
-def test_intervals_over_trainings_are_what_drawing_both_anew_gives():
-    values = np.random.default_rng(0).random((3, 8))
-    rng, means = np.random.default_rng(1), []
-    for _ in range(4000):
-        drawn = values[np.ix_(rng.integers(3, size=3), rng.integers(8, size=8))]
-        means.append(drawn.mean())
-    got = bootstrap_mean(values, seed=0)
-    assert got.n == 8 and got.mean == pytest.approx(values.mean())
-    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
-    assert bootstrap_mean(values[:1], seed=0) == bootstrap_mean(values[0], seed=0)
-    assert got == bootstrap_mean(values, seed=0) != bootstrap_mean(values, seed=1)
+def test_more_trainings_and_more_episodes_narrow_the_interval():
+    solved = np.tile([[0, 1, 1, 1], [1, 0, 1, 1]], (1, 10))
+    widths = [
+        (lambda r: r.high - r.low)(success_rate(np.tile(solved, (repeats, longer))))
+        for repeats, longer in [(1, 1), (2, 1), (2, 4)]
+    ]
+    assert widths[0] > widths[1] > widths[2] > 0
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.8])
-@pytest.mark.parametrize("n", [30, 200])
-def test_the_smallest_effect_needs_the_episodes_it_was_asked_for(p, n):
-    effect = smallest_effect(p, n)
-    if p + effect < 1:
-        assert abs(episodes_needed(p, effect) - n) <= 1
-    assert smallest_effect(p, 4 * n) < effect
+def recipe(rng, p, m, n, scenes, between=0.5):
+    """Chances (m, n) of m trainings in n scenes; trainings and scenes move their log odds."""
+    if p in (0, 1):
+        return np.full((m, n), float(p))
+    odds = math.log(p / (1 - p)) + rng.normal(0, between, (m, 1)) + scenes + rng.normal(0, 0.5, (1, n))
+    return 1 / (1 + np.exp(-odds))
 
 
-def test_episodes_needed_gives_the_power_asked_for():
-    n = episodes_needed(0.5, 0.1, power=0.8)
-    assert n == 387 or n == 388  # Cohen's table: h = 0.2, n about 388
-    assert episodes_needed(0.5, 0.2) < n < episodes_needed(0.5, 0.1, power=0.9)
-    rng = np.random.default_rng(0)
-    a, b = rng.binomial(n, 0.6, 4000) / n, rng.binomial(n, 0.5, 4000) / n
-    z = (a - b) / np.sqrt(a * (1 - a) / n + b * (1 - b) / n)
-    assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.95])
+def test_intervals_of_outcomes_cover_the_truth(m, p):
+    """Of one training that policy's own rate, of several the recipe's; of differences with an equal and with another recipe."""
+    rng, n, n_trials, is_held = np.random.default_rng(0), 50, 200, []
+    many = [recipe(rng, q, 300, 500, rng.normal(0, 1, (1, 500))) for q in (p, p, 0.5)]
+    for _ in range(n_trials):
+        scenes = rng.normal(0, 1, (1, n))
+        trainings = [recipe(rng, q, m, n, scenes) for q in (p, p, 0.5)]
+        true = [r.mean() for r in (trainings if m == 1 else many)]
+        a, b, c = (rng.random((m, n)) < r for r in trainings)
+        intervals = [(success_rate(a), true[0]), (paired_difference(a, b), true[0] - true[1] if m == 1 else 0.0)]
+        intervals.append((paired_difference(a, c), true[0] - true[2]))
+        is_held.append([interval.low <= value <= interval.high for interval, value in intervals])
+    assert np.mean(is_held, axis=0).min() > 0.92, np.mean(is_held, axis=0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [1.0, 100.0])  # of errors per episode: an exponential, nearly a normal
+def test_intervals_of_errors_cover_the_truth(m, shape):
+    rng, n, is_held = np.random.default_rng(0), 40, []
+    for _ in range(300):
+        hard, trainings = rng.gamma(shape, 10 / shape, n), rng.normal(0, 1.5, (2, m, 1))
+        a, b = hard + trainings + rng.normal(0, 2, (2, m, n))
+        true = trainings[:, 0, 0] if m == 1 else np.zeros(2)
+        gain, mean = paired_difference(a, b, lower_is_better=True), mean_interval(a)
+        is_held.append([gain.low <= true[1] - true[0] <= gain.high, mean.low <= 10 + true[0] <= mean.high])
+    assert np.mean(is_held, axis=0).min() > 0.92, np.mean(is_held, axis=0)
+
+
+def test_equal_recipes_hardly_ever_earn_a_verdict():
+    """Trainings of each pair differ by 10 points; intervals over episodes alone would be wrong four times of ten."""
+    rng, words = np.random.default_rng(0), {1: [], 3: []}
+    for m, said in words.items():
+        for _ in range(200):
+            hard = rng.normal(0.5, 0.25, 100)
+            rates = np.clip(hard + rng.normal(0, 0.1 / math.sqrt(2), (2, m, 1)), 0, 1)
+            said.append(verdict(paired_difference(*(rng.random((2, m, 100)) < rates))))
+    assert set(words[1]) == {"one training: no verdict"}
+    assert words[3].count("supported") + words[3].count("reversed") < 10
+
+
+def gain(low, high, n_trainings=3):
+    return Difference((low + high) / 2, low, high, n_trainings)
 
 
 @pytest.mark.parametrize(
-    "low, high, worthwhile, word",
+    "low, high, margin, word",
     [
-        (0.1, 0.3, 0.0, "replicated"),
-        (-0.3, -0.1, 0.0, "not replicated"),
-        (-0.3, 0.0, 0.0, "not replicated"),
-        (-0.1, 0.1, 0.0, "undecided"),
-        (-0.02, 0.04, 0.05, "not replicated"),
-        (0.01, 0.04, 0.05, "not replicated"),
-        (0.01, 0.10, 0.05, "replicated"),
+        (0.1, 0.3, None, "supported"),
+        (0.01, 0.04, 0.05, "supported"),
+        (-0.3, -0.1, None, "reversed"),
+        (-0.3, 0.0, None, "undecided"),
+        (0.0, 0.0, None, "undecided"),
+        (-0.02, 0.04, 0.05, "no difference larger than 0.05 shown"),
+        (-0.02, 0.06, 0.05, "undecided"),
+        (math.nan, math.nan, 0.05, "undecided"),
     ],
 )
-def test_verdict_follows_its_rule(low, high, worthwhile, word):
-    assert verdict(Difference((low + high) / 2, low, high), worthwhile) == word
+def test_a_verdict_follows_its_rule(low, high, margin, word):
+    assert verdict(gain(low, high), margin) == word == check_verdict(word)
+    for n_trainings, none in ((1, "one training: no verdict"), (2, "2 trainings: no verdict")):
+        assert verdict(gain(low, high, n_trainings), margin) == none == check_verdict(none)
 
 
-def test_bootstrap_mean_is_reproducible_and_narrows_with_n():
-    values = np.random.default_rng(0).normal(size=400)
-    few, many = bootstrap_mean(values[:40], seed=0), bootstrap_mean(values, seed=0)
-    assert many == bootstrap_mean(values, seed=0) and many.n == 400
-    assert few.low < few.mean < few.high and many.high - many.low < 0.5 * (few.high - few.low)
-    assert bootstrap_mean([2.0, 2.0], seed=0) == Mean(2.0, 2, 2.0, 2.0)
+def test_only_what_was_published_is_replicated():
+    assert verdict(gain(0.1, 0.3), is_published=True) == "replicated"
+    assert verdict(gain(-0.3, -0.1), is_published=True) == "reversed"
+    with pytest.raises(ValueError, match="no verdict 'not replicated'; there are supported"):
+        check_verdict("not replicated")
+
+
+def test_a_baseline_at_its_floor_is_not_compared():
+    rng = np.random.default_rng(0)
+    better, chance, none = (rng.random((3, 100)) < p for p in (0.8, 0.06, 0.0))
+    for baseline in (chance, none):
+        assert verdict(paired_difference(better, baseline)) == "supported"
+        assert verdict(paired_difference(better, baseline), floor=0.06) == "not compared"
+    assert verdict(paired_difference(better, better), floor=0.06) == "undecided"
+    near, far = rng.normal(10, 1, (3, 50)), rng.normal(40, 1, (3, 50))
+    assert verdict(paired_difference(near, far, lower_is_better=True), floor=40.1) == "not compared"
+    assert verdict(paired_difference(near, far, lower_is_better=True), floor=60) == "supported"
+    with pytest.raises(ValueError, match="a floor needs the outcomes of the baseline"):
+        verdict(newcombe(wilson(5, 10), wilson(3, 10)), floor=0.1)
+
+
+def test_errors_are_better_where_they_are_lower():
+    low, high = np.random.default_rng(0).normal(1, 0.1, (3, 30)), np.random.default_rng(1).normal(2, 0.1, (3, 30))
+    got = paired_difference(low, high, lower_is_better=True)
+    assert got.estimate == pytest.approx((high - low).mean()) and verdict(got) == "supported"
+    assert got.at(0.5).high < got.high and got.at(0.95) == got
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_holms_p_values_are_those_of_statsmodels_and_its_intervals_agree_with_them(seed, k):
+    rng = np.random.default_rng(seed)
+    gains = {str(i): paired_difference(*(rng.random((2, 3, 40)) < [[[rng.random()]], [[0.4]]])) for i in range(k)}
+    adjusted = holm(gains)
+    alone = [p_value(gain) for gain in gains.values()]
+    expected = multipletests(alone, method="holm")[1]
+    assert list(adjusted) == list(gains)
+    assert [gain.p_value for gain in adjusted.values()] == pytest.approx(list(expected))
+    for claim, gain in adjusted.items():
+        if abs(gain.p_value - 0.05) > 1e-4:
+            assert (gain.low > 0 or gain.high < 0) == (gain.p_value < 0.05)
+        assert gain.low <= gains[claim].low + 1e-12 and gains[claim].high <= gain.high + 1e-12
+    if k == 1:
+        assert adjusted["0"].low == pytest.approx(gains["0"].low)
+
+
+def test_a_p_value_is_that_of_the_interval():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 1, 50), rng.normal(0, 1, 50)
+    assert p_value(paired_difference(a, b)) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
+    assert p_value(paired_difference([0, 1, 0], [0, 1, 0])) == p_value(paired_difference([3.0], [2.0])) == 1.0
+
+
+@pytest.mark.parametrize("m, n, between", [(3, 200, 0.05), (5, 100, 0.02), (5, 400, 0.1)])
+def test_the_smallest_difference_that_shows_is_shown_as_often_as_asked(m, n, between):
+    shows = minimum_detectable_difference(0.4, n, m, between=between)
+    rng, n_shown, n_trials = np.random.default_rng(0), 0, 200
+    for _ in range(n_trials):
+        rates = np.clip(rng.normal([[[0.4 + shows]], [[0.4]]], between, (2, m, 1)), 0, 1)
+        n_shown += verdict(paired_difference(*(rng.random((2, m, n)) < rates))) == "supported"
+    assert 0.7 < n_shown / n_trials < 0.95
+
+
+def test_a_design_knows_pairing_trainings_and_contrasts():
+    plain = minimum_detectable_difference(0.5, 100, 3)
+    assert minimum_detectable_difference(0.5, 100, 5) < plain < minimum_detectable_difference(0.5, 100, 3, n_contrasts=4)
+    assert minimum_detectable_difference(0.5, 100, 3, correlation=0.5) < plain < minimum_detectable_difference(0.5, 50, 3)
+    assert minimum_detectable_difference(0.5, 100, 3, between=0.01) < plain
+    assert [minimum_detectable_difference(0.5, 10_000, m) for m in (1, 2)] == [math.inf] * 2  # no verdict, whatever n
+    assert minimum_detectable_difference(0.5, 5, 3) == math.inf  # it would have to leave [0, 1]
+    with pytest.raises(ValueError, match=r"expected p in \[0, 1\].*got p=1.5"):
+        minimum_detectable_difference(1.5, 10, 3)
+
+
+def test_what_has_no_spread_has_no_interval_but_within_bounds():
+    assert math.isnan(mean_interval([2.0, 2.0]).low) and math.isnan(mean_interval([2.0]).high)
+    assert math.isnan(paired_difference([2.0], [1.0]).low) and math.isnan(paired_difference([2.5, 3.5], [1.5, 2.5]).high)
+    assert verdict(paired_difference(np.full((3, 4), 2.5), np.full((3, 4), 1.5))) == "undecided"
+    best = mean_interval([5, 5, 5], bounds=(0, 5))
+    assert best.high == 5 and best.low < 3
+    inside = mean_interval([0, 1, 0, 0], bounds=(0, 5))
+    assert inside.low == 0 and inside.high < 5
 
 
 def test_ridge_probe_finds_what_is_linear_and_nothing_in_noise():
@@ -165,12 +278,15 @@ def test_bad_input_is_one_clear_error():
         wilson(5, 4)
     with pytest.raises(ValueError, match=r"two arrays \(n,\) over the same episodes, got \(2,\) and \(3,\)"):
         mcnemar([True, False], [True, False, True])
-    with pytest.raises(ValueError, match=r"p = 0\.95, effect = 0\.1"):
-        episodes_needed(0.95, 0.1)
-    with pytest.raises(ValueError, match=r"one number per episode, \(n,\) or \(m, n\) with n > 0; got shape \(0,\)"):
-        bootstrap_mean([], seed=0)
-    with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
-        verdict(Difference(0.0, -1.0, 1.0), worthwhile=-0.1)
+    for nothing in ([], [1.0, math.nan]):
+        with pytest.raises(
+            ValueError, match=r"expected finite numbers, one per episode, \(n,\) or \(m, n\) with n > 0; got shape"
+        ):
+            mean_interval(nothing)
+    with pytest.raises(ValueError, match="expected outcomes of 0 and 1; use mean_interval"):
+        success_rate([0, 2])
+    with pytest.raises(ValueError, match=r"expected above 0, got -0\.1"):
+        verdict(gain(-1.0, 1.0), margin=-0.1)
 
 
 def test_rates_read_as_text():

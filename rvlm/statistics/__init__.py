@@ -1,0 +1,49 @@
+"""How sure are we? Intervals, tests, verdicts and power for success rates and errors.
+
+Every rate in this project travels with its interval, two recipes are compared by the interval of their difference over
+trainings and episodes, and verdict words have a stated rule. statsmodels and scipy do the arithmetic; this package fixes
+which method is used where.
+
+Taught in: 06_evaluate (rates), 03_attach_an_action_head (the probe).
+"""
+
+from rvlm.statistics.intervals import (
+    LEVEL,
+    Difference,
+    Mean,
+    PairedTest,
+    Rate,
+    mcnemar,
+    mean_interval,
+    newcombe,
+    paired_difference,
+    success_rate,
+    wilson,
+)
+from rvlm.statistics.power import Spread, minimum_detectable_difference, spread_of_trainings
+from rvlm.statistics.probes import r_squared, ridge_probe
+from rvlm.statistics.verdicts import MIN_TRAININGS, check_verdict, holm, p_value, verdict
+
+__all__ = [
+    "LEVEL",
+    "MIN_TRAININGS",
+    "Difference",
+    "Mean",
+    "PairedTest",
+    "Rate",
+    "Spread",
+    "check_verdict",
+    "holm",
+    "mcnemar",
+    "mean_interval",
+    "minimum_detectable_difference",
+    "newcombe",
+    "p_value",
+    "paired_difference",
+    "r_squared",
+    "ridge_probe",
+    "spread_of_trainings",
+    "success_rate",
+    "verdict",
+    "wilson",
+]

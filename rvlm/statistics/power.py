@@ -1,0 +1,107 @@
+"""What a design can show before it is run, and what made trainings of one recipe differ after it was."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rvlm.statistics.intervals import LEVEL, Rate
+from rvlm.statistics.verdicts import MIN_TRAININGS
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far success rates of several trainings of one recipe lie apart, and how much of that the judging explains.
+
+    Attributes:
+        mean: over trainings, in [0, 1].
+        n: trainings.
+        observed: standard deviation of their rates.
+        evaluation: of it, what a finite number of episodes alone would bring.
+        training: what is left: the standard deviation between trainings judged for ever; 0 where judging explains it all.
+    """
+
+    mean: float
+    n: int
+    observed: float
+    evaluation: float
+    training: float
+
+
+def spread_of_trainings(rates: Sequence[Rate]) -> Spread:
+    """Take apart what training seeds and what evaluation noise contribute to the spread of success rates.
+
+    Raises:
+        ValueError: fewer than two trainings.
+
+    Source: method of moments for a random effect, as in DerSimonian and Laird (1986), Controlled Clinical Trials 7.
+    """
+    if len(rates) < 2:
+        raise ValueError(f"spread_of_trainings: expected at least two trainings, got {len(rates)}; train with more seeds")
+    values = np.array([r.rate for r in rates])
+    observed = float(values.var(ddof=1))
+    noise = float(np.mean([r.rate * (1 - r.rate) / max(r.n - 1, 1) for r in rates]))
+    left = max(observed - noise, 0.0)
+    return Spread(float(values.mean()), len(rates), math.sqrt(observed), math.sqrt(noise), math.sqrt(left))
+
+
+def minimum_detectable_difference(
+    p: float | int,
+    n_episodes: int,
+    n_trainings: int,
+    between: float | int = 0.07,
+    correlation: float | int = 0.0,
+    n_contrasts: int = 1,
+    power: float = 0.8,
+    level: float = LEVEL,
+) -> float:
+    """Smallest true difference of two recipes' success rates that a design finds "supported", in [0, 1].
+
+    The design is the one that `rvlm.statistics.paired_difference` judges: both recipes trained equally often, all trainings
+    on the same episodes. Its interval's half-width is that of t over trainings (few trainings, few degrees of freedom)
+    joined with that over episodes; the first of ``n_contrasts`` contrasts is tested at ``(1 - level) / n_contrasts``.
+
+    Args:
+        p: success rate of the first recipe, in [0, 1].
+        n_episodes: that every training is judged on.
+        n_trainings: of each recipe.
+        between: standard deviation of true success rates between trainings of one recipe, in [0, 1]; trainings on the
+            tabletop have differed by 0.01 to 0.18.
+        correlation: of the two recipes' outcomes in the same episode, in [0, 1): what pairing is worth.
+        n_contrasts: judged together with Holm's adjustment.
+        power: chance of the verdict where the difference is there.
+        level: one minus the chance of any verdict where nothing differs.
+
+    Returns:
+        The difference; ``inf`` where the design can show none: fewer than three trainings of each recipe, or a difference
+        that would have to leave [0, 1] in both directions.
+
+    Raises:
+        ValueError: rates, correlation or counts out of their range.
+
+    Source: the half-width of Graybill and Wang (1980), Journal of the American Statistical Association 75, plus the normal
+        quantile of the power (Cohen 1988, chapter 2).
+    """
+    from scipy import stats
+
+    if not (0 <= p <= 1 and 0 <= correlation < 1 and between >= 0 and min(n_episodes, n_trainings, n_contrasts) >= 1):
+        raise ValueError(
+            "expected p in [0, 1], correlation in [0, 1), between of at least 0, and at least one episode, training and "
+            f"contrast; got p={p}, correlation={correlation}, between={between}, n_episodes={n_episodes}, "
+            f"n_trainings={n_trainings}, n_contrasts={n_contrasts}"
+        )
+    if not (0 < power < 1 and 0 < level < 1):
+        raise ValueError(f"expected power and level between 0 and 1; got power={power}, level={level}")
+    if n_trainings < MIN_TRAININGS:
+        return math.inf
+    tail = 1 - (1 - level) / n_contrasts / 2
+    t, z = stats.t.ppf(tail, n_trainings - 1), stats.norm.ppf(tail)
+    middle = min(max(p, 0.5 / n_episodes), 1 - 0.5 / n_episodes)  # no variance at all is not to be counted on
+    per_episode = 2 * middle * (1 - middle) * (1 - correlation) / n_episodes
+    over_trainings = (2 * between**2 + per_episode) / n_trainings
+    over_episodes = per_episode / n_trainings
+    shown = math.hypot(t * math.sqrt(over_trainings), z * math.sqrt(over_episodes)) + stats.norm.ppf(power) * math.sqrt(
+        over_trainings
+    )
+    return float(shown) if shown <= max(p, 1 - p) else math.inf

@@ -1,0 +1,52 @@
+"""Intervals of proportions from outcomes of several trainings: effective numbers of episodes, Newcombe's paired interval."""
+
+import math
+
+import numpy as np
+
+
+class EffectiveRate:
+    """One side's rate ``p`` over ``(m, n)`` outcomes, and the episodes ``n`` that an interval of its width would need.
+
+    ``of_episodes`` is the share of the half-width that comes from the draw of episodes, which both sides have in common.
+    """
+
+    def __init__(self, outcomes: np.ndarray, level: float) -> None:
+        from scipy.special import ndtri, stdtrit
+
+        m, n = outcomes.shape
+        self.p, self.z = float(outcomes.mean()), float(ndtri(0.5 + level / 2))
+        by_episode = self.z**2 * float(outcomes.mean(0).var()) / n  # squared half-width over episodes
+        variance, most, squared = self.p * (1 - self.p), float(n), by_episode
+        if m > 1:
+            student = float(stdtrit(m - 1, 0.5 + level / 2))
+            squared += student**2 * float(outcomes.mean(1).var(ddof=1)) / m
+            most = m * n * (self.z / student) ** 2
+        self.n = min(self.z**2 * variance / squared, most) if squared > 0 else most
+        self.of_episodes = math.sqrt(by_episode * self.n / variance) / self.z if variance > 0 else 0.0
+
+    def ends(self) -> tuple[float, float]:
+        """Of Wilson's interval, for a count that need not be whole."""
+        p, n, z = self.p, self.n, self.z
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p))
+
+
+def newcombe_paired(a: np.ndarray, b: np.ndarray, level: float) -> tuple[float, float]:
+    """Ends of the interval of ``mean(a) - mean(b)`` for ``(m, n)`` outcomes of 0 and 1."""
+    one, other = EffectiveRate(a, level), EffectiveRate(b, level)
+    (low_a, high_a), (low_b, high_b) = one.ends(), other.ends()
+    common = _correlation(a.mean(0), b.mean(0)) * one.of_episodes * other.of_episodes
+    down, up = (one.p - low_a, high_b - other.p), (high_a - one.p, other.p - low_b)
+    below, above = (math.sqrt(max(x * x + y * y - 2 * common * x * y, 0.0)) for x, y in (down, up))
+    return max(one.p - other.p - below, -1.0), min(one.p - other.p + above, 1.0)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two sides' rates per episode ``(n,)``; where positive with Newcombe's correction for continuity."""
+    n, spread = len(a), float(a.std() * b.std())
+    covariance = float((a * b).mean() - a.mean() * b.mean())
+    if covariance > 0:
+        covariance = max(covariance - 1 / (2 * n), 0.0)
+    return covariance / spread if spread > 0 else 0.0
