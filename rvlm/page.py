@@ -1,4 +1,4 @@
-"""Notebooks and what they found as pages: the README's table and the HTML report, both made from first cells and results."""
+"""Notebooks and what they found as a page: the HTML report, made from first cells and results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from rvlm.copies import cleaned, executed
 from rvlm.files import ROOT, results_dir, write_whole
 from rvlm.provenance import provenance
-from rvlm.report import as_markdown, fine_print, load_findings
+from rvlm.report import fine_print, load_findings
+from rvlm.withdrawn import amend
 
 PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
 READING = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."
 FULL = "full"  # folder of results where those of the profile of that name are kept
-README_MARKS = ("<!-- notebooks:begin -->", "<!-- notebooks:end -->")
 CSS = """
 :root{color-scheme:light dark;--ink:#222;--soft:#636363;--page:#fff;--line:#ddd;--good:#f3faf7;--bad:#fdf4ee;--link:#0173b2}
 @media(prefers-color-scheme:dark){
@@ -83,44 +85,27 @@ def read_chapter(path: Path) -> Chapter:
     )
 
 
-def readme_table(notebooks: Path | None = None, results: Path | None = None) -> str:
-    """The README's table of notebooks: title, question, finding, and where it was run in full, what that found."""
-    results, rows = results or ROOT / "results", []
-    findings = [("", found) for found in load_findings(results)]
-    findings += [("**Profile full:** ", found) for found in load_findings(results / FULL)]
-    for chapter in chapters(notebooks):
-        found = " ".join(size + as_markdown(f["sentence"]) for size, f in findings if chapter.owns(f["name"]))
-        link, question = f"[{chapter.stem[:2]} {chapter.title}](notebooks/{chapter.stem}.ipynb)", chapter.question
-        rows.append(" | ".join([link.replace("|", "\\|"), question.replace("|", "\\|"), found or "–"]))
-    return "".join(f"| {row} |\n" for row in ["Notebook | Question | Finding", "--- | --- | ---", *rows]) if rows else ""
-
-
-def updated_readme(readme: Path, notebooks: Path | None = None, results: Path | None = None) -> str:
-    """The README's text with its table made anew between the two markers."""
-    text, (begin, end) = readme.read_text(), README_MARKS
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(
-            f"{readme}: expected the lines '{begin}' and '{end}' once each, in this order; add them where the table belongs"
-        )
-    before, after = text[: text.index(begin)], text[text.index(end) :]
-    return f"{before}{begin}\n{readme_table(notebooks, results)}{after}"
-
-
-def update_readme(readme: Path | None = None, notebooks: Path | None = None, results: Path | None = None) -> Path:
-    """Write the README's table of notebooks from first cells and findings."""
-    readme = readme or ROOT / "README.md"
-    text = updated_readme(readme, notebooks, results)
-    return readme if text == readme.read_text() else write_whole(readme, text)
+def put_in_order(results: Path) -> None:
+    """Take withdrawn statements out of findings and executed notebooks, and make these small; what is so already stays."""
+    for folder in (results, results / FULL):
+        amend(folder)
+        for path in executed(folder):
+            notebook = json.loads(path.read_text())
+            if (small := cleaned(notebook)) != notebook:
+                write_whole(path, json.dumps(small, indent=1, ensure_ascii=False) + "\n")
 
 
 def html_report(results: Path | None = None, notebooks: Path | None = None) -> Path:
     """Write ``results/report.html``: every notebook's question, findings, figures and tables in one file, or its traceback."""
     results = results or results_dir()
+    put_in_order(results)
     found, listed = load_findings(results), chapters(notebooks)
     sections = [_section(chapter, found, results) for chapter in listed]
     others = [f for f in found if not any(c.owns(f["name"]) for c in listed)]
     sections += [f"<h2>Further findings</h2>{_findings_html(others)}"] if others else []
-    links = "".join(f'<a href="#{c.stem}">{c.stem[:2]} {html.escape(c.title)}</a>' for c in listed)
+    links = "".join(
+        f'<a href="#{html.escape(quote(c.stem))}">{html.escape(c.stem[:2])} {html.escape(c.title)}</a>' for c in listed
+    )
     links += f'<a href="{FULL}/report.html">Profile full</a>' if (results / FULL / "report.html").exists() else ""
     origin = provenance()
     hardware, commit = origin["hardware"], (origin["commit"] or "unknown")[:8]
@@ -135,9 +120,9 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
 
 
 def _section(chapter: Chapter, found: list[dict[str, Any]], results: Path) -> str:
-    parts = [f'<h2 id="{chapter.stem}">{chapter.stem[:2]} {html.escape(chapter.title)}</h2>']
+    parts = [f'<h2 id="{html.escape(chapter.stem)}">{html.escape(chapter.stem[:2])} {html.escape(chapter.title)}</h2>']
     parts.append(f'<p class="q">{html.escape(chapter.question)}</p>')
-    failed, executed = (results / "notebooks" / f"{chapter.stem}{suffix}.ipynb" for suffix in (".failed", ""))
+    failed, copy = (results / "notebooks" / f"{chapter.stem}{suffix}.ipynb" for suffix in (".failed", ""))
     if failed.exists():
         parts.append(_failure_html(failed))
     parts.append(_findings_html([f for f in found if chapter.owns(f["name"])]))
@@ -146,8 +131,8 @@ def _section(chapter: Chapter, found: list[dict[str, Any]], results: Path) -> st
     parts.append('<div class="shown">')
     parts += [_figure_html(path) if path.suffix == ".png" else _table_html(path) for path in shown]
     parts.append("</div>")
-    if executed.exists():
-        parts.append(f'<p class="meta">Executed notebook: <a href="notebooks/{executed.name}">{executed.name}</a></p>')
+    if copy.exists():
+        parts.append(f'<p class="meta">Executed notebook: <a href="{_href("notebooks", copy)}">{html.escape(copy.name)}</a></p>')
     return "".join(parts)
 
 
@@ -155,7 +140,14 @@ def _findings_html(found: list[dict[str, Any]]) -> str:
     def bold(text: str) -> str:
         return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
 
-    return "".join(f'<div class="f">{html.escape(f["sentence"])}<br><small>{bold(fine_print(f))}</small></div>' for f in found)
+    def taken_back(record: dict[str, Any]) -> str:
+        lines = [f"<li><s>{html.escape(t['text'])}</s> {html.escape(t['why'])}</li>" for t in record.get("withdrawn", ())]
+        lines += [f"<li>{html.escape(note)}</li>" for note in record.get("notes", ())]
+        return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+    return "".join(
+        f'<div class="f">{html.escape(f["sentence"])}{taken_back(f)}<br><small>{bold(fine_print(f))}</small></div>' for f in found
+    )
 
 
 def _figure_html(path: Path) -> str:
@@ -166,11 +158,16 @@ def _figure_html(path: Path) -> str:
     width, data = round(PX_PER_DOT * image.width), base64.b64encode(buffer.getvalue()).decode()
     size = f'{"class=page " if width > 600 else ""}width="{width}"'
     alt = html.escape(image.info.get("Title", f"Figure {path.stem}"))
+    name, link = html.escape(path.stem), _href("figures", path.with_suffix(".pdf"))
     return (
-        f'<figure><a class="scroll" href="figures/{path.stem}.pdf">'
-        f'<img {size} alt="{alt}" src="data:image/webp;base64,{data}"></a>'
-        f'<figcaption>Figure {path.stem} (<a href="figures/{path.stem}.pdf">PDF</a>)</figcaption></figure>'
+        f'<figure><a class="scroll" href="{link}"><img {size} alt="{alt}" src="data:image/webp;base64,{data}"></a>'
+        f'<figcaption>Figure {name} (<a href="{link}">PDF</a>)</figcaption></figure>'
     )
+
+
+def _href(folder: str, path: Path) -> str:
+    """A link to a file of a folder, whatever its name holds."""
+    return html.escape(f"{folder}/{quote(path.name)}")
 
 
 def _table_html(path: Path) -> str:
@@ -181,7 +178,7 @@ def _table_html(path: Path) -> str:
     rows = [("th", table.columns), *(("td", row) for row in table.to_dict("split")["data"])]
     return (
         f'<figure><div class="scroll"><table>{"".join(_row_html(tag, row, is_number) for tag, row in rows)}</table></div>'
-        f'<figcaption>Table {path.stem} (<a href="tables/{path.name}">CSV</a>)</figcaption></figure>'
+        f'<figcaption>Table {html.escape(path.stem)} (<a href="{_href("tables", path)}">CSV</a>)</figcaption></figure>'
     )
 
 
@@ -210,4 +207,5 @@ def _failure_html(path: Path) -> str:
     )
     text = html.escape(re.sub(r"\x1b\[[0-9;]*m", "", text))
     note = "This notebook failed; what follows it here, if anything, is of an earlier run."
-    return f'<div class="fail"><b>{note}</b> <a href="notebooks/{path.name}">{path.name}</a><pre>{text}</pre></div>'
+    link = f'<a href="{_href("notebooks", path)}">{html.escape(path.name)}</a>'
+    return f'<div class="fail"><b>{note}</b> {link}<pre>{text}</pre></div>'

@@ -25,8 +25,10 @@ from typing import Any
 import yaml
 
 from rvlm import report
+from rvlm.copies import cleaned
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
-from rvlm.page import html_report, update_readme
+from rvlm.page import html_report
+from rvlm.readme import update_readme
 
 PROFILES = "profiles.yaml"
 GIT_PROFILE = "cpu"  # the one whose results are in git
@@ -260,7 +262,7 @@ def _keep(part: Path, final: Path, job: Job, profile: str, seconds: float, error
         notebook["metadata"]["rvlm"]["error"] = f"{type(error).__name__}: {error}"
     if "papermill" in notebook["metadata"]:
         notebook["metadata"]["papermill"] |= {"input_path": f"notebooks/{job.notebook.name}", "output_path": final.name}
-    write_whole(final, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    write_whole(final, json.dumps(cleaned(notebook), indent=1, ensure_ascii=False) + "\n")
     part.unlink(missing_ok=True)
 
 

@@ -3,6 +3,9 @@
 import html
 import json
 import re
+import subprocess
+import sys
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +16,8 @@ from PIL import Image
 
 from rvlm import plots, report
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
-from rvlm.page import chapters, html_report, readme_table, update_readme, updated_readme
+from rvlm.page import chapters, html_report
+from rvlm.readme import BOARD, PARTS, board, update_readme, updated_readme
 from rvlm.statistics import holm, newcombe, paired_difference, verdict, wilson
 
 
@@ -256,39 +260,46 @@ def test_report_shows_the_traceback_of_a_failed_notebook(results, notebooks):
     assert "ZeroDivisionError: &lt;1/0&gt;" in page and "This notebook failed" in page and "\x1b" not in page
 
 
-def test_readme_table_comes_from_first_cells_and_findings(results, notebooks, tmp_path):
-    find()
+EMPTY = "before\n" + "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in PARTS) + "after\n"
+
+
+def test_readme_table_comes_from_first_cells_and_executed_copies(results, notebooks, tmp_path):
+    copy = results / "notebooks/06_evaluate.ipynb"
+    write_notebook(copy, "# 06 Evaluate")
+    copy.write_text(json.dumps(json.loads(copy.read_text()) | {"metadata": {"rvlm": {"seconds": 200.0}}}))
+    write_notebook(results / "full/notebooks/06_evaluate.ipynb", "# 06 Evaluate")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- notebooks:begin -->\nold\n<!-- notebooks:end -->\nafter\n")
+    readme.write_text(EMPTY)
     update_readme(readme, notebooks, results)
     once = readme.read_text()
-    assert "| [05 Train in stages](notebooks/05_train.ipynb) | What does each stage add? | – |\n" in once
-    assert "Does low loss \\| mean success? | Success is 47 % of 200 episodes. |" in once
+    assert "| 05 Train in stages | What does each stage add? | – | – | [run](notebooks/05_train.ipynb) |\n" in once
+    read = "[read](results/notebooks/06_evaluate.ipynb), [full](results/full/notebooks/06_evaluate.ipynb)"
+    assert f"| 06 Evaluate | Does low loss \\| mean success? | 3 | {read} | [run](notebooks/06_evaluate.ipynb) |" in once
+    assert "All 1 notebooks took 3 minutes" in once
     assert once.startswith("before\n") and once.endswith("-->\nafter\n") and "old" not in once
     update_readme(readme, notebooks, results)
     assert readme.read_text() == once
 
 
-def test_readme_and_report_lead_to_what_was_run_in_full(results, notebooks, monkeypatch):
+def test_the_report_leads_to_what_was_run_in_full(results, notebooks, monkeypatch):
     find()
-    assert "Profile full" not in readme_table(notebooks, results) + html_report(results, notebooks).read_text()
+    assert "Profile full" not in html_report(results, notebooks).read_text()
     monkeypatch.setenv("RVLM_RESULTS", str(results / "full"))
-    find("Success is 47 % of 200 episodes, as always.")
     html_report(results / "full", notebooks)
-    assert "Success is 47 % of 200 episodes. **Profile full:** Success is 47 % of 200 episodes, as always. |" in readme_table(
-        notebooks, results
-    )
     assert '<a href="full/report.html">Profile full</a>' in html_report(results, notebooks).read_text()
 
 
+def test_the_board_states_interval_size_and_verdict_of_profile_full_alone(results, monkeypatch):
+    at = {"numbers": {"p": [27, 14, 39], "trainings": 5, "frames": 12000}, "n": 200, "interval": None}
+    find("ten times the data helps: supported (+27 points, +14 to +39).", "09_ablations", **at)
+    assert board(results) == ""
+    monkeypatch.setenv("RVLM_RESULTS", str(results / "full"))
+    find("ten times the data helps: supported (+27 points, +14 to +39).", "09_ablations", **at)
+    row = "| ten times the demonstrations | 4.49 / 2.52 tasks | +27 (+14 to +39) | 5 x 200 | supported |"
+    assert row in board(results).splitlines()
+
+
 AWKWARD = r"At <act> & &lt;b>, a|b \| *c* _d_ `e` ~f~ [g](h) <!-- i --> cost $j$."
-
-
-def test_the_readme_shows_a_finding_as_it_was_written(results, notebooks):
-    find(AWKWARD + "\nIt ends.")
-    shown = markdown2html(readme_table(notebooks, results))
-    cells = [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", shown, re.DOTALL)]
-    assert cells[3:] == ["06 Evaluate", "Does low loss | mean success?", AWKWARD + " It ends."]
 
 
 def test_a_notebook_shows_a_finding_as_it_was_written(results):
@@ -309,14 +320,41 @@ def test_the_html_report_shows_names_and_sentences_as_they_were_written(results,
 
 def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results):
     (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(ValueError, match="expected the lines '<!-- notebooks:begin -->' and"):
+    with pytest.raises(ValueError, match="expected the lines '<!-- success:begin -->' and"):
         update_readme(tmp_path / "README.md", notebooks, results)
 
 
 def test_the_repositorys_readme_is_up_to_date():
     readme = ROOT / "README.md"
     expected = updated_readme(readme, results=ROOT / "results")
-    assert readme.read_text() == expected, "the README's table is stale: run 'rvlm report' and commit README.md"
+    assert readme.read_text() == expected, "the README's computed parts are stale: run 'rvlm report' and commit README.md"
+
+
+def test_no_cell_of_the_readme_is_a_paragraph():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    words = [re.sub(r"\]\([^)]*\)", "]", cell).strip() for row in rows for cell in row.strip("|").split("|")]
+    assert rows and max(map(len, words)) <= 80, max(words, key=len)
+    assert len(BOARD) <= 10
+
+
+def test_the_lines_of_the_readme_load_the_policy_and_act():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 9
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.fullmatch(r"\w[\w ]+ True\n", done.stdout), done.stdout + done.stderr
+
+
+def test_names_of_files_are_escaped_in_the_report(results, notebooks):
+    report.export(draw(), "06_fig")
+    name = '06_<img src=x onerror="alert(1)">&'
+    (results / "figures/06_fig.png").rename(results / f"figures/{name}.png")
+    report.save_table(pd.DataFrame({"a": [1]}), "06_rates")
+    (results / "tables/06_rates.csv").rename(results / f"tables/{name}.csv")
+    write_notebook(notebooks / '06_"><script>.ipynb', "# 06 Evaluate")
+    write_notebook(results / 'notebooks/06_"><script>.ipynb', "# 06 Evaluate")
+    page = html_report(notebooks=notebooks).read_text()
+    assert [tag for tag in ("<img src=x", "<script", 'onerror="alert') if tag in page] == []
+    assert html.escape(name) in page and quote(f"{name}.csv") in page
 
 
 def test_published_results_carry_their_source_and_unknown_ones_name_what_exists():

@@ -112,12 +112,41 @@ def test_arrows_run_one_way():
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}; move what both need up the way of the data")
 
 
-def test_readme_lists_every_module():
-    readme = (ROOT / "README.md").read_text()
+def test_the_layout_lists_every_module():
+    layout = (ROOT / "docs/layout.md").read_text()
     unlisted = [
-        name for name in MODULES if Path(name).name != "__init__.py" and name.count("/") == 1 and Path(name).name not in readme
+        name for name in MODULES if Path(name).name != "__init__.py" and name.count("/") == 1 and Path(name).name not in layout
     ]
-    assert not unlisted, f"add one line each to the tree of README.md: {unlisted}"
+    assert not unlisted, f"add one line each to the tree of docs/layout.md: {unlisted}"
+
+
+def test_a_clone_is_small_and_holds_nothing_that_is_built():
+    sizes = {name: (ROOT / name).stat().st_size for name in TRACKED}
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:8]
+    assert sum(sizes.values()) < 18e6, f"{sum(sizes.values()) / 1e6:.1f} MB are tracked; the largest: {largest}"
+    built = [name for name in TRACKED if name.startswith("results/") and name.endswith((".pdf", ".html"))]
+    assert not built, f"built, not committed: {built}"
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKED if name.endswith(".md") and not name.startswith("data_cards/")])
+def test_what_is_linked_exists(name):
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    broken = []
+    for link in links:
+        path, _, fragment = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE) if target.suffix == ".md" and fragment else []
+        if not target.exists() or (fragment and anchor(fragment) not in map(anchor, headings)):
+            broken.append(link)
+    assert not broken, f"{name} links to what does not exist: {broken}"
 
 
 def test_import_is_light():

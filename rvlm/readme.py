@@ -1,0 +1,183 @@
+"""The README's parts that are computed: what was found, what is withdrawn, the notebooks and what they cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rvlm.files import PACKAGE, ROOT, write_whole
+from rvlm.page import FULL, chapters
+from rvlm.report import as_markdown, load_findings, published
+from rvlm.statistics.verdicts import WORDS
+from rvlm.withdrawn import trainings_of
+
+
+class Row(NamedTuple):
+    """One line of the board.
+
+    Attributes:
+        finding: its name.
+        claim: as the finding states it.
+        text: what is claimed, short, in the field's words.
+        paper: what was published of it: settings of `published("calvin", "ABCD->D")`, or none.
+    """
+
+    finding: str
+    claim: str
+    text: str
+    paper: tuple[str, ...] = ()
+
+
+BOARD = (
+    Row("09_ablations", "ten times the data helps", "ten times the demonstrations", ("vl_pretrained", "data_0.1x")),
+    Row("09_ablations", "learning more than the head helps", "training the language model too, not the head alone"),
+    Row("09_ablations", "pre-training helps one step", "VL pre-training¹, one-step policy"),
+    Row(
+        "09_ablations",
+        "pre-training helps a policy head",
+        "VL pre-training¹, policy head with memory",
+        ("vl_pretrained", "no_vl_pretraining"),
+    ),
+    Row("09_ablations", "With new words, having heard any wording", "varied wordings in training, asked in new words"),
+    Row("09_ablations", "a chunk of 4 beats single actions", "predicting 4 actions, not 1 (the first is executed)"),
+    Row("08_cross_embodiment", "others first, then own, beats own", "other robots' data first, then own²"),
+    Row("08_cross_embodiment", "co-training beats own", "co-training on all robots and questions, over own data²"),
+    Row("07_few_shot", "cross-embodiment beats vision-language", "new tasks: from a policy of three robots³, over the VLM"),
+    Row("07_few_shot", "Corrections of its own mistakes", "corrections (DAgger) over as many demonstrations"),
+)
+
+
+def board(results: Path) -> str:
+    """What was found with enough trainings for a verdict: a Markdown table of short cells, from profile full only."""
+    found = {record["name"]: record for record in load_findings(results / FULL)}
+    rows = [_board_row(row, found[row.finding]) for row in BOARD if row.finding in found]
+    head = ["Claim", "Paper", "Here: points (95 % interval)", "Trainings x episodes", "Verdict"]
+    notes = [_pretraining(found)] if rows else []
+    return _table(head, rows) + "".join(f"\n{note}\n" for note in notes)
+
+
+def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
+    said = re.search(rf"{re.escape(row.claim)}[^.;]*", record["sentence"])
+    text = said.group() if said else ""
+    at, low, high = (int(x) for x in re.findall(r"[+-]\d+", text)[:3]) if len(re.findall(r"[+-]\d+", text)) >= 3 else (0, 0, 0)
+    word = next(iter(re.findall(rf"{WORDS.pattern}|no verdict", text)), "–")
+    size = f"{trainings_of(record)} x {record['n']}"
+    return [row.text, _theirs(row.paper), f"{at:+d} ({low:+d} to {high:+d})" if text else "–", size, word]
+
+
+def _theirs(settings: tuple[str, ...]) -> str:
+    if not settings:
+        return "–"
+    table = published("calvin", "ABCD->D").query("method == 'KosMos' and structure == 'policy-head continuous'")
+    values = [float(table.loc[table["setting"] == setting, "value"].iloc[0]) for setting in settings]
+    return " / ".join(f"{value:g}" for value in values) + " tasks"
+
+
+def _pretraining(found: dict[str, dict[str, Any]]) -> str:
+    """What the word means here, with sizes."""
+    made = json.loads((PACKAGE / "assets" / "small-vlm" / "made.json").read_text())["stages"]
+    samples = sum(stage["n_samples"] for stage in made)
+    frames = found["09_ablations"]["numbers"]["frames"] if "09_ablations" in found else None
+    times = f", {samples / frames:.0f} times the {frames:,} frames of a robot training" if frames else ""
+    return (
+        f"¹ Pre-training in domain: {samples:,} samples of questions about rendered scenes of this same simulator, labelled by "
+        f"the renderer{times}; the paper's is web data. ² The budget passes over the few own demonstrations many times, so part "
+        "of the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
+        "such start. Paper: mean number of CALVIN tasks in a row, with / without. Intervals are over trainings and episodes; "
+        "verdicts are adjusted for several contrasts (Holm)."
+    )
+
+
+def notebooks_table(results: Path, notebooks: Path | None = None) -> str:
+    """The notebooks: number, question, minutes of the last run, the executed copy to read and the source to run."""
+    rows = []
+    for chapter in chapters(notebooks):
+        copy, full = (folder / "notebooks" / f"{chapter.stem}.ipynb" for folder in (results, results / FULL))
+        read = [f"[read](results/notebooks/{copy.name})"] if copy.exists() else []
+        read += [f"[full](results/{FULL}/notebooks/{full.name})"] if full.exists() else []
+        title = f"{chapter.stem[:2]} {chapter.title}".replace("|", "\\|")
+        run = f"[run](notebooks/{chapter.stem}.ipynb)"
+        rows.append([title, chapter.question.replace("|", "\\|"), _minutes(copy), ", ".join(read) or "–", run])
+    return _table(["Notebook", "Question", "Minutes", "Read", "Run"], rows)
+
+
+def seconds_of_copy(copy: Path) -> float | None:
+    """How long an executed copy took to run [s]; None if there is none."""
+    return json.loads(copy.read_text())["metadata"].get("rvlm", {}).get("seconds") if copy.exists() else None
+
+
+def _minutes(copy: Path) -> str:
+    seconds = seconds_of_copy(copy)
+    return "–" if seconds is None else f"{seconds / 60:.0f}" if seconds >= 30 else "<1"
+
+
+def cost(results: Path, notebooks: Path | None = None) -> str:
+    """How long all notebooks took in the last run, in a sentence."""
+    took = [seconds_of_copy(results / "notebooks" / f"{chapter.stem}.ipynb") for chapter in chapters(notebooks)]
+    known = [seconds for seconds in took if seconds is not None]
+    return f"All {len(known)} notebooks took {sum(known) / 60:.0f} minutes on two CPU cores.\n" if known else ""
+
+
+def success(results: Path, notebooks: Path | None = None) -> str:
+    """The shipped policy's success with its interval, in a sentence."""
+    record = next((r for r in load_findings(results) if r["name"] == "06_success"), None)
+    if record is None:
+        return ""
+    rate = record["interval"]["shipped policy"]
+    return (
+        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in scenes that it never saw (95 % "
+        f"interval {100 * rate['low']:.0f} to {100 * rate['high']:.0f} %); without language or with black images, next to none.\n"
+    )
+
+
+def taken_back(results: Path, notebooks: Path | None = None) -> str:
+    """What is withdrawn, a line each, without its numbers."""
+    found = [*load_findings(results), *load_findings(results / FULL)]
+    lines: dict[str, set[str]] = {}
+    for record in found:
+        for taken in record.get("withdrawn", ()):
+            reason = re.split(r"(?<=[.:;]) ", taken["why"])[0].rstrip(".:;")
+            lines.setdefault(f"{taken['what']}. {reason}.", set()).add(record["name"][:2])
+    return "".join(f"- **{', '.join(sorted(numbers))}**: {as_markdown(line)}\n" for line, numbers in lines.items())
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "success": success,
+    "cost": cost,
+    "found": lambda results, notebooks=None: board(results),
+    "notebooks": notebooks_table,
+    "withdrawn": taken_back,
+}
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    listed = list(rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *listed]) if listed else ""
+
+
+def updated_readme(readme: Path, notebooks: Path | None = None, results: Path | None = None) -> str:
+    """The README's text with its computed parts made anew, each between its two markers.
+
+    Raises:
+        ValueError: the markers of a part are not there once each, in their order.
+    """
+    text = readme.read_text()
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(
+                f"{readme}: expected the lines '{begin}' and '{end}' once each, in this order; add them where the part belongs"
+            )
+        made = make(results or ROOT / "results", notebooks)
+        text = f"{text[: text.index(begin)]}{begin}\n{made}{text[text.index(end) :]}"
+    return text
+
+
+def update_readme(readme: Path | None = None, notebooks: Path | None = None, results: Path | None = None) -> Path:
+    """Write the README's computed parts from first cells, findings and executed copies."""
+    readme = readme or ROOT / "README.md"
+    text = updated_readme(readme, notebooks, results)
+    return readme if text == readme.read_text() else write_whole(readme, text)
