@@ -186,6 +186,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     train = [_few(stage, data, split(data)[0]) for data in sets]
     robots = [Robot(data.require_spec(), data.stats(episodes=rows)) for data, rows in zip(sets, train, strict=True)]
     model, processor = _policy(stage, robots)
+    model.config.image_size = _image_size(sets, model.config.cameras)
     prompter, frames = model.prompter(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
@@ -198,6 +199,14 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     if stage.scenes:
         budget, collate = _with_dialogue(stage, processor, budget, collate)
     return model, processor, budget, collate
+
+
+def _image_size(sets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
+    """Height and width of all images [px], which the policy then expects while it acts."""
+    sizes = {(str(data.root), c): frames.shape[1:3] for data in sets for c, frames in data.frames_cache(cameras).items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"expected images of one size (h, w), got {sizes}; resize them alike when you convert the data")
+    return list(next(iter(sizes.values())))
 
 
 def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from rvlm.processors import ACT, load_processor
 from rvlm.structures import TUNINGS, VLAConfig
 from rvlm.vla import VLA, own_weights
 
-SETTINGS = sorted(set(VLAConfig.__annotations__) - {"model_type", "backbone", "act_id", "spec", "stats", "robots", "met", "base"})
+MADE = {"model_type", "backbone", "act_id", "image_size", "spec", "stats", "robots", "met", "base"}  # of the data or the backbone
+SETTINGS = sorted(set(VLAConfig.__annotations__) - MADE)
 
 
 def make_vla(

@@ -138,7 +138,7 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 # -- the policy beside the data ----------------------------------------------------------------------------------------
 def own_statistics(case: Case) -> Rung:
     """Do the policy's statistics belong to the training episodes of this data?"""
-    mine, action, episode = case.policy.model.stats["action"], case.dataset.column("action"), case.dataset.episode_of_frame
+    mine, action, episode = case.policy.robot.stats["action"], case.dataset.column("action"), case.dataset.episode_of_frame
     is_training = np.isin(episode, case.train())
     own = StatsAccumulator().update(action[is_training]).finish(mine.kind, mine.passthrough)
     every = StatsAccumulator().update(action).finish(mine.kind, mine.passthrough)
@@ -173,7 +173,7 @@ def interface(case: Case) -> Rung:
     policy, model, env = case.policy, case.policy.model, case.env.unwrapped
     for other, what in ((case.dataset.require_spec(), "policy vs data"), (env.action_spec, "policy vs environment")):
         try:
-            model.spec.require_same(other, what)
+            policy.robot.spec.require_same(other, what)
         except SpecMismatch as error:
             return Rung("interface", str(error), "conventions differ")
     made_for = model.config.n_action_steps
@@ -287,13 +287,13 @@ def _replayed(case: Case, change: Callable[[Any, np.ndarray], np.ndarray]) -> fl
 # -- the policy on what it has seen ------------------------------------------------------------------------------------
 def on_training_frames(case: Case) -> Rung:
     """Is the policy right on frames that it was trained on, and would it be if something were read otherwise?"""
-    spec, stats = case.policy.model.spec, case.policy.model.stats["action"]
+    spec, stats = case.policy.robot.spec, case.policy.robot.stats["action"]
     every = policy_windows(case.policy, case.dataset, case.episodes())
     windows = Subset(every, range(min(len(every), case.n_frames)))
     spread = np.maximum(case.dataset.column("action").std(0), 1e-6)
+    arm = spec.present & (np.arange(spec.n_dims) != spec.gripper_index)
 
     def off(told: dict[str, np.ndarray], kind: str = stats.kind) -> float:
-        arm = spec.arm_slice
         predicted = dataclasses.replace(stats, kind=kind).unnormalize(stats.normalize(told["predicted"][:, 0]))
         wrong = np.abs(predicted - told["recorded"][:, 0])[:, arm] / spread[arm]
         return float(wrong.mean())
@@ -307,7 +307,7 @@ def on_training_frames(case: Case) -> Rung:
         swapped = predict_chunks(case.policy, windows, lambda samples: _with_images(samples, lambda images: images[:, ::-1]))
         away["cameras swapped"] = off(swapped)
     first = plain["recorded"][:, 0]
-    away["always the mean action"] = float((np.abs(first - first.mean(0))[:, spec.arm_slice] / spread[spec.arm_slice]).mean())
+    away["always the mean action"] = float((np.abs(first - first.mean(0))[:, arm] / spread[arm]).mean())
     column = "error of the first action [spread of the actions]"
     evidence = pd.DataFrame({"candidate": list(away), column: list(away.values())})
     mean, best = away.pop("always the mean action"), min(away, key=away.__getitem__)

@@ -141,7 +141,7 @@ def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> 
 def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
     """The policy that is judged, and the environments of a batch, at the image size that it takes."""
     policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
-    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.prompter.image_size
+    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.image_size[0]
     return policy, make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
 
 

@@ -26,27 +26,29 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
         batch_size: Frames per forward pass.
 
     Returns:
-        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k) false past an episode's end, `episode_index`, `frame_index` (n,).
+        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k, a) false past an episode's end and in dimensions that the robot does
+        not have, `episode_index`, `frame_index` (n,).
     """
-    model = policy.model
+    model, robot = policy.model, policy.robot
     change = CONTROLS[control] if isinstance(control, str) else control
-    collate, robot, spec, stats = RobotCollator(policy.prompter), model.robot(model.spec), model.spec, model.stats
+    collate, spec, stats = RobotCollator(policy.prompter), robot.spec, robot.stats["action"]
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
+        policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
         batch = collate([model.addressed(robot, sample) for sample in change(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
-        predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats["action"])
-        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats["action"]), "mask": mask[..., 0]}
+        predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)
+        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats), "mask": mask}
         parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
-    """Recorded episodes cut as this policy reads them."""
-    config, stats = policy.model.config, policy.model.stats
-    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras)
+    """Recorded episodes cut as this policy reads them, in the statistics of the robot that it acts for."""
+    config = policy.model.config
+    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, policy.robot.stats, config.cameras)
 
 
 def errors_of(
@@ -56,19 +58,23 @@ def errors_of(
 
     Args:
         policy: A `Policy`, or the folder of a trained model.
-        dataset: `EpisodeDataset` of the policy's robot.
+        dataset: `EpisodeDataset` of the robot that the policy acts for; of a folder's, one that it was trained on.
         episodes: Held-out ones; all if left out.
         control: What is taken from the policy, a name in `CONTROLS`.
         batch_size: Frames per forward pass.
 
     Returns:
-        One row per frame and action dimension: episode_index, frame_index, dimension, unit, `first` and `chunk`, the
-        absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's SI
-        units; of the gripper, 1 for a wrong command and 0 for a right one.
+        One row per frame and action dimension that the robot has: episode_index, frame_index, dimension, unit, `first` and
+        `chunk`, the absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's
+        SI units; of the gripper, 1 for a wrong command and 0 for a right one.
+
+    Raises:
+        SpecMismatch: The demonstrations are of another robot.
     """
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
-    spec = policy.model.spec
-    spec.require_same(dataset.require_spec(), "policy vs demonstrations")
+    asked = dataset.require_spec()
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy, spec=asked)
+    spec = policy.robot.spec
+    spec.require_same(asked, "policy vs demonstrations")
     told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
     return _error_rows(spec, **told)
 
@@ -78,26 +84,26 @@ def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
     seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
     constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
-    recorded, n = action[asked][:, None], int(asked.sum())
+    recorded = action[asked][:, None]
     frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
-    return _error_rows(
-        spec, np.broadcast_to(constant, recorded.shape), recorded, np.ones((n, 1), bool), episode[asked], frame[asked]
-    )
+    mask = np.broadcast_to(spec.present, recorded.shape)
+    return _error_rows(spec, np.broadcast_to(constant, recorded.shape), recorded, mask, episode[asked], frame[asked])
 
 
 def _error_rows(
     spec: Any, predicted: np.ndarray, recorded: np.ndarray, mask: np.ndarray, episode_index: np.ndarray, frame_index: np.ndarray
 ) -> pd.DataFrame:
-    error, weight = _action_error(spec, predicted, recorded), mask[..., None]
+    error, mask = _action_error(spec, predicted, recorded)[..., spec.present], mask[..., spec.present]
+    names, units = np.array(spec.names)[spec.present], np.array(spec.units)[spec.present]
     n, _, a = error.shape
     return pd.DataFrame(
         {
             "episode_index": np.repeat(episode_index, a),
             "frame_index": np.repeat(frame_index, a),
-            "dimension": pd.Categorical(np.tile(spec.names, n), spec.names),
-            "unit": np.tile(spec.units, n),
+            "dimension": pd.Categorical(np.tile(names, n), spec.names),
+            "unit": np.tile(units, n),
             "first": error[:, 0].ravel(),
-            "chunk": ((error * weight).sum(1) / weight.sum(1)).ravel(),
+            "chunk": ((error * mask).sum(1) / mask.sum(1)).ravel(),
         }
     )
 

@@ -3,6 +3,7 @@
 The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`. All robots move in step.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from rvlm.actions import ActionSpec
 from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
+from rvlm.observations import Expected, ObservationError
+from rvlm.processors import ACT, image_mark
 from rvlm.vla import VLA
 
 Observation = dict[str, Any]
+Observations = Sequence[Observation] | Any  # whatever comes is looked at, so that the refusal is in words
 IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation
 
 
@@ -64,6 +68,9 @@ class Policy:
         self.model, self.ensemble = model.eval(), ensemble
         self.n_action_steps: int = n_action_steps
         self.prompter = model.prompter(processor)
+        size: Any = model.config.image_size
+        words = (ACT, image_mark(processor))
+        self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
         self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
             model.config.structure
         ]
@@ -76,13 +83,26 @@ class Policy:
         """From a saved model's folder; `options` are the constructor's."""
         return cls(*load_vla(folder), **options)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images to show it [px]: as in training or, where that is not known, as its backbone takes."""
+        return self.expected.image_size or (self.prompter.image_size, self.prompter.image_size)
+
     def reset(self, n_robots: int = 1) -> None:
-        """Forget everything: queued actions, chunks of an ensemble, and what is remembered of past observations."""
+        """Forget everything: queued actions, chunks of an ensemble, and what is remembered of past observations.
+
+        Raises:
+            ValueError: No number of robots from 1 on.
+        """
+        if n_robots < 1:
+            raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
         self.n_robots, self.memory = n_robots, self._remember(self.model, self.prompter)
+        self._size: tuple[int, int] | None = None  # of the images since then
+        self._has_warned = False
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
 
-    def select_action(self, observations: Sequence[Observation]) -> np.ndarray:
+    def select_action(self, observations: Observations) -> np.ndarray:
         """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up.
 
         Args:
@@ -90,7 +110,8 @@ class Policy:
                 (s,) in the card's units; `instruction`.
 
         Raises:
-            ValueError: More or fewer observations than robots.
+            ObservationError: An observation differs in kind from those of training: number, images, state, instruction.
+            ValueError: The model's action is not finite.
         """
         self._check(observations)
         if not self._queue or self.model.config.n_obs_steps > 1:
@@ -100,28 +121,26 @@ class Policy:
             self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
         return self._queue.popleft()
 
-    def predict_action_chunk(self, observations: Sequence[Observation]) -> np.ndarray:
+    def predict_action_chunk(self, observations: Observations) -> np.ndarray:
         """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
         self._check(observations)
         self._see(observations)
         return self._unnormalized(self._predict())
 
-    def _check(self, observations: Sequence[Observation]) -> None:
-        if len(observations) != self.n_robots:
-            raise ValueError(
-                f"expected an observation of each of {self.n_robots} robots, got {len(observations)}; "
-                f"begin with reset(n_robots={len(observations)})"
+    def _check(self, observations: Observations) -> None:
+        size = self.expected.check(observations, self.n_robots)
+        if self._size not in (None, size):
+            raise ObservationError(
+                f"expected images of {self._size} (h, w), as in this episode's first observation, got {size}; resize them alike, "
+                "or begin with reset()"
             )
-        needed = {"state", "instruction", *(IMAGE_KEYS[c] for c in self.model.config.cameras)}
-        for observation in observations:
-            if needed - set(observation):
-                raise KeyError(
-                    f"expected {sorted(needed)} in an observation, as in training; got {sorted(observation)}; "
-                    f"add {sorted(needed - set(observation))}"
-                )
+        self._size = size
+        if not self._has_warned and (doubt := self.expected.far(observations)):
+            self._has_warned = True
+            warnings.warn(doubt, stacklevel=3)
 
     @torch.inference_mode()
-    def _see(self, observations: Sequence[Observation]) -> None:
+    def _see(self, observations: Observations) -> None:
         """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
@@ -149,6 +168,13 @@ class Policy:
         return ((weights * said).sum(0) / weights.sum())[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
+        if not chunk.isfinite().all():
+            wrong = (~chunk.isfinite()).any(1).nonzero().tolist()
+            names = [f"{self.robot.spec.names[dim]} of robot {i}" for i, dim in wrong]
+            raise ValueError(
+                f"expected finite actions of the model, got others for {', '.join(names)}; its weights overflow or are no "
+                "numbers: load them anew, in float32, or train again"
+            )
         return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
 
 

@@ -33,6 +33,7 @@ class VLAConfig(PreTrainedConfig):
         n_action_steps: Actions of a chunk that it is meant to execute before it predicts anew.
         cameras: Names of the card's cameras, in the order of the prompt's images.
         has_state: Whether proprioception enters.
+        image_size: Height and width of the images that it was trained on [px]; None where that is not known.
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
@@ -56,6 +57,7 @@ class VLAConfig(PreTrainedConfig):
     n_action_steps: int = 1
     cameras: list | tuple = ("static", "wrist")
     has_state: bool = True
+    image_size: list | tuple | None = None
     act_id: int = 0
     spec: dict | None = None
     stats: dict | None = None

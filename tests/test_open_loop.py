@@ -1,17 +1,21 @@
 """Open loop: errors in SI units at the right frames, past the end left out, controls, and one error for a foreign robot."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from rvlm import open_loop
+from rvlm import diagnosis, open_loop
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import SMALL_VLM
+from rvlm.cases import Case
 from rvlm.checkpoints import make_vla
 from rvlm.episodes import EpisodeDataset, EpisodeWriter
+from rvlm.mixtures import Robot
+from rvlm.observations import ObservationError
 from rvlm.policy import Policy
 from rvlm.small_vlm import small_vlm, train_tokenizer
 
@@ -87,6 +91,66 @@ def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch)
     monkeypatch.setattr(dataset, "spec", dataclasses.replace(SPEC, gripper_open=-1.0, gripper_close=1.0))
     with pytest.raises(SpecMismatch, match="policy vs demonstrations: 2 convention"):
         open_loop.errors_of(policy, dataset)
+
+
+def recorded(folder, spec, action):
+    writer = EpisodeWriter(folder, spec)
+    episode = {**an_episode(len(action), 7), "action": action.astype(np.float32)}
+    writer.add_episode(episode, "lift the red cube")
+    return EpisodeDataset(writer.finalize())
+
+
+def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, monkeypatch):
+    """The second robot of a mixture: in its own conventions and numbers, and so is what the ladder asks."""
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    second = ActionSpec.from_card("tabletop_ur6")
+    rng = np.random.default_rng(3)
+    action = second.set_gripper(rng.uniform(-0.3, 0.3, (5, 7)), rng.random(5) > 0.5)
+    other = recorded(tmp_path / "ur6", second, action)
+    model, processor = make_vla(SMALL_VLM, SPEC, dataset.stats(), chunk_size=3)
+    model.meet([Robot(SPEC, dataset.stats()), Robot(second, other.stats(episodes=[0]))])
+    model.save_pretrained(tmp_path / "policy", processor)
+    policy = Policy(model, processor, spec=second)
+    errors = open_loop.errors_of(policy, other)
+    image, wrist = (other.frames_cache()[c][0] for c in ("static", "wrist"))
+    seen = {"image": image, "wrist_image": wrist, "state": other.column("observation.state")[0]}
+    (chunk,) = policy.predict_action_chunk([{**seen, "instruction": "lift the red cube"}])
+    by_hand = np.abs(second.to_si(chunk[0] - other.column("action")[0]))
+    by_hand[6] = second.is_open(chunk[0]) != second.is_open(other.column("action")[0])
+    np.testing.assert_allclose(errors[errors["frame_index"] == 0]["first"], by_hand, atol=2e-5)
+    of_folder = open_loop.errors_of(tmp_path / "policy", other)
+    np.testing.assert_allclose(of_folder["first"], errors["first"], atol=1e-6)
+    with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
+        open_loop.errors_of(policy, dataset)
+    env = SimpleNamespace(unwrapped=SimpleNamespace(action_spec=second))
+    case = Case(policy, other, env)
+    assert diagnosis.interface(case).fault is None
+    monkeypatch.setattr(Case, "train", lambda self: np.array([0]))
+    assert diagnosis.own_statistics(case).fault is None
+    assert diagnosis.own_statistics(dataclasses.replace(case, policy=Policy(model, processor))).fault is not None
+
+
+def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatch):
+    """The first one too: no error is averaged over nothing."""
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    spec = dataclasses.replace(SPEC, absent=("dx", "droll"))
+    action = an_episode(5, 2)["action"]
+    action[:, [0, 3]] = 0
+    dataset = recorded(tmp_path / "lame", spec, action)
+    policy = Policy(*make_vla(SMALL_VLM, spec, dataset.stats(episodes=[0]), chunk_size=3))
+    errors, constant = open_loop.errors_of(policy, dataset), open_loop.constant_baseline(dataset, [0], [0])
+    for table in (errors, constant):
+        assert table["dimension"].unique().tolist() == ["dy", "dz", "dpitch", "dyaw", "gripper"] and len(table) == 5 * 5
+        assert np.isfinite(table[["first", "chunk"]]).all(axis=None)
+    assert errors[errors["dimension"] == "dpitch"]["unit"].unique().tolist() == ["rad"]
+
+
+def test_recordings_of_another_size_are_refused(policy, dataset):
+    expected = dataclasses.replace(policy.expected, image_size=(48, 48))
+    other = Policy(policy.model, policy.prompter.processor)
+    other.expected = expected
+    with pytest.raises(ObservationError, match=r"expected \(48, 48\) \(h, w\), as in training, got \(96, 96\)"):
+        open_loop.errors_of(other, dataset)
 
 
 def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():
