@@ -132,14 +132,15 @@ def score_grounding(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(answers: pd.DataFrame) -> dict[str, Rate]:
-    """The exam in four rates with 95 % Wilson intervals.
+    """The exam in five rates with 95 % Wilson intervals.
 
-    "coordinate", "place" and "within_one" as in `score_grounding`, for places in the static image; "question": right answers
-    about relations, looks and states (places, captions and paraphrases are left out).
+    "answer": answers of all kinds with every token right. Parts of it: "coordinate", "place" and "within_one" as in
+    `score_grounding`, for places in the static image; "question", about relations, looks and states in a word or two.
     """
     off = np.array(answers.loc[answers["kind"] == "where", "bins_off"].tolist())
     asked = answers[answers["kind"].isin(QUESTIONS)]
-    counts = {"coordinate": off == 0, "place": (off == 0).all(1), "within_one": (off <= 1).all(1), "question": asked["is_right"]}
+    counts = {"answer": answers["is_right"], "coordinate": off == 0, "place": (off == 0).all(1)}
+    counts |= {"within_one": (off <= 1).all(1), "question": asked["is_right"]}
     return {name: wilson(int(np.sum(right)), int(np.size(right))) for name, right in counts.items()}
 
 

@@ -78,7 +78,8 @@ def test_the_summary_counts_places_and_words_apart():
     place = {"kind": "where", "answer": "<loc01><loc02>", "is_right": False, "bins_off": [0, 1]}
     answers = pd.DataFrame([*words, place])
     told = {name: (rate.successes, rate.n) for name, rate in grounding.summary(answers).items()}
-    assert told == {"coordinate": (1, 2), "place": (0, 1), "within_one": (1, 1), "question": (2, 3)}
+    assert told["answer"] == (4, 7), "of all kinds, the hard ones and those in whole sentences too"
+    assert told == {"answer": (4, 7), "coordinate": (1, 2), "place": (0, 1), "within_one": (1, 1), "question": (2, 3)}
     assert grounding.constant_guess(answers)["is_right"].tolist() == [True, True, False] * 2 + [True]
 
 
