@@ -199,11 +199,11 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
 
 
 def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
-    from rvlm.recording import exit_with_parent
+    from rvlm.processes import exit_with
 
     if not jobs:
         return
-    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
         futures = [pool.submit(_run_batch, *job) for job in jobs]
         try:
             for future in as_completed(futures):

@@ -1,9 +1,8 @@
 """What one process of a training stage does, on `transformers.Trainer`: settings, loss, log, checkpoints.
 
-A stage saves every minute, and goes on from its last whole checkpoint when it is started again.
+A stage goes on from its newest whole checkpoint when it is started again.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -19,8 +18,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from rvlm import adapters
 from rvlm.backbones import as_encoder_outputs
 from rvlm.batches import BUILDERS
+from rvlm.files import write_whole
 from rvlm.passes import measure
+from rvlm.snapshots import Seals, last_checkpoint
 from rvlm.stages import Stage
+
+DIVERGED = "diverged.txt"  # in a stage's folder: that it ended in no numbers, for the process that asked for it
+
+
+class TrainingDiverged(RuntimeError, FloatingPointError):
+    """A training has ended in weights that are no numbers any more."""
 
 
 class LogFile(TrainerCallback):
@@ -36,6 +43,8 @@ class LogFile(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.path, self.started = folder / "log.jsonl", time.time()
         self.seconds_before = seconds_of(folder)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self.path.write_bytes(self.path.read_bytes() + b"\n")  # a kill has cut the last line short
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """One line of JSON."""
@@ -55,6 +64,7 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # our losses are means: accumulated steps are averaged
         self.factor: Callable[..., float] | None = None  # of the learning rate, where the library has no such schedule
+        self._parts: dict[str, torch.Tensor] = {}  # of the loss: sum, and number of batches, since the last entry of the log
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The stage's own schedule, or the library's."""
@@ -71,21 +81,31 @@ class StageTrainer(Trainer):
         if "image_features" in inputs and "labels" in inputs:
             inputs["mm_encoder_outputs"] = as_encoder_outputs(inputs.pop("image_features"))
         outputs = model(**inputs)
-        if self.state.global_step % self.args.logging_steps == 0:
-            self._parts = {k: float(v.detach()) for k, v in outputs.items() if k.endswith("_loss")}
+        for name, value in outputs.items():
+            if name.endswith("_loss"):
+                one = torch.stack([value.detach().float(), value.new_ones((), dtype=torch.float32)])
+                self._parts[name] = self._parts.get(name, 0) + one
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """A policy that is saved without its backbone puts its weights together itself."""
         policy: Any = self.model
-        if getattr(policy.config, "base", None) is not None:
+        if getattr(getattr(policy, "config", None), "base", None) is not None:  # a detector has no configuration
             policy.fill(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with its parts."""
-        super().log({**logs, **getattr(self, "_parts", {})}, *args, **kwargs)
+        super().log({**logs, **self._means()}, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        """Mean of each part of the loss since the last entry, over all batches that had it and all processes."""
+        parts, self._parts = dict(sorted(self._parts.items())), {}
+        if not parts:
+            return {}
+        sums: Any = self.accelerator.reduce(torch.stack(list(parts.values())), "sum")
+        return {name: float(total / n) for name, (total, n) in zip(parts, sums, strict=True)}
 
 
 def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
@@ -141,18 +161,20 @@ def work(stage: Stage, folder: Path) -> None:
     """Train in this process (one of `WORLD_SIZE`); the result is `folder/model`.
 
     Raises:
-        FloatingPointError: It ends in weights that are not finite.
+        TrainingDiverged: It ends in weights that are not finite.
     """
     torch.manual_seed(stage.seed)
     log = LogFile(folder)
     model, processor, data, collate = BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
-    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log])
+    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log, Seals()])
     trainer.factor = OWN_SCHEDULES.get(stage.schedule)
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        raise FloatingPointError(f"stage {stage.name!r}: its weights are no numbers any more; take a smaller learning_rate")
+        reason = f"stage {stage.name!r}: its weights are no numbers any more; take a smaller learning_rate"
+        write_whole(folder / DIVERGED, reason)
+        raise TrainingDiverged(reason)
     whole = {}
     if trainer.is_fsdp_enabled:  # then each process has a part
         whole["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -192,15 +214,6 @@ def rehearse(stage: Stage) -> dict[str, float]:
     used = measure(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {**used, "parameters": sum(p.numel() for p in parameters), "trained": trained}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that a kill has cut short is passed over."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_text())  # what the Trainer writes last
-            return str(path)
-    return None
 
 
 def log_history(folder: Path) -> list[dict[str, float]]:

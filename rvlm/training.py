@@ -4,6 +4,7 @@ A stage runs in processes of its own (one per core or GPU, by torchrun). Its fol
 nothing is trained twice.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -11,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from rvlm.files import write_whole
+from rvlm.processes import PASSIVE, exit_with
 from rvlm.stages import Stage
-from rvlm.trainer import log_history, work
-
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # threads that wait must not spin
+from rvlm.trainer import DIVERGED, TrainingDiverged, log_history, work
 
 
 def run(
@@ -47,40 +47,68 @@ def run(
         The folder of the trained model.
 
     Raises:
+        TrainingDiverged: Its weights are no numbers any more.
         RuntimeError: Training failed; the message holds the end of its log.
     """
     final = stage.folder
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.with_name(final.name + ".lock")):  # who asks for the same stage meanwhile waits for it
+    with _lock(final):  # who asks for the same stage meanwhile waits for it
         if not final.exists():
             _train(stage, final, show_progress, n_threads, watch)
     return final / "model"
+
+
+def _lock(folder: Path) -> FileLock:
+    """A lock that ends with the process that holds it, also where that is killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(folder.name + ".lock"))
 
 
 def prepare(stage: Stage) -> Path:
     """Make the folder in which a stage is trained: for `torchrun ... -m rvlm.training FOLDER` by hand, on one machine or many."""
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1))
+    (partial / DIVERGED).unlink(missing_ok=True)
+    write_whole(partial / "stage.json", json.dumps(dataclasses.asdict(stage), indent=1))
     return partial
 
 
 def by_hand(folder: Path) -> None:
     """Train as one of the processes that a launcher has started; the first of them puts the result in its place.
 
+    A stage that is trained already is left as it is.
+
     Raises:
-        RuntimeError: The launcher has started another number of processes than the stage is meant for.
+        RuntimeError: The launcher has started another number of processes than the stage is meant for, or others train it
+            at this moment.
     """
-    stage = Stage(**json.loads((folder / "stage.json").read_text()))
+    stage = _stage_in(folder)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != stage.n_processes:
         raise RuntimeError(
             f"stage {stage.name!r}: expected {stage.n_processes} processes, got {world_size}; start as many by torchrun "
             "(on CPUs `accelerate launch` starts one, whatever it was told), or make the stage with another n_processes"
         )
-    work(stage, folder)
-    if os.environ.get("RANK", "0") == "0":
-        folder.replace(stage.folder)
+    if stage.folder.exists():
+        return
+    if os.environ.get("RANK", "0") != "0":
+        work(stage, folder)
+        return
+    try:
+        with _lock(stage.folder).acquire(timeout=0), _lock(folder):
+            work(stage, folder)
+            folder.replace(stage.folder)
+    except Timeout as error:
+        raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
+
+
+def _as_asked(folder: Path) -> None:
+    """Train as one of the processes that `run` has started, when a trainer whose asker was killed has left the folder."""
+    with _lock(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        work(_stage_in(folder), folder)
+
+
+def _stage_in(folder: Path) -> Stage:
+    return Stage(**json.loads((folder / "stage.json").read_text()))
 
 
 def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None, watch: Any) -> None:
@@ -92,8 +120,11 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
         if process.poll() is None:
             process.stop()
             process.wait()
+    if (partial / DIVERGED).exists():
+        raise TrainingDiverged((partial / DIVERGED).read_text())
     if process.poll():
-        raise RuntimeError(f"stage {stage.name!r} failed: {(partial / 'output.txt').read_text()[-3000:]}")
+        output = (partial / "output.txt").read_text(errors="replace")
+        raise RuntimeError(f"stage {stage.name!r} failed: {output[-3000:]}")
     partial.replace(final)
 
 
@@ -110,10 +141,10 @@ def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespa
 
 def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
     """Start a stage's only process from a server that has imported everything already, which spares seconds a stage."""
-    os.environ.update(PASSIVE)  # before the server starts, for its children
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rvlm.training"])
-    process = context.Process(target=_alone, args=(partial, os.getpid(), n_threads or os.cpu_count(), dict(os.environ)))
+    context.set_forkserver_preload(["rvlm.passive", "rvlm.training"])
+    environment = {**os.environ, **PASSIVE}
+    process = context.Process(target=_alone, args=(partial, os.getpid(), n_threads or os.cpu_count(), environment))
     process.start()
     return SimpleNamespace(poll=lambda: process.exitcode, stop=process.kill, wait=process.join)
 
@@ -127,7 +158,7 @@ def _alone(partial: Path, asker: int, n_threads: int, environment: dict[str, str
             os.dup2(output.fileno(), standard)
     exit_with(asker)
     torch.set_num_threads(n_threads)
-    work(Stage(**json.loads((partial / "stage.json").read_text())), partial)
+    _as_asked(partial)
 
 
 def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
@@ -163,31 +194,12 @@ def _follow(process: SimpleNamespace, partial: Path, stage: Stage, show_progress
                 bar.set_postfix({k: f"{v:.3f}" for k, v in entries[-1].items() if k.endswith("loss")})
 
 
-def exit_with(pid: int) -> None:
-    """End this process when process `pid` is gone, as `exit_with_parent` does for a child.
-
-    A worker of torchrun is a grandchild of the process that asked for the stage, in a session of its own.
-    """
-
-    def watch() -> None:
-        while True:
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                os._exit(1)
-            time.sleep(0.5)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
-    from rvlm.recording import exit_with_parent
-
     partial_folder = Path(sys.argv[1])
     if len(sys.argv) > 2:  # asked for by `run`, which puts the result in its place
-        exit_with_parent(os.getppid())
+        exit_with(os.getppid())
         exit_with(int(sys.argv[2]))
-        work(Stage(**json.loads((partial_folder / "stage.json").read_text())), partial_folder)
+        _as_asked(partial_folder)
     else:
         by_hand(partial_folder)
     sys.stdout.flush()

@@ -28,8 +28,9 @@ from rvlm.checkpoints import merge_vla
 from rvlm.episodes import EpisodeWriter
 from rvlm.families import tiny_vlm
 from rvlm.processors import load_processor
+from rvlm.snapshots import last_checkpoint, seal
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.trainer import LogFile, StageTrainer, arguments, last_checkpoint, log_history, seconds_of, step_decay, work
+from rvlm.trainer import LogFile, StageTrainer, arguments, log_history, seconds_of, step_decay, work
 from rvlm.training import prepare, run
 
 ROOT = Path(__file__).parents[1]
@@ -410,13 +411,61 @@ def trainers_of(folder):
     return [pid for pid in found if int(pid) != os.getpid()]
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+def test_the_newest_sealed_checkpoint_is_taken(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    for step, state in ((8, "{}"), (20, '{"global_step": 20}'), (100, '{"global_st'), (120, None)):
+    for step, is_sealed in ((8, True), (20, True), (100, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        if is_sealed:
+            seal(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path).endswith("checkpoint-20")
+    (tmp_path / "checkpoint-20" / "notes.txt").write_text("what others put there does not matter")
+    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
+
+
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "whole.json")
+DAMAGES = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
+    """A stage of 40 steps, trained without a break, and its folder with checkpoints at 20 and 40."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", str(folder / "home"))
+        forty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 320, policy=ONE_STEP, batch_size=8, n_processes=1)
+        work(forty, folder)
+    return forty, folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_that_lacks_any_part_is_passed_over(checkpoint, part, damage, tmp_path):
+    shutil.copytree(checkpoint[1] / "trainer", tmp_path, dirs_exist_ok=True)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-40")
+    damage(tmp_path / "checkpoint-40" / part)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
+    damage(tmp_path / "checkpoint-20" / part)
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("whole", [(40,), (20,), ()], ids=["at the end", "half", "nothing"])
+def test_a_stage_goes_on_from_what_is_whole(checkpoint, whole, tmp_path):
+    """Its last checkpoint is at its end: nothing is left to do then, but to write the model."""
+    stage, unbroken = checkpoint
+    shutil.copytree(unbroken / "trainer", tmp_path / "trainer")
+    for step in {20, 40} - set(whole):
+        DAMAGES["half"](tmp_path / "trainer" / f"checkpoint-{step}" / "optimizer.pt")
+    resumed, expected = trained(stage, tmp_path), load_file(unbroken / "model" / "model.safetensors")
+    assert all(torch.equal(resumed[k], expected[k]) for k in expected)
+    first = next((entry["step"] for entry in log_history(tmp_path)), 0)
+    assert first == min(max(whole, default=0) + 1, 40), "it began elsewhere"
 
 
 def test_a_log_that_was_cut_short_is_read(tmp_path):
@@ -424,6 +473,8 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     lines.append({"step": 3, "train_runtime": 1.0})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
     assert log_history(tmp_path) == [lines[0], *lines[3:]]
+    an_entry(LogFile(tmp_path), 4)
+    assert [entry["step"] for entry in log_history(tmp_path)] == [1, 2, 3, 3, 4], "what follows it counts"
     assert log_history(tmp_path / "none") == []
 
 
@@ -516,11 +567,15 @@ def test_two_who_ask_for_one_stage_at_once_get_one_training(stage):
     assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
 
 
+def an_entry(log, step):
+    log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=10), None, {"loss": 0.9})
+
+
 def test_seconds_count_on_after_a_kill(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 8, "loss": 1.0, "seconds": 40.0}\n')
     log = LogFile(tmp_path)
     log.started -= 2.0
-    log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=9, max_steps=10), None, {"loss": 0.9})
+    an_entry(log, 9)
     assert 42.0 <= seconds_of(tmp_path) < 60.0 and seconds_of(tmp_path / "none") == 0.0
 
 

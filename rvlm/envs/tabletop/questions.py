@@ -21,7 +21,7 @@ from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
 from rvlm.files import artifacts_dir
-from rvlm.recording import exit_with_parent
+from rvlm.processes import exit_with
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
 OFFSET_RANGE = 0.32  # offsets are binned over plus and minus this [m]
@@ -306,7 +306,7 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         jobs.append((root / f"{robot}-{seed}-{n}x{image_size}", robot, seed, n, image_size))
     todo = [job for job in jobs if not job[0].exists()]
     if todo:
-        with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
             futures = [pool.submit(make_scenes, *job) for job in todo]
             for future in tqdm(as_completed(futures), total=len(todo), desc=f"render {n_scenes} scenes", unit="part"):
                 future.result()
