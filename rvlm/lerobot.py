@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +166,12 @@ def check_extra(extra: dict[str, Any] | None) -> str:
     return json.dumps(extra or {}, default=lambda value: value.item())
 
 
-def finished_shards(partial: Path) -> list[Path]:
-    """Folders of the finished shards, in order."""
-    return sorted(p for p in partial.glob("shard-*") if "." not in p.name)
-
-
-def assemble(partial: Path, root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
-    """Make one dataset of all finished shards, under a temporary name that becomes ``root`` at the end."""
-    shards = [s for s in finished_shards(partial) if pq.read_metadata(s / "episodes.parquet").num_rows]
+def assemble(shards: Sequence[Path], whole: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:
+    """Write one dataset of finished shards into the folder `whole`."""
+    shards = [s for s in shards if pq.read_metadata(s / "episodes.parquet").num_rows]
     if not shards:
-        raise EpisodeError(f"expected at least one episode in {partial}, got none; add episodes before finalize")
-    features = _common_features(shards)
-    whole = partial / f"whole.{os.getpid()}"
-    shutil.rmtree(whole, ignore_errors=True)
+        raise EpisodeError(f"expected at least one episode in {whole.parent}, got none; add episodes before finalize")
+    features = common_features(shards)
     episodes = pd.concat([_episode_rows(s, i, spec) for i, s in enumerate(shards)], ignore_index=True)
     _number(episodes)
     _refuse_twins(episodes)
@@ -187,16 +181,10 @@ def assemble(partial: Path, root: Path, spec: ActionSpec, held_out: dict[str, An
     _write_meta(whole, episodes, features, tasks, stats, spec)
     if held_out is not None:
         (whole / "meta/held_out.json").write_text(json.dumps(held_out, indent=1))
-    try:
-        whole.rename(root)
-    except OSError as error:
-        if not (root / "meta/info.json").is_file():
-            raise EpisodeError(f"expected no folder at {root} yet, got one that is no dataset; remove it ({error})") from error
-    shutil.rmtree(partial, ignore_errors=True)
-    return root
 
 
-def _common_features(shards: list[Path]) -> dict[str, Any]:
+def common_features(shards: Sequence[Path]) -> dict[str, Any]:
+    """The features that all shards share; raises `EpisodeError` where one has others."""
     features = [json.loads((s / "features.json").read_text()) for s in shards]
     for shard, other in zip(shards, features, strict=True):
         if other != features[0]:
@@ -256,7 +244,7 @@ def _write_data(
         ]
         _write_row_groups(whole / DATA_PATH.format(chunk_index=chunk, file_index=file), numbered)
         for key in (k for k in features if k.startswith(IMAGES)):
-            _link(shard / f"{key}.mp4", whole / VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file))
+            link(shard / f"{key}.mp4", whole / VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file))
         tables += numbered
     return tables
 
@@ -294,8 +282,9 @@ def _write_row_groups(path: Path, tables: list[pa.Table]) -> None:
             writer.write_table(table)
 
 
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def link(source: str | Path, target: str | Path) -> None:
+    """The file under a second name; a copy on file systems that have no hard links."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

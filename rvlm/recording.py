@@ -1,134 +1,89 @@
 """Record demonstrations as a LeRobotDataset v3.0.
 
-A dataset is made of *shards*: one parquet file, one mp4 file per camera, and the rows that describe their episodes. Shards
-are independent, so any number of processes can record them; each is written under a temporary name and renamed when whole.
-`finalize` numbers the episodes through and writes the dataset's meta files, again under a temporary name. Killed at any
-time, finished shards are kept, and an unfinished dataset is never mistaken for a whole one:
+A recording is made of *shards* (`rvlm.shards`), each written under a name of its own and renamed when whole. `EpisodeWriter`
+writes a shard for each episode as it ends, and joins them into files of many when all are there; `collect` has processes make
+shards of many. `finalize` numbers the episodes through and writes the dataset's meta files, again under a temporary name.
+Killed at any time, what is whole is kept, and an unfinished dataset is never mistaken for a finished one:
 
-    ROOT.partial/shard-00007.1234/   being written by process 1234
-    ROOT.partial/shard-00007/        a finished shard
+    ROOT.partial/shard.4f1c.../      being written
+    ROOT.partial/shard-00007/        finished
     ROOT/                            the whole dataset
+    ROOT.lock                        held by the process that records
 
 Source: huggingface/lerobot, src/lerobot/datasets (format v3.0).  Taught in: 02_episodes_and_actions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import threading
-import time
+import uuid
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.actions import ActionSpec
-from rvlm.lerobot import IMAGES, Frames, ImageHistogram, assemble, check_extra, check_frames, finished_shards, infer_features
-from rvlm.video import EpisodeError, VideoWriter
+from rvlm.files import write_whole
+from rvlm.lerobot import Frames, assemble
+from rvlm.processes import exit_with
+from rvlm.shards import LAST, Shard, finished, joined, n_episodes, number_of, place, place_next, take_up
+from rvlm.video import EpisodeError
 
 Episode = tuple[Frames, str, dict[str, Any] | None]
-
-
-class Shard:
-    """Episodes that share one parquet file and one mp4 file per camera; exists under its name only when whole."""
-
-    def __init__(self, partial: Path, index: int, spec: ActionSpec, features: dict[str, Any] | None = None) -> None:
-        self.spec, self.features = spec, features
-        self._final = partial / f"shard-{index:05d}"
-        self._folder = partial / f"{self._final.name}.{os.getpid()}"
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        self._tables: list[pa.Table] = []
-        self._rows: list[dict[str, Any]] = []
-        self._videos: dict[str, VideoWriter] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, frames: Frames, instruction: str, extra: dict[str, Any] | None = None) -> None:
-        """Append one episode; see `EpisodeWriter.add_episode`."""
-        self.features = self.features or infer_features(self.spec, frames)
-        n = check_frames(self.spec, self.features, frames)
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise EpisodeError(f"expected an instruction in words, got {instruction!r}; every episode needs one")
-        row = {"instruction": instruction, "length": n, "extra": check_extra(extra), "digest": _digest(frames)}
-        for key in (k for k in frames if k.startswith(IMAGES)):
-            row[f"start/{key}"] = self._add_video(key, frames[key])
-            row[f"histogram/{key}"] = ImageHistogram().update(frames[key]).counts.reshape(-1)
-        self._tables.append(_table({k: v for k, v in frames.items() if not k.startswith(IMAGES)}))
-        self._rows.append(row)
-
-    def _add_video(self, key: str, images: np.ndarray) -> int:
-        if key not in self._videos:
-            self._videos[key] = VideoWriter(self._folder / f"{key}.mp4", self.spec.rate_hz, *images.shape[1:3])
-        start = self._videos[key].n_frames
-        self._videos[key].add(images)
-        return start
-
-    def close(self) -> None:
-        """Write the tables, finish the videos, and give the folder its final name."""
-        for video in self._videos.values():
-            video.close()
-        if self._rows:
-            pq.write_table(pa.concat_tables(self._tables), self._folder / "data.parquet")
-        pq.write_table(pa.Table.from_pylist(self._rows), self._folder / "episodes.parquet")
-        (self._folder / "features.json").write_text(json.dumps(self.features))
-        try:
-            self._folder.rename(self._final)
-        except OSError:  # another process has finished this shard first
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _digest(frames: Frames) -> str:
-    return hashlib.sha256(frames["action"].tobytes() + frames["observation.state"].tobytes()).hexdigest()
-
-
-def _table(columns: Frames) -> pa.Table:
-    return pa.table({key: _arrow(values) for key, values in columns.items()})
-
-
-def _arrow(values: np.ndarray) -> pa.Array:
-    """``(n,)`` or ``(n, 1)`` -> scalars, ``(n, d)`` -> lists of fixed size."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    width = int(np.prod(values.shape[1:]))
-    return flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+ASSEMBLED = "assembled"  # in an unfinished recording: all that it holds is about to be, or is, in the dataset
 
 
 class EpisodeWriter:
-    """Write a LeRobotDataset v3.0 from one process, episode by episode.
+    """Write a LeRobotDataset v3.0 from one process, episode by episode; each is on the disk when `add_episode` returns.
+
+    In a ``with`` block the dataset is finished at its end; where the block is left by an error, what was recorded is kept to go
+    on with. Two writers of one process may record into one folder, two processes may not.
 
     Args:
         root: folder of the dataset; it must not exist yet. Until `finalize` everything stands in ``ROOT.partial``.
         spec: the robot's conventions; actions, state and cameras are checked against it and it is stored in info.json.
         features: LeRobot's ``features`` block; taken from the first episode if left out.
-        episodes_per_file: after so many episodes a new parquet and mp4 file begins.
+        episodes_per_file: so many episodes share a parquet and an mp4 file.
 
     Attributes:
         n_kept: episodes of an earlier, killed recording that are kept; go on with the next one.
+
+    Raises:
+        EpisodeError: the dataset is finished already, another process records it, or an unfinished one is of another kind.
     """
 
     def __init__(
         self, root: str | Path, spec: ActionSpec, features: dict[str, Any] | None = None, episodes_per_file: int = 100
     ) -> None:
-        self.root, self.spec, self.features = Path(root), spec, features
-        self.episodes_per_file = episodes_per_file
-        if self.root.exists():
-            raise EpisodeError(f"expected no folder at {self.root} yet, got one; read it with EpisodeDataset, or remove it")
+        self.root, self.spec, self.episodes_per_file = Path(root), spec, episodes_per_file
         self._partial = partial_folder(self.root)
-        _open_partial(self._partial, {"spec": spec.to_dict(), "n_shards": None})
-        self._n_shards = len(finished_shards(self._partial))
-        self.n_kept = sum(pq.read_metadata(s / "episodes.parquet").num_rows for s in finished_shards(self._partial))
-        self._shard: Shard | None = None
+        self._refuse_finished()
+        self._release = weakref.finalize(self, _locked(self.root).release)
+        try:
+            self._refuse_finished()
+            _open_partial(self._partial, {"spec": spec.to_dict(), "n_shards": None})
+            take_up(self._partial)
+            kept = finished(self._partial)
+            self.n_kept, self.features = sum(map(n_episodes, kept)), _features_of(kept, features)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EpisodeWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.finalize()
+        else:
+            self.close()
 
     def add_episode(self, frames: Frames, instruction: str, extra: dict[str, Any] | None = None) -> None:
         """Append one episode of n frames.
@@ -138,22 +93,65 @@ class EpisodeWriter:
                 float32, "action" ``(n, a)`` float32 in raw units; further columns as ``(n,)`` or ``(n, d)``.
             instruction: what the robot was asked to do, in words.
             extra: scalars that describe the episode (family, seed, ...): columns of the episodes table.
-        """
-        self._shard = self._shard or Shard(self._partial, self._n_shards, self.spec, self.features)
-        self._shard.add(frames, instruction, extra)
-        self.features = self._shard.features
-        if len(self._shard) >= self.episodes_per_file:
-            self._close_shard()
 
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-            self._n_shards, self._shard = self._n_shards + 1, None
+        Raises:
+            EpisodeError: the episode breaks the card or the recording's features, could not be written, or comes too late.
+        """
+        self._refuse_finished()
+        shard = Shard(self._partial, self.spec, self.features)
+        shard.add(frames, instruction, extra)
+        place_next(shard.write())
+        self.features = shard.features
 
     def finalize(self) -> Path:
-        """Write the meta files and give the dataset its name; returns ``root``."""
-        self._close_shard()
-        return assemble(self._partial, self.root, self.spec)
+        """Join the episodes into files, write the meta files and give the dataset its name; returns ``root``.
+
+        Asked again, it does nothing; killed, it is asked again.
+        """
+        if not _is_finished(self.root):
+            take_up(self._partial)
+            _assemble(joined(self._partial, self.episodes_per_file), self.root, self.spec)
+        self.close()
+        return self.root
+
+    def close(self) -> None:
+        """Let others record; what was recorded stays to go on with."""
+        self._release()
+
+    def _refuse_finished(self) -> None:
+        if self.root.exists():
+            _is_finished(self.root)
+            raise EpisodeError(
+                f"expected no folder at {self.root} yet, got one; read it with EpisodeDataset, or remove it. A finished dataset "
+                "takes no more episodes: record them into another folder, and train on both"
+            )
+
+
+def _locked(root: Path) -> FileLock:
+    """The lock of a recording, taken by this process; it ends with the process, also where that is killed."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{root}.lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise EpisodeError(
+            f"{root}: another process is recording it at this moment; wait until it has finished, or record into another folder "
+            "and train on both"
+        ) from error
+    return lock
+
+
+def _features_of(kept: list[Path], features: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of the episodes that are kept, which those to come must share."""
+    if not kept:
+        return features
+    found = json.loads((kept[0] / LAST).read_text())
+    if features not in (None, found):
+        raise EpisodeError(
+            f"{kept[0].parent} holds an unfinished recording with other features: expected {found}, got {features}; resume with "
+            "the same ones, or remove it"
+        )
+    return found
 
 
 def partial_folder(root: Path) -> Path:
@@ -162,13 +160,17 @@ def partial_folder(root: Path) -> Path:
 
 
 def _open_partial(partial: Path, header: dict[str, Any]) -> None:
-    partial.mkdir(parents=True, exist_ok=True)
-    path = partial / "header.json"
-    if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(header))
-        temporary.replace(path)
-    found = json.loads(path.read_text())
+    if not (partial / "header.json").exists():
+        write_whole(partial / "header.json", json.dumps(header))
+    _refuse_other(partial, header)
+
+
+def _refuse_other(partial: Path, header: dict[str, Any]) -> None:
+    """Raise `EpisodeError` where an unfinished recording is of another kind."""
+    try:
+        found = json.loads((partial / "header.json").read_text())
+    except FileNotFoundError:
+        return
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         raise EpisodeError(
@@ -178,12 +180,39 @@ def _open_partial(partial: Path, header: dict[str, Any]) -> None:
         )
 
 
+def _assemble(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
+    """Make the dataset, under a temporary name; then what it was made of is no longer needed."""
+    whole, mark = partial_folder(root) / f"whole.{uuid.uuid4().hex}", partial_folder(root) / ASSEMBLED
+    assemble(shards, whole, spec, held_out)
+    mark.touch()
+    try:
+        whole.rename(root)
+    except OSError as error:
+        mark.unlink()
+        raise EpisodeError(
+            f"{root}: the dataset is whole in {whole}, but could not be renamed ({error}); all that was recorded is kept there: "
+            "mend what stands in the way, and finalize again"
+        ) from error
+    _is_finished(root)
+    return root
+
+
+def _is_finished(root: Path) -> bool:
+    """Whether the dataset is there; a kill may have left what it was made of, which is removed then."""
+    partial = partial_folder(root)
+    if root.exists() and (partial / ASSEMBLED).exists():
+        for path in partial.glob("*/"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # with the mark, at last
+    return root.exists() and not partial.exists()
+
+
 def record_shard(partial: str, index: int, spec: ActionSpec, make_shard: Callable[[int], Iterable[Episode]]) -> int:
     """Record one shard from start to end (the work of one process); returns its index."""
-    shard = Shard(Path(partial), index, spec)
+    shard = Shard(Path(partial), spec)
     for frames, instruction, extra in make_shard(index):
         shard.add(frames, instruction, extra)
-    shard.close()
+    place(shard.write(), Path(partial) / f"shard-{index:05d}")  # or another process has made the same one first
     return index
 
 
@@ -208,42 +237,33 @@ def collect(
         progress: show a progress bar.
         held_out: what the dataset promises not to hold, for those who evaluate: ``meta/held_out.json``.
     """
-    root = Path(root)
+    root, header = Path(root), {"spec": spec.to_dict(), "n_shards": n_shards}
     if root.exists():
+        _is_finished(root)
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(root.name + ".lock")):  # who asks for the same recording meanwhile waits for it
+    partial = partial_folder(root)
+    _refuse_other(partial, header)  # at once, not when another recorder lets go
+    with FileLock(f"{root}.lock"):  # who asks for the same recording meanwhile waits for it
         if root.exists():
             return root
-        partial = partial_folder(root)
-        _open_partial(partial, {"spec": spec.to_dict(), "n_shards": n_shards})
-        done = {int(p.name[-5:]) for p in finished_shards(partial)}
+        _open_partial(partial, header)
+        done = {number_of(shard) for shard in finished(partial)}
         todo = [i for i in range(n_shards) if i not in done]
         with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
             for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
                 bar.update()
-        return assemble(partial, root, spec, held_out)
+        return _assemble(finished(partial), root, spec, held_out)
 
 
 def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: Callable, n_workers: int) -> Iterable[int]:
     if n_workers <= 1 or len(todo) <= 1:
         yield from (record_shard(str(partial), i, spec, make_shard) for i in todo)
         return
-    with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
         futures = [pool.submit(record_shard, str(partial), i, spec, make_shard) for i in todo]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def exit_with_parent(parent: int) -> None:
-    """A worker whose parent was killed ends too, instead of waiting for work forever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

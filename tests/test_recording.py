@@ -1,0 +1,233 @@
+"""A recording loses nothing: not by a kill, not by a second recorder, not by a disk that fails."""
+
+import errno
+import functools
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import toy_frames
+
+from rvlm.actions import ActionSpec
+from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, collect
+from rvlm.recording import partial_folder
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+N_EPISODES = 12
+toy = functools.partial(toy_frames, SPEC, size=16)
+
+
+def record(root, first=0, n=N_EPISODES, pause_s=0.0, per_file=5):
+    """Record a dataset, or go on with one, as a script of a user's would."""
+    with EpisodeWriter(root, SPEC, episodes_per_file=per_file) as writer:
+        for seed in range(first + writer.n_kept, first + n):
+            writer.add_episode(toy(4 + seed % 3, seed), f"task {seed % 2}", {"seed": seed})
+            time.sleep(pause_s)
+
+
+def actions_of(root):
+    """Actions of each episode, which are as they were made; and that all of its frames are there."""
+    data = EpisodeDataset(root)
+    assert all(len(data.episode(i)["observation.images.wrist"]) == n for i, n in enumerate(data.episodes["length"]))
+    return [data.episode(i)["action"] for i in range(data.n_episodes)]
+
+
+def child(target, *arguments, **options):
+    """A process of its own, at once: no second is lost to imports."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    root = tmp_path_factory.mktemp("unbroken") / "demos"
+    record(root)
+    return root
+
+
+def test_killed_again_and_again_a_recording_is_as_if_it_had_not_been(tmp_path, unbroken):
+    """SIGKILL at random, also while it is put together: each time all episodes that were added are there."""
+    root, rng, kept, n_kills = tmp_path / "demos", np.random.default_rng(16), 0, 0
+    while not root.exists() and n_kills < 40:
+        process = child(record, root, pause_s=0.02)
+        process.join(timeout=rng.uniform(0.1, 0.6) + 0.05 * n_kills)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        shards = list(partial_folder(root).glob("shard-*"))
+        assert root.exists() or len(shards) >= kept
+        kept, n_kills = len(shards), n_kills + 1
+    assert n_kills > 2
+    for expected, got in zip(actions_of(unbroken), actions_of(root), strict=True):
+        assert np.array_equal(expected, got)
+    collect(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False)
+    assert not partial_folder(root).exists()
+
+
+def test_an_episode_is_on_the_disk_when_it_was_added(tmp_path):
+    """Of a hundred that would share a file, all but the one under way outlive the process."""
+    process = child(record, tmp_path / "d", pause_s=3600, per_file=100)
+    until = time.monotonic() + 120
+    while not list(partial_folder(tmp_path / "d").glob("shard-00000")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    with EpisodeWriter(tmp_path / "d", SPEC) as writer:
+        assert writer.n_kept == 1
+    assert EpisodeDataset(tmp_path / "d").n_episodes == 1
+
+
+@pytest.mark.parametrize("step", ["assembled", "renamed"])
+def test_killed_while_it_is_put_together_a_recording_is_put_together_anew(tmp_path, step, monkeypatch):
+    """The last two moments: before the dataset has its name, and before what it was made of is removed."""
+    root, partial = tmp_path / "d", partial_folder(tmp_path / "d")
+    writer = EpisodeWriter(root, SPEC)
+    writer.add_episode(toy(4, 0), "lift")
+
+    def killed(*_, **__):
+        raise SystemExit
+
+    if step == "assembled":
+        monkeypatch.setattr(Path, "rename", killed)
+    else:
+        monkeypatch.setattr("rvlm.recording.shutil", SimpleNamespace(rmtree=killed))
+    with pytest.raises(SystemExit):
+        writer.finalize()
+    monkeypatch.undo()
+    assert root.exists() == (step == "renamed") and (partial / "shard-00000").exists()
+    writer.close()
+    if step == "renamed":
+        with pytest.raises(EpisodeError, match="A finished dataset takes no more episodes: record them into another folder"):
+            EpisodeWriter(root, SPEC)
+    else:
+        EpisodeWriter(root, SPEC).finalize()
+    assert EpisodeDataset(root).n_episodes == 1 and not partial.exists()
+
+
+def test_finalize_does_nothing_the_second_time(tmp_path):
+    with EpisodeWriter(tmp_path / "d", SPEC) as writer:
+        writer.add_episode(toy(4, 0), "lift")
+        made = writer.finalize().stat().st_mtime_ns
+    assert writer.finalize().stat().st_mtime_ns == made
+    with pytest.raises(EpisodeError, match="takes no more episodes"):
+        writer.add_episode(toy(4, 1), "lift")
+
+
+def test_what_was_recorded_before_an_error_is_kept(tmp_path):
+    with pytest.raises(ZeroDivisionError), EpisodeWriter(tmp_path / "d", SPEC) as writer:
+        writer.add_episode(toy(4, 0), "lift")
+        _ = 1 / 0
+    assert not (tmp_path / "d").exists() and EpisodeWriter(tmp_path / "d", SPEC).n_kept == 1
+
+
+def refusal(root, answer):
+    try:
+        record(root, first=50)
+    except EpisodeError as error:
+        answer.send(str(error))
+
+
+def test_a_second_process_is_refused_and_the_first_loses_nothing(tmp_path):
+    root, (ours, theirs) = tmp_path / "d", multiprocessing.Pipe()
+    with EpisodeWriter(root, SPEC) as writer:
+        writer.add_episode(toy(4, 0), "lift")
+        other = child(refusal, root, theirs)
+        assert ours.poll(120) and "d: another process is recording it at this moment; wait until" in ours.recv()
+        other.join()
+        writer.add_episode(toy(4, 1), "lift")
+    assert EpisodeDataset(root).n_episodes == 2
+    record(tmp_path / "e", n=2)
+    assert Path(f"{root}.lock").exists() or not Path(f"{tmp_path / 'e'}.lock").exists(), "nothing holds it"
+
+
+def test_two_writers_of_one_process_share_a_folder(tmp_path):
+    one, two = EpisodeWriter(tmp_path / "d", SPEC), EpisodeWriter(tmp_path / "d", SPEC)
+    for seed in range(4):
+        one.add_episode(toy(4, seed), "lift")
+        two.add_episode(toy(4, 10 + seed), "push")
+    assert EpisodeDataset(one.finalize()).n_episodes == 8 and two.finalize() == one.root
+    with pytest.raises(EpisodeError, match="takes no more episodes"):
+        two.add_episode(toy(4, 99), "lift")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fails_costs_no_episode(tmp_path, code, monkeypatch):
+    """Where the finished episode cannot be renamed it is kept whole, and taken up when the recording goes on."""
+    writer = EpisodeWriter(tmp_path / "d", SPEC)
+    writer.add_episode(toy(4, 0), "lift")
+
+    def fails(*_):
+        raise OSError(code, "as the disk says")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(EpisodeError, match=r"shard\.\w+: what was recorded is whole there and kept.*as the disk says"):
+        writer.add_episode(toy(4, 1), "lift")
+    with pytest.raises(EpisodeError, match="whole there and kept"):
+        writer.finalize()
+    monkeypatch.undo()
+    again = EpisodeWriter(tmp_path / "d", SPEC)
+    assert again.n_kept == 2 and EpisodeDataset(again.finalize()).n_episodes == 2
+
+
+@pytest.mark.parametrize("broken", ["rvlm.video.VideoWriter.add", "rvlm.shards.pq.write_table", "rvlm.shards.os.fsync"])
+def test_an_episode_that_could_not_be_written_may_be_added_again(tmp_path, broken, monkeypatch):
+    writer = EpisodeWriter(tmp_path / "d", SPEC)
+    writer.add_episode(toy(4, 0), "lift")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(EpisodeError, match=r"could not be written .*no space left.* all .* before it are kept in .*d\.partial"):
+        writer.add_episode(toy(4, 1), "lift")
+    monkeypatch.undo()
+    writer.add_episode(toy(4, 1), "lift")
+    assert EpisodeDataset(writer.finalize()).n_episodes == 2
+
+
+def test_a_dataset_that_cannot_be_renamed_keeps_all_that_it_was_made_of(tmp_path):
+    root = tmp_path / "d"
+    writer = EpisodeWriter(root, SPEC)
+    writer.add_episode(toy(4, 0), "lift")
+    (root / "meta").mkdir(parents=True)
+    (root / "meta/info.json").write_text("{}")
+    with pytest.raises(EpisodeError, match=r"could not be renamed .* all that was recorded is kept there"):
+        writer.finalize()
+    assert (partial_folder(root) / "shard-00000").exists() and (root / "meta/info.json").read_text() == "{}"
+
+
+def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
+    first = EpisodeWriter(tmp_path / "d", SPEC)
+    first.add_episode(toy(4, 0), "lift")
+    again = EpisodeWriter(tmp_path / "d", SPEC)
+    with pytest.raises(EpisodeError, match=r"expected uint8 of shape \(n, 16, 16, 3\), got uint8 \(4, 48, 48, 3\)"):
+        again.add_episode(toy_frames(SPEC, 4, 1), "lift")
+    with pytest.raises(EpisodeError, match="an unfinished recording with other features"):
+        EpisodeWriter(tmp_path / "d", SPEC, features={"action": {}})
+    with pytest.raises(EpisodeError, match=r"differs in \['n_shards'\]"):
+        collect(tmp_path / "d", SPEC, lambda i: [], 3, progress=False)
+
+
+def test_files_of_many_hold_the_frames_of_single_ones_bit_for_bit(tmp_path):
+    """They are joined without decoding; each episode begins with a key frame still."""
+    roots = {per_file: tmp_path / str(per_file) for per_file in (1, 4, 100)}
+    for per_file, root in roots.items():
+        record(root, n=6, per_file=per_file)
+        videos = sorted(root.glob("videos/*/*/*.mp4"))
+        assert len(videos) == 2 * -(-6 // per_file)
+    single, few, one = (EpisodeDataset(root) for root in roots.values())
+    for i in range(6):
+        for key, values in single.episode(i).items():
+            for other in (few, one):
+                assert np.array_equal(values, other.episode(i)[key]), key
+    with av.open(str(next(roots[100].glob("videos/*/*/*.mp4")))) as file:
+        keys = {round(p.pts * p.time_base * SPEC.rate_hz) for p in file.demux(video=0) if p.is_keyframe and p.pts is not None}
+    lengths = pq.read_table(roots[100] / "meta/episodes/chunk-000/file-000.parquet")["length"].to_pylist()
+    assert set(np.cumsum([0, *lengths[:-1]])) <= keys

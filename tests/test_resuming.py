@@ -1,0 +1,78 @@
+"""Killed at any moment, every kind of stage ends where an unbroken one does."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, toy_frames
+from safetensors.torch import load_file
+
+from rvlm.actions import ActionSpec
+from rvlm.episodes import EpisodeWriter
+from rvlm.snapshots import last_checkpoint
+from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
+from rvlm.trainer import log_history
+from rvlm.training import _fork, prepare, run
+
+POLICY = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
+
+
+@pytest.fixture(scope="module")
+def scenes(toy_home):
+    """Folder of twelve scenes with questions."""
+    from rvlm.envs.tabletop.questions import make_scenes
+
+    return str(make_scenes(toy_home / "scenes", "franka7", 1000, 12, 48))
+
+
+@pytest.fixture(scope="module")
+def other_robot(toy_home):
+    """Folder of ten made-up demonstrations of another robot."""
+    spec = ActionSpec.from_card("tabletop_ur6")
+    with EpisodeWriter(toy_home / "ur6", spec) as writer:
+        for seed in range(10):
+            writer.add_episode(toy_frames(spec, 5, 100 + seed), TEXTS[0])
+    return str(toy_home / "ur6")
+
+
+@pytest.fixture
+def stages(home, toy_vlm, toy_demos, scenes, other_robot):
+    """One of each kind."""
+    common = {"init": str(toy_vlm), "n_samples": 8 * 45, "batch_size": 8, "n_processes": 1}
+    robot = {**common, "kind": ROBOT, "policy": POLICY}
+    mixed = {"data": (str(toy_demos), other_robot), "weights": (0.7, 0.3), "is_new_robot": True, "scenes": (scenes,)}
+    return {
+        "detection": Stage("tower", DETECTION, (scenes,), **common),
+        "vision_language": Stage("frozen", VISION_LANGUAGE, (scenes,), freeze_vision=True, **common),
+        "adapters": Stage("adapted", data=(str(toy_demos),), tuning="lora", rank=2, freeze_vision=True, **robot),
+        "mixture": Stage("mixed", **mixed, **robot),
+    }
+
+
+@pytest.mark.parametrize("kind", ["detection", "vision_language", "adapters", "mixture"])
+def test_a_stage_that_is_killed_again_and_again_ends_where_an_unbroken_one_does(stages, kind, monkeypatch, tmp_path):
+    """SIGKILL to the trainer: once behind its first checkpoint, then at random."""
+    stage, rng = stages[kind], np.random.default_rng(16)
+    started = time.monotonic()
+    unbroken = run(stage, show_progress=False, n_threads=1)
+    seconds = time.monotonic() - started
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    partial = prepare(stage)
+    for moment in [None, *rng.uniform(0, seconds, 5)]:
+        trainer = _fork(partial, 1)
+        until = time.monotonic() + (300 if moment is None else moment)
+        while time.monotonic() < until and trainer.poll() is None:
+            if moment is None and last_checkpoint(partial / "trainer"):
+                break
+            time.sleep(0.01)
+        trainer.stop()
+        trainer.wait()
+        assert trainer.poll() in (0, -signal.SIGKILL), (partial / "output.txt").read_text()[-2000:]
+    model = run(stage, show_progress=False, n_threads=1)
+    for path in sorted(unbroken.rglob("*.safetensors")):
+        expected, got = load_file(path), load_file(model / path.relative_to(unbroken))
+        assert expected.keys() == got.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+    lines = (stage.folder / "log.jsonl").read_text()
+    assert lines.count('"step": 3,') <= 6 and log_history(stage.folder)[-1]["step"] == 45
