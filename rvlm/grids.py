@@ -4,17 +4,23 @@ The storage is an address as Optuna takes it: an SQLite file here, PostgreSQL or
 Source of the large grid: RoboVLMs (arXiv 2412.14058), appendix on hyper-parameters.
 """
 
+import contextlib
 import functools
+import json
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
+from filelock import FileLock
 
 from rvlm.files import artifacts_dir
 from rvlm.stages import Stage
+from rvlm.trainer import TrainingDiverged
 from rvlm.training import run
 
 Grid = Mapping[str, Sequence[Any]]
@@ -30,11 +36,20 @@ SMALL: Grid = {  # two CPU cores, from the shipped model
     "batch_size": (8, 32),
     "warmup": (0.03, 0.25),
 }
+REASON = "reason"  # of a trial that failed: why
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
 
 def storage_of(name: str) -> str:
-    """Address of the study's own SQLite file among the artifacts."""
+    """Address of the study's own SQLite file among the artifacts.
+
+    Raises:
+        ValueError: The name cannot be a file's.
+    """
+    if not re.fullmatch(r"\w[\w .,=+-]*", name):
+        raise ValueError(
+            f"study {name!r}: expected a name of letters, digits, '_', '-', '.', ',', '=', '+' or blanks, for a file's"
+        )
     folder = artifacts_dir() / "studies"
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / name}.db"
@@ -44,15 +59,58 @@ def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -
     """The study of this name, as it is by now; made if there is none.
 
     Trials that are worse than the median of those before them at the same step are stopped.
+
+    Raises:
+        ValueError: The name cannot be a file's, or the study was begun over another grid.
     """
-    return optuna.create_study(
-        storage=storage or storage_of(name),
-        study_name=name,
-        sampler=optuna.samplers.GridSampler({key: list(values) for key, values in grid.items()}, seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
-        direction="minimize",
-        load_if_exists=True,
-    )
+    address = storage or storage_of(name)
+    with _lock(address):  # two that make one file at once both fail
+        study = optuna.create_study(
+            storage=address,
+            study_name=name,
+            sampler=optuna.samplers.GridSampler({key: list(_labels(key, grid[key])) for key in grid}, seed=seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+            direction="minimize",
+            load_if_exists=True,
+        )
+    _refuse_other_grid(study, grid)
+    return study
+
+
+def _lock(address: str) -> contextlib.AbstractContextManager:
+    """Of a study in a file; a server keeps order itself."""
+    path = address.removeprefix("sqlite:///")
+    return FileLock(f"{path}.lock") if path != address else contextlib.nullcontext()
+
+
+def _labels(key: str, values: Sequence[Any]) -> dict[Any, Any]:
+    """What stands for each value in a study's storage, which keeps scalars alone: others as JSON."""
+    try:
+        labels = {v if v is None or isinstance(v, (bool, int, float, str)) else json.dumps(v): v for v in values}
+    except TypeError as error:
+        raise ValueError(f"grid: expected values of {key!r} that JSON can hold, got {values!r} ({error})") from error
+    if len(labels) != len(values) or not labels:
+        raise ValueError(f"grid: expected one or more values of {key!r}, each once, got {values!r}")
+    return labels
+
+
+def _refuse_other_grid(study: optuna.Study, grid: Grid) -> None:
+    """A study's trials are compared with each other, so all are of one grid."""
+    for trial in study.get_trials(deepcopy=False):
+        begun: dict[str, Any] = {key: list(d.choices) for key, d in trial.distributions.items() if hasattr(d, "choices")}
+        for key, values in begun.items():
+            now = list(_labels(key, grid[key])) if key in grid else None
+            if now != values:
+                raise ValueError(
+                    f"study {study.study_name!r} was begun with {key!r} of {values}, got {now or 'no such setting'}; go on with "
+                    "the same grid, or give the new one another name"
+                )
+        missing = [key for key in grid if begun and trial.state.is_finished() and key not in begun]
+        if missing:
+            raise ValueError(
+                f"study {study.study_name!r} was begun with {', '.join(begun)}, got {', '.join(missing)} too; go on with the "
+                "same grid, or give the new one another name"
+            )
 
 
 def search(
@@ -67,30 +125,66 @@ def search(
 ) -> optuna.Study:
     """Go on with a study until it has `n_trials`, with all who do the same at the same time.
 
+    A training that diverges is a trial that failed, with its reason in `table`; one that was killed or stopped by hand is
+    tried again.
+
     Args:
         name: Of the study.
         grid: Setting -> values.
         make: Settings by name -> stage.
         score: Folder of a trained model -> what is to be small.
-        n_trials: That end or are stopped, over all processes.
+        n_trials: That end, are stopped or diverge, over all processes.
         storage: Address; the study's own SQLite file if left out.
         n_threads: Of each training.
         seed: Of the order in which the grid is tried.
 
     Returns:
         The study.
+
+    Raises:
+        ValueError: As `study_of`.
     """
     study = study_of(name, grid, storage, seed)
+    labels = {key: _labels(key, values) for key, values in grid.items()}
 
     def attempt(trial: optuna.Trial) -> float:
-        stage = make(**{key: trial.suggest_categorical(key, list(values)) for key, values in grid.items()})
+        stage = make(**{key: of[trial.suggest_categorical(key, list(of))] for key, of in labels.items()})
         watch = functools.partial(_watch, trial, set())
-        return score(run(stage, show_progress=False, n_threads=n_threads, watch=watch))
+        try:
+            value = score(run(stage, show_progress=False, n_threads=n_threads, watch=watch))
+            if math.isnan(value):
+                raise TrainingDiverged(f"stage {stage.name!r}: its score is no number")
+            return value
+        except TrainingDiverged as error:
+            trial.set_user_attr(REASON, str(error))
+            raise
 
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    if len(study.get_trials(deepcopy=False, states=states)) < n_trials:
-        study.optimize(attempt, callbacks=[optuna.study.MaxTrialsCallback(n_trials, states=states)], n_trials=n_trials)
+    def stop_if_enough(study: optuna.Study, _: Any = None) -> None:
+        if len(_counted(study)) >= n_trials:
+            study.stop()
+
+    n_trials = min(n_trials, math.prod(map(len, labels.values())))
+    if len(_counted(study)) < n_trials:
+        with _lock(storage or storage_of(name)):
+            _line_up_again(study)
+        study.optimize(attempt, callbacks=[stop_if_enough], catch=TrainingDiverged)
     return study
+
+
+def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that say something: they ended, were stopped, or diverged. Others were broken off."""
+    known = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state in known or REASON in trial.user_attrs]
+
+
+def _line_up_again(study: optuna.Study) -> None:
+    """Trials that were broken off by hand or by an error, at their places in the grid; the sampler takes them for visited."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if "grid_id" in trial.system_attrs]
+    last = {trial.system_attrs["grid_id"]: trial for trial in trials}
+    for trial in last.values():
+        if trial.state == optuna.trial.TrialState.FAIL and REASON not in trial.user_attrs:
+            place = {key: trial.system_attrs[key] for key in ("grid_id", "search_space")}
+            study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs=place))
 
 
 def _watch(trial: optuna.Trial, told: set[int], entry: Mapping[str, float]) -> None:
@@ -104,10 +198,11 @@ def _watch(trial: optuna.Trial, told: set[int], entry: Mapping[str, float]) -> N
 
 
 def table(study: optuna.Study) -> pd.DataFrame:
-    """Its trials: settings, `value` (missing where it was stopped), `state`, `seconds`."""
+    """Its trials: settings, `value` (missing where it did not end), `state`, `seconds`, and the `reason` of one that failed."""
     frame = study.trials_dataframe(("number", "params", "value", "state", "duration"))
-    frame = frame[frame["state"].isin(["COMPLETE", "PRUNED"])]
+    frame = frame[frame["number"].isin([trial.number for trial in _counted(study)])]
     frame["value"] = frame["value"].where(frame["state"] == "COMPLETE")  # of others it is the last loss that was reported
+    frame["reason"] = frame["number"].map({trial.number: trial.user_attrs.get(REASON) for trial in _counted(study)})
     return frame.rename(columns=lambda name: name.removeprefix("params_")).assign(seconds=frame["duration"].dt.total_seconds())
 
 

@@ -1,9 +1,11 @@
 """Grids: a study that is shared, gone on with, and stops what does badly."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -57,7 +59,6 @@ search("shared", test_grids.GRID, lambda **s: dataclasses.replace(stage, **s), t
 
 
 def test_two_workers_share_one_study(stage):
-    study_of("shared", GRID)  # so that both find it
     code = WORKER.format(stage=dataclasses.asdict(stage))
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
@@ -78,3 +79,91 @@ def test_what_does_badly_is_stopped(stage, tmp_path):
     assert tried["value"].notna().tolist() == [True] * 4 + [False]
     stopped = dataclasses.replace(long, learning_rate=10.0).folder
     assert not stopped.exists() and 0 < log_history(stopped.with_name(stopped.name + ".partial"))[-1]["step"] < 160
+
+
+def untrained(monkeypatch, fail=lambda settings: None):
+    """A search in which nothing is trained: a stage is its settings, its score the number of trials before it."""
+    tried = []
+
+    def run(settings, **_):
+        tried.append(settings)
+        fail(settings)
+        return Path("model")
+
+    monkeypatch.setattr("rvlm.grids.run", run)
+    go_on = lambda grid, n, name="toy": search(name, grid, lambda **s: SimpleNamespace(name="toy", **s), lambda _: 1.0, n)  # noqa: E731
+    return tried, go_on
+
+
+MANY = {"weights": [(0.5, 0.5), (0.9, 0.1)], "policy": ({"head": "mlp"}, {"head": "flow"}), "freeze_vision": (None,)}
+
+
+def test_a_grid_over_what_no_database_holds_is_gone_on_with(home, monkeypatch):
+    """Tuples, dictionaries, None: each trial's stage gets the values themselves, and its table can be read."""
+    tried, go_on = untrained(monkeypatch)
+    for n in (1, 2, 4, 20):
+        study = go_on(MANY, n)
+        assert len(study.trials) == min(n, 4) == len(tried)
+    points = [(s.weights, s.policy["head"], s.freeze_vision) for s in tried]
+    assert sorted(points, key=str) == sorted(itertools.product(MANY["weights"], ("mlp", "flow"), (None,)), key=str)
+    assert set(table(study)["weights"]) == {"[0.5, 0.5]", "[0.9, 0.1]"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({**MANY, "weights": [*MANY["weights"], (0.1, 0.9)]}, r"begun with 'weights' of .*got .*0\.1, 0\.9.*another name"),
+        ({**MANY, "seed": (0, 1)}, "was begun with .*, got seed too; go on with the same grid"),
+        ({"weights": MANY["weights"]}, "was begun with 'policy' of .*, got no such setting"),
+        ({**MANY, "weights": []}, r"expected one or more values of 'weights', each once, got \[\]"),
+        ({**MANY, "weights": [{1, 2}]}, "expected values of 'weights' that JSON can hold"),
+    ],
+)
+def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, grid, message):
+    tried, go_on = untrained(monkeypatch)
+    go_on(MANY, 1, "other")
+    n = len(tried)
+    with pytest.raises(ValueError, match=message):
+        go_on(grid, 20, "other")
+    assert len(tried) == n and len(study_of("other", MANY).trials) == 1
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "", "a?b", "a#b", ".hidden"])
+def test_a_name_that_is_no_files_is_refused(home, name):
+    with pytest.raises(ValueError, match="expected a name of letters, digits"):
+        study_of(name, GRID)
+
+
+def test_one_training_that_diverges_does_not_end_the_search(stage):
+    """Its weights really become no numbers; the others are tried, and it is not tried a second time."""
+    grid = {"learning_rate": (1e-3, 1e30, 1e-4)}
+    make = lambda **settings: dataclasses.replace(stage, **settings, schedule="constant", warmup=0.0)  # noqa: E731
+    for _ in range(2):
+        study = search("diverging", grid, make, end_of, n_trials=3, n_threads=1)
+        assert len(study.trials) == 3
+    tried = table(study).set_index("learning_rate")
+    assert tried["state"].to_dict() == {1e-3: "COMPLETE", 1e30: "FAIL", 1e-4: "COMPLETE"}
+    assert "no numbers any more; take a smaller learning_rate" in tried.loc[1e30, "reason"]
+    assert study.best_params["learning_rate"] != 1e30
+
+
+def test_what_was_broken_off_is_tried_again(home, monkeypatch):
+    """By hand, or by an error that is mended meanwhile; a kill leaves a trial that seems to run, and is tried again too."""
+    breaks = [KeyboardInterrupt, ZeroDivisionError]
+
+    def fail(settings):
+        if breaks:
+            raise breaks.pop()
+
+    _, go_on = untrained(monkeypatch, fail)
+    study_of("broken", GRID).ask()  # as a kill leaves it
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+        with pytest.raises(error):
+            go_on(GRID, 4, "broken")
+    assert len(table(go_on(GRID, 4, "broken"))[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
+
+
+def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
+    monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
+    study = search("nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy"), lambda _: float("nan"), 2)
+    assert table(study)["reason"].tolist() == ["stage 'toy': its score is no number"] * 2
