@@ -228,7 +228,7 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
         by: Columns that make the groups.
 
     Returns:
-        One row per group: the columns in `by`, then successes, n, rate, low, high.
+        One row per group: the columns in `by`, then successes, n, rate, low, high, and where a group has several, trainings.
     """
     rows, columns = [], [by] if isinstance(by, str) else list(by)
     for key, group in episodes.groupby(columns, sort=False):
@@ -236,6 +236,7 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
         alone = wilson(int(group["is_success"].to_numpy().sum()), len(group))
         rate = success_rate(_outcomes(group, "training")) if is_several else alone
         counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
+        counts |= {"trainings": len(set(group["training"]))} if is_several else {}
         rows.append({**dict(zip(columns, cast(tuple, key), strict=True)), **counts})
     return pd.DataFrame(rows)
 

@@ -163,11 +163,13 @@ def test_a_title_names_a_winner_only_where_its_interval_stands_apart(successes, 
     assert plots.verdict_title(table) == title == plots.success_bars(table).get_suptitle()
 
 
-def test_success_bars_print_counts():
-    texts = [
-        t.get_text() for t in plots.success_bars(pd.DataFrame({"name": ["a"], "successes": [169], "n": [200]})).axes[0].texts
-    ]
-    assert texts == ["169/200"]
+def test_success_bars_print_counts_and_shared_episodes_once():
+    once = pd.DataFrame({"name": ["a"], "successes": [169], "n": [200]})
+    assert [t.get_text() for t in plots.success_bars(once).axes[0].texts] == ["169/200"]
+    table = pd.DataFrame({"name": ["a", "b"], "successes": [840, 100], "n": [1000, 200], "trainings": [5, None]})
+    fig = plots.success_bars(table)
+    assert [t.get_text() for t in fig.axes[0].texts] == ["84 %, 5 × 200", "100/200"]
+    assert fig.get_suptitle() == "A solves most: 84 % of 5 × 200 episodes"
 
 
 def test_a_short_curve_is_not_smoothed_and_a_long_one_does_not_lag():

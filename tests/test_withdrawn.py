@@ -106,6 +106,18 @@ def test_every_line_of_the_list_takes_something_back_or_its_finding_is_new():
         assert not missed, (name, missed)
 
 
+def test_readme_docs_and_notebooks_do_not_say_what_is_withdrawn():
+    taken = [t["text"] for results in RESULTS for path in (results / "findings").glob("*.json") for t in withdrawn_of(path)]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    says = {page.name: page.read_text() for page in pages}
+    found = [(name, text) for name, page in says.items() for text in taken if text in page]
+    assert taken and not found, found
+
+
+def withdrawn_of(path):
+    return json.loads(path.read_text()).get("withdrawn", [])
+
+
 def test_executed_notebooks_are_kept_clean():
     for results in RESULTS:
         for path in executed(results):

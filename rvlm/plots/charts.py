@@ -82,17 +82,16 @@ def success_bars(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Success rates with 95 % intervals; a published value is a hollow marker.
 
     Args:
-        table: columns ``name``, ``successes``, ``n``; where the interval is not Wilson's, ``rate``, ``low``, ``high``; and, where
-            known, ``published`` (rate in [0, 1]) and ``source``.
+        table: columns ``name``, ``successes``, ``n``; where the interval is not Wilson's, ``rate``, ``low``, ``high``; where
+            there are several, ``trainings``; and, where known, ``published`` (rate in [0, 1]) and ``source``.
         title: a sentence; by default one made from the numbers drawn.
     """
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 0.26 * len(table) + 0.85), layout="constrained")
-    counted = zip(table["name"], table["successes"], table["n"], *_rates(table), strict=True)
-    for y, (name, successes, n, at, low, high) in enumerate(counted):
+    for y, (name, counts, at, low, high) in enumerate(zip(table["name"], _counts(table), *_rates(table), strict=True)):
         color = structure_color(name)
         ax.barh(y, at, color=color, alpha=0.25, height=0.66)
         ax.errorbar(at, y, xerr=[[at - low], [high - at]], color=color, fmt="o", ms=3.5, capsize=2)
-        ax.text(103, y, f"{successes}/{n}", va="center", fontsize=6.5, color=NEUTRAL)
+        ax.text(103, y, counts.replace(" % of ", " %, ").replace(" of ", "/"), va="center", fontsize=6.5, color=NEUTRAL)
     _published(ax, table)
     ax.set(yticks=range(len(table)), yticklabels=table["name"], xlim=(0, 102), ylim=(len(table) - 0.5, -0.5))
     ax.set_xlabel("success rate [%], whiskers: 95 % interval")
@@ -109,7 +108,7 @@ def verdict_title(table: pd.DataFrame) -> str:
     """
     at, low, high = _rates(table)
     first = int(np.argmax(at))
-    name, counts = str(table["name"].iloc[first]), "{successes} of {n} episodes".format(**table.iloc[first])
+    name, counts = str(table["name"].iloc[first]), f"{_counts(table)[first]} episodes"
     name = name[:1].upper() + name[1:]
     if len(table) == 1:
         return f"{name} solves {counts}"
@@ -118,6 +117,15 @@ def verdict_title(table: pd.DataFrame) -> str:
     ends, sizes = sorted({round(float(at.min())), round(float(at.max()))}), sorted(set(table["n"]))
     listed, n = " to ".join(f"{end}" for end in ends), " to ".join(f"{size}" for size in (sizes[0], sizes[-1])[: len(sizes)])
     return f"No winner shown: {listed} % (n = {n})"
+
+
+def _counts(table: pd.DataFrame) -> list[str]:
+    """What each rate counts: "169 of 200"; episodes that several trainings share are counted once: "84 % of 5 × 200"."""
+    trainings = table["trainings"] if "trainings" in table else [1] * len(table)
+    return [
+        f"{s} of {n}" if not t > 1 else f"{100 * s / n:.0f} % of {t:.0f} × {n / t:.0f}"
+        for s, n, t in zip(table["successes"], table["n"], trainings, strict=True)
+    ]
 
 
 def _rates(table: pd.DataFrame) -> np.ndarray:
