@@ -75,11 +75,12 @@ lint: $(STAMP)
 	@$(BIN)/codespell
 	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r $(BIN)/nbstripout --verify --keep-id
 
+# On copies in artifacts/lab; options for JupyterLab: make lab ARGS="--no-browser --port 8899"
 lab: env
-	@$(WITH_GL) $(BIN)/jupyter lab notebooks
+	@$(WITH_GL) $(BIN)/rvlm lab $(ARGS)
 
 bench: env
-	@$(WITH_GL) for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
+	@$(WITH_GL) export RVLM_RESULTS="$${RVLM_RESULTS:-results}"; for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
 
 # The pins of pyproject.toml and everything they pull in, resolved in an environment of its own.
 # Left out: torch's CUDA libraries, which belong to the build of torch that a machine chooses.

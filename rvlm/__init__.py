@@ -6,8 +6,18 @@ closed-loop success (`rvlm.evaluation`); README.md lists them. Importing this pa
 """
 
 import logging
+import os
 
 __version__ = "0.1.0"
+
+# Libraries read these once, when they are loaded, so import rvlm before torch. Variables that are set already win.
+for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",  # OpenMP threads that wait must not spin: beside another process they are 4 to 10 x slower
+    "GOMP_SPINCOUNT": "0",  # the same, for GCC's OpenMP
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn after a fork otherwise
+    "SVT_LOG": "1",  # silences the AV1 encoder's banner
+}.items():
+    os.environ.setdefault(_name, _value)
 
 # bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

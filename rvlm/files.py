@@ -20,6 +20,8 @@ from typing import Any
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"  # in git; `rvlm reproduce` alone writes there
+IS_CLONE = (ROOT / "notebooks" / "profiles.yaml").exists()  # else the package was installed without its repository
 PACKAGE = Path(__file__).resolve().parent
 LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
 NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
@@ -27,13 +29,20 @@ PLUMBING = ("rvlm", "rvlm.files", "rvlm.caches", "rvlm.stages")  # where results
 
 
 def results_dir() -> Path:
-    """Where findings, figures, tables and executed notebooks go: ``RVLM_RESULTS``, else ``results/`` (in git)."""
-    return Path(os.environ.get("RVLM_RESULTS") or ROOT / "results")
+    """Where findings, figures, tables and executed notebooks go: ``RVLM_RESULTS``, else ``artifacts/tried/results``.
+
+    What is tried, in JupyterLab or by any other way than `rvlm reproduce`, never stands among the results in git.
+    """
+    return Path(os.environ.get("RVLM_RESULTS") or artifacts_dir() / "tried" / "results")
 
 
 def artifacts_dir() -> Path:
-    """Where datasets, checkpoints and caches go: ``RVLM_HOME``, else ``artifacts/`` (ignored by git)."""
-    return Path(os.environ.get("RVLM_HOME") or ROOT / "artifacts")
+    """Where datasets, checkpoints and caches go: ``RVLM_HOME``, else ``artifacts/`` of a clone (ignored by git).
+
+    Without a clone, ``rvlm`` in the user's cache folder (``XDG_CACHE_HOME``).
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rvlm"
+    return Path(os.environ.get("RVLM_HOME") or (ROOT / "artifacts" if IS_CLONE else cache))
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------

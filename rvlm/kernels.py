@@ -1,6 +1,5 @@
 """The kernel that papermill runs a notebook in: this interpreter's, spoken to over a channel that misses nothing."""
 
-import os
 from typing import Any
 
 import zmq
@@ -10,8 +9,6 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
 from traitlets import Type, default
-
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # waiting threads must not spin: 10 x slower when busy
 
 
 class _Channel(AsyncZMQSocketChannel):
@@ -34,9 +31,8 @@ def kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
     """A manager that ignores installed kernelspecs, for "python3" may be registered for another environment.
 
     Args:
-        environment: Variables that its kernels get beside this process's own, which wins for the settings of OpenMP.
+        environment: Variables that its kernels get beside this process's own, which importing `rvlm` has completed.
     """
-    openmp = {name: os.environ.get(name, value) for name, value in OPENMP.items()}
 
     class ThisInterpreter(AsyncKernelManager):
         client_factory = Type(_Client)
@@ -47,6 +43,6 @@ def kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict(), env={**openmp, **environment})
+            return KernelSpec(**get_kernel_dict(), env=environment)
 
     return ThisInterpreter

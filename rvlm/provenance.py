@@ -1,6 +1,7 @@
 """What made a result: commit, versions, hardware, profile and date."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -9,12 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rvlm.files import ROOT
+from rvlm.files import IS_CLONE, ROOT
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "mujoco", "gymnasium", "matplotlib")
 
 
 def _git(*arguments: str) -> str:
+    if not IS_CLONE:  # an installed package may lie within a repository of somebody else
+        return ""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -39,6 +42,15 @@ def _hardware() -> dict[str, Any]:
     return {"cpu": model or platform.machine(), "cores": cores, "gpus": gpus}
 
 
+def _profile() -> str | None:
+    """The profile that `rvlm reproduce` runs, if the notebook's variables still hold that profile's parameters."""
+    given = json.loads(os.environ.get("RVLM_PARAMETERS") or "null")
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if given is None or any(shell.user_ns.get(name) != value for name, value in given.items() if shell):
+        return None
+    return os.environ.get("RVLM_PROFILE") or None
+
+
 def provenance() -> dict[str, Any]:
     """Commit (and whether code differs from it), package versions, hardware, profile and date of whoever asks."""
     versions = {package: version for package in PACKAGES if (version := _version(package))}
@@ -47,6 +59,6 @@ def provenance() -> dict[str, Any]:
         "is_dirty": bool(_git("status", "--porcelain", "--", "rvlm", "notebooks", "data_cards", "pyproject.toml")),
         "versions": {"python": platform.python_version(), **versions},
         "hardware": _hardware(),
-        "profile": os.environ.get("RVLM_PROFILE"),
+        "profile": _profile(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

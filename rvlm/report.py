@@ -159,7 +159,7 @@ def fine_print(record: Mapping[str, Any]) -> str:
         parts.append(f"95 % interval{joint} {_interval(record['interval'], record['n'])}")
     parts.append(f"seeds {', '.join(map(str, record['seeds'])) or 'none'}")
     parts += [f"{record['seconds']:,.0f} s"] if record.get("seconds") is not None else []
-    parts += [f"profile {record['profile']}"] if record.get("profile") else []
+    parts += [f"profile {record['profile']}" if record.get("profile") else "tried, at no profile's parameters"]
     parts += [f"commit {record['commit'][:8]}{' with changes' if record.get('is_dirty') else ''}"] if record.get("commit") else []
     parts += [f"**{_verdict_line(record['verdict'])}**"] if record.get("verdict") else []
     return " · ".join(parts)

@@ -194,7 +194,7 @@ def test_directories_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     monkeypatch.delenv("RVLM_RESULTS", raising=False)
     assert artifacts_dir() == tmp_path
-    assert results_dir() == ROOT / "results"
+    assert results_dir() == tmp_path / "tried" / "results", "only `rvlm reproduce` writes to the results in git"
 
 
 def test_show_source_looks_through_decorators():

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rvlm import report, reproduce
 from rvlm.files import ROOT
+from rvlm.parameters import parameters_of, read_profiles
 from rvlm.reproduce import Places, Refused
 
 KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -72,7 +73,7 @@ def test_run_resumes_by_content_and_writes_a_report(places, capsys):
 
     (places.results / "findings/01_b.json").unlink()  # what a finished notebook wrote is gone: it runs again, and it alone
     reproduce.reproduce(places, "smoke")
-    reproduce.reproduce(places, "smoke", only=["1"], force=True)
+    reproduce.reproduce(places, "smoke", only=["notebooks/01_b.ipynb"], force=True)
     assert log(places)[2:] == ["01_b 1", "01_b 1"]
 
 
@@ -180,6 +181,13 @@ def test_a_kernel_that_dies_is_a_failed_notebook(places):
         ("cpu: {}\ngpu:\n  00_a: {m: 3}", "cpu", [], r"profile 'gpu' sets m of 00_a"),
         ("cpu:\n  07_x: {n: 2}", "cpu", [], r"no notebook '07_x'; those that exist: 00_a, 01_b"),
         ("cpu: {}", "cpu", ["3"], r"no notebook '3'; those that exist: 00_a, 01_b"),
+        ("cpu: {}", "cpu", ["_"], r"'_' is in the name of several notebooks; those that exist: 00_a, 01_b"),
+        (
+            "cpu:\n  01_b: {n: many}",
+            "cpu",
+            [],
+            r"profile 'cpu' sets n of 01_b to 'many', expected a whole number such as 1; mend",
+        ),
         ("cpu: {}\nsmoke: {}", "tpu", [], r"no profile 'tpu'; those in profiles.yaml: cpu, smoke"),
     ],
 )
@@ -205,6 +213,27 @@ def test_kernels_are_this_interpreter_with_the_houses_environment(places, tmp_pa
     assert ["image/png" in out.get("data", {}) for out in outputs] == [True], "a figure is shown once"
 
 
+def test_what_is_typed_into_a_notebook_changes_no_profile(places, capsys):
+    (places.notebooks / "profiles.yaml").write_text("smoke:\n  01_b: {m: 3}\ncpu:\n  00_a: {n: 1}\n  01_b: {n: 1, m: 2}\n")
+    write(places, "00_a", log_line("00_a"), default=50)
+    write(places, "01_b", log_line("01_b", "'{stem}', n, m"), default="1  # [1]\nm = 2")
+    reproduce.reproduce(places, "cpu")
+    assert log(places) == ["00_a 1", "01_b 1 2"]
+    assert "00_a: profile cpu does not use what its parameters cell says, try it with: rvlm run 00 -p n '50'" in (
+        capsys.readouterr().out
+    )
+    reproduce.reproduce(places, "smoke")
+    assert log(places)[2:] == ["00_a 1", "01_b 1 3"], "another profile says what differs from cpu"
+
+
+def test_a_finding_bears_the_profile_only_with_the_profiles_parameters(places):
+    (places.notebooks / "profiles.yaml").write_text("cpu:\n  00_a: {n: 1}\n")
+    write(places, "00_a", FINDING.format(stem="00_a"), "n = 9", FINDING.format(stem="00_b"))
+    reproduce.reproduce(places, "cpu", only=["00"])
+    assert [(f["numbers"]["n"], f["profile"]) for f in report.load_findings(places.results)] == [(1, "cpu"), (9, None)]
+    assert "tried, at no profile's parameters" in report.fine_print(report.load_findings(places.results)[1])
+
+
 def test_only_profile_cpu_writes_to_the_results_in_git(monkeypatch, tmp_path):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     monkeypatch.delenv("RVLM_RESULTS", raising=False)
@@ -215,22 +244,11 @@ def test_only_profile_cpu_writes_to_the_results_in_git(monkeypatch, tmp_path):
 
 
 def test_the_repositorys_profiles_fit_its_notebooks():
-    assert set(reproduce.read_profiles(ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
+    assert set(read_profiles(ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
     reproduce.plan(Places.of_profile("cpu"), "cpu")
 
 
-def test_findings_are_printed_for_people_and_for_scripts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RVLM_RESULTS", str(tmp_path))
-    assert reproduce.main(["findings"]) == 0
-    assert "'rvlm reproduce' makes them" in capsys.readouterr().out
-    report.finding("06_success", "It is 12.", numbers={"x": 12}, n=200, interval=(0.1, 0.2), seeds=[0, 1], seconds=3.0)
-    reproduce.main(["findings"])
-    assert capsys.readouterr().out.startswith("06_success: It is 12.\n    n = 200 · 95 % interval [0.1, 0.2] · seeds 0, 1 · 3 s")
-    reproduce.main(["findings", "--json"])
-    (record,) = json.loads(capsys.readouterr().out)
-    assert {"name", "sentence", "numbers", "n", "interval", "seeds", "seconds", "commit"} <= set(record)
-
-
-def test_a_refused_command_is_one_line_and_status_2(capsys):
-    assert reproduce.main(["reproduce", "--profile", "tpu"]) == 2
-    assert capsys.readouterr().err.startswith("rvlm: no profile 'tpu'; those in profiles.yaml: smoke, cpu, gpu, full\n")
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_profile_cpu_names_every_parameter_with_the_value_in_its_cell(path):
+    tracked = read_profiles(ROOT / "notebooks")["cpu"].get(path.stem)
+    assert tracked == parameters_of(path), "write the same values into notebooks/profiles.yaml, profile cpu"

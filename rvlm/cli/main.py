@@ -1,0 +1,131 @@
+"""The entry point of ``rvlm``: the parser, the commands that only read or report, and what every command's errors become."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import rvlm
+from rvlm.cli import add_command, lab, run, ship
+from rvlm.files import RESULTS
+from rvlm.parameters import GIT_PROFILE, Refused
+from rvlm.report import fine_print, load_findings
+
+EXAMPLES = """examples:
+  rvlm reproduce --profile smoke         every notebook, does it run at all? minutes
+  rvlm reproduce --only 02 evaluate      two notebooks at the default size
+  rvlm run 00 -p seed 11                 one notebook with values of your own
+  rvlm lab                               JupyterLab on copies of the notebooks
+
+environment:
+  RVLM_HOME      datasets, checkpoints, caches, what was tried (default: artifacts/ of the clone)
+  RVLM_RESULTS   where reproduce writes and report and findings read (default: results/ for profile cpu, else
+                 artifacts/PROFILE/results)
+  MUJOCO_GL      egl, osmesa or glfw; chosen by trying where it is not set"""
+
+REPRODUCE = """What is finished is kept and a run that was stopped goes on where it was. Profile cpu writes results/ and the
+README's table; another one writes artifacts/PROFILE/results. RVLM_RESULTS moves either.
+
+examples:
+  rvlm reproduce --profile smoke
+  rvlm reproduce --only notebooks/02_episodes_and_actions.ipynb
+  RVLM_RESULTS=results/full rvlm reproduce --profile full --only 08"""
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from rvlm.envs.gl import choose_gl
+    from rvlm.readme import update_readme
+    from rvlm.reproduce import Places, plan, reproduce
+
+    places = Places.of_profile(arguments.profile)
+    plan(places, arguments.profile, arguments.only)  # what is asked in vain is refused before OpenGL is looked for
+    choose_gl()  # kernels inherit the answer
+    status = reproduce(places, arguments.profile, arguments.only, arguments.force)
+    if status == 0 and places.results == RESULTS and arguments.profile == GIT_PROFILE:
+        print(f"README: {update_readme()}")
+    return status
+
+
+def _results() -> Path:
+    return Path(os.environ.get("RVLM_RESULTS") or RESULTS).resolve()
+
+
+def _report(_: argparse.Namespace) -> int:
+    from rvlm.page import html_report
+    from rvlm.readme import update_readme
+
+    print(f"report: {html_report(_results())}")
+    if _results() == RESULTS:
+        print(f"README: {update_readme()}")
+    return 0
+
+
+def _findings(arguments: argparse.Namespace) -> int:
+    folder = arguments.results.resolve() if arguments.results else _results()
+    found = load_findings(folder)
+    if arguments.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    for record in found:
+        print(f"{record['name']}: {record['sentence']}\n    {fine_print(record).replace('**', '')}")
+    if not found:
+        print(f"no findings in {folder}; 'rvlm reproduce' makes them")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command of ``rvlm``; a new one is a module with `add`, or an ``add_parser`` and a ``set_defaults(run=...)``."""
+    about = "Robot policies from vision-language models: train, evaluate, compare."
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="rvlm", description=about, epilog=EXAMPLES, formatter_class=raw)
+    top.add_argument("--version", action="version", version=f"rvlm {rvlm.__version__}")
+    top.set_defaults(run=lambda _: top.print_help() or 0)
+    commands = top.add_subparsers(metavar="command")
+
+    about = "run the notebooks in order, skip what is finished, write the report"
+    command = add_command(commands, "reproduce", about, REPRODUCE)
+    command.add_argument("--profile", default=GIT_PROFILE, help="smoke, cpu (default), gpu or full: sizes, nothing else")
+    command.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: numbers, names or paths")
+    command.add_argument("--force", action="store_true", help="run even what is finished")
+    command.set_defaults(run=_reproduce)
+
+    run.add(commands)
+    lab.add(commands)
+
+    about = "write the HTML report, and the README's table where the results are those in git"
+    add_command(commands, "report", about).set_defaults(run=_report)
+
+    command = add_command(commands, "findings", "print what was found")
+    command.add_argument("--results", type=Path, help="folder that holds findings/, e.g. results/full")
+    command.add_argument("--json", action="store_true", help="everything about each, for scripts")
+    command.set_defaults(run=_findings)
+
+    ship.add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``rvlm``; returns the exit status."""
+    from rvlm.envs.gl import NoHeadlessOpenGL
+
+    try:
+        made = parser()
+        arguments, arguments.rest = made.parse_known_args(argv)
+        if arguments.rest and not getattr(arguments, "passes_on", False):
+            made.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except (Refused, NoHeadlessOpenGL) as error:
+        print(f"rvlm: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads has enough, as `rvlm findings | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("rvlm: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130

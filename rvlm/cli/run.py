@@ -1,0 +1,91 @@
+"""`rvlm run`: one notebook with values of one's own, its results kept apart from those of any profile."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rvlm.cli import add_command
+from rvlm.files import ROOT, artifacts_dir, key_of
+from rvlm.parameters import Refused, find_notebook, parse_parameters
+from rvlm.report import fine_print, load_findings
+from rvlm.reproduce import Job, NotebookFailed, Places, execute
+
+EXAMPLES = """examples:
+  rvlm run 00 -p seed 11 -p family open_drawer
+  rvlm run 07 -p shots "[1, 5, 10, 25, 50]" -p n_seeds 5
+  rvlm run 02_episodes_and_actions.ipynb -p bins 16
+
+Names and values are checked against the notebook's parameters cell before anything runs. Works from any directory.
+The executed copy, figures, tables and findings go to artifacts/tried/NN-KEY/ (RVLM_HOME moves artifacts/), where KEY stands
+for the values: results/ and the README stay as they are. Long steps are cached and shared with every other run."""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = add_command(commands, "run", "run one notebook with values of your own", EXAMPLES)
+    command.add_argument("notebook", metavar="NN", help="number, name or path of the notebook")
+    given = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    command.add_argument("-p", dest="parameters", help="a parameter, as often as needed", **given)
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rvlm.envs.gl import choose_gl
+
+    job, places = tried(arguments.notebook, [(name, value) for name, value in arguments.parameters])
+    choose_gl()
+    print(f"{job.stem}: started, with {_in_words(job.parameters)}", flush=True)
+    try:
+        copy = execute(job, places, None)
+    except NotebookFailed as error:
+        print(error)
+        return 1
+    for record in load_findings(places.results):
+        print(f"{record['name']}: {record['sentence']}\n    {fine_print(record).replace('**', '')}")
+    print(f"executed copy: {copy}\nfigures, tables, findings: {places.results}")
+    return 0
+
+
+def _in_words(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in parameters.items()) or "its own parameters"
+
+
+def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, Places]:
+    """The job of `rvlm run`, and where it reads and writes.
+
+    Args:
+        name: number, name or path of a notebook.
+        pairs: names and values as the command line has them.
+
+    Raises:
+        Refused: no such notebook, parameter or folder, or a value of the wrong type or choice.
+    """
+    notebook = _notebook(name)
+    parameters = {key: _settled(key, value) for key, value in parse_parameters(notebook, pairs).items()}
+    key, artifacts = key_of(parameters), artifacts_dir().resolve()
+    places = Places(ROOT, notebook.parent, artifacts / "tried" / f"{notebook.stem[:2]}-{key}", artifacts)
+    return Job(notebook, parameters, key), places
+
+
+def _notebook(name: str) -> Path:
+    path = Path(name).resolve()
+    if path.suffix == ".ipynb" and path.is_file():  # also one that is not the repository's, as an edited copy
+        return path
+    return find_notebook(name, sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")))
+
+
+def _settled(name: str, value: Any) -> Any:
+    """A value that means the same in the notebook's working directory; what does not exist is refused."""
+    if name == "family":
+        from rvlm.envs.tabletop.tasks import ALL_FAMILIES
+
+        if value not in ALL_FAMILIES:
+            raise Refused(f"no task family {value!r}; there are {', '.join(ALL_FAMILIES)}")
+    folder = Path(str(value)).expanduser().resolve()
+    if name.endswith("_folder") and value and not folder.is_dir():
+        raise Refused(f"{name}: no folder {folder}")
+    is_folder = isinstance(value, str) and value and name.endswith(("folder", "vlm")) and folder.is_dir()
+    return str(folder) if is_folder else value

@@ -1,0 +1,147 @@
+"""Notebooks and their parameters: what the cell of that tag says, what a profile says, and whether given values fit.
+
+Papermill only warns of an unknown name and takes a value of any type; both are refused here before anything runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROFILES = "profiles.yaml"
+GIT_PROFILE = "cpu"  # the one whose results are in git; it names every parameter, and the others build on it
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
+
+
+class Refused(ValueError):
+    """A run that was asked for can't be right; nothing was run."""
+
+
+def parameters_of(notebook: Path) -> dict[str, Any]:
+    """Names and default values of a notebook's cell tagged ``parameters``, in order; empty where there is none.
+
+    Raises:
+        Refused: the file is no notebook, or a value is not a literal.
+    """
+    try:
+        cells = json.loads(notebook.read_text())["cells"]
+        sources = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+        statements = [node for source in sources for node in ast.parse(source).body]
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise Refused(f"{notebook}: expected a notebook with a cell tagged parameters, got {error!r}") from error
+    return dict(_assignment(node, notebook) for node in statements)
+
+
+def _assignment(node: ast.stmt, notebook: Path) -> tuple[str, Any]:
+    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        try:
+            return node.targets[0].id, ast.literal_eval(node.value)
+        except ValueError:
+            pass
+    raise Refused(f"{notebook}: expected `name = literal` in the parameters cell, got `{ast.unparse(node)}`")
+
+
+def check_parameters(notebook: Path, given: Mapping[str, Any], asked_by: str, mend: str) -> None:
+    """Refuse names that the notebook does not have, and values of another type than its own.
+
+    Args:
+        notebook: whose parameters.
+        given: name -> value.
+        asked_by: who gives them, for the message.
+        mend: what to do about it, for the message.
+    """
+    known = parameters_of(notebook)
+    for name, value in given.items():
+        _check_name(name, known, notebook.stem, asked_by, mend)
+        if not _fits(value, known[name]):
+            raise Refused(f"{asked_by} sets {name} of {notebook.stem} to {value!r}, expected {_expected(known[name])}; {mend}")
+
+
+def _check_name(name: str, known: Mapping[str, Any], stem: str, asked_by: str, mend: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        have = ", ".join(known) or "none"
+        raise Refused(f"{asked_by} sets {name} of {stem}, which has no such parameter; it has {have}{guess}; {mend}")
+
+
+def parse_parameters(notebook: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Values for a notebook from pairs of words, as a command line has them.
+
+    Text stands as it is; everything else is read as Python: ``200``, ``1e-3``, ``True``, ``[1, 5]``.
+
+    Raises:
+        Refused: an unknown name, a name that is given twice, or a value of the wrong type.
+    """
+    known, values = parameters_of(notebook), {}
+    for name, text in pairs:
+        _check_name(name, known, notebook.stem, "-p", "nothing was run")
+        if name in values:
+            raise Refused(f"-p sets {name} of {notebook.stem} twice: {values[name]!r} and {text!r}")
+        values[name] = text if isinstance(known[name], str) else _read(text)
+    check_parameters(notebook, values, "-p", "nothing was run")
+    return values
+
+
+def _read(text: str) -> Any:
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text).strip())
+    except (ValueError, SyntaxError):
+        return text
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Is a value of the default's type? Whole numbers are numbers, True is not; lists hold what the default's hold."""
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and bool(value) and all(_fits(v, d) for d in default[:1] for v in value)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return default is None or type(value) is type(default)
+
+
+def _expected(default: Any) -> str:
+    kind = KINDS.get(list if isinstance(default, tuple) else type(default), type(default).__name__)
+    return f"{kind} such as {default!r}"
+
+
+def read_profiles(notebooks: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """``profiles.yaml``: profile -> notebook's stem -> {parameter: value}."""
+    path = notebooks / PROFILES
+    if not path.exists():
+        raise Refused(
+            f"expected {path}: profile -> notebook -> parameter -> value; a profile may be empty ('cpu: {{}}'). An installed "
+            "package has no notebooks: they stand in a clone of the repository"
+        )
+    read = yaml.safe_load(path.read_text()) or {}
+    return {str(name): {stem: values or {} for stem, values in (table or {}).items()} for name, table in read.items()}
+
+
+def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
+    """The notebook of a number, a name or a path.
+
+    Raises:
+        Refused: none or several have it.
+    """
+    stem = Path(name).stem if name.endswith(".ipynb") else name
+    exact = [path for path in notebooks if stem in (path.stem, path.stem[3:]) or stem.zfill(2) == path.stem[:2]]
+    found = exact or [path for path in notebooks if stem and stem in path.stem]
+    if len(found) != 1:
+        problem = f"no notebook {name!r}" if not found else f"{name!r} is in the name of several notebooks"
+        raise Refused(f"{problem}; those that exist: {', '.join(path.stem for path in found or notebooks) or 'none'}")
+    return found[0]
+
+
+def parameters_in(profiles: Mapping[str, Mapping[str, dict[str, Any]]], profile: str, stem: str) -> dict[str, Any]:
+    """What a notebook is run with: profile cpu's values, and over them the profile's own.
+
+    So a result stands for its profile whatever was typed into the notebook's parameters cell.
+    """
+    return {**profiles.get(GIT_PROFILE, {}).get(stem, {}), **profiles[profile].get(stem, {})}
