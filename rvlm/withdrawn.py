@@ -161,7 +161,8 @@ def banner_of(record: dict[str, Any]) -> str:
 
 
 def _finding_cell(cell: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    markdown = f"> ~~{as_markdown(record['said'])}~~\n>\n{Finding(record)._repr_markdown_()}"
+    old = f"> ~~{as_markdown(record['said'])}~~\n>\n" if record["said"] != record["sentence"] else ""
+    markdown = old + Finding(record)._repr_markdown_()
     data = {"text/markdown": markdown.splitlines(True), "text/plain": [record["sentence"]]}
     shown = [
         out | {"data": data}

@@ -287,8 +287,8 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
     return fig
 
 
-def smoothed(values: pd.Series, window: int = 9, shortest: int = 60) -> pd.Series:
-    """A curve's centred running mean, which does not lag; a curve of fewer than `shortest` points stays as it is."""
+def smoothed(values: Any, window: int = 9, shortest: int = 60) -> Any:
+    """The centred running mean of a `pandas.Series`, which does not lag; one of fewer than `shortest` points stays as it is."""
     return values if len(values) < shortest else values.rolling(window, center=True, min_periods=1).mean()
 
 
