@@ -1,5 +1,8 @@
 """Buttons move the robot as their words say, in the card's units and sign."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import gymnasium
 import numpy as np
 import pytest
 
@@ -27,9 +30,66 @@ def test_driving_by_hand_and_by_script():
     assert moved[1] < -0.02 and moved[2] < -0.01  # [m]
 
     box = widgets.drive(env, seed=3, size=32)
-    label, screens, felt, keys, _ = box.children
+    label, screens, felt, keys, *_ = box.children
     before, picture = felt.value, screens.children[0].value
-    next(b for b in keys.children if b.description == "left").click()
+    button(keys, "left").click()
     assert felt.value != before and screens.children[0].value != picture and "m" in felt.value
-    assert label.value.startswith("“")
+    assert label.value.startswith("“") and "step 1 of 60" in label.value
     env.close()
+
+
+def button(box, word):
+    return next(b for b in box.children if getattr(b, "description", "") == word)
+
+
+@pytest.fixture(scope="module")
+def driven():
+    env = Tabletop(image_size=32, max_steps=50)
+    env.reset(seed=7, options={"family": "lift"})
+    return env, widgets.drive(env, seed=3, size=32, family="open_drawer")
+
+
+def test_toggles_and_buttons_may_come_from_any_thread(driven):
+    """JupyterLab delivers them in two; an OpenGL context belongs to the one that made it."""
+    _, box = driven
+    label, screens, _, keys, last, trouble = box.children
+    seen = set()
+    with ThreadPoolExecutor(1) as other:
+        for step in range(4):
+            fingers = last.children[0]
+            other.submit(setattr, fingers, "value", not fingers.value).result()
+            seen.add(screens.children[0].value)
+            button(keys, "closer").click()
+            seen.add(screens.children[0].value)
+            assert trouble.value == "" and f"step {2 * step + 2} of 50" in label.value
+        other.submit(button(last, "new scene").click).result()
+    assert len(seen) == 8 and "step 0 of 50" in label.value and trouble.value == ""
+
+
+def test_the_widget_leaves_the_environment_that_it_was_given_alone(driven):
+    env, box = driven
+    before, task = env.world.state().copy(), env.task
+    button(box.children[3], "up").click()
+    assert np.array_equal(env.world.state(), before) and env.task is task and env.n_steps == 0
+    assert env.image("static", 32).shape == (32, 32, 3), "it still draws in its own thread"
+    assert "drawer" in box.children[0].value, "the family that was asked for"
+
+
+def test_what_goes_wrong_is_written_into_the_widget(driven, monkeypatch):
+    _, box = driven
+    *_, keys, _, trouble = box.children
+    monkeypatch.setattr(Tabletop, "step", lambda *_: 1 / 0)
+    button(keys, "left").click()
+    assert "ZeroDivisionError: division by zero" in trouble.value
+    monkeypatch.undo()
+    button(keys, "left").click()
+    assert trouble.value == "", "and it goes on"
+
+
+def test_an_environment_that_cannot_be_made_again_is_refused():
+    class Bare(gymnasium.Env):
+        def __init__(self, port):
+            pass
+
+    with pytest.raises(TypeError, match=r"keeps what it was made with; Bare lacks \['port'\]"):
+        widgets.own_copy(Bare(1))
