@@ -12,48 +12,33 @@ In training batches the arm is normalised and **the gripper is in {0, 1}: 1 is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import yaml
 
-CARDS = Path(__file__).resolve().parents[1] / "data_cards"
+from rvlm.cards import CARDS, CardError, check_fields, field_of, read_card
+from rvlm.normalization import KINDS, QUANTILES, NormStats, SpecMismatch, StatsAccumulator, like
+
+__all__ = [
+    "CARDS",
+    "KINDS",
+    "QUANTILES",
+    "ActionSpec",
+    "ActionTokenizer",
+    "CardError",
+    "NormStats",
+    "SpecMismatch",
+    "StatsAccumulator",
+    "read_card",
+]
 ARM_DIMS = 6
-KINDS = ("q01_q99", "mean_std", "min_max", "identity")
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 ROTATIONS = ("axis_angle", "euler_xyz", "quat_xyzw", "quat_wxyz", "joint", "none")
 FRAMES = ("world", "base", "ee")
-
-
-class SpecMismatch(ValueError):
-    """Two conventions disagree, or actions do not follow the one they claim."""
-
-
-class CardError(ValueError):
-    """A data card can't be read, or does not describe the layout that the library speaks."""
-
-
-def read_card(path_or_name: str | Path) -> dict[str, Any]:
-    """Front matter of a data card as a dict; a bare name means ``data_cards/NAME.md``."""
-    path = Path(path_or_name)
-    path = path if path.suffix == ".md" else CARDS / f"{path_or_name}.md"
-    if not path.is_file():
-        have = ", ".join(sorted(p.stem for p in CARDS.glob("*.md"))) or "none"
-        raise CardError(f"no data card at {path}; cards that exist: {have}; give one of these names or the path of a .md file")
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        raise CardError(f"{path}: expected YAML front matter between two '---' lines at the top of the card; found none")
-    try:
-        matter = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
-        raise CardError(f"{path}: the front matter is not YAML ({error}); mend the lines between the two '---'") from error
-    if not isinstance(matter, dict) or not isinstance(matter.get("rvlm"), dict):
-        raise CardError(f"{path}: expected an 'rvlm:' block in the front matter; copy one from data_cards/tabletop_franka7.md")
-    return matter
+STILL = {"m": 0.01, "rad": 0.05}  # slower than that per second is not moving
+STILL_PART = 0.01  # of its range, for a dimension in other units
 
 
 @dataclass(frozen=True)
@@ -98,6 +83,7 @@ class ActionSpec:
     image_rotation_deg: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields({f.name: getattr(self, f.name) for f in fields(self)})
         self._check_layout()
         self._check_values()
 
@@ -123,6 +109,11 @@ class ActionSpec:
             raise CardError(f"{self.dataset}: gripper_open and gripper_close are both {self.gripper_open}; they must differ")
         if not set(self.absent) <= set(self.names[:-1]):
             raise CardError(f"{self.dataset}: absent is {list(self.absent)}; expected some of {', '.join(self.names[:-1])}")
+        empty = [n for n, low, high in zip(self.names, self.low, self.high, strict=True) if low >= high and n not in self.absent]
+        if empty:
+            raise CardError(
+                f"{self.dataset}: expected 'low' below 'high' in every dimension, got none such for {empty}; mend the card"
+            )
         outside = {self.gripper_open, self.gripper_close} - {self.low[-1], self.high[-1]}
         if outside or self.rate_hz <= 0 or min(self.scale) <= 0:
             raise CardError(
@@ -135,18 +126,23 @@ class ActionSpec:
     def from_card(cls, path_or_name: str | Path) -> ActionSpec:
         """Read a data card; a bare name means ``data_cards/NAME.md``."""
         block = read_card(path_or_name)["rvlm"]
-        return cls.from_dict({k: v for k, v in block.items() if k not in ("counts", "splits", "feature_keys")})
+        try:
+            return cls.from_dict({k: v for k, v in block.items() if k not in ("counts", "splits", "feature_keys")})
+        except CardError as error:
+            raise CardError(f"{path_or_name}: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
         """Inverse of `to_dict`; an unknown or missing field is an error."""
         known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict):
+            raise CardError(f"action spec: expected an object of fields, got {values!r}; fields that exist: {sorted(known)}")
         unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"image_rotation_deg", "absent"})
         if unknown or missing:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
             )
-        return cls(**{k: _field(v) for k, v in values.items()})
+        return cls(**{k: field_of(k, v) for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for checkpoints and for a dataset's info.json."""
@@ -172,6 +168,21 @@ class ActionSpec:
         """(a,) bool: the dimensions that this robot has."""
         return np.array([name not in self.absent for name in self.names])
 
+    @property
+    def still(self) -> np.ndarray:
+        """(a,) raw units: a dimension whose usual values spread less than that hardly moves.
+
+        1 cm/s or 0.05 rad/s during one action; one per cent of the card's range where the unit is another. Statistics take it as
+        the least spread (`NormStats`).
+        """
+        step = np.array([STILL.get(unit, np.nan) for unit in self.units]) / self.rate_hz / self.scale
+        return np.where(np.isfinite(step), step, STILL_PART * np.subtract(self.high, self.low) / 2)
+
+    @property
+    def state_still(self) -> np.ndarray:
+        """(s,) The same of the state: 1 cm/s or 0.05 rad/s during one control period, 0 where the unit is another."""
+        return np.array([STILL.get(unit, 0) / self.rate_hz for unit in self.state_units])
+
     def is_open(self, actions: Any) -> Any:
         """Raw actions ``(..., a)`` -> bool ``(...)``: nearer to the open than to the closed value."""
         middle = (self.gripper_open + self.gripper_close) / 2
@@ -191,16 +202,16 @@ class ActionSpec:
         if wrong:
             raise SpecMismatch(f"{self.dataset} has no action dimension {wrong}; it has {list(self.names)}")
         index = [self.names.index(n) for n in names or self.names]
-        return actions[..., index] * _like(np.asarray(self.scale)[index], actions)
+        return actions[..., index] * like(np.asarray(self.scale)[index], actions)
 
     def normalize(self, actions: Any, stats: NormStats) -> Any:
         """Raw ``(..., a)`` -> training units: the arm by ``stats``, the gripper 1 (open) or 0 (closed)."""
-        is_gripper = _like(np.arange(self.n_dims) == self.gripper_index, actions)
+        is_gripper = like(np.arange(self.n_dims) == self.gripper_index, actions)
         return stats.normalize(actions) * (1 - is_gripper) + self.is_open(actions)[..., None] * is_gripper
 
     def unnormalize(self, normalized: Any, stats: NormStats) -> Any:
         """Training units ``(..., a)`` -> raw: the arm by ``stats``, 0 in absent dimensions, the gripper open where above 0.5."""
-        raw = stats.unnormalize(normalized) * _like(self.present, normalized)
+        raw = stats.unnormalize(normalized) * like(self.present, normalized)
         return self.set_gripper(raw, normalized[..., self.gripper_index] > 0.5)
 
     def check(self, actions: np.ndarray) -> None:
@@ -238,163 +249,6 @@ class ActionSpec:
                 f"{what}: {len(differing)} convention(s) differ: {lines}. Use the environment of card {self.dataset!r}, "
                 f"a policy trained on card {other.dataset!r}, or convert one to the other's convention"
             )
-
-
-def _field(value: Any) -> Any:
-    """A value from YAML or JSON as a field: lists become tuples, whole numbers become floats."""
-    if isinstance(value, list):
-        return tuple(_field(v) for v in value)
-    return float(value) if type(value) is int else value
-
-
-def _like(constant: Any, x: Any) -> Any:
-    """The constant as an array of x's kind: numpy or torch, floating dtype, same device."""
-    if hasattr(x, "detach"):
-        return x.new_tensor(np.asarray(constant, dtype=np.float64).tolist(), dtype=x.dtype if x.is_floating_point() else None)
-    dtype = x.dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else np.float64
-    return np.asarray(constant, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class NormStats:
-    """Statistics of one column of one dataset, and the one normalisation that they were made for.
-
-    Arrays have shape ``(d,)``, in the column's raw units. ``kind`` travels along: "q01_q99" and "min_max" map that span to
-    [-1, 1], "mean_std" to zero mean and unit deviation, "identity" leaves values alone. Nothing is clipped. Dimensions
-    without spread (at most 1e-6) are only shifted. Dimensions in ``passthrough`` are left as they are.
-    """
-
-    min: np.ndarray
-    max: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-    q01: np.ndarray
-    q10: np.ndarray
-    q50: np.ndarray
-    q90: np.ndarray
-    q99: np.ndarray
-    count: int
-    kind: str
-    passthrough: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(KINDS)}")
-
-    def require_kind(self, kind: str | None) -> None:
-        """Raise `SpecMismatch` if another kind is asked for than these statistics were stored with."""
-        if kind is not None and kind != self.kind:
-            raise SpecMismatch(
-                f"these statistics were stored for {self.kind!r} but {kind!r} was asked for; a policy must un-normalise as "
-                f"it was trained: leave the kind out, or recompute the statistics and train again with {kind!r}"
-            )
-
-    def offset_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """``normalized = (x - offset) / scale``, both ``(d,)``."""
-        if self.kind == "identity":
-            return np.zeros_like(self.mean), np.ones_like(self.mean)
-        if self.kind == "mean_std":
-            offset, scale = self.mean, self.std
-        else:
-            low, high = (self.q01, self.q99) if self.kind == "q01_q99" else (self.min, self.max)
-            offset, scale = (low + high) / 2, (high - low) / 2
-        scale = np.where(scale > 1e-6, scale, 1.0)
-        kept = np.isin(np.arange(len(scale)), self.passthrough)
-        return np.where(kept, 0.0, offset), np.where(kept, 1.0, scale)
-
-    def normalize(self, x: Any, kind: str | None = None) -> Any:
-        """Raw ``(..., d)`` -> normalised ``(..., d)``; numpy or torch."""
-        self.require_kind(kind)
-        offset, scale = self.offset_and_scale()
-        return (x - _like(offset, x)) / _like(scale, x)
-
-    def unnormalize(self, y: Any, kind: str | None = None) -> Any:
-        """Inverse of `normalize`."""
-        self.require_kind(kind)
-        offset, scale = self.offset_and_scale()
-        return y * _like(scale, y) + _like(offset, y)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(self).items()} | {
-            "passthrough": list(self.passthrough)
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NormStats:
-        """Inverse of `to_dict`; an unknown or missing field is an error."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise SpecMismatch(f"statistics: expected fields {sorted(known)}, got {sorted(values)}")
-        arrays = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if k not in ("count", "kind", "passthrough")}
-        return cls(**arrays, count=values["count"], kind=values["kind"], passthrough=tuple(values["passthrough"]))
-
-    @classmethod
-    def from_parquet(
-        cls,
-        root: str | Path,
-        column: str,
-        episodes: Iterable[int] | np.ndarray | None = None,
-        kind: str = "q01_q99",
-        passthrough: tuple[int, ...] = (),
-    ) -> NormStats:
-        """Statistics of a LeRobot dataset's column over the given (training) episodes; no video is decoded."""
-        accumulator = StatsAccumulator()
-        wanted = None if episodes is None else np.asarray(sorted(set(episodes)))
-        for path in sorted(Path(root).glob("data/*/*.parquet")):
-            table = pq.read_table(path, columns=[column, "episode_index"])
-            values = stack_column(table[column])
-            if wanted is not None:
-                values = values[np.isin(table["episode_index"].to_numpy(), wanted)]
-            accumulator.update(values)
-        return accumulator.finish(kind, passthrough)
-
-
-def stack_column(column: Any) -> np.ndarray:
-    """A parquet column of lists (or scalars) -> array ``(n, d)`` of its own dtype."""
-    column = column.combine_chunks()
-    if not hasattr(column, "flatten") or not hasattr(column.type, "value_type"):
-        return column.to_numpy(zero_copy_only=False).reshape(-1, 1)
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-class StatsAccumulator:
-    """Exact statistics of ``(n, d)`` arrays that arrive in pieces, in any order, from any number of workers.
-
-    Quantiles of a union can't be had from the quantiles of its parts, so the values themselves are kept (28 bytes a frame
-    for seven float32 dimensions); merging joins them and nothing is approximated.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-
-    def update(self, values: np.ndarray) -> StatsAccumulator:
-        """Take in ``(n, d)`` values; NaN and infinity are refused."""
-        values = np.array(values)
-        if values.ndim != 2 or (self._parts and values.shape[1] != self._parts[0].shape[1]):
-            width = self._parts[0].shape[1] if self._parts else "d"
-            raise SpecMismatch(f"statistics: expected an array (n, {width}), got shape {values.shape}")
-        if not np.isfinite(values).all():
-            row, dim = np.argwhere(~np.isfinite(values))[0]
-            raise SpecMismatch(f"statistics: expected finite numbers, got {values[row, dim]} in row {row}, dimension {dim}")
-        self._parts.append(values)
-        return self
-
-    def merge(self, other: StatsAccumulator) -> StatsAccumulator:
-        """Take in everything that another accumulator has seen."""
-        for part in other._parts:
-            self.update(part)
-        return self
-
-    def finish(self, kind: str = "q01_q99", passthrough: tuple[int, ...] = ()) -> NormStats:
-        """The statistics of all that came; quantiles are numpy's (linear interpolation)."""
-        count = sum(len(p) for p in self._parts)
-        if not count:
-            raise SpecMismatch("statistics: no rows came; expected at least one (do the episodes asked for exist?)")
-        x = np.concatenate(self._parts).astype(np.float64)
-        quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
-        moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
-        return NormStats(**moments, **quantiles, count=count, kind=kind, passthrough=tuple(passthrough))
 
 
 @dataclass(frozen=True)

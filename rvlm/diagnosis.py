@@ -140,8 +140,8 @@ def own_statistics(case: Case) -> Rung:
     """Do the policy's statistics belong to the training episodes of this data?"""
     mine, action, episode = case.policy.robot.stats["action"], case.dataset.column("action"), case.dataset.episode_of_frame
     is_training = np.isin(episode, case.train())
-    own = StatsAccumulator().update(action[is_training]).finish(mine.kind, mine.passthrough)
-    every = StatsAccumulator().update(action).finish(mine.kind, mine.passthrough)
+    own = StatsAccumulator().update(action[is_training]).finish(mine.kind, mine.passthrough, mine.floor)
+    every = StatsAccumulator().update(action).finish(mine.kind, mine.passthrough, mine.floor)
     away = {"training episodes": _distance(mine, own), "envelopes": _distance(mine, enveloped(own, case))}
     evidence = pd.DataFrame({"candidate": list(away), "difference in scale [1]": list(away.values())})
     if mine.count == every.count and _distance(mine, every) < 1e-6 < _distance(mine, own):
@@ -157,7 +157,7 @@ def own_statistics(case: Case) -> Rung:
 def enveloped(stats: NormStats, case: Case) -> NormStats:
     """Statistics whose quantiles are the widest of the training episodes' own, as a careless merge makes them."""
     action, episode = case.dataset.column("action"), case.dataset.episode_of_frame
-    ends = np.array([np.quantile(action[episode == e], (0.01, 0.99), axis=0) for e in case.train()])
+    ends = np.array([np.quantile(action[case.rows(e)], (0.01, 0.99), axis=0) for e in case.train()])
     return dataclasses.replace(stats, q01=ends[:, 0].min(0), q99=ends[:, 1].max(0))
 
 

@@ -22,13 +22,19 @@ Paraphrase = Callable[[str, np.random.Generator], str]
 
 
 def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out episodes (sorted indices): whole episodes, so that no frame has a neighbour on the other side."""
-    n_held_out = round(dataset.n_episodes * fraction)
-    if not 0 < n_held_out < dataset.n_episodes:
+    """Training and held-out episodes (sorted indices): whole episodes, so that no frame has a neighbour on the other side.
+
+    At least one stands on each side, however few there are.
+    """
+    if dataset.n_episodes < 2:
         raise EpisodeError(
-            f"expected a fraction that leaves some of {dataset.n_episodes} episodes on both sides, got {fraction} "
-            f"({n_held_out} held out); collect more episodes, or hold out more"
+            f"{dataset.root}: expected at least 2 episodes, one to train on and one held out, got 1; record another"
         )
+    if not 0 < fraction < 1:
+        raise EpisodeError(
+            f"expected a fraction of the episodes to hold out, above 0 and below 1, got {fraction}"
+        )
+    n_held_out = min(max(round(dataset.n_episodes * fraction), 1), dataset.n_episodes - 1)
     order = np.random.default_rng(seed).permutation(dataset.n_episodes)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
@@ -86,8 +92,14 @@ class Windows:
             raise EpisodeError(f"{self.dataset.root}, action: {error}") from error
         self._action = self.spec.normalize(raw, self.stats["action"]).astype(np.float32)
         state = self.dataset.column("observation.state")
+        if not np.isfinite(state).all():
+            row, i = np.argwhere(~np.isfinite(state))[0]
+            raise EpisodeError(
+                f"{self.dataset.root}, observation.state: expected finite numbers, got {state[row, i]} for "
+                f"{self.spec.state_names[i]!r} in row {row}; drop or repair the frame"
+            )
         self._state = self.stats["observation.state"].normalize(state).astype(np.float32)
-        self._task = self.dataset.column("task_index")
+        self._task = self.dataset.task_of_frame
         self._episode = self.dataset.episode_of_frame
         table = self.dataset.episodes
         self._first = table["dataset_from_index"].to_numpy()

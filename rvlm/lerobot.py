@@ -21,7 +21,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rvlm.actions import QUANTILES, ActionSpec, SpecMismatch, StatsAccumulator, stack_column
+from rvlm.actions import QUANTILES, ActionSpec, SpecMismatch, StatsAccumulator
+from rvlm.tables import stack_column
 from rvlm.video import CODEC, PIX_FMT, EpisodeError
 
 Frames = dict[str, np.ndarray]

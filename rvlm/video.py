@@ -13,16 +13,22 @@ yuv444p at crf 8 is used. Each episode starts with a key frame, so that reading 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.video.frame import PictureType
+from PIL import Image
 
 CODEC, PIX_FMT = "libx264", "yuv444p"
 OPTIONS = {"crf": "8", "g": "10", "bf": "0", "preset": "veryfast"}
+AGAIN = "fetch the file again, or record it again"
+COLOUR_MODES = {"RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"}
 
 
 class EpisodeError(ValueError):
@@ -69,39 +75,81 @@ def concatenate(sources: Sequence[Path], target: Path, fps: float) -> None:
                     n_frames += 1
 
 
-def read_frames(path: Path, start: int, length: int, fps: float) -> np.ndarray:
-    """Frames ``start`` to ``start + length`` of an mp4 file, decoded to ``(length, h, w, 3)`` uint8.
+def frame_times(path: Path) -> tuple[np.ndarray, Fraction]:
+    """When each frame of a video is shown, sorted, in ticks ``(n,)`` int64; and the seconds of one tick.
+
+    Packets are counted, nothing is decoded.
+    """
+    with _opened(path) as (container, stream):
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        if not packets or any(p.pts is None for p in packets) or not stream.time_base:
+            raise EpisodeError(f"{path}: expected a time with each of the video's frames, got {len(packets)} frames; {AGAIN}")
+        return np.sort(np.array([p.pts for p in packets], np.int64)), Fraction(stream.time_base)
+
+
+def decode_frames(path: Path, ticks: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield ``(i, image)`` for the frames shown at ``ticks`` (sorted), images ``(h, w, 3)`` uint8.
 
     Raises:
-        EpisodeError: the file is not readable, or holds fewer frames than asked for.
+        EpisodeError: a frame can't be decoded, or the images are no colours of 8 bits.
     """
-    frames = []
-    for index, image in iterate_frames(path, start, fps):
-        if index >= start + length:
-            break
-        frames.append(image)
-    if len(frames) != length:
+    place = {tick: i for i, tick in enumerate(ticks.tolist())}
+    for start in dict.fromkeys((int(ticks[0]), None)):  # some files are indexed wrongly: then from the beginning
+        for i, image in _decode_from(path, start, int(ticks[-1]), place):
+            del place[int(ticks[i])]
+            yield i, image
+        if not place:
+            return
+    raise EpisodeError(f"{path}: {len(place)} of {len(ticks)} frames can't be decoded, the first at {min(place)} ticks; {AGAIN}")
+
+
+def _decode_from(path: Path, start: int | None, last: int, place: dict[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    with _opened(path) as (container, stream):
+        if start is not None:
+            container.seek(start, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is not None and frame.pts in place and not frame.is_corrupt:
+                yield place[frame.pts], _colours(path, frame)
+            if frame.pts is not None and frame.pts >= last:
+                return
+
+
+def _colours(path: Path, frame: av.VideoFrame) -> np.ndarray:
+    parts = frame.format.components
+    if len(parts) == 1 and parts[0].bits > 8:
         raise EpisodeError(
-            f"expected {length} frames from frame {start} in {path}, got {len(frames)}; "
-            "the video and the parquet tables disagree: record the episode again, or fetch the file again"
+            f"{path}: expected colours, got greys of {parts[0].bits} bits ({frame.format.name}): a depth map? mark it as "
+            "'is_depth_map' in info.json, or convert it to 8-bit colours"
         )
-    return np.stack(frames)
+    return frame.to_ndarray(format="rgb24")
 
 
-def iterate_frames(path: Path, start: int, fps: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield ``(index, image)`` from frame ``start`` to the end of the file; each image is ``(h, w, 3)`` uint8."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A video file and its stream; what the library can't read is an error that names the file."""
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames_per_tick = Fraction(stream.time_base or 0) * Fraction(fps)
-            if start:
-                container.seek(int(start / frames_per_tick), stream=stream)
-            for frame in container.decode(stream):
-                index = round((frame.pts or 0) * frames_per_tick)
-                if index >= start:
-                    yield index, frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, IndexError) as error:
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, IndexError, UnicodeError) as error:
         have = ", ".join(sorted(p.name for p in path.parent.glob("*.mp4"))) or "no mp4 file"
+        raise EpisodeError(f"expected a whole mp4 file at {path}, got: {error}; beside it: {have}; {AGAIN}") from error
+
+
+def decode_image(cell: Any, where: str) -> np.ndarray:
+    """An image embedded in parquet as ``{bytes, path}`` -> ``(h, w, 3)`` uint8."""
+    data = cell.get("bytes") if isinstance(cell, dict) else None
+    if not isinstance(data, bytes):
         raise EpisodeError(
-            f"expected a whole mp4 file at {path}, got: {error}; beside it: {have}; fetch the file again, or record it again"
-        ) from error
+            f"{where}: expected an image as {{bytes, path}} with its bytes, got {str(cell)[:80]}; convert it again"
+        )
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:  # OSError, SyntaxError, struct.error, ... whatever the format's reader meets
+        raise EpisodeError(f"{where}: expected a whole image, got: {error}; {AGAIN}") from error
+    if image.mode not in COLOUR_MODES:
+        raise EpisodeError(
+            f"{where}: expected an image of 8-bit colours, got mode {image.mode!r}: a depth map? mark the feature as "
+            "'is_depth_map' in info.json, or convert it to 8-bit colours"
+        )
+    return np.asarray(image.convert("RGB"))
