@@ -184,7 +184,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
 
     sets = [EpisodeDataset(root) for root in stage.data]
     train = [_few(stage, data, split(data)[0]) for data in sets]
-    robots = [Robot(data.require_spec(), data.stats(episodes=rows)) for data, rows in zip(sets, train, strict=True)]
+    robots = _robots(sets, train)
     model, processor = _policy(stage, robots)
     model.config.image_size = _image_size(sets, model.config.cameras)
     prompter, frames = model.prompter(processor), [None] * len(sets)
@@ -207,6 +207,16 @@ def _image_size(sets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"expected images of one size (h, w), got {sizes}; resize them alike when you convert the data")
     return list(next(iter(sizes.values())))
+
+
+def _robots(sets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Robot]:
+    """The robot of each dataset; those under one card share statistics over the training episodes of all of them."""
+    from rvlm.reading import pooled_stats
+
+    cards = [data.require_spec().dataset for data in sets]
+    parts = {card: [part for part, of in zip(zip(sets, train, strict=True), cards, strict=True) if of == card] for card in cards}
+    stats = {card: pooled_stats(of_card) for card, of_card in parts.items()}
+    return [Robot(data.require_spec(), stats[card]) for data, card in zip(sets, cards, strict=True)]
 
 
 def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:

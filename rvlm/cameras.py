@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rvlm import placement, video
-from rvlm.files import digest
+from rvlm.files import digest, hash_of_code
 from rvlm.frames import cached_frames
 from rvlm.meta import file_path
 from rvlm.placement import place
 from rvlm.tables import read_rows
 from rvlm.video import EpisodeError, decode_frames, decode_image, frame_times
 
-CODE = tuple(map(Path, (__file__, placement.__file__, video.__file__)))  # what decides what the frames on disk hold
+CODE = ("rvlm.video", "rvlm.placement", "rvlm.cameras:Camera")  # decide what the frames on disk hold
 BATCH = 64  # embedded images that are read at once
 
 
@@ -62,7 +61,7 @@ class Camera:
             "files": [digest(path) for path in files],
             "rows": _hash(*files.values(), *([self._stamps(), *self._spans().values()] if self.is_video else ())),
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
-            "code": [digest(path) for path in CODE],
+            "code": hash_of_code(*CODE),
         }
         about = {"dataset": data.root.name, "camera": self.key}
         return cached_frames(made_from, about, lambda: (data.n_frames, *self._size(files)), lambda out: self._decode(files, out))

@@ -31,9 +31,7 @@ def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tupl
             f"{dataset.root}: expected at least 2 episodes, one to train on and one held out, got 1; record another"
         )
     if not 0 < fraction < 1:
-        raise EpisodeError(
-            f"expected a fraction of the episodes to hold out, above 0 and below 1, got {fraction}"
-        )
+        raise EpisodeError(f"expected a fraction of the episodes to hold out, above 0 and below 1, got {fraction}")
     n_held_out = min(max(round(dataset.n_episodes * fraction), 1), dataset.n_episodes - 1)
     order = np.random.default_rng(seed).permutation(dataset.n_episodes)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])

@@ -77,7 +77,7 @@ def _why(path: Path, times: np.ndarray, wanted: np.ndarray, fps: float) -> str:
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else float("nan")
     row = f"; no frame is near row {far[0]} of the file, at {wanted[far[0]]:.3f} s" if len(far) else ""
     return (
-        f"expected {len(wanted)} frames in {path}, got {len(times)}: one for each row at {fps:g} Hz (fps of info.json), these "
-        f"run at about {rate:.4g} Hz from {times[0]:.3f} s on{row}; the video and the parquet tables disagree: fetch the file again, "
+        f"expected {len(wanted)} frames in {path}, got {len(times)}: one for each row at {fps:g} Hz (fps of info.json); these "
+        f"run at {rate:.4g} Hz from {times[0]:.3f} s on{row}; the video and the parquet tables disagree: fetch the file again, "
         "record the episode again, or mend 'fps'"
     )
