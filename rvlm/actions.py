@@ -132,7 +132,7 @@ class ActionSpec:
             raise CardError(f"{path_or_name}: {error}") from error
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
+    def from_dict(cls, values: Any) -> ActionSpec:
         """Inverse of `to_dict`; an unknown or missing field is an error."""
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict):

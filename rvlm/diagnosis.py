@@ -157,7 +157,7 @@ def own_statistics(case: Case) -> Rung:
 def enveloped(stats: NormStats, case: Case) -> NormStats:
     """Statistics whose quantiles are the widest of the training episodes' own, as a careless merge makes them."""
     action = case.dataset.column("action")
-    ends = np.array([np.quantile(action[case.rows(e)], (0.01, 0.99), axis=0) for e in case.train()])
+    ends = np.array([np.quantile(action[case.rows(e)], (0.01, 0.99), axis=0) for e in map(int, case.train())])
     return dataclasses.replace(stats, q01=ends[:, 0].min(0), q99=ends[:, 1].max(0))
 
 

@@ -88,7 +88,9 @@ def _check_features(path: Path, features: Any) -> None:
 
 def _check_template(path: Path, info: dict[str, Any], name: str) -> None:
     """A path below the dataset's folder, whose placeholders are plain names that the format knows."""
-    template, known = str(info.get(name) or ""), PLACEHOLDERS[info["codebase_version"]]
+    template, known = info.get(name), PLACEHOLDERS[info["codebase_version"]]
+    if not isinstance(template, str):
+        raise EpisodeError(f"{path}: expected {name!r} as a path with placeholders, got {template!r}; mend info.json")
     try:
         fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -207,7 +209,7 @@ def _check_times(path: Path, name: str, values: pd.Series) -> None:
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
         row = int(np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))[0])
         raise EpisodeError(
-            f"{path}, column {name!r}: expected times in seconds, got {values.iloc[row]!r} in row {row}; convert it again"
+            f"{path}, column {name!r}: expected seconds from 0, got {values.iloc[row]} in row {row}; convert it again"
         )
 
 
