@@ -5,6 +5,7 @@ Adapters stand on every linear layer of the language model; vision tower and con
 2023, arXiv 2305.14314: 4-bit NormalFloat, double quantisation), DoRA (Liu et al. 2024, arXiv 2402.09353).
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,18 @@ def precision() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def dtype_of(precision_name: str) -> torch.dtype:
+    """The type of "fp32", "bf16" or "fp16"; of "auto" the one that this machine computes in fastest.
+
+    Raises:
+        ValueError: An unknown precision, with those that exist.
+    """
+    known = {"auto": precision(), "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision_name not in known:
+        raise ValueError(f"no precision {precision_name!r}; there are {', '.join(known)}")
+    return known[precision_name]
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision-language model's modules without their weights: they take no memory."""
     with torch.device("meta"):
@@ -44,12 +57,13 @@ def linear_layers(model: PreTrainedModel) -> str:
     return rf"{prefix.replace('.', '[.]')}[.]{others}.*[.]({'|'.join(sorted(leaves))})"
 
 
-def in_four_bits(name_or_path: str | Path, prefix: str = "") -> BitsAndBytesConfig:
+def in_four_bits(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
     """Hold the language model's linear layers in 4 bits; vision tower, connector and heads stay as they are.
 
     Args:
         name_or_path: Vision-language model, or policy around one.
         prefix: Of the backbone's modules, where it is part of a policy.
+        dtype: What is computed in; what this machine is fastest in, if left out.
 
     Raises:
         ImportError: bitsandbytes cannot be used here.
@@ -60,7 +74,7 @@ def in_four_bits(name_or_path: str | Path, prefix: str = "") -> BitsAndBytesConf
         raise ImportError(
             f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take tuning='lora'"
         ) from error
-    config: Any = AutoConfig.from_pretrained(name_or_path)
+    config: Any = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if prefix:
         config = AutoConfig.for_model(**config.backbone)
     model = skeleton(config)
@@ -70,7 +84,7 @@ def in_four_bits(name_or_path: str | Path, prefix: str = "") -> BitsAndBytesConf
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision(),
+        bnb_4bit_compute_dtype=dtype or precision(),
         llm_int8_skip_modules=[*names, "head", "history", "state_in"],
     )
 
@@ -129,6 +143,8 @@ def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor])
     """
     named = {f"base_model.model.{name}": value for name, value in state_dict.items()}
     adapters.save_pretrained(str(folder / FOLDER), save_embedding_layers=False, state_dict=named)
+    path = folder / FOLDER / "adapter_config.json"  # what they stand on is told by the policy, without a path of this machine
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}, indent=2, sort_keys=True))
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -56,12 +56,15 @@ def load_backbone(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 quantization_config=quantization,
             )
             model, report = loaded
             refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
         else:
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name_or_path), dtype=dtype)
+            model = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), dtype=dtype
+            )
         _grow(model, len(processor.tokenizer))
     compute_as_trained(model)
     return model

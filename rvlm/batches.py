@@ -240,7 +240,7 @@ def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
     from rvlm.checkpoints import make_vla, remake_vla
     from rvlm.structures import VLAConfig
 
-    how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank}
+    how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
     path = Path(stage.init) / "config.json"
     if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
         if not stage.is_pretrained:

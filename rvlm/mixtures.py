@@ -52,6 +52,25 @@ class Robot:
         return robot
 
 
+def robots_of(config: Any) -> tuple[Robot, dict[str, Robot]]:
+    """The robot that a policy is for, and the others that it was trained on, by dataset, from its `VLAConfig`.
+
+    Raises:
+        ValueError: There is none, a robot's parts do not belong together, or the cameras are not those of its card.
+    """
+    if config.backbone is None or config.spec is None or config.stats is None:
+        raise ValueError("expected a configuration with backbone, spec and stats, got one without; build it by make_vla")
+    spec = ActionSpec.from_dict(config.spec)
+    stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
+    missing = [column for column in ("action", "observation.state") if column not in stats]
+    if missing:
+        raise ValueError(f"expected statistics of 'action' and 'observation.state', got {sorted(stats)}; add {missing}")
+    unknown = [c for c in config.cameras if c not in spec.cameras]
+    if unknown or not config.cameras:
+        raise ValueError(f"expected cameras of card {spec.dataset!r}, {', '.join(spec.cameras)}; got {list(config.cameras)}")
+    return Robot(spec, stats), {name: Robot.from_dict(values, name) for name, values in (config.robots or {}).items()}
+
+
 def named(spec: ActionSpec, instruction: str) -> str:
     """The instruction with the robot's name before it."""
     return f"{spec.robot}: {instruction}"

@@ -79,9 +79,11 @@ class Policy:
         self.reset()
 
     @classmethod
-    def load(cls, folder: str | Path, **options: Any) -> "Policy":
-        """From a saved model's folder; `options` are the constructor's."""
-        return cls(*load_vla(folder), **options)
+    def load(
+        cls, name: str | Path, *, revision: str | None = None, device: str | torch.device | None = None, **options: Any
+    ) -> "Policy":
+        """From a saved model's folder or name on the Hub, at a revision; `options` are the constructor's."""
+        return cls(*load_vla(name, revision=revision, device=device), **options)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -47,7 +47,7 @@ def load_processor(name_or_path: str | Path) -> ProcessorMixin:
         ImportError: The family's processor needs a package that is not here, and cannot do without it.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (ImportError, ValueError):
         if is_torchvision_available():
             raise

@@ -41,7 +41,9 @@ class VLAConfig(PreTrainedConfig):
         embodiment: How it is told which robot acts: not at all (None), by the "name" before the instruction, or by a "token" of
             each robot's own, an `<act>` with a learned offset.
         met: Datasets of all robots that it was trained on, in the order in which it met them: the numbers of their tokens.
-        base: Of a policy that is saved without its backbone: the backbone's `name`, its `weights` (a hash), and the `tuning`.
+        vlm: Vision-language model that it was made of: its `name`, and the `revision` of one from the Hub.
+        base: Of a policy that is saved without its backbone: the backbone's `name`, `revision` and `weights` (a hash), the
+            `tuning`, and the `precision` that it is held in.
     """
 
     model_type = "rvlm"
@@ -64,6 +66,7 @@ class VLAConfig(PreTrainedConfig):
     robots: dict | None = None
     embodiment: str | None = None
     met: list | None = None
+    vlm: dict | None = None
     base: dict | None = None
 
 

@@ -6,28 +6,25 @@ enter as learned offsets of that token's input embedding, and so does the robot,
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
-from rvlm import adapters
-from rvlm.actions import ActionSpec, NormStats
-from rvlm.backbones import read_act, refuse_wrong_weights
+from rvlm.actions import ActionSpec
+from rvlm.backbones import read_act
 from rvlm.heads import HEADS, HISTORIES, TokensHead
-from rvlm.mixtures import Robot, arranged, named
+from rvlm.mixtures import Robot, arranged, named, robots_of
+from rvlm.pretrained import SavedPolicy
 from rvlm.probe import keep_order
 from rvlm.prompts import Prompter
 from rvlm.structures import MAX_ROBOTS, VLAConfig, check_structure
 
 
-class VLA(PreTrainedModel):
+class VLA(SavedPolicy):
     """A vision-language-action model: backbone, history, head, and what its actions mean.
 
     Saved and loaded like any transformers model, by safetensors only; spec and statistics travel in the configuration,
@@ -38,33 +35,29 @@ class VLA(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    adapters: Any
 
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_structure(config)
-        if config.backbone is None or config.spec is None or config.stats is None:
-            raise ValueError("expected a configuration with backbone, spec and stats, got one without; build it by make_vla")
+        own, self.robots = robots_of(config)
+        self.spec, self.stats = own.spec, own.stats
+        if backbone is None and config.base is not None:
+            raise ValueError(
+                f"expected the backbone that this policy stands on, {config.base['name']}, got none; load it by "
+                "VLA.from_pretrained(folder)"
+            )
         if backbone is None:
-            settings: dict[str, Any] = dict(config.backbone)
+            settings: dict[str, Any] = dict(cast(dict, config.backbone))
             backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
         self.backbone: Any = backbone
         self.put_adapters(None)
         width = self.backbone.config.get_text_config().hidden_size
-        self.spec = ActionSpec.from_dict(config.spec)
-        self.stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
-        self.robots = {name: Robot.from_dict(values, name) for name, values in (config.robots or {}).items()}
-        self._check_cameras()
         self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(self.spec.state_names)
         self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
         self.robot_in = nn.Parameter(torch.zeros(MAX_ROBOTS, width)) if config.embodiment == "token" else None
         self.post_init()
-
-    def put_adapters(self, adapters: PeftModel | None) -> None:
-        """Remember the adapters that are in the backbone, to save and merge them."""
-        object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
 
     def meet(self, robots: Sequence[Robot]) -> None:
         """Know these robots from now on; the first is the one that the policy is for.
@@ -110,13 +103,6 @@ class VLA(PreTrainedModel):
         known = self.robots.get(spec.dataset, Robot(self.spec, self.stats))
         known.spec.require_same(spec)
         return known
-
-    def _check_cameras(self) -> None:
-        unknown = [c for c in self.config.cameras if c not in self.spec.cameras]
-        if unknown or not self.config.cameras:
-            raise ValueError(
-                f"expected cameras of card {self.spec.dataset!r}, {', '.join(self.spec.cameras)}; got {list(self.config.cameras)}"
-            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
@@ -275,39 +261,5 @@ class VLA(PreTrainedModel):
             said.append(self.head.choose(hidden))
         return self.head.decode(torch.stack(said, dim=1))
 
-    def save_pretrained(self, folder: str | Path, processor: ProcessorMixin | None = None, **options: Any) -> None:
-        """Save weights and configuration, and the processor where one is given, as `load_vla` reads them.
 
-        A backbone that stands still is not saved again but named in the configuration; its adapters are, in peft's own form.
-
-        Args:
-            folder: Where to; made if it does not exist.
-            processor: As `make_vla` gives it.
-            options: Of `PreTrainedModel.save_pretrained`.
-        """
-        if self.config.base is not None:
-            whole = options.pop("state_dict", None) or self.state_dict()
-            options["state_dict"] = own_weights(whole)
-            if self.adapters is not None:
-                inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
-                adapters.save(self.adapters, Path(folder), inner)
-        super().save_pretrained(folder, **options)
-        if processor is not None:
-            processor.save_pretrained(folder)
-
-    def fill(self, folder: str | Path) -> None:
-        """Weights of a policy that was saved without its backbone from its folder; strictly.
-
-        Raises:
-            ValueError: A weight is missing, unexpected or misshapen.
-        """
-        if self.adapters is not None:
-            adapters.fill(self.adapters, Path(folder))
-        saved = load_file(Path(folder) / "model.safetensors")
-        refuse_wrong_weights(folder, adapters.compared(own_weights(self.state_dict()), saved))
-        self.load_state_dict(saved, strict=False)
-
-
-def own_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of history, head, state and robots' tokens: all but the backbone's."""
-    return {name: value for name, value in weights.items() if not name.startswith("backbone.")}
+AutoModel.register(VLAConfig, VLA)  # so that the library loads a policy as any model, once this module is imported

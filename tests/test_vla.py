@@ -332,7 +332,7 @@ def test_a_saved_policy_acts_alike_and_knows_what_its_actions_mean(saved):
     assert torch.equal(loaded.predict(**batch), model.predict(**batch))
     for name, stats in model.stats.items():
         assert loaded.stats[name].to_dict() == stats.to_dict()
-    weights = [p.name for p in folder.iterdir() if p.suffix not in (".json", ".jinja", ".txt")]
+    weights = [p.name for p in folder.iterdir() if p.suffix not in (".json", ".jinja", ".txt", ".md")]
     assert weights == ["model.safetensors"]
 
 
