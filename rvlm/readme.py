@@ -22,7 +22,7 @@ class Row(NamedTuple):
         finding: its name.
         claim: as the finding states it.
         text: what is claimed, short, in the field's words.
-        paper: what was published of it: settings of `published("calvin", "ABCD->D")`, or none.
+        paper: what was published of it: benchmark, split, and its two settings in `published`; or none.
     """
 
     finding: str
@@ -32,18 +32,28 @@ class Row(NamedTuple):
 
 
 BOARD = (
-    Row("09_ablations", "ten times the data helps", "ten times the demonstrations", ("vl_pretrained", "data_0.1x")),
+    Row(
+        "09_ablations",
+        "ten times the data helps",
+        "ten times the demonstrations",
+        ("calvin", "ABCD->D", "vl_pretrained", "data_0.1x"),
+    ),
     Row("09_ablations", "learning more than the head helps", "training the language model too, not the head alone"),
     Row("09_ablations", "pre-training helps one step", "VL pre-training¹, one-step policy"),
     Row(
         "09_ablations",
         "pre-training helps a policy head",
         "VL pre-training¹, policy head with memory",
-        ("vl_pretrained", "no_vl_pretraining"),
+        ("calvin", "ABCD->D", "vl_pretrained", "no_vl_pretraining"),
     ),
     Row("09_ablations", "With new words, having heard any wording", "varied wordings in training, asked in new words"),
     Row("09_ablations", "a chunk of 4 beats single actions", "predicting 4 actions, not 1 (the first is executed)"),
-    Row("08_cross_embodiment", "others first, then own, beats own", "other robots' data first, then own²"),
+    Row(
+        "08_cross_embodiment",
+        "others first, then own, beats own",
+        "other robots' data first, then own²",
+        ("simpler", "google_robot 4 tasks", "post_train", "in_domain_finetune"),
+    ),
     Row("08_cross_embodiment", "co-training beats own", "co-training on all robots and questions, over own data²"),
     Row("07_few_shot", "cross-embodiment beats vision-language", "new tasks: from a policy of three robots³, over the VLM"),
     Row("07_few_shot", "Corrections of its own mistakes", "corrections (DAgger) over as many demonstrations"),
@@ -68,12 +78,12 @@ def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
     return [row.text, _theirs(row.paper), f"{at:+d} ({low:+d} to {high:+d})" if text else "–", size, word]
 
 
-def _theirs(settings: tuple[str, ...]) -> str:
-    if not settings:
+def _theirs(paper: tuple[str, ...]) -> str:
+    if not paper:
         return "–"
-    table = published("calvin", "ABCD->D").query("method == 'KosMos' and structure == 'policy-head continuous'")
-    values = [float(table.loc[table["setting"] == setting, "value"].iloc[0]) for setting in settings]
-    return " / ".join(f"{value:g}" for value in values) + " tasks"
+    table = published(*paper[:2]).query("method == 'KosMos' and structure == 'policy-head continuous'").set_index("setting")
+    values, is_rate = table["value"].loc[list(paper[2:])].tolist(), "success" in set(table["metric"])
+    return " / ".join(f"{100 * v:.0f}" if is_rate else f"{v:g}" for v in values) + (" %" if is_rate else " tasks")
 
 
 def _pretraining(found: dict[str, dict[str, Any]]) -> str:
@@ -86,8 +96,8 @@ def _pretraining(found: dict[str, dict[str, Any]]) -> str:
         f"¹ Pre-training in domain: {samples:,} samples of questions about rendered scenes of this same simulator, labelled by "
         f"the renderer{times}; the paper's is web data. ² The budget passes over the few own demonstrations many times, so part "
         "of the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
-        "such start. Paper: mean number of CALVIN tasks in a row, with / without. Intervals are over trainings and episodes; "
-        "verdicts are adjusted for several contrasts (Holm)."
+        "such start. Paper: with / without; CALVIN's mean number of tasks in a row, or success in SimplerEnv. Intervals are over "
+        "trainings and episodes; verdicts are adjusted for several contrasts (Holm)."
     )
 
 
