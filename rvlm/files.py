@@ -6,11 +6,13 @@ A cached result is found again by its name: a hash of the settings (`key_of`), o
 
 import ast
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +89,31 @@ def make_folder(final: Path, fill: Callable[[Path], Any]) -> Path:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return final
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Put a whole folder in the place of another: at any moment one of the two is at `final`, and the old one ends at `part`.
+
+    Where the system cannot exchange two names at once, `final` is missing for a moment, and comes back if that fails.
+    """
+    if not final.exists():
+        part.replace(final)
+    elif not _exchange(part, final):
+        old = temporary(final)
+        final.replace(old)
+        try:
+            part.replace(final)
+        except BaseException:
+            old.replace(final)
+            raise
+        old.replace(part)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at one moment; whether the system could (Linux, on most of its file systems)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 # --- hashes of content --------------------------------------------------------------------------------------------------

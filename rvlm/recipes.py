@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from rvlm.backbones import SMALL_VLM
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, replace_folder, temporary
 from rvlm.provenance import provenance
 from rvlm.small_vlm import small_vlm, train_tokenizer
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
@@ -220,15 +221,20 @@ def follow_side_by_side(recipes: Sequence[str], course: Course, seeds: Sequence[
 
 
 def ship(stage: Stage, target: Path, command: str) -> Path:
-    """Train `stage` and put its model where the package ships it, with a card of how it and what it started from were made."""
+    """Train `stage` and put its model where the package ships it, with a card of how it and what it started from were made.
+
+    One after another, where several do; at any moment one whole model is there.
+    """
     model = run(stage)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial)
-    card = {"command": command, "stages": [_told(folder) for folder in lineage(model)], **provenance()}
-    (partial / "made.json").write_text(json.dumps(card, indent=1))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        for left in target.parent.glob(f".{target.name}.*.part"):  # by one that was killed
+            shutil.rmtree(left)
+        part = temporary(target)
+        shutil.copytree(model, part)
+        card = {"command": command, "stages": [_told(folder) for folder in lineage(model)], **provenance()}
+        (part / "made.json").write_text(json.dumps(card, indent=1))
+        replace_folder(part, target)
+        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

@@ -243,3 +243,21 @@ def test_a_folder_whose_making_fails_is_not_there(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         make_folder(tmp_path / "final", fill)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [], "what a killed process left goes too"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_takes_the_place_of_another(tmp_path, can_exchange, monkeypatch):
+    """Where the second of two renames fails, the old one comes back."""
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    final = tmp_path / "final"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        files.replace_folder(tmp_path / name, final)
+        assert [path.name for path in final.iterdir()] == [name]
+    assert [path.name for path in (tmp_path / "second").iterdir()] == ["first"]
+    if not can_exchange:
+        with pytest.raises(FileNotFoundError):
+            files.replace_folder(tmp_path / "nothing", final)
+        assert [path.name for path in final.iterdir()] == ["second"]

@@ -1,7 +1,9 @@
 """Recipes, few shots, continual learning and corrections, each at the size of a handful of episodes."""
 
 import dataclasses
+import itertools
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,18 @@ from rvlm.dagger import FIRST_SEED, Corrections, collect_corrections
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.demonstrations import Collection
 from rvlm.episodes import EpisodeDataset
-from rvlm.recipes import POLICY, RECIPES, SCRATCH, Course, follow, follow_side_by_side, little_of_target, random_backbone_policy
+from rvlm.recipes import (
+    POLICY,
+    RECIPES,
+    SCRATCH,
+    Course,
+    follow,
+    follow_side_by_side,
+    little_of_target,
+    random_backbone_policy,
+    ship,
+)
+from rvlm.stages import DETECTION, Stage
 from rvlm.vla import VLAConfig
 
 TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
@@ -129,3 +142,35 @@ def test_corrections_say_what_the_expert_would_have_done_where_the_policy_went(h
     said, done = data.column("action"), data.column("action_executed")
     assert not np.allclose(said, done) and said.shape == done.shape
     assert Corrections(str(SMALL_VLM), like).folder != Corrections(str(POLICY), like).folder
+
+
+def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch):
+    """Shipped again and again while another thread looks: weights and their number are never missing, nor of two models."""
+    versions, seen, is_over = itertools.count(), set(), threading.Event()
+    target = tmp_path / "policy"
+
+    def trained(_):
+        model = tmp_path / f"stage-{next(versions)}" / "model"
+        model.mkdir(parents=True)
+        (model / "model.safetensors").write_text(model.parent.name)
+        return model
+
+    def look():
+        while not is_over.is_set():
+            try:
+                seen.add((target / "model.safetensors").read_text())
+            except FileNotFoundError:
+                seen.add("missing")
+
+    monkeypatch.setattr("rvlm.recipes.run", trained)
+    stage = Stage("toy", DETECTION, ("scenes",), "vlm", 64)
+    ship(stage, target, "a command")
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(30):
+        ship(stage, target, "a command")
+    is_over.set()
+    looking.join()
+    assert "missing" not in seen and len(seen) > 2
+    assert json.loads((target / "made.json").read_text())["command"] == "a command"
+    assert [path.name for path in tmp_path.iterdir() if "policy" in path.name and path.suffix != ".lock"] == ["policy"]
