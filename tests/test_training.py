@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, toy_frames
+from filelock import FileLock
 from safetensors.torch import load_file
 from toy_policies import a_batch, build
 from transformers import TrainingArguments
@@ -31,7 +32,7 @@ from rvlm.processors import load_processor
 from rvlm.snapshots import last_checkpoint, seal
 from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.trainer import LogFile, StageTrainer, arguments, log_history, seconds_of, step_decay, work
-from rvlm.training import prepare, run
+from rvlm.training import by_hand, prepare, run
 
 ROOT = Path(__file__).parents[1]
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
@@ -290,6 +291,19 @@ def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
     assert {"arm_loss", "gripper_loss", "grad_norm", "learning_rate"} <= log_history(tmp_path)[0].keys()
 
 
+def test_the_log_holds_the_mean_of_each_part_of_the_loss(stage, tmp_path):
+    """Over the steps since the last entry and the parts of each: so they add up to the loss, which is such a mean."""
+    model, _, data, collate = BUILDERS[ROBOT](stage)
+    common = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    steps = {"max_steps": 6, "logging_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = StageTrainer(model, TrainingArguments(str(tmp_path), **common, **steps), train_dataset=data, data_collator=collate)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [3, 6]
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(entry["arm_loss"] + model.head.gripper_weight * entry["gripper_loss"], abs=1e-6)
+
+
 # -- memory savers, each by its effect ------------------------------------------------------------------------------------
 def kept_bytes(model, batch):
     """Bytes that one forward pass keeps for the backward pass, weights left out, and the gradients."""
@@ -484,8 +498,9 @@ def test_two_processes_have_the_loss_of_one(stage, tmp_path, tuning):
     twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, tuning=tuning)
     work(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
     run(twenty, show_progress=False, n_threads=1)
-    one, two = ([e["loss"] for e in log_history(folder) if "loss" in e] for folder in (tmp_path / "one", twenty.folder))
-    assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
+    for part in ("loss", "arm_loss", "gripper_loss"):
+        one, two = ([e[part] for e in log_history(folder) if part in e] for folder in (tmp_path / "one", twenty.folder))
+        assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
     assert told(tmp_path / "one") == (1, "VLA") and told(twenty.folder) == (2, "DistributedDataParallel")
 
 
@@ -560,11 +575,29 @@ def told(folder):
     return entry["n_processes"], entry["wrapper"]
 
 
-def test_two_who_ask_for_one_stage_at_once_get_one_training(stage):
+def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
+    """A lock's file that a killed process has left is in nobody's way; who asks keeps the environment that they had."""
     short = few(stage, 6)
+    short.folder.parent.mkdir(parents=True)
+    short.folder.with_name(f"{short.folder.name}.lock").touch()
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    environment = dict(os.environ)
     with ThreadPoolExecutor(2) as pool:
         models = list(pool.map(lambda _: run(short, show_progress=False, n_threads=1), range(2)))
     assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
+    assert dict(os.environ) == environment
+
+
+def test_by_hand_nothing_is_trained_twice_nor_by_two_at_once(stage):
+    folder = prepare(stage)
+    with (
+        FileLock(f"{stage.folder}.lock"),
+        pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),
+    ):
+        by_hand(folder)
+    stage.folder.mkdir()
+    by_hand(folder)
+    assert not (folder / "log.jsonl").exists() and not list(stage.folder.iterdir())
 
 
 def an_entry(log, step):
