@@ -142,7 +142,9 @@ class ActionSpec:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
             )
-        return cls(**{k: field_of(k, v) for k, v in values.items()})
+        read = {k: field_of(k, v) for k, v in values.items()}
+        check_fields(read)
+        return cls(**read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for checkpoints and for a dataset's info.json."""

@@ -74,7 +74,7 @@ class NormStats:
     def offset_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """``normalized = (x - offset) / scale``, both ``(d,)``."""
         if self.kind == "identity":
-            return np.zeroslike(self.mean), np.oneslike(self.mean)
+            return np.zeros_like(self.mean), np.ones_like(self.mean)
         if self.kind == "mean_std":
             offset, scale = self.mean, self.std
         else:

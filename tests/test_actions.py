@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rvlm.actions import (
+    CARDS,
     KINDS,
     ActionSpec,
     ActionTokenizer,
@@ -297,3 +298,116 @@ def test_round_trip_error_in_si_units(spec):
     assert worst.shape == (7,) and (worst[:6] <= half_bin[:6] * 1.001).all() and (worst[:6] > half_bin[:6] * 0.8).all()
     assert worst[6] == 0
     assert (ActionTokenizer().round_trip_error(actions, spec, stats) < worst + 1e-9).all()
+
+
+# --- cards that say what they can't mean ------------------------------------------------------------------------------------
+
+CARD = (CARDS / "tabletop_franka7.md").read_text()
+BAD_CARDS = {
+    "scale of text": (
+        "scale: [0.04,",
+        "scale: [four,",
+        r"mine\.md: .*expected 'scale' as a list of finite numbers, got \['four'",
+    ),
+    "one scale for all": (
+        "scale: [0.04, 0.04, 0.04, 0.2, 0.2, 0.2, 1]",
+        "scale: 0.04",
+        "'scale' as a list of finite numbers, got 0.04",
+    ),
+    "scale in quotes": ("scale: [0.04,", "scale: ['0.04',", "'scale' as a list of finite numbers"),
+    "infinite scale": ("scale: [0.04,", "scale: [.inf,", "'scale' as a list of finite numbers, got .inf"),
+    "low that is null": ("low: [-1,", "low: [null,", "'low' as a list of finite numbers, got .None"),
+    "low of truth": ("low: [-1,", "low: [true,", "'low' as a list of finite numbers, got .True"),
+    "low above high": ("low: [-1,", "low: [2,", "expected 'low' below 'high'.*'dx'"),
+    "delta as text": ("is_delta: true", "is_delta: 'no'", "expected 'is_delta' as true or false, got 'no'"),
+    "delta as a number": ("is_delta: true", "is_delta: 1", "expected 'is_delta' as true or false, got 1"),
+    "delta left empty": ("is_delta: true", "is_delta:", "expected 'is_delta' as true or false, got None"),
+    "rate as text": ("rate_hz: 10", "rate_hz: 10 Hz", "expected 'rate_hz' as a finite number, got '10 Hz'"),
+    "rate that is NaN": ("rate_hz: 10", "rate_hz: .nan", "expected 'rate_hz' as a finite number, got nan"),
+    "rate of 0": ("rate_hz: 10", "rate_hz: 0", "a positive rate_hz"),
+    "gripper of truth": ("gripper_open: 1", "gripper_open: yes", "expected 'gripper_open' as a finite number, got True"),
+    "a name that YAML takes for truth": (
+        "cameras: [static,",
+        "cameras: [on,",
+        "expected 'cameras' as a list of texts .in quotes.*True",
+    ),
+    "a unit that is a number": ('rad, rad, rad, "1"]', "rad, rad, rad, 1]", "expected 'units' as a list of texts"),
+    "one camera as text": ("cameras: [static, wrist]", "cameras: static", "expected 'cameras' as a list of texts"),
+    "a camera twice": ("cameras: [static, wrist]", "cameras: [wrist, wrist]", "'cameras' without repetition"),
+    "a camera that is a path": (
+        "cameras: [static, wrist]",
+        "cameras: [/tmp/x, wrist]",
+        r"'cameras' named by letters.*got \['/tmp/x'\]",
+    ),
+    "a camera that climbs": (
+        "cameras: [static, wrist]",
+        "cameras: [a..b, wrist]",
+        r"'cameras' named by letters.*got \['a\.\.b'\]",
+    ),
+    "a state twice": ("state_names: [x, y,", "state_names: [x, x,", "'state_names' without repetition"),
+    "a field twice": ("is_delta: true", "is_delta: true\n  is_delta: false", "is_delta written twice"),
+    "a robot that is a number": ("robot: franka7", "robot: 7", "expected 'robot' as text"),
+    "a frame that is a list": ("frame: world", "frame: [world]", "expected 'frame' as text"),
+    "absent as text": ("is_delta: true", "is_delta: true\n  absent: dx", "expected 'absent' as a list of texts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CARDS)
+def test_a_card_with_a_wrong_field_names_it(name, tmp_path):
+    before, after, message = BAD_CARDS[name]
+    assert before in CARD
+    (tmp_path / "mine.md").write_text(CARD.replace(before, after, 1))
+    with pytest.raises(CardError, match=message):
+        ActionSpec.from_card(tmp_path / "mine.md")
+
+
+def test_a_card_is_read_as_it_was_meant(tmp_path):
+    text = CARD.replace("scale: [0.04, 0.04, 0.04,", "scale: [4e-2, 4E-2, 4.0e-2,").replace("low: [-1,", "low: [-1e0,")
+    for how in (text, "\ufeff" + text, text.replace("\n", "\r\n")):
+        (tmp_path / "mine.md").write_text(how, encoding="utf-8", newline="")
+        assert ActionSpec.from_card(tmp_path / "mine.md") == FRANKA
+    (tmp_path / "mine.md").write_bytes(CARD.encode("utf-16"))
+    with pytest.raises(CardError, match=r"mine\.md: expected text in UTF-8"):
+        ActionSpec.from_card(tmp_path / "mine.md")
+
+
+def test_a_spec_that_is_made_by_hand_is_checked_too():
+    with pytest.raises(CardError, match="expected 'scale' as a list of finite numbers"):
+        dataclasses.replace(FRANKA, scale=(np.nan,) * 7)
+
+
+# --- dimensions that hardly ever move ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["q01_q99", "mean_std"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
+    """Divided by the spread of noise a real move would reach thousands, and the loss with it."""
+    x = spec.set_gripper(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.still, np.ones(400))
+    move = np.where(spec.present[:6], 30 * spec.still[:6], 0)
+    x[::200, :6] = move
+    plain, floored = stats_of(x, kind), stats_of(x, kind, floor=spec.still)
+    there = spec.present[:6]
+    if kind == "q01_q99":
+        assert np.abs(plain.normalize(x)).max(0)[:6][there].min() > 1e4
+    assert np.abs(floored.normalize(x)).max() <= 31 and np.allclose(floored.unnormalize(floored.normalize(x)), x)
+
+
+def test_usual_motion_is_normalised_as_ever():
+    x = some_actions(500)
+    assert (stats_of(x, floor=FRANKA.still).normalize(x) == stats_of(x).normalize(x)).all()
+
+
+def test_without_any_spread_it_is_only_shifted():
+    x = np.zeros((400, 7))
+    x[::200, 4] = 0.4
+    assert np.abs(stats_of(x, floor=FRANKA.still).normalize(x)).max() == pytest.approx(0.4)
+
+
+def test_statistics_from_before_there_was_a_floor_load_and_normalise_as_they_did():
+    x = np.random.default_rng(0).normal(0, 1e-5, (400, 7))
+    old, new = stats_of(x), stats_of(x, floor=FRANKA.still)
+    assert "floor" not in old.to_dict() and NormStats.from_dict(old.to_dict()).to_dict() == old.to_dict()
+    back = NormStats.from_dict(json.loads(json.dumps(new.to_dict())))
+    assert back.to_dict() == new.to_dict() and (back.normalize(x) == new.normalize(x)).all()
+    assert (NormStats.from_dict(old.to_dict()).normalize(x) == old.normalize(x)).all() and np.abs(old.normalize(x)).max() > 1
