@@ -37,7 +37,7 @@ from rvlm.shards import LAST, Shard, finished, joined, n_episodes, number_of, pl
 from rvlm.video import EpisodeError
 
 Episode = tuple[Frames, str, dict[str, Any] | None]
-ASSEMBLED = "assembled"  # in an unfinished recording: all that it holds is about to be, or is, in the dataset
+ASSEMBLED = "assembled"  # in an unfinished recording: the inode of the dataset that all it holds has gone into
 
 
 class EpisodeWriter:
@@ -184,7 +184,7 @@ def _assemble(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[s
     """Make the dataset, under a temporary name; then what it was made of is no longer needed."""
     whole, mark = partial_folder(root) / f"whole.{uuid.uuid4().hex}", partial_folder(root) / ASSEMBLED
     assemble(shards, whole, spec, held_out)
-    mark.touch()
+    mark.write_text(str(whole.stat().st_ino))
     try:
         whole.rename(root)
     except OSError as error:
@@ -200,7 +200,8 @@ def _assemble(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[s
 def _is_finished(root: Path) -> bool:
     """Whether the dataset is there; a kill may have left what it was made of, which is removed then."""
     partial = partial_folder(root)
-    if root.exists() and (partial / ASSEMBLED).exists():
+    mark = partial / ASSEMBLED
+    if root.exists() and mark.exists() and mark.read_text() == str(root.stat().st_ino):
         for path in partial.glob("*/"):
             shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)  # with the mark, at last
@@ -209,10 +210,11 @@ def _is_finished(root: Path) -> bool:
 
 def record_shard(partial: str, index: int, spec: ActionSpec, make_shard: Callable[[int], Iterable[Episode]]) -> int:
     """Record one shard from start to end (the work of one process); returns its index."""
-    shard = Shard(Path(partial), spec)
+    final = Path(partial) / f"shard-{index:05d}"
+    shard = Shard(Path(partial), spec, name=final.name)
     for frames, instruction, extra in make_shard(index):
         shard.add(frames, instruction, extra)
-    place(shard.write(), Path(partial) / f"shard-{index:05d}")  # or another process has made the same one first
+    place(shard.write(), final)  # or another process has made the same one first
     return index
 
 
@@ -248,6 +250,7 @@ def collect(
         if root.exists():
             return root
         _open_partial(partial, header)
+        take_up(partial)
         done = {number_of(shard) for shard in finished(partial)}
         todo = [i for i in range(n_shards) if i not in done]
         with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:

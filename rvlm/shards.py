@@ -33,11 +33,18 @@ LAST = "features.json"  # what is written last: a folder that has it is whole
 
 
 class Shard:
-    """Episodes under way to their place; `features` are LeRobot's, taken from the first episode if left out."""
+    """Episodes under way to their place.
 
-    def __init__(self, partial: Path, spec: ActionSpec, features: dict[str, Any] | None = None) -> None:
+    Args:
+        partial: where the recording stands.
+        spec: the robot's conventions.
+        features: LeRobot's; taken from the first episode if left out.
+        name: that it is to have, if not the next one.
+    """
+
+    def __init__(self, partial: Path, spec: ActionSpec, features: dict[str, Any] | None = None, name: str = "shard") -> None:
         self.spec, self.features = spec, features
-        self._folder = partial / f"shard.{uuid.uuid4().hex}"
+        self._folder = partial / f"{name}.{uuid.uuid4().hex}"
         self._tables: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []
         self._videos: dict[str, VideoWriter] = {}
@@ -117,7 +124,7 @@ def place(folder: Path, final: Path) -> bool:
             return False
         raise EpisodeError(
             f"{folder}: what was recorded is whole there and kept, but could not be renamed to {final.name} ({error}); mend the "
-            "disk and open the recording again, which takes it up: don't record it a second time"
+            "disk and go on with the recording, which takes it up: don't add it a second time"
         ) from error
     return True
 
@@ -133,8 +140,12 @@ def place_next(folder: Path) -> Path:
 
 def take_up(partial: Path) -> None:
     """Give whole shards names that a kill or an error has left without one."""
-    for last in sorted(partial.glob(f"shard.*/{LAST}"), key=lambda path: path.stat().st_mtime_ns):
-        place_next(last.parent)
+    for last in sorted(partial.glob(f"shard*.*/{LAST}"), key=lambda path: path.stat().st_mtime_ns):
+        name = last.parent.name.partition(".")[0]
+        if name == "shard":
+            place_next(last.parent)
+        else:
+            place(last.parent, partial / name)
 
 
 def number_of(shard: Path) -> int:

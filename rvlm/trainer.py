@@ -44,7 +44,8 @@ class LogFile(TrainerCallback):
         self.path, self.started = folder / "log.jsonl", time.time()
         self.seconds_before = seconds_of(folder)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self.path.write_bytes(self.path.read_bytes() + b"\n")  # a kill has cut the last line short
+            with self.path.open("a") as file:
+                file.write("\n")  # a kill has cut the last line short
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         """One line of JSON."""

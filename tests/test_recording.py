@@ -203,6 +203,22 @@ def test_a_dataset_that_cannot_be_renamed_keeps_all_that_it_was_made_of(tmp_path
     assert (partial_folder(root) / "shard-00000").exists() and (root / "meta/info.json").read_text() == "{}"
 
 
+def test_a_shard_that_a_worker_could_not_rename_is_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def make(index):
+        made.append(index)
+        yield toy(4, index), "lift", None
+
+    def fails(*_):
+        raise OSError(errno.EIO, "as the disk says")
+
+    with monkeypatch.context() as patch, pytest.raises(EpisodeError, match=r"shard-00000\.\w+: what was recorded is whole"):
+        patch.setattr(Path, "rename", fails)
+        collect(tmp_path / "d", SPEC, make, 2, progress=False)
+    assert EpisodeDataset(collect(tmp_path / "d", SPEC, make, 2, progress=False)).n_episodes == 2 and made == [0, 1]
+
+
 def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
     first = EpisodeWriter(tmp_path / "d", SPEC)
     first.add_episode(toy(4, 0), "lift")
