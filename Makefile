@@ -1,12 +1,13 @@
-# make reproduce | test | lint | lab | bench | lock | clean. Each sets up what it needs; nothing is done twice.
+# make reproduce | test | wheel | lint | lab | bench | lock | clean. Each sets up what it needs; nothing is done twice.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env gl reproduce test lint lab bench lock clean help
+.PHONY: env gl reproduce test wheel lint lab bench lock clean help
 
 PYTHON  ?= python3
 PROFILE ?= cpu
 WORKERS ?= 2
+WHEEL_PYTHON ?= python3.12
 # Where torch is found. A smaller build without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
@@ -14,6 +15,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK  := requirements.lock
+TORCH ?= $(shell grep -m 1 '^torch==' $(LOCK))
 STAMP := $(VENV)/.installed
 # Present while an installation is under way: one that was killed is thrown away and made anew.
 UNDER_WAY := $(VENV)/.under-way
@@ -32,6 +34,7 @@ help:
 	@echo "make reproduce  every notebook, then the report in results/ (PROFILE=smoke|cpu|gpu|full, now $(PROFILE))"
 	@echo "make test       the test suite            make lint   style, types, spelling"
 	@echo "make lab        JupyterLab                make bench  benchmarks/"
+	@echo "make wheel      the wheel in an empty environment"
 	@echo "make env        only set up $(VENV)         make lock   resolve $(LOCK) anew from pyproject.toml"
 
 env: $(STAMP) gl
@@ -47,11 +50,10 @@ $(STAMP): $(LOCK) pyproject.toml
 	@if [ -e $(UNDER_WAY) ]; then echo "env: the last installation was cut short, starting anew"; rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(UNDER_WAY)
 	@if ! [ -x $(BIN)/pip ]; then echo "env: making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); fi
-	@torch=$$(grep -m 1 '^torch==' $(LOCK)); echo "env: installing $$torch"; \
-	  $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$torch"
+	@echo "env: installing $(TORCH)"; $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "env: installing $$(grep -c '==' $(LOCK)) packages of $(LOCK)"; $(PIP) install -r $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation -e .
-	@rm $(UNDER_WAY) && touch $@ && echo "env: ready"
+	@rm $(UNDER_WAY) && touch $@ && echo "env: ready; source $(BIN)/activate puts rvlm on the path"
 
 # Rendering without a screen: EGL, else OSMesa.
 gl: $(STAMP)
@@ -68,6 +70,21 @@ reproduce: env
 test: env
 	@$(WITH_GL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# The wheel in an empty environment outside the clone: by default on Python 3.12 where there is one, in the versions of the lock.
+# What 3.11 needs is shown by tests/test_wheel.py without installing anything again.
+wheel: $(STAMP) gl
+	@python=""; for name in $(WHEEL_PYTHON) "$$HOME"/.pyenv/versions/3.12.*/bin/python; do \
+	  if [ -z "$$python" ] && "$$name" -c 'import ensurepip, venv' 2>/dev/null; then python="$$name"; fi; done; \
+	if [ -z "$$python" ]; then echo "wheel: no Python 3.12 on this machine; tests/test_wheel.py has tried the wheel on this one"; exit 0; fi; \
+	$(WITH_GL) dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; echo "wheel: on $$($$python --version), in an empty environment"; \
+	git archive HEAD | tar -x -C "$$dir" --one-top-level=source; \
+	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w "$$dir" "$$dir/source"; \
+	$$python -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check -q"; \
+	$$pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"; \
+	$$pip install -c $(LOCK) "$$(ls "$$dir"/*.whl)[sim]"; \
+	mkdir "$$dir/empty"; cp tests/installed.py "$$dir"; cd "$$dir/empty"; \
+	HF_HUB_OFFLINE=1 "$$dir/venv/bin/python" "$$dir/installed.py" sim; "$$dir/venv/bin/rvlm" --version
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -82,13 +99,14 @@ lab: env
 bench: env
 	@$(WITH_GL) export RVLM_RESULTS="$${RVLM_RESULTS:-results}"; for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
 
-# The pins of pyproject.toml and everything they pull in, resolved in an environment of its own.
+# The ranges of pyproject.toml and everything they pull in, resolved in an environment of its own. torch stays as it is
+# locked, unless another is named: make lock TORCH=torch==2.14.0
 # Left out: torch's CUDA libraries, which belong to the build of torch that a machine chooses.
 lock:
 	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; echo "lock: resolving pyproject.toml"; \
 	$(PYTHON) -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check --quiet"; \
-	$$pip install "$$(grep -o 'torch==[0-9.]*' pyproject.toml)"; \
-	$$pip install -e '.[dev]'; \
+	$$pip install "$(TORCH)"; \
+	$$pip install -e '.[all,dev]'; \
 	sed -n '/^#/p' $(LOCK) > "$$dir/lock"; \
 	$$pip freeze --all --exclude-editable --exclude pip | sed 's/+.*//' | grep -vE '^(nvidia|cuda|triton)' > "$$dir/all"; \
 	grep '^torch==' "$$dir/all" >> "$$dir/lock"; grep -v '^torch==' "$$dir/all" | LC_ALL=C sort -f >> "$$dir/lock"; \

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-CARDS = Path(__file__).resolve().parents[1] / "data_cards"
+from rvlm.files import CARDS
+
 TEXT = ("frame", "rotation", "state_rotation", "robot", "dataset")
 TEXTS = ("names", "units", "cameras", "state_names", "state_units", "absent")
 NUMBER = ("gripper_open", "gripper_close", "rate_hz", "image_rotation_deg")

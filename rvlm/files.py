@@ -23,6 +23,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"  # in git; `rvlm reproduce` alone writes there
+_CARDS = Path(__file__).parent / "data_cards"  # of an installed package
+CARDS = _CARDS if _CARDS.is_dir() else ROOT / "data_cards"
 IS_CLONE = (ROOT / "notebooks" / "profiles.yaml").exists()  # else the package was installed without its repository
 PACKAGE = Path(__file__).resolve().parent
 LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process

@@ -1,10 +1,13 @@
 """What a pass of a model keeps, needs at its worst, and computes: on tensors without data, or measured where it runs."""
 
+import contextlib
 import gc
 import itertools
+import os
+import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,6 +81,20 @@ def fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
                 module._buffers[name] = torch.zeros(b.shape, dtype=b.dtype)
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Point file descriptor 2 at nothing: the profiler's C++ writes lines of its own there, past Python."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def measure(step: Callable[[], Any], held: float) -> dict[str, float]:
     """Peak memory and time of a training step, on the device where it runs.
 
@@ -99,7 +116,7 @@ def measure(step: Callable[[], Any], held: float) -> dict[str, float]:
         return {"peak": float(torch.cuda.max_memory_allocated()), "seconds": time.perf_counter() - start}
     step()
     seconds = time.perf_counter() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     results: Any = profiled.profiler
     events = sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rvlm.files import ROOT, results_dir, write_whole
+from rvlm.files import CARDS, ROOT, results_dir, write_whole
 from rvlm.provenance import provenance
 from rvlm.statistics import check_verdict
 
@@ -266,7 +266,7 @@ def published(benchmark: str, split: str | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table = pd.read_csv(ROOT / "data_cards" / "published.csv")
+    table = pd.read_csv(CARDS / "published.csv")
     chosen = table.loc[(table["benchmark"] == benchmark) & (True if split is None else table["split"] == split)]
     if chosen.empty:
         have = ", ".join(sorted({f"{b} {s}" for b, s in zip(table["benchmark"], table["split"], strict=True)}))

@@ -1,7 +1,9 @@
 """pyproject.toml, requirements.lock, environment.yml and the Makefile speak of the same versions."""
 
+import ast
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from rattler import Version as CondaVersion
 ROOT = Path(__file__).parents[1]
 LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
 LOCK = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LOCK_LINES)}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, EXTRAS = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
+LOCKED_EXTRAS = [line for extra, lines in EXTRAS.items() if extra not in ("all", "arms") for line in lines]
+DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"] + LOCKED_EXTRAS]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 CONDA_SPECS = [spec for spec in CONDA["dependencies"] if isinstance(spec, str)]
 PIP_SPECS = next(spec["pip"] for spec in CONDA["dependencies"] if isinstance(spec, dict))
@@ -34,9 +38,81 @@ def test_torch_comes_first():
 
 
 @pytest.mark.parametrize("requirement", DEPENDENCIES, ids=lambda requirement: requirement.name)
-def test_direct_dependency_is_pinned_as_locked(requirement):
+def test_direct_dependency_is_a_range_that_holds_what_is_locked(requirement):
     locked = LOCK.get(canonicalize_name(requirement.name))
-    assert str(requirement.specifier) == f"=={locked}", f"the lock has {locked}; change the pin, then `make lock`"
+    assert locked is not None, f"{requirement} is not in the lock; run `make lock`"
+    assert requirement.specifier.contains(locked), f"the lock has {locked}, which {requirement} leaves out; mend it, `make lock`"
+    assert not any(s.operator in ("==", "===") for s in requirement.specifier), "exact versions stand in the lock alone"
+    assert any(s.operator == ">=" for s in requirement.specifier), "say the oldest version that will do"
+
+
+def closure(requirements):
+    """Names of the packages that these pull in, themselves included, by what is installed."""
+    found, todo = set(), [(requirement, "") for requirement in requirements]
+    while todo:
+        requirement, of = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": of}):
+            continue
+        for extra in ("", *sorted(requirement.extras)):
+            if (name, extra) not in found and name in LOCK:
+                found.add((name, extra))
+                todo += [(wanted, extra) for wanted in map(Requirement, importlib.metadata.requires(name) or [])]
+    return {name for name, _ in found}
+
+
+def test_lock_holds_nothing_that_nobody_wants():
+    orphans = set(LOCK) - closure(DEPENDENCIES)
+    assert not orphans, f"no dependency wants {sorted(orphans)}; run `make lock`"
+
+
+# Packages that are declared and imported under another name, or needed without an import, and why.
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "py-rattler": "rattler", "ipython": "IPython", "pyzmq": "zmq"}
+WITHOUT_IMPORT = {
+    "accelerate": "transformers.Trainer",
+    "codespell": "make lint",
+    "jupyterlab": "make lab",
+    "nbstripout": "make lint",
+    "num2words": "SmolVLM's processor",
+    "pre-commit": "hooks",
+    "pyopengl": "mujoco draws with it",
+    "pyright": "make lint",
+    "pytest-cov": ".ci/run",
+    "pytest-xdist": "make test",
+    "ruff": "make lint",
+    "setuptools": "builds the package without a network",
+    "tensorboard": "curves of transformers.Trainer",
+    "robosuite": "meshes, read as files",
+}
+OWN = {"rvlm", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+
+
+def imported():
+    """Top-level modules of others that a file of the repository imports, at any depth -> where."""
+    found = {}
+    for path in (path for folder in ("rvlm", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.split(".")[0] for name in names} - OWN - sys.stdlib_module_names:
+                found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_every_import_is_declared_and_every_dependency_is_used():
+    declared = {canonicalize_name(Requirement(line).name) for lines in EXTRAS.values() for line in lines} - {"rvlm"}
+    declared |= {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    modules = {MODULES.get(name, name).replace("-", "_"): name for name in declared}
+    undeclared = {name: sorted(files) for name, files in imported().items() if name not in modules}
+    assert not undeclared, f"declare in pyproject.toml what is imported: {undeclared}"
+    unused = {name for module, name in modules.items() if module not in imported()} - set(WITHOUT_IMPORT)
+    assert not unused, f"nothing imports {sorted(unused)}; leave it out of pyproject.toml, or say why it is needed"
+
+
+def test_packages_in_the_wheel_are_those_in_the_tree():
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    tree = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "rvlm").rglob("__init__.py")}
+    assert sorted(listed) == sorted({*tree, "rvlm.data_cards"}), "name every package in pyproject.toml"
 
 
 def test_environment_runs_what_is_locked():
@@ -76,4 +152,5 @@ def test_conda_installs_the_lock_with_torch_first():
 def test_makefile_installs_the_lock_with_torch_first():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^LOCK\s+:= requirements\.lock$", makefile, re.MULTILINE)
-    assert makefile.index("grep -m 1 '^torch==' $(LOCK)") < makefile.index("install -r $(LOCK)")
+    assert re.search(r"^TORCH\s+\?= \$\(shell grep -m 1 '\^torch==' \$\(LOCK\)\)$", makefile, re.MULTILINE)
+    assert makefile.index('"$(TORCH)"') < makefile.index("install -r $(LOCK)")

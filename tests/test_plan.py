@@ -1,10 +1,13 @@
 """The plan says before a run what the run then needs."""
 
+import os
+
 import pytest
 import torch
 from conftest import TEXTS
 from transformers import AutoConfig
 
+from rvlm import passes
 from rvlm.backbones import SMALL_VLM
 from rvlm.families import FAMILIES
 from rvlm.plan import CARDS, CONTEXT, plan, shapes
@@ -79,3 +82,11 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
     told = plan(*asked, tuning="lora", rank=2)
     assert told.parameters / 1e6 > facts["parameters [M]"] and told.flops > 0 and told.peak > 0
     assert ("token types" in facts["reads in order"]) == (name == "paligemma")
+
+
+def test_what_a_profiler_writes_past_python_stays_out_of_the_notebook(capfd):
+    """The step is taken three times before it is profiled."""
+    passes.measure(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
+    assert capfd.readouterr().err == "line\n" * 3
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard", "and the errors of others are heard again"
