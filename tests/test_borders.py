@@ -4,6 +4,7 @@ One small recording is damaged in many ways, one at a time. Every way of reading
 `EpisodeError` that says what is wrong and where; never another exception, and never other samples without a word.
 """
 
+import dataclasses
 import io
 import json
 import shutil
@@ -18,15 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rvlm.actions import ActionSpec
-from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows
+from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.camera_names import find_camera
+from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
+from rvlm.reading import pooled_stats
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 STATIC, WRIST = "observation.images.static", "observation.images.wrist"
 LENGTHS, TASKS, SIZE = (6, 4, 5, 3), ("pick", "place", "wipe", "open"), 16
 DATA, VIDEO = "data/chunk-000/file-{:03d}.parquet", "videos/{}/chunk-000/file-{:03d}.mp4"
 EPISODES, TASK_TABLE = "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet"
-DTYPES = {"action": "float32", "observation.state": "float32"}
 
 
 def frames_of(n, seed, invert=False):
@@ -104,7 +106,7 @@ def edit_info(root, change):
 
 
 def edit_table(path, change):
-    """Change a table by pandas, keeping the order of columns; types are pandas' guess unless it is one of `DTYPES`."""
+    """Change a table by pandas, keeping the order of columns; types are pandas' guess."""
     frame = pd.read_parquet(path)
     changed = change(frame)
     (frame if changed is None else changed).to_parquet(path)
@@ -724,3 +726,123 @@ def test_whatever_is_wrong_with_a_dataset_samples_are_right_or_it_is_named(name,
 def test_whatever_is_wrong_with_an_older_dataset_samples_are_right_or_it_is_named(name, sound, right, tmp_path, monkeypatch):
     root = Path(shutil.copytree(sound[1], tmp_path / "old"))
     check(root, *V21[name], right, monkeypatch)
+
+
+# --- what is right and stays so ---------------------------------------------------------------------------------------------
+
+
+def test_links_inside_a_dataset_may_lead_out_of_it(sound, right, tmp_path, monkeypatch):
+    """The Hub's own cache is made of links to files elsewhere."""
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    for path in (p for p in sound[0].rglob("*") if p.is_file()):
+        link = tmp_path / "linked" / path.relative_to(sound[0])
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert_same(samples_of(tmp_path / "linked"), right)
+
+
+def test_a_name_on_the_hub_is_answered_with_what_is_expected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EpisodeError, match=r"looks like a name on the Hub: hf download lerobot/pusht --repo-type dataset"):
+        EpisodeDataset("lerobot/pusht")
+    with pytest.raises(EpisodeError, match="there is no such folder; is the path right"):
+        EpisodeDataset(tmp_path / "a/b/c")
+
+
+def test_few_episodes_can_be_trained_on(tmp_path):
+    two, one = (record(tmp_path / str(n), LENGTHS[:n], TASKS[:n]) for n in (2, 1))
+    assert [len(side) for side in split(EpisodeDataset(two))] == [1, 1]
+    with pytest.raises(
+        EpisodeError, match="expected at least 2 episodes, one to train on and one held out, got 1; record another"
+    ):
+        split(EpisodeDataset(one))
+
+
+def test_other_columns_keep_their_kinds(sound, tmp_path):
+    """Flags, texts, nested numbers and columns without a shape come as they were recorded."""
+    root = Path(shutil.copytree(sound[0], tmp_path / "demos"))
+    kinds = {"next.done": ("bool", [1]), "note": ("string", [1]), "force": ("float64", [2, 3]), "reward": ("float32", [])}
+    edit_info(
+        root, lambda i: i["features"].update({k: {"dtype": d, "shape": s, "names": {"a": None}} for k, (d, s) in kinds.items()})
+    )
+    n = [pq.read_metadata(root / DATA.format(i)).num_rows for i in (0, 1)]
+    for i in (0, 1):
+        set_cells(root / DATA.format(i), "next.done", [False] * (n[i] - 1) + [True])
+        set_cells(root / DATA.format(i), "note", ["抓取", "grüß dich 🙂"] + ["ارفع"] * (n[i] - 2))
+        set_cells(
+            root / DATA.format(i), "force", np.arange(6 * n[i]).reshape(n[i], 2, 3).tolist(), pa.list_(pa.list_(pa.float64()))
+        )
+        set_cells(root / DATA.format(i), "reward", [0.5] * n[i], pa.float32())
+    dataset = EpisodeDataset(root)
+    assert dataset.column("next.done").dtype == bool and dataset.column("next.done").sum() == 2
+    assert dataset.column("note")[[0, 1, 10]].tolist() == ["抓取", "grüß dich 🙂", "抓取"]
+    assert dataset.column("force").shape == (18, 6) and dataset.column("force")[2].tolist() == list(range(12, 18))
+    assert dataset.column("reward").shape == (18, 1) and dataset.episode(2)["note"][0] == "抓取"
+
+
+def test_language_is_read_as_it_is(sound, tmp_path):
+    root = Path(shutil.copytree(sound[0], tmp_path / "demos"))
+    language(root)
+    events = EpisodeDataset(root).episode(0)["language_events"]
+    assert events[0][0]["content"] == "the other one" and events[1] == []
+
+
+@pytest.mark.parametrize(("camera", "images", "key"), [
+    ("wrist", ["observation.images.wrist", "observation.depth.wrist"], "observation.images.wrist"),
+    ("wrist", ["observation.depth.wrist", "observation.images.wrist"], "observation.images.wrist"),
+    ("top", ["observation.images.rgb.top", "observation.images.depth.top"], "observation.images.rgb.top"),
+    ("top", ["cam.top_depth", "cam.top"], "cam.top"),
+    ("left.rgb", ["left.rgb", "right.rgb"], "left.rgb"),
+    ("images.left.rgb", ["images.left.rgb", "right.rgb"], "images.left.rgb"),
+    ("rgb", ["left.rgb", "right.rgb"], None),
+    ("top", ["observation.depth.top"], None),
+    ("depth.top", ["observation.depth.top"], "observation.depth.top"),
+])  # fmt: skip
+def test_a_camera_is_found_by_its_name_or_doubted(camera, images, key):
+    features = {name: {"dtype": "video", "shape": [4, 4, 3]} for name in images}
+    if key is not None:
+        assert find_camera(Path("demos"), features, camera) == key
+        return
+    with pytest.raises(EpisodeError, match=f"camera '{camera}'.*({'|'.join(images)})"):
+        find_camera(Path("demos"), features, camera)
+
+
+# --- several recordings of one robot ----------------------------------------------------------------------------------------
+
+
+def scaled(root, scale, seed):
+    writer = EpisodeWriter(root, SPEC)
+    for i in range(3):
+        frames = frames_of(6, seed + i)
+        frames["action"][:, :6] *= scale
+        writer.add_episode(frames, "pick")
+    return EpisodeDataset(writer.finalize())
+
+
+def test_folders_under_one_card_share_statistics_of_all(tmp_path):
+    from rvlm.batches import _robots
+
+    sets = [scaled(tmp_path / "small", 0.02, 0), scaled(tmp_path / "large", 1.0, 50)]
+    train = [np.array([0, 1]), np.array([1, 2])]
+    small, large = _robots(sets, train)
+    assert small.stats["action"].to_dict() == large.stats["action"].to_dict() and small.stats["action"].count == 24
+    both = np.concatenate([sets[0].column("action")[:12], sets[1].column("action")[6:]])
+    assert np.allclose(small.stats["action"].q99, np.quantile(both.astype(float), 0.99, axis=0))
+    assert np.abs(small.stats["action"].normalize(sets[1].column("action"))).max() < 5
+
+
+def test_folders_under_one_card_of_other_conventions_are_refused(tmp_path):
+    one, two = scaled(tmp_path / "one", 1.0, 0), scaled(tmp_path / "two", 1.0, 50)
+    two.spec = dataclasses.replace(SPEC, frame="base")
+    with pytest.raises(SpecMismatch, match=r"one vs .*two: 1 convention\(s\) differ: frame: world against base"):
+        pooled_stats([(one, np.arange(3)), (two, np.arange(3))])
+
+
+def test_somebody_is_told_where_a_state_hardly_ever_moves(tmp_path):
+    frames = frames_of(400, 0)
+    frames["observation.state"][:, 3] = np.random.default_rng(0).normal(0, 1e-5, 400)
+    frames["observation.state"][::200, 3] = 2.0
+    writer = EpisodeWriter(tmp_path / "demos", SPEC)
+    writer.add_episode(frames, "pick")
+    with pytest.warns(UserWarning, match=r"observation.state: 'roll' reaches 400 in normalised units, as it hardly ever moves"):
+        EpisodeDataset(writer.finalize()).stats()

@@ -1,0 +1,177 @@
+"""Frames beside their rows, and decoded frames on disk: named by content, shared, read once, within a limit."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import toy_frames
+
+from rvlm import files, frames, tables, video
+from rvlm.actions import ActionSpec
+from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter
+from rvlm.placement import place
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+HERE = Path("static.mp4")
+
+
+def no_stamps(n):
+    return lambda: np.full(n, np.nan)
+
+
+def placed(times, lengths, fps=30.0, starts=None, stamps=None):
+    lengths = np.array(lengths)
+    starts = (np.cumsum(lengths) - lengths) / fps if starts is None else np.array(starts)
+    return place(HERE, np.array(times), starts, lengths, fps, stamps or no_stamps(lengths.sum()))
+
+
+@pytest.mark.parametrize(
+    ("video", "recording"), [(30, 30), (29.97, 30), (30, 29.97), (30000 / 1001, 30), (60000 / 1001, 60), (9.95, 10)]
+)
+@pytest.mark.parametrize("lengths", [(1300,), (400, 1, 500, 399)])
+def test_a_clock_that_is_a_little_off_moves_no_frame(video, recording, lengths):
+    """After 500 frames a video at 29.97 Hz is half a frame late beside rows at 30; the frame beside row i is still frame i."""
+    assert (placed(np.arange(1300) / video, lengths, recording) == np.arange(1300)).all()
+
+
+def test_a_clock_that_is_off_in_the_table_too():
+    """Episodes whose starts were measured in the video, which runs at 29.97 Hz."""
+    lengths = np.array([400, 500, 400])
+    starts = (np.cumsum(lengths) - lengths) / 29.97
+    assert (placed(np.arange(1300) / 29.97, lengths, 30, starts) == np.arange(1300)).all()
+
+
+def test_a_variable_rate_is_followed_by_the_rows_own_timestamps():
+    times = np.cumsum(np.random.default_rng(0).uniform(0.02, 0.2, 60)) - 0.02
+    own = np.r_[times[:40] - times[0], times[40:] - times[40]]
+    starts = [times[0], times[40]]
+    assert (placed(times, [40, 20], 10, starts, lambda: own) == np.arange(60)).all()
+    with pytest.raises(EpisodeError, match=r"expected 60 frames in static\.mp4, got 60: .*no frame is near row \d+"):
+        placed(times, [40, 20], 10, starts)
+
+
+def test_frames_that_no_row_wants_are_passed_over():
+    assert (placed(np.arange(59) / 60, [30]) == np.arange(0, 60, 2)).all()
+    gap = [(0.0, 10), (20 / 30, 10)]  # an episode between them was deleted
+    found = placed(np.arange(30) / 30, [n for _, n in gap], starts=[s for s, _ in gap])
+    assert found.tolist() == [*range(10), *range(20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (np.arange(29) / 30, "no frame is near row 29"),
+        (np.arange(31) / 30, "got 31"),
+        (np.r_[np.arange(10), np.arange(11, 31)] / 30, "no frame is near row 10"),
+        (np.arange(1, 31) / 30, "no frame is near row 0"),
+        (np.arange(30) / 15, "run at 15 Hz"),
+        (np.arange(30) / 28, "run at 28 Hz"),
+        (np.zeros(30), "no frame is near row 1"),
+        (np.arange(1) / 30, "got 1"),
+    ],
+)
+def test_a_row_that_no_frame_reaches_is_refused(times, message):
+    with pytest.raises(EpisodeError, match=rf"expected 30 frames in static\.mp4, .*{message}"):
+        placed(times, [30])
+
+
+def test_two_episodes_that_share_frames_are_refused():
+    with pytest.raises(EpisodeError, match="expected 20 frames"):
+        placed(np.arange(20) / 30, [10, 10], starts=[0, 0])
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demos(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    writer = EpisodeWriter(tmp_path / "demos", SPEC)
+    for seed in range(2):
+        writer.add_episode(toy_frames(SPEC, 4, seed, 16), "lift")
+    return writer.finalize()
+
+
+def arrays():
+    return {
+        json.loads(p.read_text())["camera"].rsplit(".", 1)[-1]: p.parent
+        for p in sorted((files.artifacts_dir() / "frames").glob("*/about.json"))
+    }
+
+
+def test_what_is_asked_twice_is_read_once(demos, monkeypatch):
+    read, decoded, read_table, decode_frames = [], [], tables.read_table, video.decode_frames
+    monkeypatch.setattr("rvlm.reading.read_table", lambda path, names: read.append(names) or read_table(path, names))
+    monkeypatch.setattr("rvlm.cameras.decode_frames", lambda *a: decoded.append(a) or decode_frames(*a))
+    dataset = EpisodeDataset(demos)
+    for _ in range(3):
+        dataset.column("action")
+        dataset.frames_cache()
+        dataset.frames_cache(["wrist", "static"])
+        EpisodeDataset(demos).frames_cache(["wrist"])
+    assert read.count(["action"]) == 1 and len(decoded) == 4, "one look at the size and one pass over each camera"
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.column("action")[0] = 0
+
+
+def test_files_are_hashed_once(demos, monkeypatch):
+    EpisodeDataset(demos).frames_cache()
+    old = 1_600_000_000
+    for path in demos.rglob("*.mp4"):
+        os.utime(path, (old, old))
+    monkeypatch.setattr(files.time, "time_ns", lambda now=files.time.time_ns: now() + 10**10)  # long after they were written
+    EpisodeDataset(demos).frames_cache()
+    hashed = []
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *a: hashed.append(a))
+    EpisodeDataset(demos).frames_cache()
+    assert not hashed
+
+
+def test_data_recorded_anew_in_the_same_place_gives_its_own_frames(demos, tmp_path):
+    before = EpisodeDataset(demos).frames_cache()["static"].copy()
+    demos.rename(tmp_path / "before")
+    writer = EpisodeWriter(demos, SPEC)
+    for seed in (5, 6):
+        writer.add_episode(toy_frames(SPEC, 4, seed, 16), "lift")
+    after = EpisodeDataset(writer.finalize())
+    assert (after.frames_cache()["static"] != before).any()
+    assert (after.frames_cache()["static"][4:] == after.episode(1)["observation.images.static"]).all()
+
+
+def test_other_places_in_the_same_videos_are_other_frames(demos):
+    """What stands beside which row is part of the name: videos alone do not tell."""
+    dataset = EpisodeDataset(demos)
+    before, table = dataset.frames_cache(["static"])["static"].copy(), demos / "meta/episodes/chunk-000/file-000.parquet"
+    changed = pd.read_parquet(table)
+    changed["videos/observation.images.static/from_timestamp"] = [0.4, 0.0]
+    changed.to_parquet(table)
+    exchanged = EpisodeDataset(demos).frames_cache(["static"])["static"]
+    assert (exchanged[:4] == before[4:]).all() and (exchanged[4:] == before[:4]).all()
+
+
+def test_the_limit_removes_what_was_used_longest_ago_and_nothing_in_use(demos, monkeypatch):
+    size = 8 * 16 * 16 * 3
+    dataset = EpisodeDataset(demos)
+    held = dataset.frames_cache(["static"])["static"]
+    dataset.frames_cache(["wrist"])
+    os.utime(arrays()["static"] / "about.json", (1, 1))  # the older one, but in use
+    monkeypatch.setenv("RVLM_FRAMES_GB", str(2.5 * size / 1e9))
+    frames.make_room(size)
+    assert list(arrays()) == ["static"] and held.shape == (8, 16, 16, 3)
+    monkeypatch.setenv("RVLM_FRAMES_GB", str(1.5 * size / 1e9))
+    with pytest.raises(EpisodeError, match=r"expected room for .* GB of decoded frames, got .*; set RVLM_FRAMES_GB higher"):
+        dataset.frames_cache(["wrist"])
+    assert not list((files.artifacts_dir() / "frames").glob("*.part"))
+    del held
+    assert dataset.frames_cache(["wrist"])["wrist"].shape == (8, 16, 16, 3) and list(arrays()) == ["wrist"]
+
+
+def test_what_could_not_be_decoded_leaves_nothing_behind(demos):
+    path = next(demos.glob("videos/*wrist/*/*.mp4"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(EpisodeError, match=r"expected a whole mp4 file at .*file-000\.mp4"):
+        EpisodeDataset(demos).frames_cache()
+    assert list(arrays()) == ["static"] and not list((files.artifacts_dir() / "frames").glob("*.part"))
