@@ -1,22 +1,20 @@
-"""From a stage's data to the batches that its model takes: order, augmentation, features of frozen towers, collators.
+"""From a stage's data to the batches that its model takes: order, augmentation, collators.
 
 What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
 """
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch.nn import functional
 from transformers import PreTrainedModel, ProcessorMixin
 
-from rvlm.backbones import freeze_vision, load_backbone, vision_features
-from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm.backbones import freeze_vision, load_backbone
+from rvlm.features import cached_features
 from rvlm.mixtures import Budget, Mixture, Robot
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter, pad
@@ -47,39 +45,6 @@ def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: 
         moved = functional.grid_sample(view, grid, padding_mode="border", align_corners=False)
         out[:, camera] = ((moved - 128) * gain + 128 + bias).clamp(0, 255).round().permute(0, 2, 3, 1).numpy()
     return out
-
-
-def cached_features(
-    stage: Stage, model: PreTrainedModel, processor: ProcessorMixin, images: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """A frozen tower's features of stored images, computed once per tower; processes that train together share the work.
-
-    Args:
-        stage: Its `init` names the tower; where random weights are drawn instead, its seed does.
-        model: The vision-language model.
-        processor: Its processor.
-        images: Name -> (n, ..., h, w, 3) uint8; names are unique among all data.
-
-    Returns:
-        Name -> (n, ..., tokens, d) float16.
-    """
-    drawn = "" if stage.is_pretrained else f"-random-{stage.seed}"
-    folder = artifacts_dir() / "features" / f"{weights_of(stage.init) or key_of({'name': stage.init})}{drawn}"
-    prompter, names = Prompter(processor, 1), sorted(images)
-    folder.mkdir(parents=True, exist_ok=True)
-    start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
-    for name in names[start:] + names[:start]:
-        path = folder / f"{name}.npy"
-        with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                continue
-            flat = images[name].reshape(-1, 1, *images[name].shape[-3:])
-            parts = [vision_features(model, prompter.pixels(flat[i : i + 64])).numpy() for i in range(0, len(flat), 64)]
-            features = np.concatenate(parts).astype(np.float16)
-            partial = folder / f"{name}.partial.npy"
-            np.save(partial, features.reshape(*images[name].shape[:-3], *features.shape[1:]))
-            partial.replace(path)
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in images}
 
 
 def _see(prompter: Prompter, images: np.ndarray) -> dict[str, torch.Tensor]:
@@ -131,7 +96,8 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     scenes, collate = Scenes(stage.data), DialogueCollator(processor)
     if stage.freeze_vision:
         freeze_vision(model)
-        scenes.images = list(cached_features(stage, model, processor, scenes.images_by_name()).values())
+        kept = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
+        scenes.images = list(kept.values())
 
     def make(i: int, rng: np.random.Generator) -> Any:
         images, scene = scenes[i]
@@ -190,7 +156,9 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     prompter, frames = model.prompter(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
-        frames = _frozen_frames(stage, model, processor, sets) if prompter.sees_pixels_alone else frames
+        if prompter.sees_pixels_alone:
+            seen = (data.frames_cache(model.config.cameras) for data in sets)
+            frames = [list(cached_features(model.backbone, processor, images).values()) for images in seen]
     parts = [
         _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
     ]
@@ -258,33 +226,35 @@ def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
     return model, processor
 
 
-def _frozen_frames(stage: Stage, model: Any, processor: ProcessorMixin, sets: Sequence[Any]) -> list[list[np.ndarray]]:
-    """Features of all frames of each dataset, by camera."""
-    out = []
-    for data in sets:
-        images = {f"{data.root.name}-{camera}": frames for camera, frames in data.frames_cache(model.config.cameras).items()}
-        out.append(list(cached_features(stage, model.backbone, processor, images).values()))
-    return out
-
-
 def _part(stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[np.ndarray] | None, index: int) -> Budget:
     """One dataset's samples, by its own robot's statistics."""
-    from rvlm.envs.tabletop.tasks import rewordings
     from rvlm.episodes import Windows
 
+    reworded = _wordings(stage)
     config, robot = model.config, model.robot(data.require_spec())
     cut = (config.n_obs_steps, config.chunk_size, train, robot.stats, config.cameras)
     windows = Windows(data, *cut, dataset_index=index, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
-        if stage.wordings != "recorded":
-            words = rewordings(sample["instruction"])
-            sample["instruction"] = words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
+        sample["instruction"] = reworded(sample["instruction"], rng)
         sample = model.addressed(robot, sample)
         return {**sample, "images": augment(sample["images"], rng, **stage.augment)} if stage.augment else sample
 
     return Budget(len(windows), stage.n_samples, stage.seed + index, make)
+
+
+def _wordings(stage: Stage) -> Callable[[str, np.random.Generator], str]:
+    """How a sample's instruction is worded; only other wordings than the recorded ones need the tabletop that knows them."""
+    if stage.wordings == "recorded":
+        return lambda recorded, rng: recorded
+    from rvlm.envs.tabletop.tasks import rewordings
+
+    def worded(recorded: str, rng: np.random.Generator) -> str:
+        words = rewordings(recorded)
+        return words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
+
+    return worded
 
 
 def _with_dialogue(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:

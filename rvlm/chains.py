@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from gymnasium.utils.seeding import np_random
 
+from rvlm.caches import Code
 from rvlm.envs.tabletop.scene import DRAWER_RANGE, N_OBJECTS, SETTINGS, SLIDER_RANGE, Setting
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.envs.tabletop.world import World
@@ -155,6 +156,11 @@ class ChainEvaluation(Evaluation):
     """
 
     length: int = LENGTH
+
+    @property
+    def code(self) -> Code:
+        """The code that its chains depend on."""
+        return Code((*super().code.roots, "rvlm.chains"), without=("rvlm.evaluation", "rvlm.statistics"))
 
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `roll_out` gives them."""

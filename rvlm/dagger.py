@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.actions import ActionSpec
+from rvlm.caches import Code, keep
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, act_out
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm.files import artifacts_dir, hash_of_model, key_of
 from rvlm.policy import Policy
 from rvlm.recording import collect
 
+CODE = Code(("rvlm.dagger",))
 FIRST_SEED = 700_000  # of scenes that no demonstration has shown, below those that are held out
 
 
@@ -36,8 +37,9 @@ class Corrections:
 
     @property
     def folder(self) -> Path:
-        """Where the dataset is: the robot and the hash of everything that makes it."""
-        key = key_of({**asdict(self.like), "policy": weights_of(self.policy)})
+        """Where the dataset is: the robot, and the hash of these settings, the robot's card, the policy and the code."""
+        made_by = {"spec": asdict(self.like.spec), "policy": hash_of_model(self.policy), "code": CODE.hash}
+        key = key_of({**asdict(self.like), **made_by})
         return artifacts_dir() / "datasets" / f"dagger_{self.like.robot}-{key}"
 
 
@@ -70,9 +72,9 @@ def collect_corrections(corrections: Corrections, n_workers: int = 2, progress: 
     Returns:
         Folder of a LeRobotDataset v3.0.
     """
-    spec, make = (
-        ActionSpec.from_card(f"tabletop_{corrections.like.robot}"),
-        functools.partial(make_shard, corrections=corrections),
-    )
-    n_shards = -(-corrections.like.n_episodes // PER_SHARD)
-    return collect(corrections.folder, spec, make, n_shards, n_workers, progress, HELD_OUT)
+    like, folder = corrections.like, corrections.folder
+    if not folder.exists():
+        CODE.refuse_changed()
+    make, n_shards = functools.partial(make_shard, corrections=corrections), -(-like.n_episodes // PER_SHARD)
+    collect(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
+    return keep(folder, CODE, asdict(corrections), [corrections.policy])

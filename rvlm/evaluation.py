@@ -18,12 +18,16 @@ import pandas as pd
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from rvlm.actions import ActionSpec
+from rvlm.caches import Code, keep
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm.files import artifacts_dir, hash_of_model, key_of, weights_of, write_whole
 from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
 BATCH = 10  # episodes that run side by side
+_OWN = ("BATCH", "Evaluation", "run_batch", "cast_of", "make_envs", "_judged", "_run_batch", "_spec")
+EPISODES = ("rvlm.rollouts", "rvlm.envs.tabletop.env", *(f"rvlm.evaluation:{name}" for name in _OWN))  # the code of an episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +80,9 @@ class Evaluation:
         """Episodes in one of its batches; the last may be smaller."""
         return min(BATCH, self.n_episodes - batch * BATCH)
 
-    def is_done(self, batch: int) -> bool:
-        """Whether a batch is on disk, with as many episodes as are asked for now."""
-        path = self.folder / f"{batch:05d}.parquet"
+    def is_done(self, batch: int, folder: Path | None = None) -> bool:
+        """Whether a batch is on disk, with as many episodes as are asked for now; `folder` spares asking where again."""
+        path = (folder or self.folder) / f"{batch:05d}.parquet"
         return path.exists() and len(pq.read_table(path, columns=["seed"])["seed"].unique()) >= self.batch_size(batch)
 
     @property
@@ -87,10 +91,16 @@ class Evaluation:
         return weights_of(self.policy)
 
     @property
+    def code(self) -> Code:
+        """The code that its episodes depend on."""
+        return Code((*EPISODES, *(() if self.policy in ("random", "expert") else ("rvlm.policy", "rvlm.evaluation:_load"))))
+
+    @property
     def folder(self) -> Path:
-        """Where finished batches are kept: named by these settings and the policy's weights."""
-        content = {**dataclasses.asdict(self), "n_episodes": None, "weights": self.weights}
-        return artifacts_dir() / "evaluations" / key_of(content)
+        """Where finished batches are kept: named by these settings, the robot's card, the policy's content, and the code."""
+        content = {**dataclasses.asdict(self), "n_episodes": None, "spec": dataclasses.asdict(_spec(self.robot))}
+        content["policy"] = self.policy if self.policy in ("random", "expert") else hash_of_model(self.policy)
+        return artifacts_dir() / "evaluations" / key_of({**content, "code": self.code.hash})
 
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `rollout` gives them."""
@@ -105,16 +115,24 @@ def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int 
     return tuple(Tabletop(robot, image_size, setting=setting, max_steps=max_steps) for _ in range(n))
 
 
-@functools.lru_cache(maxsize=4)
-def _load(policy: str, n_action_steps: int | None, ensemble: float | None, robot: str) -> Any:
-    from rvlm.actions import ActionSpec
+def _spec(robot: str) -> ActionSpec:
+    return ActionSpec.from_card(f"tabletop_{robot}")
 
-    spec = ActionSpec.from_card(f"tabletop_{robot}")
-    if policy in ("random", "expert"):
-        return RandomPolicy(spec) if policy == "random" else None
+
+def _judged(evaluation: Evaluation) -> Any:
+    """The policy that is judged; None for the expert."""
+    asked, spec = evaluation.policy, _spec(evaluation.robot)
+    if asked in ("random", "expert"):
+        return RandomPolicy(spec) if asked == "random" else None
+    return _load(asked, hash_of_model(asked), evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float | None, robot: str) -> Any:
+    """A trained policy, loaded once as long as its content is the same."""
     from rvlm.policy import Policy
 
-    return Policy.load(policy, n_action_steps=n_action_steps, ensemble=ensemble, spec=spec)
+    return Policy.load(policy, n_action_steps=n_action_steps, ensemble=ensemble, spec=_spec(robot))
 
 
 def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
@@ -125,9 +143,7 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
     started = time.time()
     rows = evaluation.run(batch)
     table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
-    part = folder / f"{batch:05d}.{os.getpid()}"
-    table.to_parquet(part)
-    part.replace(folder / f"{batch:05d}.parquet")
+    write_whole(folder / f"{batch:05d}.parquet", table.to_parquet())
     return len(rows)
 
 
@@ -140,13 +156,13 @@ def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> 
 
 def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
     """The policy that is judged, and the environments of a batch, at the image size that it takes."""
-    policy = _load(evaluation.policy, evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
+    policy = _judged(evaluation)
     size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.image_size[0]
     return policy, make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
 
 
 @functools.lru_cache(maxsize=4)
-def _filmed(evaluation: Evaluation, batch: int) -> list[dict]:
+def _filmed(evaluation: Evaluation, batch: int, folder: Path) -> list[dict]:
     import torch
 
     n_threads = torch.get_num_threads()
@@ -170,7 +186,7 @@ def film(evaluation: Evaluation, seed: int) -> dict:
     if not 0 <= place < evaluation.n_episodes:
         last = evaluation.first_seed + evaluation.n_episodes - 1
         raise ValueError(f"this evaluation has episodes with seeds {evaluation.first_seed} to {last}; got {seed}")
-    return _filmed(evaluation, place // BATCH)[place % BATCH]
+    return _filmed(evaluation, place // BATCH, evaluation.folder)[place % BATCH]
 
 
 def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:
@@ -185,17 +201,21 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         One row per episode: name, seed, family, instruction, is_success, failure, n_steps, policy_s, simulator_s, wall_s,
         control, setting, and the hash of the policy's weights.
     """
-    jobs, total = [], 0
-    for evaluation in evaluations.values():
-        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    jobs, total, folders = [], 0, {name: evaluation.folder for name, evaluation in evaluations.items()}
+    for name, evaluation in evaluations.items():
+        folder = folders[name]
+        folder.mkdir(parents=True, exist_ok=True)
         total += evaluation.n_episodes
-        todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch)]
-        jobs += [(evaluation, batch, evaluation.folder) for batch in todo]
+        todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch, folder)]
+        if todo:
+            evaluation.code.refuse_changed()
+        keep(folder, evaluation.code, dataclasses.asdict(evaluation), [evaluation.policy])
+        jobs += [(evaluation, batch, folder) for batch in todo]
     with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
         bar.update(total - sum(e.batch_size(b) for e, b, _ in jobs))
         for n in _in_processes(jobs, n_workers):
             bar.update(n)
-    return pd.concat([_read(name, e) for name, e in evaluations.items()], ignore_index=True)
+    return pd.concat([_read(name, e, folders[name]) for name, e in evaluations.items()], ignore_index=True)
 
 
 def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
@@ -212,8 +232,8 @@ def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(name: str, evaluation: Evaluation) -> pd.DataFrame:
-    parts = [evaluation.folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
+def _read(name: str, evaluation: Evaluation, folder: Path) -> pd.DataFrame:
+    parts = [folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
     table = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     table = table.loc[table["seed"] < evaluation.first_seed + evaluation.n_episodes]
     judged = {"control": evaluation.control, "setting": evaluation.setting, "policy": evaluation.weights or evaluation.policy}

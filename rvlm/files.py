@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ IS_CLONE = (ROOT / "notebooks" / "profiles.yaml").exists()  # else the package w
 PACKAGE = Path(__file__).resolve().parent
 LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
 NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
-PLUMBING = ("rvlm", "rvlm.files", "rvlm.caches", "rvlm.stages")  # where results go and how they are asked for, not what they hold
+PLUMBING = ("rvlm", *(f"rvlm.{name}" for name in ("files", "caches", "provenance", "processes", "stages")))  # where results go and how they are asked for
 
 
 def results_dir() -> Path:
@@ -218,17 +218,18 @@ def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
 
     Args:
         roots: Modules ("rvlm.rollouts"), which stand for all that they import within the package, within functions too; or
-            functions and classes ("rvlm.evaluation:run_batch"), which stand for their own source and what they import themselves.
+            functions, classes and constants ("rvlm.evaluation:run_batch"), which stand for their own source and what they import
+            themselves.
         without: Modules and packages that are imported somewhere on the way but not used by what is computed.
 
     Raises:
-        ValueError: There is no such module, function or class.
+        ValueError: There is no such module, function, class or constant.
     """
     return key_of({"code": _closure(roots, without)})
 
 
 def code_of(*roots: str, without: tuple[str, ...] = ()) -> list[str]:
-    """The modules, functions and classes that `hash_of_code` hashes, by name."""
+    """The modules, functions, classes and constants that `hash_of_code` hashes, by name."""
     return sorted(_closure(roots, without))
 
 
@@ -242,7 +243,9 @@ def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]
             continue
         part, parsed = _part(name), _parsed(*_bytes(name))
         if part not in parsed:
-            raise ValueError(f"expected a function or class {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}")
+            raise ValueError(
+                f"expected a function, class or constant {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}"
+            )
         found[name], imported = parsed[part]
         todo += [module for told in imported for module in _modules(told)]
         todo += [] if part else _modules(name.rpartition(".")[0])  # a package's own code runs before its modules'
@@ -299,14 +302,17 @@ def _read(path: str, *_: int) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str]]]:
-    """Hash, and names that are imported: of a module (under ""), and of each of its functions and classes by name."""
+    """Hash, and names that are imported: of a module (under ""), and of each of its functions, classes and constants by name."""
     tree = ast.parse(source)
     package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, *named)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    parts: Mapping[str, ast.AST] = {"": tree, **{node.name: node for node in tree.body if isinstance(node, named)}}
+    parts: dict[str, Any] = {"": tree, **{node.name: node for node in tree.body if isinstance(node, named)}}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        parts |= {target.id: node for target in targets if isinstance(target, ast.Name)}
     return {name: (_hash_of(node), frozenset(_imported(node, package))) for name, node in parts.items()}
 
 

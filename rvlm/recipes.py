@@ -17,10 +17,11 @@ import torch
 from filelock import FileLock
 
 from rvlm.backbones import SMALL_VLM
+from rvlm.caches import Code, keep
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.episodes import EpisodeDataset
-from rvlm.files import artifacts_dir, replace_folder, temporary
+from rvlm.files import artifacts_dir, make_folder, replace_folder, temporary
 from rvlm.provenance import provenance
 from rvlm.small_vlm import small_vlm, train_tokenizer
 from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
@@ -30,6 +31,7 @@ from rvlm.training import run
 POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, FRESH_SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 2_000, 500_000  # of the scenes of stage 1: training, its end, exam
 UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
+UNTRAINED = Code(("rvlm.small_vlm", "rvlm.envs.tabletop.questions", "rvlm.recipes:untrained_vlm"))
 HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
 LOOKS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
@@ -40,16 +42,16 @@ POLICY_HEAD = {"structure": "policy_head", "head": "mlp", "history": "lstm", "n_
 
 def untrained_vlm(seed: int = 0) -> Path:
     """Folder of the small vision-language model before stage 1: tokenizer trained, weights random."""
-    final = artifacts_dir() / "stages" / f"untrained-vlm-{seed}"
-    if not final.exists():
+
+    def fill(part: Path) -> None:
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(vocabulary(), location_tokens())
         model, processor = small_vlm(tokenizer)
-        partial = final.with_name(final.name + ".partial")
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        partial.replace(final)
-    return final
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+
+    final = make_folder(artifacts_dir() / "stages" / f"untrained-vlm-{seed}-{UNTRAINED.hash}", fill)
+    return keep(final, UNTRAINED, {"seed": seed})
 
 
 def _n_processes(n_samples: int) -> int:

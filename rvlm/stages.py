@@ -1,12 +1,18 @@
-"""What a training stage is: data, a start and a budget. Its result is a folder that is named by all of them."""
+"""What a training stage is: data, a start and a budget. Its result is a folder that is named by what makes it.
+
+That is: every setting, the content of the data and of the start, and the code that trains (`Stage.code`).
+"""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.training_args import OptimizerNames
 
-from rvlm.files import artifacts_dir, key_of, weights_of
+from rvlm import adapters
+from rvlm.caches import Code
+from rvlm.files import artifacts_dir, hash_of_model, hash_of_tree, key_of
 from rvlm.structures import TUNINGS
 
 _CHOICES = {
@@ -17,8 +23,20 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
 AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
-DEFAULTS = 2  # raised whenever the default of a field changes, for the names of results leave defaults out
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# What is imported on the way to a training and not used by it: recorders, what renders scenes, and what only other kinds need.
+_RECORDING = ("rvlm.recording", "rvlm.lerobot", "rvlm.passes")
+_RENDERING = tuple(f"rvlm.envs.tabletop.{name}" for name in ("env", "experts", "failures", "world", "arms", "real_arms"))
+_POLICIES = tuple(
+    f"rvlm.{name}" for name in ("checkpoints", "vla", "structures", "heads", "probe", "episodes", "reading", "video")
+)
+UNUSED = {
+    DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.features"),
+    VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.detection"),
+    ROBOT: (*_RECORDING, *_RENDERING, "rvlm.detection"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +153,31 @@ class Stage:
             )
 
     @property
+    def computes_in(self) -> str:
+        """Its precision on this machine: "fp32", "bf16" or "fp16"."""
+        return PRECISIONS[adapters.precision()] if self.precision == "auto" else self.precision
+
+    @property
+    def code(self) -> Code:
+        """The code that its result depends on; the tabletop's only where it words instructions anew or asks about scenes."""
+        asks = self.kind != ROBOT or self.scenes or self.wordings != "recorded"
+        return Code(("rvlm.trainer",), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",))))
+
+    @property
     def folder(self) -> Path:
-        """Where its result is: its name, and the hash of all that makes it and is not as ever, except who shares the work."""
+        """Where its result is: its name, and the hash of all that makes it, except who shares the work.
+
+        Raises:
+            ValueError: Data that it is to learn from is not there.
+        """
         shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
-        usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(self)}
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared and v != usual[k]}
-        content["defaults"] = DEFAULTS
-        content["init"] = weights_of(self.init) or self.init  # a model that was made anew in the same place is another start
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared}
+        content |= {"data": self._content_of(self.data), "scenes": self._content_of(self.scenes)}
+        content |= {"init": hash_of_model(self.init), "precision": self.computes_in, "code": self.code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"
+
+    def _content_of(self, folders: tuple[str, ...]) -> list[str]:
+        try:
+            return [hash_of_tree(folder) for folder in folders]
+        except ValueError as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from error

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rvlm import adapters
 from rvlm.backbones import as_encoder_outputs
 from rvlm.batches import BUILDERS
 from rvlm.files import write_whole
@@ -119,14 +118,9 @@ def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
 OWN_SCHEDULES = {"step_decay": step_decay}
 
 
-def _precision() -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[adapters.precision()]
-
-
 def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
     """The stage in the Trainer's own words."""
     n_steps = stage.n_samples // stage.batch_size
-    precision = _precision() if stage.precision == "auto" else stage.precision
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=n_steps,
@@ -148,8 +142,8 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         save_total_limit=2,
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        bf16=stage.computes_in == "bf16",
+        fp16=stage.computes_in == "fp16",
         ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=bool(stage.scenes),  # questions pass by the head
         remove_unused_columns=False,

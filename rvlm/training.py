@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from rvlm.caches import use, write_made
 from rvlm.files import write_whole
 from rvlm.processes import PASSIVE, exit_with
 from rvlm.stages import Stage
@@ -54,7 +55,7 @@ def run(
     with _lock(final):  # who asks for the same stage meanwhile waits for it
         if not final.exists():
             _train(stage, final, show_progress, n_threads, watch)
-    return final / "model"
+    return use(final) / "model"
 
 
 def _lock(folder: Path) -> FileLock:
@@ -68,7 +69,10 @@ def prepare(stage: Stage) -> Path:
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / DIVERGED).unlink(missing_ok=True)
-    write_whole(partial / "stage.json", json.dumps(dataclasses.asdict(stage), indent=1))
+    stage.code.refuse_changed()
+    told = dataclasses.asdict(stage)
+    write_whole(partial / "stage.json", json.dumps(told, indent=1))
+    write_made(partial, stage.code, told, (stage.init, *stage.data, *stage.scenes))
     return partial
 
 
@@ -88,15 +92,16 @@ def by_hand(folder: Path) -> None:
             f"stage {stage.name!r}: expected {stage.n_processes} processes, got {world_size}; start as many by torchrun "
             "(on CPUs `accelerate launch` starts one, whatever it was told), or make the stage with another n_processes"
         )
-    if stage.folder.exists():
+    final = folder.with_name(folder.name.removesuffix(".partial"))  # as it was named when it was prepared
+    if final.exists():
         return
     if os.environ.get("RANK", "0") != "0":
         work(stage, folder)
         return
     try:
-        with _lock(stage.folder).acquire(timeout=0), _lock(folder):
+        with _lock(final).acquire(timeout=0), _lock(folder):
             work(stage, folder)
-            folder.replace(stage.folder)
+            folder.replace(final)
     except Timeout as error:
         raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
 

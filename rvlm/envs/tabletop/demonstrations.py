@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rvlm.actions import ActionSpec
+from rvlm.caches import Code, keep
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import UNSEEN_COLORS
@@ -21,6 +22,7 @@ from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.files import artifacts_dir, key_of
 from rvlm.recording import collect
 
+CODE = Code(("rvlm.envs.tabletop.demonstrations",))
 PER_SHARD = 50
 SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew
 HELD_OUT = {  # kept for evaluation: seeds from the first on, wordings, and words of colours
@@ -62,8 +64,14 @@ class Collection:
 
     @property
     def folder(self) -> Path:
-        """Where the dataset is: the robot and the hash of everything that makes it."""
-        return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key_of(asdict(self))}"
+        """Where the dataset is: the robot, and the hash of these settings, the robot's card, and the code."""
+        key = key_of({**asdict(self), "spec": asdict(self.spec), "code": CODE.hash})
+        return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key}"
+
+    @property
+    def spec(self) -> ActionSpec:
+        """The robot's conventions."""
+        return ActionSpec.from_card(f"tabletop_{self.robot}")
 
 
 def act_out(
@@ -164,5 +172,8 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
             f"expected seeds below {FIRST_HELD_OUT_SEED}, where the held-out scenes begin; {collection.n_episodes} episodes from "
             f"seed {collection.first_seed} may use seeds up to {last}; collect fewer, or begin lower"
         )
-    spec, make = ActionSpec.from_card(f"tabletop_{collection.robot}"), functools.partial(make_shard, collection=collection)
-    return collect(collection.folder, spec, make, n_shards, n_workers, progress, HELD_OUT)
+    make, folder = functools.partial(make_shard, collection=collection), collection.folder
+    if not folder.exists():
+        CODE.refuse_changed()
+    collect(folder, collection.spec, make, n_shards, n_workers, progress, HELD_OUT)
+    return keep(folder, CODE, asdict(collection))

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import mujoco
 import numpy as np
 from tqdm.auto import tqdm
 
+from rvlm.actions import ActionSpec
+from rvlm.caches import Code, keep
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
-from rvlm.files import artifacts_dir
+from rvlm.files import artifacts_dir, key_of, make_folder
 from rvlm.processes import exit_with
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
@@ -34,6 +37,12 @@ FIXTURES = {
     "gripper": lambda world: world.pos_tcp_world,
 }
 Question = tuple[str, str]
+CODE = Code(
+    (
+        "rvlm.envs.tabletop.env",
+        *(f"rvlm.envs.tabletop.questions:{name}" for name in ("make_scenes", "play", "record", "FIXTURES", "_Unseen")),
+    )
+)  # of scenes; questions are drawn later
 
 
 def location_token(value: float, n_bins: int = N_LOCATIONS) -> str:
@@ -276,14 +285,13 @@ def vocabulary() -> list[str]:
 
 def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: int) -> Path:
     """Render one part of a scene collection into `folder`, which exists only when whole."""
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True, exist_ok=True)
+
+    def fill(part: Path) -> None:
         images, records = zip(*play(robot, seed, n_scenes, image_size), strict=True)
-        np.save(partial / "images.npy", np.stack(images))
-        (partial / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        partial.replace(folder)
-    return folder
+        np.save(part / "images.npy", np.stack(images))
+        (part / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    return make_folder(folder, fill)
 
 
 def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_workers: int = 2, per_part: int = 500) -> list[Path]:
@@ -299,18 +307,20 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
     Returns:
         Folders for `Scenes`.
     """
-    root, robots = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5")
-    jobs = []
+    root, robots, jobs = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5"), []
+    keys = {r: key_of({"spec": asdict(ActionSpec.from_card(f"tabletop_{r}")), "code": CODE.hash}) for r in set(robots)}
     for i in range(-(-n_scenes // per_part)):
         n, seed, robot = min(per_part, n_scenes - i * per_part), first_seed + i, robots[i % len(robots)]
-        jobs.append((root / f"{robot}-{seed}-{n}x{image_size}", robot, seed, n, image_size))
+        jobs.append((root / f"{robot}-{seed}-{n}x{image_size}-{keys[robot]}", robot, seed, n, image_size))
     todo = [job for job in jobs if not job[0].exists()]
     if todo:
+        CODE.refuse_changed()
         with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
             futures = [pool.submit(make_scenes, *job) for job in todo]
             for future in tqdm(as_completed(futures), total=len(todo), desc=f"render {n_scenes} scenes", unit="part"):
                 future.result()
-    return [job[0] for job in jobs]
+    names = ("robot", "seed", "n_scenes", "image_size")
+    return [keep(folder, CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
 
 
 class Scenes:
@@ -321,14 +331,10 @@ class Scenes:
     """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
-        self.folders = folders = [Path(f) for f in folders]
+        folders = [Path(f) for f in folders]
         self.images = [np.load(f / "images.npy", mmap_mode="r") for f in folders]
         self.records = [json.loads(line) for f in folders for line in (f / "scenes.jsonl").read_text().splitlines()]
         self._ends = np.cumsum([len(i) for i in self.images])
-
-    def images_by_name(self) -> dict[str, np.ndarray]:
-        """Images (n, 2, h, w, 3) of each folder, by a name that says what made them."""
-        return {f.name: images for f, images in zip(self.folders, self.images, strict=True)}
 
     def __len__(self) -> int:
         return len(self.records)
