@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvlm.caches import used
 from rvlm.files import CARDS, ROOT, results_dir, write_whole
 from rvlm.provenance import provenance
 from rvlm.statistics import check_verdict
@@ -69,6 +70,8 @@ def finding(
 ) -> Finding:
     """Write a finding to ``results/findings/{name}.json`` and show it.
 
+    It tells what this process has used of what is kept between runs (`rvlm.caches.used`), and says where other code has made it.
+
     Args:
         name: led by its notebook's number, e.g. "06_success".
         sentence: what was found; each of its digits must come from the arguments below, rounded as the sentence shows it.
@@ -87,7 +90,7 @@ def finding(
     record = {"name": _checked(name), "sentence": sentence, "numbers": _plain(numbers), "n": int(n), "interval": _plain(interval)}
     record |= {"seeds": _plain(list(seeds)), "seconds": seconds, "verdict": _checked_verdict(verdict)}
     _check_sentence(record)
-    record |= provenance()
+    record |= {**provenance(), "artefacts": used()}
     write_whole(results_dir() / "findings" / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return Finding(record)
 
@@ -161,12 +164,20 @@ def fine_print(record: Mapping[str, Any]) -> str:
     parts += [f"{record['seconds']:,.0f} s"] if record.get("seconds") is not None else []
     parts += [f"profile {record['profile']}" if record.get("profile") else "tried, at no profile's parameters"]
     parts += [f"commit {record['commit'][:8]}{' with changes' if record.get('is_dirty') else ''}"] if record.get("commit") else []
+    parts += [_other_code(record["artefacts"])] if any(not a["is_current"] for a in record.get("artefacts", ())) else []
     parts += [f"**{_verdict_line(record['verdict'])}**"] if record.get("verdict") else []
     return " · ".join(parts)
 
 
 def _verdict_line(verdict: str | Mapping[str, str]) -> str:
     return verdict if isinstance(verdict, str) else "; ".join(f"{contrast}: {word}" for contrast, word in verdict.items())
+
+
+def _other_code(artefacts: Sequence[Mapping[str, Any]]) -> str:
+    """What a finding rests on that other code has made than the one that wrote it."""
+    old = [a for a in artefacts if not a["is_current"]]
+    listed = ", ".join(f"{a['n']} of {a['kind']} (commit {', '.join(c[:8] for c in a['commits'])})" for a in old)
+    return f"**mixed code**: {listed} made by other code than this finding's"
 
 
 def _interval(value: Any, n: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rvlm
-from rvlm.cli import add_command, lab, run, ship
+from rvlm.cli import add_command, cache, lab, run, ship
 from rvlm.files import RESULTS
 from rvlm.parameters import GIT_PROFILE, Refused
 from rvlm.report import fine_print, load_findings
@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="everything about each, for scripts")
     command.set_defaults(run=_findings)
 
+    cache.add(commands)
     ship.add(commands)
     return top
 
