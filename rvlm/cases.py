@@ -1,6 +1,7 @@
 """What is diagnosed, what an answer of the ladder looks like, and what to do about each fault that it can name."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,15 @@ class Case:
         row = self.dataset.episodes.iloc[episode]
         return slice(int(row["dataset_from_index"]), int(row["dataset_to_index"]))
 
-    def commands(self, episode: int) -> np.ndarray:
-        """Raw actions (n, a) that were executed: `action_executed` where it was kept, else `action`."""
+    @functools.cached_property
+    def executed(self) -> np.ndarray:
+        """Raw actions (n_frames, a) that were executed, read once: `action_executed` where it was kept, else `action`."""
         kept = "action_executed" in self.dataset.features
-        return self.dataset.column("action_executed" if kept else "action")[self.rows(episode)]
+        return self.dataset.column("action_executed" if kept else "action")
+
+    def commands(self, episode: int) -> np.ndarray:
+        """Raw actions (n, a) that were executed in an episode."""
+        return self.executed[self.rows(episode)]
 
     def start(self, episode: int) -> dict | None:
         """The environment's first observation of a recorded episode, or None where its start was not recorded."""

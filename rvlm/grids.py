@@ -18,8 +18,9 @@ import optuna
 import pandas as pd
 from filelock import FileLock
 
+from rvlm.caches import Code
 from rvlm.files import artifacts_dir
-from rvlm.stages import Stage
+from rvlm.stages import ROBOT, UNUSED, Stage
 from rvlm.trainer import TrainingDiverged
 from rvlm.training import run
 
@@ -36,12 +37,13 @@ SMALL: Grid = {  # two CPU cores, from the shipped model
     "batch_size": (8, 32),
     "warmup": (0.03, 0.25),
 }
+CODE = Code(("rvlm.trainer", "rvlm.training"), (*UNUSED[ROBOT], "rvlm.envs"))  # others made trials of another study
 REASON = "reason"  # of a trial that failed: why
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
 
 def storage_of(name: str) -> str:
-    """Address of the study's own SQLite file among the artifacts.
+    """Address of the study's own SQLite file among the artifacts; one for each code that trains.
 
     Raises:
         ValueError: The name cannot be a file's.
@@ -52,7 +54,7 @@ def storage_of(name: str) -> str:
         )
     folder = artifacts_dir() / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / name}.db"
+    return f"sqlite:///{folder / name}-{CODE.hash}.db"
 
 
 def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -> optuna.Study:
@@ -61,7 +63,7 @@ def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -
     Trials that are worse than the median of those before them at the same step are stopped.
 
     Raises:
-        ValueError: The name cannot be a file's, or the study was begun over another grid.
+        ValueError: The name cannot be a file's, or the study was begun over another grid or by other code.
     """
     address = storage or storage_of(name)
     with _lock(address):  # two that make one file at once both fail
@@ -73,6 +75,10 @@ def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -
             direction="minimize",
             load_if_exists=True,
         )
+        begun = study.user_attrs.get("code", CODE.hash)
+        study.set_user_attr("code", begun)
+    if begun != CODE.hash:
+        raise ValueError(f"study {name!r} in {address} was begun by other code that trains; give the new one another name")
     _refuse_other_grid(study, grid)
     return study
 

@@ -43,6 +43,13 @@ def test_no_fault_no_verdict(case):
         assert [rung.name for rung in rungs] == list(RUNGS)
 
 
+def test_a_column_is_read_once_a_rung_not_once_an_episode(case, monkeypatch):
+    read, plain = [], EpisodeDataset.column
+    monkeypatch.setattr(EpisodeDataset, "column", lambda self, name: (read.append(name), plain(self, name))[1])
+    diagnosis.motion(dataclasses.replace(case))
+    assert sorted(read) == ["action_executed", "observation.state"] and len(case.train()) > 2
+
+
 def test_the_recorded_actions_reproduce_the_recording(case):
     evidence = diagnosis.replay(case).evidence
     assert evidence["candidate"].tolist() == ["as recorded"] and evidence.iloc[0, 1] < 1e-3

@@ -167,3 +167,12 @@ def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
     monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
     study = search("nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy"), lambda _: float("nan"), 2)
     assert table(study)["reason"].tolist() == ["stage 'toy': its score is no number"] * 2
+
+
+def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
+    monkeypatch.setattr("rvlm.grids.CODE", SimpleNamespace(hash="before"))
+    address, before = storage_of("coded"), len(study_of("coded", GRID).trials)
+    monkeypatch.setattr("rvlm.grids.CODE", SimpleNamespace(hash="after"))
+    assert storage_of("coded") != address and before == 0
+    with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
+        study_of("coded", GRID, storage=address)
