@@ -1,0 +1,195 @@
+"""Names of what is kept: settings, content of the inputs and the code that runs, all of it and no other."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXTS, toy_frames
+
+from rvlm import files
+from rvlm.actions import ActionSpec
+from rvlm.caches import entries
+from rvlm.episodes import EpisodeDataset, EpisodeWriter
+from rvlm.files import code_of
+from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
+from rvlm.trainer import work
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def record(root, seed=0):
+    writer = EpisodeWriter(root, SPEC)
+    for i in range(10):
+        writer.add_episode(toy_frames(SPEC, 5, seed + i), TEXTS[0])
+    return writer.finalize()
+
+
+def a_stage(data, init, **changes):
+    policy = {"structure": "one_step", "chunk_size": 2, "head_options": {"hidden": 32}}
+    fixed = {"policy": policy, "batch_size": 4, "n_processes": 1, **changes}
+    return Stage("toy", ROBOT, (str(data),), str(init), 8, **fixed)
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_named_by_its_datas_content(home, toy_vlm, tmp_path):
+    first, second = record(tmp_path / "a" / "train"), record(tmp_path / "b" / "train", seed=50)
+    copy = shutil.copytree(second, tmp_path / "c" / "copy")
+    stage = a_stage(first, toy_vlm)
+    before = stage.folder
+    assert a_stage(second, toy_vlm).folder != before, "two folders of one name"
+    assert a_stage(second, toy_vlm).folder == a_stage(copy, toy_vlm).folder, "one content in two folders"
+    shutil.rmtree(first)
+    assert record(first, seed=50) == first and stage.folder == a_stage(second, toy_vlm).folder != before, "recorded anew"
+    with pytest.raises(ValueError, match=r"stage 'toy': expected a folder with files at .*nowhere, got none"):
+        _ = a_stage(tmp_path / "nowhere", toy_vlm).folder
+
+
+def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm, toy_demos, monkeypatch):
+    folders = {name: a_stage(toy_demos, toy_vlm, precision=name).folder for name in ("auto", "fp32", "bf16")}
+    assert folders["auto"] == folders["fp32"] != folders["bf16"]
+    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    assert a_stage(toy_demos, toy_vlm).folder == folders["bf16"]
+
+
+def codes():
+    """The code of everything that is kept, by name."""
+    from rvlm import dagger
+    from rvlm.chains import ChainEvaluation
+    from rvlm.envs.tabletop import demonstrations, questions
+    from rvlm.evaluation import Evaluation
+
+    shared = {"init": "vlm", "n_samples": 8, "batch_size": 4, "n_processes": 1}
+    return {
+        "robot": Stage("a", ROBOT, (), **shared).code,
+        "varied": Stage("a", ROBOT, (), wordings="varied", **shared).code,
+        "questions": Stage("a", VISION_LANGUAGE, (), **shared).code,
+        "detection": Stage("a", DETECTION, (), **shared).code,
+        "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
+        "demonstrations": demonstrations.CODE, "corrections": dagger.CODE, "scenes": questions.CODE,
+    }  # fmt: skip
+
+
+ROBOT_STAGES, ASKING = {"robot", "varied"}, {"questions", "detection"}
+ACTED = {"policy", "expert", "chains"}
+CHANGED = {  # file -> what is computed anew after its code has changed
+    "heads.py": {*ROBOT_STAGES, "policy", "corrections"},
+    "trainer.py": {*ROBOT_STAGES, *ASKING},
+    "features.py": {*ROBOT_STAGES, "questions"},
+    "detection.py": {"detection"},
+    "rollouts.py": ACTED,
+    "chains.py": {"chains"},
+    "envs/tabletop/tasks.py": {*ACTED, *ASKING, "varied", "demonstrations", "corrections", "scenes"},
+    "envs/tabletop/experts.py": {*ACTED, "demonstrations", "corrections", "scenes"},
+    "recording.py": {"demonstrations", "corrections"},
+    "dagger.py": {"corrections"},
+    "report.py": set(), "grids.py": set(), "recipes.py": set(), "caches.py": set(), "stages.py": set(), "plots/charts.py": set(),
+}  # fmt: skip
+
+
+def test_what_changed_code_computes_is_computed_anew_and_nothing_else(tmp_path, monkeypatch):
+    source = shutil.copytree(files.PACKAGE, tmp_path / "rvlm", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    asked = {name: code.hash for name, code in codes().items()}
+    monkeypatch.setattr(files, "PACKAGE", source)
+    assert {name: code.hash for name, code in codes().items()} == asked, "installed elsewhere, the same code"
+    for name, expected in CHANGED.items():
+        plain = (source / name).read_text()
+        (source / name).write_text(plain.replace('"""', '"""Said otherwise: ', 1))
+        assert {name: code.hash for name, code in codes().items()} == asked, f"a docstring of {name}"
+        (source / name).write_text(plain + "\n_CHANGED = 1\n")
+        assert {what for what, code in codes().items() if code.hash != asked[what]} == expected, name
+        (source / name).write_text(plain)
+
+
+# --- the code that is hashed is the code that runs ----------------------------------------------------------------------
+
+
+def traced(function):
+    """The package's modules, and functions in them, that run: not what runs when they are imported."""
+    ran = set()
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_flags & 0x1 and code.co_filename.startswith(f"{files.PACKAGE}{os.sep}"):
+            names = Path(code.co_filename).relative_to(files.PACKAGE.parent).with_suffix("").parts
+            ran.add((".".join(names).removesuffix(".__init__"), code.co_qualname.split(".")[0]))
+
+    sys.setprofile(watch)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return ran
+
+
+def missing(ran, code):
+    """What ran and is not hashed."""
+    hashed = set(code_of(*code.roots, without=code.without)) | set(files.PLUMBING)
+    return sorted(f"{m}:{f}" for m, f in ran if m not in hashed and f"{m}:{f}" not in hashed)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    from rvlm.envs.tabletop.questions import make_scenes
+
+    return make_scenes(tmp_path_factory.mktemp("scenes") / "few", "franka7", 0, 8, 48)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (ROBOT, {"freeze_vision": True}),
+        (ROBOT, {"wordings": "varied", "tuning": "lora"}),
+        (VISION_LANGUAGE, {"freeze_vision": True}),
+        (DETECTION, {}),
+    ],
+    ids=["robot", "varied", "vision_language", "detection"],
+)
+def test_a_stage_runs_no_code_that_is_not_in_its_name(home, kind, changes, toy_demos, scenes, tmp_path):
+    from rvlm.backbones import SMALL_VLM
+
+    data, policy = (toy_demos, {"structure": "one_step"}) if kind == ROBOT else (scenes, {})
+    stage = Stage("toy", kind, (str(data),), str(SMALL_VLM), 4, policy=policy, batch_size=4, n_processes=1, **changes)
+    ran = traced(lambda: work(stage, tmp_path))
+    assert ("rvlm.trainer", "work") in ran and missing(ran, stage.code) == []
+
+
+def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
+    from rvlm import evaluation
+    from rvlm.chains import ChainEvaluation
+
+    shared = {"n_episodes": 1, "max_steps": 2}
+    for asked in (
+        evaluation.Evaluation(str(saved[0]), **shared),
+        evaluation.Evaluation("expert", **shared),
+        ChainEvaluation("random", **shared, length=2),
+    ):
+        (home / asked.policy[-6:]).mkdir(parents=True)
+        ran = traced(lambda a=asked: evaluation._run_batch(a, 0, home / a.policy[-6:]))
+        assert ("rvlm.rollouts", "rollout") in ran and missing(ran, asked.code) == [], asked
+
+
+def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, saved, tmp_path):
+    from rvlm import dagger
+    from rvlm.envs.tabletop import demonstrations, questions
+
+    few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
+    asked = dagger.Corrections(str(saved[0]), dataclasses.replace(few, max_steps=2))
+    assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.CODE) == []
+    assert missing(traced(lambda: list(dagger.make_shard(0, asked))), dagger.CODE) == []
+    assert missing(traced(lambda: questions.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), questions.CODE) == []
+
+
+def test_frames_of_a_dataset_say_what_made_them(home, tmp_path):
+    EpisodeDataset(record(tmp_path / "demos")).frames_cache()
+    assert [entry.state for entry in entries(["frames"])] == ["current"]

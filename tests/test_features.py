@@ -1,0 +1,104 @@
+"""Features of a frozen tower: kept by content, written batch by batch; training on one's own data needs no simulator."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rvlm import features
+from rvlm.backbones import load_backbone, vision_features
+from rvlm.processors import load_processor
+from rvlm.prompts import Prompter
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def tower(toy_vlm):
+    processor = load_processor(toy_vlm)
+    return load_backbone(toy_vlm, processor), processor
+
+
+def some_images(path, n, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.random.default_rng(seed).integers(0, 255, (n, 48, 48, 3), np.uint8))
+    return np.load(path, mmap_mode="r")
+
+
+def test_features_go_to_disk_batch_by_batch(home, tower, tmp_path, monkeypatch):
+    images, seen = some_images(tmp_path / "x.npy", 150), []
+    monkeypatch.setattr(
+        features, "vision_features", lambda model, pixels: (seen.append(len(pixels)), vision_features(model, pixels))[1]
+    )
+    (got,) = features.cached_features(*tower, {"static": images}).values()
+    assert seen == [64, 64, 22] and isinstance(got, np.memmap) and got.dtype == np.float16
+    whole = vision_features(tower[0], Prompter(tower[1], 1).pixels(np.array(images)[:, None])).numpy()
+    assert got.shape == whole.shape and np.abs(got - whole).max() < 1e-2
+    features.cached_features(*tower, {"another name": images})
+    assert len(seen) == 3, "asked again, nothing is computed"
+
+
+def test_features_are_of_these_images_and_this_tower(home, tower, toy_vlm, tmp_path):
+    first, second = (some_images(tmp_path / name / "train.npy", 3, seed) for seed, name in enumerate("ab"))
+    one, two = (features.cached_features(*tower, {"train": images})["train"] for images in (first, second))
+    assert not np.array_equal(one, two), "two folders of one name"
+    anew = some_images(tmp_path / "a" / "train.npy", 3, seed=1)
+    assert np.array_equal(features.cached_features(*tower, {"train": anew})["train"], two), "recorded anew in place"
+    other = load_backbone(toy_vlm, tower[1])
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if "vision_model" in name).add_(1)
+    assert not np.array_equal(features.cached_features(other, tower[1], {"train": second})["train"], two)
+    processor = load_processor(toy_vlm)
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    assert not np.array_equal(features.cached_features(tower[0], processor, {"train": second})["train"], two)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, np.float16), (1e6, np.float32)])
+def test_features_are_kept_in_a_type_that_holds_them(home, tower, tmp_path, monkeypatch, scale, dtype):
+    """The second batch alone is too large for half precision; bfloat16 comes from towers on GPUs."""
+    images = some_images(tmp_path / "x.npy", 70)
+
+    def large(model, pixels):
+        out = vision_features(model, pixels)
+        return (out * scale if len(pixels) < 64 else out).bfloat16()
+
+    monkeypatch.setattr(features, "vision_features", large)
+    got = features.cached_features(*tower, {"x": images})["x"]
+    assert got.dtype == dtype and np.isfinite(got).all() and (np.abs(got).max() > 65504) == (scale > 1)
+
+
+def test_features_that_are_no_numbers_are_refused_and_not_kept(home, tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "vision_features", lambda model, pixels: vision_features(model, pixels) * float("nan"))
+    with pytest.raises(FloatingPointError, match="expected finite features of images from 0 on"):
+        features.cached_features(*tower, {"x": some_images(tmp_path / "x.npy", 2)})
+    assert not list(home.glob("features/*/*.npy"))
+
+
+WITHOUT_SIMULATOR = """
+import sys
+for name in ("mujoco", "OpenGL", "rvlm.envs.tabletop"):
+    sys.modules[name] = None  # importing it is an error
+from pathlib import Path
+from rvlm.stages import Stage
+from rvlm.trainer import work
+data, vlm, out = sys.argv[1:]
+shared = {"batch_size": 4, "n_processes": 1, "policy": {"structure": "one_step"}}
+for i, freeze in enumerate((False, True)):
+    stage = Stage("own", "robot", (data,), vlm, 8, freeze_vision=freeze, **shared)
+    stage.folder
+    work(stage, Path(out) / str(i))
+"""
+
+
+def test_training_on_own_data_needs_no_simulator(toy_vlm, toy_demos, tmp_path):
+    environment = {**os.environ, "RVLM_HOME": str(tmp_path / "home"), "MUJOCO_GL": ""}
+    command = [sys.executable, "-c", WITHOUT_SIMULATOR, str(toy_demos), str(toy_vlm), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "1" / "model").is_dir(), done.stderr[-3000:]
