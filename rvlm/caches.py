@@ -23,7 +23,7 @@ from rvlm.provenance import provenance
 
 KINDS = ("datasets", "scenes", "frames", "features", "stages", "evaluations", "studies")  # folders of the artifacts
 DERIVED = ("frames", "features")  # computed anew in minutes, and large
-DEFAULT_GB = 50.0  # of derived caches together, unless RVLM_CACHE_GB says otherwise
+FEATURES_GB = 50.0  # of features together, unless RVLM_FEATURES_GB says otherwise; frames have a limit of their own
 FRESH_S = 3600  # what is unfinished and was written to less than so long ago is taken to be under way [s]
 
 
@@ -67,10 +67,11 @@ def write_made(folder: Path, code: Code, settings: dict[str, Any], inputs: Itera
 
 def made_of(folder: Path) -> dict[str, Any]:
     """What a folder says about how it was made; empty where it says nothing."""
-    try:
-        return json.loads((folder / "made.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+    for name in ("made.json", "about.json"):  # decoded frames say it in a file of their own
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            told = json.loads((folder / name).read_text())
+            return {"without": [], **told.get("made_from", {}), **told}
+    return {}
 
 
 def is_current(made: dict[str, Any]) -> bool | None:
@@ -213,9 +214,9 @@ def prune(
 
 
 def make_room() -> None:
-    """Delete derived caches that were not used for the longest time, as far as they take more than their limit."""
-    limit = float(os.environ.get("RVLM_CACHE_GB") or DEFAULT_GB)
-    for _ in prune(DERIVED, max_bytes=limit * 1e9):
+    """Delete features that were not used for the longest time, as far as they take more than their limit."""
+    limit = float(os.environ.get("RVLM_FEATURES_GB") or FEATURES_GB)
+    for _ in prune(("features",), max_bytes=limit * 1e9):
         pass
 
 
@@ -239,15 +240,14 @@ def _delete(entry: Entry) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether no process, this one included, has said that it uses a folder."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
+    """Whether no process, this one included, has said that it uses a folder; frames are held by their `about.json`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            for held in (path, path / "about.json"):
+                if held.exists():
+                    handle = os.open(held, os.O_RDONLY)
+                    stack.callback(os.close, handle)
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
     return True

@@ -63,7 +63,7 @@ class Camera:
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
             "code": hash_of_code(*CODE),
         }
-        about = {"dataset": data.root.name, "camera": self.key}
+        about = {"dataset": data.root.name, "camera": self.key, "roots": list(CODE)}
         return cached_frames(made_from, about, lambda: (data.n_frames, *self._size(files)), lambda out: self._decode(files, out))
 
     # --- where ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parent
 LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
 NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
 # Where results go and how they are asked for: that changes no result.
-PLUMBING = ("rvlm", *(f"rvlm.{name}" for name in ("files", "caches", "provenance", "processes", "stages")))
+PLUMBING = ("rvlm", *(f"rvlm.{name}" for name in ("files", "caches", "provenance", "processes", "stages", "model_card")))
 
 
 def results_dir() -> Path:

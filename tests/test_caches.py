@@ -130,12 +130,14 @@ def test_what_is_locked_stays(several):
         assert gone(max_bytes=0) == ["now", "stale"] and several["kept"].is_dir()
 
 
-def test_frames_and_features_have_a_limit(several, monkeypatch):
+def test_features_have_a_limit(several, monkeypatch):
+    features = a_cache("features", "of a tower")
+    release()
     make_room()
-    assert several["now"].is_dir()
-    monkeypatch.setenv("RVLM_CACHE_GB", "1e-9")
+    assert features.is_dir()
+    monkeypatch.setenv("RVLM_FEATURES_GB", "1e-9")
     make_room()
-    assert not several["now"].is_dir() and not several["stale"].is_dir() and several["kept"].is_dir()
+    assert not features.is_dir() and several["now"].is_dir() and several["kept"].is_dir()
 
 
 def test_the_command_lists_and_deletes_what_it_says(several, capsys):

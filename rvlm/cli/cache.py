@@ -11,7 +11,8 @@ from rvlm.parameters import Refused
 
 ABOUT = "list what is kept between runs, and delete what is not needed"
 MORE = """State: current (today's code would use it), stale (other code made it), unknown (it does not say), unfinished.
-What is in use, locked or under way is never deleted. Frames and features together keep below RVLM_CACHE_GB (default 50).
+What is in use, locked or under way is never deleted. Frames keep below RVLM_FRAMES_GB
+(default 100), features below RVLM_FEATURES_GB (default 50).
 
 examples:
   rvlm cache
