@@ -195,7 +195,7 @@ plain = path.read_text()
 path.write_text(plain + "# a remark\\n")
 files.refuse_changed_code("rvlm.video")
 path.write_text(plain + "TWO = 2\\n")
-files.refuse_changed_code("rvlm.heads")
+files.refuse_changed_code("rvlm.envs.gl")
 files.refuse_changed_code("rvlm.video")
 """
 
