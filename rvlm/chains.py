@@ -7,6 +7,7 @@ of chains with 1 to 5 tasks solved in a row, and their mean length.
 Source: Mees et al. 2022 (CALVIN, arXiv 2112.03227), section III-D on long-horizon evaluation.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,6 +25,7 @@ from rvlm.rollouts import rollout
 from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
+N_DRAWS = 1000  # of whole chains, before one is put together task by task
 PER_LINK = 1_000_000  # seeds of two links of a chain are this far apart
 _CATEGORY = {"open": "drawer", "close": "drawer", "turn": "light", "move": "slider"}
 
@@ -53,6 +55,10 @@ class Symbols:
     def take(self, n: int) -> None:
         """So many more objects may be out of reach."""
         self.n_taken += n
+
+    def state(self) -> tuple:
+        """All that `can_ask` looks at."""
+        return (*self._travels.values(), self.is_light_on, self.n_taken, tuple(self.objects))
 
     def can_ask(self, family: str) -> bool:
         """Whether a task of `family` can surely be asked: its fixtures are right, and objects that it needs are left."""
@@ -93,7 +99,7 @@ def draw(seeds: Sequence[int], families: Sequence[str], robot: str, setting: Set
         length: Tasks of a chain.
 
     Raises:
-        ValueError: The families have fewer categories than a chain has tasks.
+        ValueError: The families have fewer categories than a chain has tasks, or in a scene no order in which each can be asked.
     """
     categories = {category(family) for family in families}
     if len(categories) < length:
@@ -104,15 +110,40 @@ def draw(seeds: Sequence[int], families: Sequence[str], robot: str, setting: Set
     world, chains = World(robot, setting), []
     for seed in seeds:
         world.scatter(np_random(seed)[0])
-        rng, chain = np.random.default_rng((seed, 5)), ()
-        while not _is_feasible(world, chain, length):
-            chain = tuple(str(family) for family in rng.choice(list(families), length, replace=False))
+        rng = np.random.default_rng((seed, 5))
+        drawn = (tuple(map(str, rng.choice(list(families), length, replace=False))) for _ in range(N_DRAWS))
+        chain = next((chain for chain in drawn if _is_feasible(world, chain, length)), None)
+        chain = chain or _find(Symbols(world), list(families), length, (), rng, set())
+        if chain is None:
+            raise ValueError(
+                f"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed {seed}: objects are used "
+                "up, or no task leaves what the next one needs; add families or shorten the chain"
+            )
         chains.append(chain)
     return chains
 
 
+def _find(scene: Symbols, families: list[str], length: int, so_far: tuple, rng: Any, dead: set) -> tuple | None:
+    """A chain that goes on from here, in a random order of search; None if there is none."""
+    if len(so_far) == length:
+        return so_far
+    asked = frozenset(category(family) for family in so_far)
+    state = (asked, *scene.state())
+    candidates = [str(family) for family in rng.permutation(families) if category(family) not in asked]
+    for family in candidates if state not in dead else ():
+        after: Any = copy.deepcopy(scene)
+        if not so_far:
+            ALL_FAMILIES[family].prepare(after)
+        if after.can_ask(family):
+            EFFECTS.get(family, lambda scene: None)(after)
+            if found := _find(after, families, length, (*so_far, family), rng, dead):
+                return found
+    dead.add(state)
+    return None
+
+
 def _is_feasible(world: World, chain: tuple, length: int) -> bool:
-    if len(chain) < length or len({category(family) for family in chain}) < length:
+    if len({category(family) for family in chain}) < length:
         return False
     scene: Any = Symbols(world)
     ALL_FAMILIES[chain[0]].prepare(scene)

@@ -1,6 +1,6 @@
 """What a policy keeps of past observations while it acts, for every structure: `add` an observation of each robot, `predict`.
 
-All robots move in step: each `add` brings one observation of every one of them.
+All robots move in step: each `add` brings one observation of every one of them; `keep` drops those that are done.
 """
 
 from collections import deque
@@ -30,6 +30,10 @@ class Newest:
         """Normalised chunks (n, k, a)."""
         return self.model.predict(**self._inputs)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the robots at these places alone, from the next `add` on."""
+        self._inputs = {}  # the next observation is all that counts
+
 
 class FeatureWindow:
     """Policy head: the features at `<act>` of the last t observations, each passed through the backbone once.
@@ -50,6 +54,10 @@ class FeatureWindow:
         missing = self.model.config.n_obs_steps - len(self._features)
         stacked = torch.stack([self._features[0]] * missing + list(self._features), dim=1)
         return self.model.head.predict(self.model.history(stacked)[:, -1])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """As `Newest.keep`."""
+        self._features = deque((features[list(rows)] for features in self._features), self._features.maxlen)
 
 
 class RecomputedSequence:
@@ -82,6 +90,12 @@ class RecomputedSequence:
         flat = np.stack(images, axis=1).reshape(n * length, *images[0].shape[1:])
         prompts = _prompts(self.model, self.prompter, flat, self._instructions, [length] * n)
         return self.model.predict(torch.stack(state, dim=1), **prompts)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """As `Newest.keep`."""
+        rows = list(rows)
+        self._seen = [(seen[rows], state[rows]) for seen, state in self._seen]
+        self._instructions = [self._instructions[row] for row in rows]
 
 
 class CachedSequence(RecomputedSequence):
@@ -128,6 +142,14 @@ class CachedSequence(RecomputedSequence):
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
         return self.model.head.predict(self._read)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """As `Newest.keep`; what is in the cache of the others goes."""
+        super().keep(rows)
+        if self._cache is not None:
+            kept = torch.as_tensor(list(rows), device=self._mask.device)
+            self._cache.batch_select_indices(kept)
+            self._mask, self._read = self._mask[kept], self._read[kept]
 
     def _begin(self) -> None:
         """Read the whole window at once."""

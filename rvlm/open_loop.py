@@ -3,7 +3,7 @@
 Cheap, and blind to what the policy's own mistakes would lead to: it stands beside closed-loop success, never in its place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 from rvlm.batches import RobotCollator
 from rvlm.episodes import Windows
 from rvlm.policy import Policy
-from rvlm.rollouts import CONTROLS, Control
+from rvlm.rollouts import CONTROLS, Control, others_instructions, tell
 from rvlm.statistics import mean_interval
 
 
@@ -22,7 +22,8 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
     Args:
         policy: A `Policy`.
         windows: As `policy_windows` cuts them.
-        control: What is taken from the policy, a name in `CONTROLS`, or what else is done to a batch of samples.
+        control: What is taken from the policy, a name in `CONTROLS`, or what else is done to a batch of samples. Language
+            is shuffled by episode: all frames of one are told what another one was told.
         batch_size: Frames per forward pass.
 
     Returns:
@@ -30,7 +31,7 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
         not have, `episode_index`, `frame_index` (n,).
     """
     model, robot = policy.model, policy.robot
-    change = CONTROLS[control] if isinstance(control, str) else control
+    change = _control(control, windows)
     collate, spec, stats = RobotCollator(policy.prompter), robot.spec, robot.stats["action"]
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
@@ -43,6 +44,28 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
         part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats), "mask": mask}
         parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _control(control: str | Control, windows: Any) -> Control:
+    if not isinstance(control, str):
+        return control
+    if control != "shuffled_language":
+        return CONTROLS[control]
+    said = _others_instructions(windows.dataset, windows.episodes)
+    return lambda samples: tell(samples, [said[int(sample["episode_index"])] for sample in samples])
+
+
+def _others_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, str]:
+    """For each of these episodes what another one was told: the next one of another family, or else with other words."""
+    first = dataset.episodes["dataset_from_index"].to_numpy()
+    instructions = [dataset.tasks[task] for task in dataset.column("task_index")[first]]
+    tasks = list(dataset.episodes["family"]) if "family" in dataset.episodes else instructions
+
+    def spare(i: int) -> str | None:
+        return next((text for text, task in zip(instructions, tasks, strict=True) if task != tasks[episodes[i]]), None)
+
+    asked, about = [instructions[e] for e in episodes], [tasks[e] for e in episodes]
+    return dict(zip(map(int, episodes), others_instructions(asked, about, spare), strict=True))
 
 
 def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:

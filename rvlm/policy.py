@@ -123,6 +123,19 @@ class Policy:
             self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
         return self._queue.popleft()
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the robots at these places alone, in this order; their actions are what they would have been.
+
+        Raises:
+            ValueError: No robots, or one that there is not.
+        """
+        if not rows or not set(rows) <= set(range(self.n_robots)):
+            raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {list(rows)}")
+        rows, self.n_robots = list(rows), len(rows)
+        self.memory.keep(rows)
+        self._queue = deque(actions[rows] for actions in self._queue)
+        self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
+
     def predict_action_chunk(self, observations: Observations) -> np.ndarray:
         """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
         self._check(observations)

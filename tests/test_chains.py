@@ -36,6 +36,27 @@ def test_families_of_too_few_kinds_are_refused():
         chains.draw(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"), "franka7", SIMPLE)
 
 
+def test_families_that_cannot_be_chained_are_refused_by_name():
+    """Of enough kinds each, but more objects than there are."""
+    too_many_objects = ("close_drawer", "place_in_drawer", "stack", "rotate_left", "lift")
+    for families, length in ((too_many_objects, 5), (("stack", "lift", "place_in_drawer", "rotate_left"), 4)):
+        with pytest.raises(
+            ValueError, match=rf"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed"
+        ):
+            chains.draw(SEEDS[:1], families, "franka7", SIMPLE, length)
+
+
+def test_a_chain_that_is_hardly_ever_drawn_is_found(monkeypatch):
+    often = chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
+    monkeypatch.setattr(chains, "N_DRAWS", 0)
+    found = chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
+    assert found == chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE) != often
+    world = chains.World("franka7", SIMPLE)
+    for seed, chain in zip(SEEDS, found, strict=False):
+        world.scatter(chains.np_random(seed)[0])
+        assert chains._is_feasible(world, chain, LENGTH)
+
+
 def test_success_leaves_what_the_next_task_needs():
     """The expert is never asked for what cannot be asked, and the symbols say of fixtures what the simulator does."""
     asked = ChainEvaluation("expert", n_episodes=12, families=tuple(FAMILIES), max_steps=60)

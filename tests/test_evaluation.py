@@ -81,10 +81,56 @@ def test_a_control_takes_what_it_says_and_nothing_else(small_envs, control):
         seen[name] = policy.shown[0][0]
     whole, changed = seen["none"], seen[control]
     assert (changed["instruction"] == "") == (control == "no_language")
+    assert (changed["instruction"] == whole["instruction"]) == (control in ("none", "blank_image"))
     for key in ("image", "wrist_image"):
         assert whole[key].any() and changed[key].any() == (control != "blank_image")
         assert changed[key].shape == whole[key].shape
     assert np.array_equal(changed["state"], whole["state"])
+
+
+@pytest.mark.parametrize(
+    "families",
+    [("turn_on_light",), ("lift",), ("lift", "lift", "lift"), ("turn_on_light", "turn_on_light"), ("lift", "open_drawer")],
+)
+def test_shuffled_language_tells_everyone_another_family_until_the_last_one_ends(small_envs, families):
+    """In a batch of one too, of one family, and where only one episode still runs."""
+    episodes = [(FIRST_HELD_OUT_SEED + i, family) for i, family in enumerate(families)]
+    envs = small_envs[: len(families)]
+    for env, max_steps in zip(envs, (2, 3, 4), strict=False):
+        env.max_steps = max_steps
+    policy = Recorder(SPEC)
+    rows = rollout(policy, envs, episodes, "shuffled_language")
+    for env in envs:
+        env.max_steps = 6
+    assert [len(shown) for shown in policy.shown] == [sum(row["n_steps"] > t for row in rows) for t in range(len(families) + 1)]
+    own = {row["instruction"] for row in rows}
+    family_words = {word for family in families for word in family.split("_")}
+    for shown in policy.shown:
+        for observation in shown:
+            if len(set(families)) == 1:
+                assert observation["instruction"] not in own and not family_words & set(observation["instruction"].split())
+    if len(set(families)) == 2:
+        first, second = (row["instruction"] for row in rows)
+        assert [o["instruction"] for o in policy.shown[0]] == [second, first] and policy.shown[-1][0]["instruction"] == first
+
+
+def test_a_control_of_language_that_changes_nothing_is_refused():
+    same = [{"instruction": "lift it"}] * 3
+    with pytest.raises(ValueError, match="all of 3 have the task 'lift it', so nobody would be told anything else"):
+        CONTROLS["shuffled_language"](same)
+    with pytest.raises(ValueError, match="must change every instruction; 3 of 3 stay ''"):
+        CONTROLS["no_language"]([{"instruction": ""}] * 3)
+    (first, *_, last) = CONTROLS["shuffled_language"]([*same, {"instruction": "open it"}])
+    assert (first["instruction"], last["instruction"]) == ("open it", "lift it")
+
+
+def test_random_actions_are_those_of_the_episode(small_envs):
+    """Others in each episode, and the same whoever is beside it."""
+    kept = rollout(RandomPolicy(SPEC), small_envs, EPISODES, keep_frames=True)
+    (alone,) = rollout(RandomPolicy(SPEC), small_envs[:1], EPISODES[1:2], keep_frames=True)
+    np.testing.assert_array_equal(alone["actions"], kept[1]["actions"])
+    firsts = np.stack([row["actions"][0] for row in kept])
+    assert len(np.unique(firsts, axis=0)) == len(EPISODES)
 
 
 def test_a_rollout_keeps_its_frames_where_it_is_asked_to(small_envs):
@@ -97,10 +143,21 @@ def test_a_rollout_keeps_its_frames_where_it_is_asked_to(small_envs):
     assert "frames" not in plain[0] and [r["n_steps"] for r in plain] == [r["n_steps"] for r in rows]
 
 
-def test_an_episode_that_has_ended_stands_still():
+class Whole(Recorder):
+    """Cannot go on with fewer robots."""
+
+    keep = property()  # as if there was none
+
+
+def test_an_episode_that_has_ended_stands_still_and_costs_nothing():
     envs = [Tabletop(image_size=16, max_steps=n) for n in (2, 5)]
-    rows = rollout(RandomPolicy(SPEC), envs, EPISODES[:2])
-    assert [row["n_steps"] for row in rows] == [2, 5] and envs[0].n_steps == 2
+    for policy, shown in ((Recorder(SPEC), [2, 2, 1, 1, 1]), (Whole(SPEC), [2] * 5)):
+        rows = rollout(policy, envs, EPISODES[:2], keep_frames=True)
+        assert [row["n_steps"] for row in rows] == [2, 5] and envs[0].n_steps == 2
+        assert [len(observations) for observations in policy.shown] == shown
+        np.testing.assert_array_equal(
+            rows[1]["actions"], rollout(RandomPolicy(SPEC), envs[1:], EPISODES[1:2], keep_frames=True)[0]["actions"]
+        )
     for env in envs:
         env.close()
 

@@ -13,7 +13,7 @@ from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.backbones import SMALL_VLM
 from rvlm.cases import Case
 from rvlm.checkpoints import make_vla
-from rvlm.episodes import EpisodeDataset, EpisodeWriter
+from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.mixtures import Robot
 from rvlm.observations import ObservationError
 from rvlm.policy import Policy
@@ -85,6 +85,35 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
 def test_a_control_changes_what_the_policy_sees(policy, dataset):
     plain, blind = (open_loop.errors_of(policy, dataset, control=control) for control in ("none", "blank_image"))
     assert not np.allclose(plain["first"], blind["first"])
+
+
+@pytest.fixture
+def told(dataset, tmp_path):
+    """Demonstrations of three instructions, of which two say the same in other words."""
+    texts = {"lift the red cube": "lift", "pick up the red cube": "lift", "open the drawer": "open_drawer"}
+    writer = EpisodeWriter(tmp_path / "told", SPEC)
+    for seed, (text, family) in enumerate(texts.items()):
+        writer.add_episode(an_episode(4, seed), text, {"family": family})
+    return EpisodeDataset(writer.finalize()), dict(enumerate(texts))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+@pytest.mark.parametrize("episodes", [None, [0, 2], [1]])
+def test_shuffled_language_changes_every_frame_to_another_family(told, batch_size, episodes):
+    data, texts = told
+    windows = Windows(data, episodes=episodes)
+    change = open_loop._control("shuffled_language", windows)
+    for start in range(0, len(windows), batch_size):
+        samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
+        for sample, changed in zip(samples, change(samples), strict=True):
+            assert sample["instruction"] == texts[int(sample["episode_index"])] != changed["instruction"]
+            is_lift = sample["episode_index"] < 2
+            assert (changed["instruction"] == texts[2]) == is_lift, "another family, not the same one in other words"
+
+
+def test_shuffled_language_of_one_instruction_is_refused(policy, dataset):
+    with pytest.raises(ValueError, match="all of 2 have the task 'lift the red cube', so nobody would be told anything else"):
+        open_loop.errors_of(policy, dataset, control="shuffled_language")
 
 
 def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):

@@ -147,6 +147,34 @@ def test_robots_beside_each_other_do_not_mix_and_reset_forgets(toy_vlm, toy_stat
     np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)
 
 
+WAYS = {"first action": {"n_action_steps": 1}, "chunk": {"n_action_steps": 2}, "ensemble": {"n_action_steps": 1, "ensemble": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "settings, way",
+    [(name, "first action") for name in SETTINGS if "flow" not in name]
+    + [(name, way) for name in ("one_step-mlp", "policy_head-lstm-mlp", "interleaved-flow") for way in ("chunk", "ensemble")],
+)
+def test_robots_that_are_done_are_dropped_and_the_others_do_the_same(toy_vlm, toy_stats, settings, way):
+    """As the window fills and slides, whatever is queued, remembered and cached."""
+    policy, rng = Policy(*build(toy_vlm, toy_stats, SETTINGS[settings]), **WAYS[way]), np.random.default_rng(0)
+    steps = [[observe(rng, " and then ".join(TEXTS[: 1 + i])) for i in range(4)] for _ in range(7)]
+    policy.reset(4)
+    whole = np.stack([policy.select_action(step) for step in steps])
+    policy.reset(4)
+    rows, dropped = [0, 1, 2, 3], {1: [0, 1, 3], 2: [1, 0], 5: [1]}  # after which step which places are kept
+    for now, step in enumerate(steps):
+        acted = policy.select_action([step[row] for row in rows])
+        np.testing.assert_allclose(acted, whole[now][rows], atol=1e-4)
+        if now in dropped:
+            policy.keep(dropped[now])
+            rows = [rows[place] for place in dropped[now]]
+    assert rows == [0]
+    for wrong in ([], [1]):
+        with pytest.raises(ValueError, match=f"expected places of some of 1 robots to keep, got .{str(wrong)[1:]}"):
+            policy.keep(wrong)
+
+
 @pytest.mark.parametrize("family", ["toy_vlm", "llava"])
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("cameras", [("static",), ("static", "wrist")])

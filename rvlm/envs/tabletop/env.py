@@ -97,6 +97,12 @@ class Tabletop(gymnasium.Env):
         """Families that can be asked in the present state and are not done already; those that need memory are not among them."""
         return [name for name in FAMILIES if can_ask(self.world, name)]
 
+    def other_instruction(self, family: str) -> str:
+        """An instruction of another family that says something else in any scene, for a policy that is told the wrong thing."""
+        words = set(family.split("_"))
+        other = next(kind for name, kind in FAMILIES.items() if kind.n_objects == 0 and not words & set(name.split("_")))
+        return other.templates[0]
+
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Carry out one action; values beyond the card's range are clipped, as a robot's controller does."""
         spec = self.action_spec
