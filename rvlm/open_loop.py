@@ -51,7 +51,7 @@ def _control(control: str | Control, windows: Any) -> Control:
         return control
     if control != "shuffled_language":
         return CONTROLS[control]
-    said = _others_instructions(windows.dataset, windows.episodes)
+    said = _others_instructions(windows.dataset, [int(episode) for episode in windows.episodes])
     return lambda samples: tell(samples, [said[int(sample["episode_index"])] for sample in samples])
 
 
