@@ -145,6 +145,7 @@ def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor])
     adapters.save_pretrained(str(folder / FOLDER), save_embedding_layers=False, state_dict=named)
     path = folder / FOLDER / "adapter_config.json"  # what they stand on is told by the policy, without a path of this machine
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}, indent=2, sort_keys=True))
+    (folder / FOLDER / "README.md").unlink(missing_ok=True)  # the policy's own card says it
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -3,9 +3,7 @@
 What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,12 +203,12 @@ def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
 
 def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
     """The stage's policy, which knows the robots of the data; the first of them is the one that it is for."""
+    from rvlm.checkpoint_files import is_policy
     from rvlm.checkpoints import make_vla, remake_vla
-    from rvlm.structures import VLAConfig
+    from rvlm.hub import fetch
 
     how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
-    path = Path(stage.init) / "config.json"
-    if path.exists() and json.loads(path.read_text())["model_type"] == VLAConfig.model_type:
+    if is_policy(fetch(stage.init)):
         if not stage.is_pretrained:
             raise ValueError(
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "

@@ -80,10 +80,16 @@ class Policy:
 
     @classmethod
     def load(
-        cls, name: str | Path, *, revision: str | None = None, device: str | torch.device | None = None, **options: Any
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        base: str | Path | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
     ) -> "Policy":
-        """From a saved model's folder or name on the Hub, at a revision; `options` are the constructor's."""
-        return cls(*load_vla(name, revision=revision, device=device), **options)
+        """From a saved model's folder or name on the Hub, as `VLA.from_pretrained` takes it; `options` are the constructor's."""
+        return cls(*load_vla(name, revision=revision, base=base, device=device), **options)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -62,9 +62,9 @@ def _assembled(name_or_path: str) -> Any:
     path = cached_file(name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False)
     kept = json.loads(Path(path).read_text()) if path else {}
     named = getattr(transformers, kept.get("processor_class", ""), None)
-    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path))]
+    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))]
     settings = {k: v for k, v in kept.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
-    images, tokenizer = AutoImageProcessor.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
+    images, tokenizer = (of.from_pretrained(name_or_path, trust_remote_code=False) for of in (AutoImageProcessor, AutoTokenizer))
     made = type(family.__name__, (WithoutVideos, family), {"_kept": {**settings, "processor_class": family.__name__}})
     return made(images, tokenizer, video_processor=NoVideos(), chat_template=tokenizer.chat_template, **settings)
 

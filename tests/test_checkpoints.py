@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, SPEC, a_batch, inputs
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from rvlm.batches import BUILDERS
 from rvlm.checkpoint_files import CheckpointError, weights_hash
 from rvlm.checkpoints import load_vla, make_vla
 from rvlm.model_card import model_card
 from rvlm.policy import Policy
+from rvlm.stages import ROBOT, Stage
 from rvlm.statistics import wilson
 from rvlm.vla import VLA
 
@@ -249,6 +251,14 @@ def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, mo
         assert {weight.dtype for weight in still.values()} == {dtype}
     with pytest.raises(ValueError, match="no precision 'fp8'; there are auto, fp32, bf16, fp16"):
         make_vla(toy_vlm, SPEC, toy_stats, tuning="lora", precision="fp8")
+
+
+def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
+    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    how = {"tuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
+    model, *_ = BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_the_hash_of_weights_is_of_what_they_hold(toy_vlm, tmp_path):

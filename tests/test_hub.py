@@ -106,7 +106,7 @@ def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, t
     loaded = VLA.from_pretrained("lab/adapted", revision=commit)
     torch.testing.assert_close(said(loaded, processor), before, atol=1e-5, rtol=0)
     assert json.loads((hub.heads["lab/adapted"] / "config.json").read_text())["base"]["name"] == "backbone"
-    sent = [path.read_text() for path in hub.heads["lab/adapted"].rglob("*.json")]
+    sent = [path.read_text() for path in hub.heads["lab/adapted"].rglob("*") if path.suffix in (".json", ".md")]
     assert len(sent) > 5 and not any(str(tmp_path) in text for text in sent), "no path of this machine"
     again = loaded.push_to_hub("lab/again").oid
     torch.testing.assert_close(said(VLA.from_pretrained("lab/again", revision=again), processor), before, atol=1e-5, rtol=0)

@@ -8,8 +8,14 @@ import pytest
 import torch
 from toy_policies import ONE_STEP, POLICY_HEAD, build, observe
 
+from rvlm.backbones import SMALL_VLM
+from rvlm.batches import BUILDERS
 from rvlm.observations import ObservationError
 from rvlm.policy import Policy
+from rvlm.stages import ROBOT, Stage
+from rvlm.structures import VLAConfig
+
+POLICY = SMALL_VLM.parent / "policy"
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
 
@@ -24,6 +30,22 @@ def policy(toy_vlm, toy_stats):
 
 def given(**changes):
     return {**observe(np.random.default_rng(1)), **changes}
+
+
+def test_training_tells_the_policy_the_size_of_its_images(toy_vlm, toy_demos, tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+    stage = Stage("sizes", ROBOT, (str(toy_demos),), str(toy_vlm), 8, policy=ONE_STEP, batch_size=8, n_processes=1)
+    model, *_ = BUILDERS[ROBOT](stage)
+    assert list(model.config.image_size) == [48, 48]
+    model.save_pretrained(tmp_path / "policy")
+    policy = Policy.load(tmp_path / "policy")
+    assert policy.image_size == (48, 48)
+    with pytest.raises(ObservationError, match=r"as in training; got \(96, 96, 3\)"):
+        policy.select_action([given(image=np.zeros((96, 96, 3), np.uint8))])
+
+
+def test_the_shipped_policy_knows_the_size_of_its_images():
+    assert tuple(VLAConfig.from_pretrained(POLICY).image_size) == (96, 96)
 
 
 IMAGES = {
