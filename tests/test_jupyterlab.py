@@ -1,5 +1,6 @@
 """The drive widget in a real browser: JupyterLab hands toggles and buttons to different threads of the kernel."""
 
+import contextlib
 import json
 import os
 import random
@@ -18,11 +19,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 WORDS = ["left", "right", "away", "closer", "up", "down", "turn left", "turn right", "new scene"]
 IS_READY = "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'"
 OPTIONS = [
-    "--no-browser",
+    *("--no-browser", "--port-retries=50", "--IdentityProvider.token=", "--ServerApp.password="),
     "--LabApp.expose_app_in_browser=True",
-    "--port-retries=50",
-    "--IdentityProvider.token=",
-    "--ServerApp.password=",
 ]
 
 
@@ -45,8 +43,9 @@ def address(process, log):
         found = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1") or "http://localhost" in word]
         if found:
             url = found[0].split("/lab")[0].split("/tree")[0].rstrip("/")
-            urllib.request.urlopen(f"{url}/api", timeout=20)
-            return url
+            with contextlib.suppress(OSError):  # it is named a moment before it answers
+                urllib.request.urlopen(f"{url}/api", timeout=20)
+                return url
         time.sleep(0.2)
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
 
