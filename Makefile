@@ -79,7 +79,7 @@ wheel: $(STAMP) gl
 	$(WITH_GL) dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; echo "wheel: on $$($$python --version), in an empty environment"; \
 	git archive HEAD | tar -x -C "$$dir" --one-top-level=source; \
 	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w "$$dir" "$$dir/source"; \
-	$$python -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check -q"; \
+	$$python -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check -qq"; \
 	$$pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"; \
 	$$pip install -c $(LOCK) "$$(ls "$$dir"/*.whl)[sim]"; \
 	mkdir "$$dir/empty"; cp tests/installed.py "$$dir"; cd "$$dir/empty"; \

@@ -4,6 +4,7 @@ A stage goes on from its newest whole checkpoint when it is started again.
 """
 
 import functools
+import importlib.util
 import json
 import os
 import tempfile
@@ -148,7 +149,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         ddp_find_unused_parameters=bool(stage.scenes),  # questions pass by the head
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=["tensorboard"],
+        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
     )
 
 
