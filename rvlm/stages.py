@@ -161,7 +161,7 @@ class Stage:
     def code(self) -> Code:
         """The code that its result depends on; the tabletop's only where it words instructions anew or asks about scenes."""
         asks = self.kind != ROBOT or self.scenes or self.wordings != "recorded"
-        return Code(("rvlm.trainer",), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",))))
+        return Code(("rvlm.trainer", "rvlm.adapters:precision"), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",))))
 
     @property
     def folder(self) -> Path:

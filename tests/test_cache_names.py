@@ -135,9 +135,9 @@ def traced(function):
 
 
 def missing(ran, code):
-    """What ran and is not hashed."""
+    """What ran and is not hashed; a lambda at a module's top bears no name, and belongs to a constant or the module."""
     hashed = set(code_of(*code.roots, without=code.without)) | set(files.PLUMBING)
-    return sorted(f"{m}:{f}" for m, f in ran if m not in hashed and f"{m}:{f}" not in hashed)
+    return sorted(f"{m}:{f}" for m, f in ran if f != "<lambda>" and m not in hashed and f"{m}:{f}" not in hashed)
 
 
 @pytest.fixture(scope="module")
