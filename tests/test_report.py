@@ -62,7 +62,7 @@ def test_finding_is_written_with_all_that_it_rests_on(results):
     (record,) = report.load_findings()
     assert set(record) == {
         *("name", "sentence", "numbers", "n", "interval", "seeds", "seconds", "verdict"),
-        *("commit", "is_dirty", "versions", "hardware", "profile", "date"),
+        *("commit", "is_dirty", "versions", "hardware", "profile", "date", "artefacts"),
     }
     assert (record["n"], record["numbers"], record["seeds"], record["verdict"]) == (200, {"success": 0.47}, [0, 1], "undecided")
     assert record["interval"]["low"] == pytest.approx(0.402, abs=1e-3)
