@@ -52,19 +52,18 @@ def load_backbone(
         if is_pretrained:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name_or_path,
+                trust_remote_code=False,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 use_safetensors=True,
-                trust_remote_code=False,
                 quantization_config=quantization,
             )
             model, report = loaded
             refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
         else:
-            model = AutoModelForImageTextToText.from_config(
-                AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), dtype=dtype
-            )
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()  # as a loaded one is
         _grow(model, len(processor.tokenizer))
     compute_as_trained(model)
     return model
@@ -84,7 +83,11 @@ def _grow(model: PreTrainedModel, n_tokens: int) -> None:
     n_apart = getattr(table, "num_additional_embeddings", 0)  # Idefics keeps its own new tokens in a second table
     missing = n_tokens - table.num_embeddings - n_apart
     if missing > 0 and not n_apart:
-        model.resize_token_embeddings(n_tokens)
+        n_beyond = max(0, table.num_embeddings - model.config.get_text_config().vocab_size)  # Mllama's, of images
+        table = model.resize_token_embeddings(n_tokens)
+        table.weight = torch.nn.Parameter(torch.cat([table.weight, table.weight.mean(0, keepdim=True).expand(n_beyond, -1)]))
+        table.num_embeddings += n_beyond
+        model.tie_weights()
     elif missing > 0:
         answers: Any = model.get_output_embeddings()
         for part in (table.additional_embedding, answers.additional_fc):

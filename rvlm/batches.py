@@ -128,18 +128,19 @@ class RobotCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Samples of `Windows` to one batch."""
-        keys = ("images", "state", "action", "action_mask", "obs_mask", "dataset_index")
+        keys = ("state", "action", "action_mask", "obs_mask", "dataset_index")
         stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
-        images, is_there = stacked.pop("images"), stacked["obs_mask"]
         if self.prompter.is_interleaved:
-            flat, n_steps, texts = images[is_there], is_there.sum(1).tolist(), [s["instruction"] for s in samples]
+            n_steps, texts = stacked["obs_mask"].sum(1).tolist(), [s["instruction"] for s in samples]
+            seen = [images for s in samples for images in s["images"][s["obs_mask"]]]
         else:
-            flat, n_steps = images.reshape(-1, *images.shape[2:]), [1] * is_there.size
-            texts = [s["instruction"] for s in samples for _ in range(is_there.shape[1])]
-        if flat.dtype == np.uint8:
+            seen = [images for s in samples for images in s["images"]]
+            n_steps, texts = [1] * len(seen), [s["instruction"] for s in samples for _ in s["images"]]
+        flat = np.stack(seen) if len({images.shape for images in seen}) == 1 else seen  # datasets differ in their images' size
+        if seen[0].dtype == np.uint8:
             prompts = self.prompter(flat, texts, n_steps)
         else:
-            prompts = {**self.prompter.tokens(texts, n_steps), **_see(self.prompter, flat)}
+            prompts = {**self.prompter.tokens(texts, n_steps), **_see(self.prompter, np.stack(seen))}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
 
 
@@ -154,8 +155,8 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     prompter, frames = model.prompter(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
-        if prompter.sees_pixels_alone:
-            seen = (data.frames_cache(model.config.cameras) for data in sets)
+        seen = [data.frames_cache(model.config.cameras) for data in sets]
+        if all(prompter.is_separable(*images.shape[-3:-1]) for cameras in seen for images in cameras.values()):
             frames = [list(cached_features(model.backbone, processor, images).values()) for images in seen]
     parts = [
         _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))

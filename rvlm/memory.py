@@ -101,7 +101,8 @@ class RecomputedSequence:
 class CachedSequence(RecomputedSequence):
     """Interleaved, the fast way: a new observation is appended to the sequence in the backbone's key-value cache.
 
-    What the vision tower made of the window's images is kept too, for the steps at which a new window begins.
+    What the vision tower made of the window's images is kept too, for the steps at which a new window begins. Images whose text
+    depends on them (`Prompter.is_separable`) go the slow way.
     """
 
     def __init__(self, model: VLA, prompter: Prompter) -> None:
@@ -114,11 +115,11 @@ class CachedSequence(RecomputedSequence):
     def is_exact(model: VLA, prompter: Prompter) -> bool:
         """Whether this model's cache can be appended to: tried once on noise, beside the slow way.
 
-        False for families whose processor does more than scale pixels, or whose positions depend on the whole sequence.
+        False for families whose processor gives more than pixels, or whose positions depend on the whole sequence.
         """
-        rng, side = np.random.default_rng(0), prompter.image_size
-        noise = rng.integers(0, 256, (2, 2, prompter.n_images, side, side, 3), np.uint8)
-        if not prompter.is_plain(noise):
+        rng, side, length = np.random.default_rng(0), prompter.image_size, min(3, model.config.n_obs_steps)
+        noise = rng.integers(0, 256, (length, 2, prompter.n_images, side, side, 3), np.uint8)
+        if not prompter.sees_pixels_alone:
             return False
         fast, slow = CachedSequence(model, prompter), RecomputedSequence(model, prompter)
         for images in noise:
@@ -131,6 +132,8 @@ class CachedSequence(RecomputedSequence):
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
         """As `Newest.add`."""
+        if not self.prompter.is_separable(*images.shape[-3:-1]):
+            return super().add(images, state, instructions)
         is_same, length = list(instructions) == self._instructions, len(self._seen)
         pixels = self.prompter.pixels(images).to(self.model.device)
         self._keep(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
@@ -141,7 +144,7 @@ class CachedSequence(RecomputedSequence):
 
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
-        return self.model.head.predict(self._read)
+        return super().predict() if self._cache is None else self.model.head.predict(self._read)
 
     def keep(self, rows: Sequence[int]) -> None:
         """As `Newest.keep`; what is in the cache of the others goes."""
@@ -159,8 +162,9 @@ class CachedSequence(RecomputedSequence):
 
     def _append(self) -> None:
         """Read the newest observation behind all that is in the cache."""
-        text, n = self._instructions[0], len(self._instructions)
-        new = torch.tensor(self.prompter.token_ids(text, 2)[len(self.prompter.token_ids(text)) :], device=self.model.device)
+        text, n, length = self._instructions[0], len(self._instructions), len(self._seen)
+        before, now = (self.prompter.token_ids(text, steps) for steps in (length - 1, length))
+        new = torch.tensor(now[len(before) :], device=self.model.device)
         mask = torch.cat([self._mask, self._mask.new_ones(n, len(new))], dim=1)
         self._pass(new.expand(n, -1), mask, 1, self._cache)
 

@@ -16,7 +16,7 @@ from rvlm.actions import ActionSpec
 from rvlm.checkpoints import load_vla
 from rvlm.memory import CachedSequence, FeatureWindow, Newest, RecomputedSequence
 from rvlm.observations import Expected, ObservationError
-from rvlm.processors import ACT, image_mark
+from rvlm.templates import mark_of, special_words
 from rvlm.vla import VLA
 
 Observation = dict[str, Any]
@@ -69,7 +69,7 @@ class Policy:
         self.n_action_steps: int = n_action_steps
         self.prompter = model.prompter(processor)
         size: Any = model.config.image_size
-        words = (ACT, image_mark(processor))
+        words = (mark_of(processor), *special_words(processor.tokenizer))
         self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
         self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
             model.config.structure

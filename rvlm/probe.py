@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from rvlm.actions import ActionSpec
 from rvlm.adapters import linear_layers
 from rvlm.backbones import load_backbone, read_act, vision_modules
 from rvlm.processors import ACT, load_processor
@@ -27,12 +28,17 @@ def keep_order(model: PreTrainedModel, prompter: Prompter, act_id: int) -> bool:
     """
     side, n_steps = prompter.image_size, 1 if prompter.n_queries > 1 else 2
     blank = np.zeros((n_steps, prompter.n_images, side, side, 3), np.uint8)
-    for prompter.is_causal_by_type in (False, True):
-        batch = {k: v.to(model.device) for k, v in prompter(blank, ["lift it"], [n_steps]).items()}
-        if _is_in_order(model, batch, act_id):
-            return True
-        if "token_type_ids" not in batch:
-            break
+    was_training = model.training
+    model.eval()  # dropout would read as looking ahead
+    try:
+        for prompter.is_causal_by_type in (False, True):
+            batch = {k: v.to(model.device) for k, v in prompter(blank, ["lift it"], [n_steps]).items()}
+            if _is_in_order(model, batch, act_id):
+                return True
+            if "token_type_ids" not in batch:
+                break
+    finally:
+        model.train(was_training)
     prompter.is_causal_by_type = False
     return False
 
@@ -46,6 +52,26 @@ def _is_in_order(model: PreTrainedModel, batch: dict[str, torch.Tensor], act_id:
     offsets[-1] = torch.linspace(-1, 1, offsets.shape[-1])  # no constant: a layer norm would not see it
     after, _ = read_act(model, act_id, offsets=offsets, **batch)
     return torch.allclose(before[0], after[0], atol=1e-5)
+
+
+def appends(model: PreTrainedModel, processor: Any) -> bool:
+    """Whether an interleaved policy of this model passes each observation through it once, tried with three.
+
+    Else the whole window is computed again at every step (`rvlm.memory.RecomputedSequence`).
+
+    Raises:
+        ValueError: The family takes one image a prompt, or does not read in order.
+    """
+    from rvlm.memory import CachedSequence
+    from rvlm.structures import VLAConfig
+    from rvlm.vla import VLA
+
+    spec = ActionSpec.from_card("tabletop_franka7")
+    policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras[:1], "has_state": False}
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
+    config = VLAConfig(backbone=model.config.to_dict(), act_id=act_id, spec=spec.to_dict(), stats={}, **policy)
+    vla = VLA(config, model).eval()
+    return CachedSequence.is_exact(vla, vla.prompter(processor))
 
 
 def probe(vlm: str | Path) -> pd.Series:
@@ -68,6 +94,7 @@ def probe(vlm: str | Path) -> pd.Series:
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
     tower, has_several = vision_modules(model), prompter.layout != "first"
+    kept = {True: "yes", False: "no, the window is computed again"}
     n_tokens = sum(i in prompter.image_ids for i in prompter.token_ids("lift it"))
     return pd.Series({
         **facts,
@@ -77,8 +104,9 @@ def probe(vlm: str | Path) -> pd.Series:
         "side of images [px]": prompter.image_size,
         "tokens of an image": n_tokens,
         "several images": "yes" if has_several else "no",
-        "prompt": "…".join((prompter.before + prompter.image, prompter.after)),
+        "prompt": prompter.text("…").split(ACT)[0],
         "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
+        "an observation is read once": kept[appends(model, processor)] if is_in_order and has_several else "–",
         "pads on the": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,
         "type": str(model.dtype).removeprefix("torch."),

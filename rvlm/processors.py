@@ -4,24 +4,32 @@ A family's own processor turns images and text into what its model reads. Severa
 that needs torchvision; where it is missing the rest is put together without it.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils import is_torchvision_available
+
+from rvlm.templates import choose, mark_of
 
 ACT = "<act>"
+ANY_SIZE = 224  # side of images for families that take any [px]
 LAYOUTS = ("marked", "listed", "first")
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else the library asks, and runs a repository's own code at a "y"
 
 
 class NoVideos:
     """Stands where a processor keeps its part for videos."""
 
     merge_size = temporal_patch_size = 2
+    num_frames = fps = 1
 
 
 class WithoutVideos:
@@ -41,41 +49,116 @@ class WithoutVideos:
 
 
 def load_processor(name_or_path: str | Path) -> ProcessorMixin:
-    """The processor of a vision-language model, with `<act>` in its tokenizer.
+    """The processor of a vision-language model, with `<act>` in its tokenizer and one chat template, if it has any.
 
     Raises:
         ImportError: The family's processor needs a package that is not here, and cannot do without it.
+        ValueError: It needs code of its own, or has several chat templates and no default.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-    except (ImportError, ValueError):
-        if is_torchvision_available():
+        processor = _loaded(name_or_path)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
             raise
-        processor = _assembled(str(name_or_path))
+        raise ValueError(
+            f"{name_or_path}: expected a model of a class in transformers, got one that brings code of its own, which is never "
+            "run here; take a model of a family that the library knows"
+        ) from error
+    processor.chat_template = processor.tokenizer.chat_template = choose(processor)
     if ACT not in processor.tokenizer.get_vocab():
         processor.tokenizer.add_special_tokens({"extra_special_tokens": [ACT]}, replace_extra_special_tokens=False)
     return processor
 
 
+def _loaded(name_or_path: str | Path) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **NO_CODE)
+    except (ImportError, ValueError):
+        if is_torchvision_available():
+            raise
+        return _assembled(str(name_or_path))
+
+
 def _assembled(name_or_path: str) -> Any:
     """The family's processor from its parts for images and text."""
-    path = cached_file(name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False)
-    kept = json.loads(Path(path).read_text()) if path else {}
-    named = getattr(transformers, kept.get("processor_class", ""), None)
-    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))]
+    kept, _ = ProcessorMixin.get_processor_dict(name_or_path)
+    template = kept.pop("chat_template", None)
+    named = getattr(transformers, kept.get("processor_class") or "", None)
+    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, **NO_CODE))]
     settings = {k: v for k, v in kept.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
-    images, tokenizer = (of.from_pretrained(name_or_path, trust_remote_code=False) for of in (AutoImageProcessor, AutoTokenizer))
+    parts = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    loaded = {name: part.from_pretrained(name_or_path, **NO_CODE) for name, part in parts.items()}
     made = type(family.__name__, (WithoutVideos, family), {"_kept": {**settings, "processor_class": family.__name__}})
-    return made(images, tokenizer, video_processor=NoVideos(), chat_template=tokenizer.chat_template, **settings)
+    return made(**loaded, video_processor=NoVideos(), chat_template=template, **settings)
 
 
-def image_mark(processor: Any) -> str:
-    """The word that stands for an image in a family's prompts."""
-    return getattr(processor, "image_token", None) or "<image>"
+def pictures(images: np.ndarray) -> list[Image.Image]:
+    """Images (n, h, w, 3) uint8 in the form that every family's processor takes."""
+    return [Image.fromarray(image) for image in images]
+
+
+def blank(side: int) -> Image.Image:
+    """A black image."""
+    return Image.new("RGB", (side, side))
+
+
+def side_of_images(processor: Any) -> int:
+    """Side of the images that a family looks at [px], read off what comes back of one of `ANY_SIZE`.
+
+    A family that takes any size gets that one; one that resizes all images, or cuts them into tiles, the side of these.
+    """
+    part = processor.image_processor
+    given = part(images=[blank(ANY_SIZE)], return_tensors="pt")
+    seen = {"pixel_values": given} if isinstance(given, torch.Tensor) else dict(given)
+    pixels, grid = seen["pixel_values"], seen.get("image_grid_thw", seen.get("spatial_shapes"))
+    if grid is not None:
+        return int(grid[0][-1]) * int(part.patch_size)
+    tile = pixels if isinstance(pixels, torch.Tensor) else torch.as_tensor(pixels[0])
+    is_image = tile.ndim > 2 and tile.shape[-3] == 3
+    return int(tile.shape[-1]) if is_image else ANY_SIZE
+
+
+class KnownImages:
+    """Stands where a processor keeps its part for images, and gives back what came of as many of these sizes before."""
+
+    def __init__(self, part: Any) -> None:
+        self._part, self._kept = part, {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the part's own."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._part, name)
+
+    def __call__(self, images: Any, *_: Any, **options: Any) -> Any:
+        """As the part itself, but for the pixels, which are those of no image."""
+        key = repr((_sizes(images), sorted(options.items())))
+        if key not in self._kept:
+            seen = self._part(images, **options)
+            self._kept[key] = _empty(seen) if isinstance(seen, torch.Tensor) else {k: _empty(v) for k, v in seen.items()}
+        kept = self._kept[key]
+        return BatchFeature(dict(kept)) if isinstance(kept, dict) else kept
+
+
+def _empty(value: Any) -> Any:
+    """Zeros in the shape of pixels, which take no memory; anything else as it is."""
+    is_pixels = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.new_zeros(()).expand(value.shape) if is_pixels else value
+
+
+def _sizes(images: Any) -> Any:
+    return [_sizes(part) for part in images] if isinstance(images, (list, tuple)) else getattr(images, "size", None)
+
+
+def knowing_images(processor: Any) -> Any:
+    """A copy of a processor that looks at images of one size once: the tokenizer alone then makes all other texts' ids."""
+    known = copy.copy(processor)
+    known.image_processor = KnownImages(processor.image_processor)
+    return known
 
 
 def layout(processor: Any, image_size: int) -> str:
-    """How a family's processor takes images and text, found by trying with one blank image.
+    """How a family's processor takes images and text, found by trying with one black image.
 
     "marked": each image by a token in the text; "listed": images and texts as one list, in their order; "first": one image for
     each text, which the processor sets before it.
@@ -83,10 +166,10 @@ def layout(processor: Any, image_size: int) -> str:
     Raises:
         ValueError: It takes them in none of these ways; with what it said.
     """
-    blank, said = np.zeros((image_size, image_size, 3), np.uint8), []
-    ways: dict[str, Any] = {"listed": (None, [[blank, ACT]]), "first": ([blank], [ACT])}
+    image, said = blank(image_size), []
+    ways: dict[str, Any] = {"listed": (None, [[image, ACT]]), "first": ([image], [ACT])}
     if isinstance(getattr(processor, "image_token", None), str):
-        ways = {"marked": ([[blank]], [processor.image_token + ACT]), **ways}
+        ways = {"marked": ([[image]], [mark_of(processor) + ACT]), **ways}
     for name, (images, text) in ways.items():
         try:
             if "pixel_values" in processor(images=images, text=text, return_tensors="pt"):
@@ -97,21 +180,3 @@ def layout(processor: Any, image_size: int) -> str:
         f"expected a processor that takes images with text, {', '.join(LAYOUTS)}; got {type(processor).__name__}, which says "
         f"{'; '.join(said)}; take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
     )
-
-
-def markup(processor: Any) -> tuple[str, str, str]:
-    """How a family writes a prompt: what stands before all, an image, and what follows the text, up to the answer.
-
-    Read from its chat template, rendered with one image and with two; without a template it is the bare image token.
-    """
-    word = "TEXT"
-
-    def rendered(n: int) -> str:
-        content = [{"type": "image"}] * n + [{"type": "text", "text": word}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    if not getattr(processor, "chat_template", None):
-        return "", image_mark(processor), ""
-    one, two = rendered(1), rendered(2)
-    start, length = one.index(word), len(two) - len(one)
-    return one[: start - length], one[start - length : start], one[start + len(word) :]

@@ -125,7 +125,7 @@ def test_every_prompt_ends_in_one_act(processor):
 
 @pytest.mark.parametrize("instruction", ["lift <act> it", "lift <image> it"])
 def test_an_instruction_with_the_prompts_own_tokens_is_refused(processor, instruction):
-    with pytest.raises(ValueError, match=r"expected an instruction in words, got .*take them out"):
+    with pytest.raises(ValueError, match=r"expected an instruction in words, got .*take it out"):
         Prompter(processor, 1).token_ids(instruction)
 
 
