@@ -23,12 +23,14 @@ class Row(NamedTuple):
         claim: as the finding states it.
         text: what is claimed, short, in the field's words.
         paper: what was published of it: benchmark, split, and its two settings in `published`; or none.
+        times: episodes of each training, in multiples of the finding's n.
     """
 
     finding: str
     claim: str
     text: str
     paper: tuple[str, ...] = ()
+    times: int = 1
 
 
 BOARD = (
@@ -55,17 +57,36 @@ BOARD = (
         ("simpler", "google_robot 4 tasks", "post_train", "in_domain_finetune"),
     ),
     Row("08_cross_embodiment", "co-training beats own", "co-training on all robots and questions, over own data²"),
-    Row("07_few_shot", "cross-embodiment beats vision-language", "new tasks: from a policy of three robots³, over the VLM"),
-    Row("07_few_shot", "Corrections of its own mistakes", "corrections (DAgger) over as many demonstrations"),
+    Row(
+        "07_few_shot",
+        "cross-embodiment beats vision-language",
+        "new tasks, 50 demonstrations each: from a policy of three robots³, over the VLM",
+    ),
+    Row(
+        "07_few_shot",
+        "Corrections of its own mistakes",
+        "corrections (DAgger) beside 60 demonstrations, at equal samples³",
+        times=2,
+    ),
 )
+
+
+UNADJUSTED = (
+    "Intervals are unadjusted, words are adjusted: an interval is that of the bootstrap over trainings and episodes that was "
+    "recorded in the run, whose episodes were not kept. Words are recomputed from the intervals by Student's t over trainings, "
+    "adjusted for all contrasts of the notebook (Holm); so one that leaves out zero may be undecided."
+)
+ADJUSTED = "Intervals are over trainings and episodes; they and the words are adjusted for all contrasts of the notebook (Holm)."
 
 
 def board(results: Path) -> str:
     """What was found with enough trainings for a verdict: a Markdown table of short cells, from profile full only."""
     found = {record["name"]: record for record in load_findings(results / FULL)}
     rows = [_board_row(row, found[row.finding]) for row in BOARD if row.finding in found]
-    head = ["Claim", "Paper", "Here: points (95 % interval)", "Trainings x episodes", "Verdict"]
-    notes = [_pretraining(found)] if rows else []
+    is_old = any("said" in found[row.finding] for row in BOARD if row.finding in found)
+    interval = "95 % interval, unadjusted" if is_old else "95 % interval"
+    head = ["Claim", "Paper", f"Here: points ({interval})", "Trainings x episodes", "Verdict"]
+    notes = [_pretraining(found), UNADJUSTED if is_old else ADJUSTED] if rows else []
     return _table(head, rows) + "".join(f"\n{note}\n" for note in notes)
 
 
@@ -74,7 +95,7 @@ def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
     text = said.group() if said else ""
     at, low, high = (int(x) for x in re.findall(r"[+-]\d+", text)[:3]) if len(re.findall(r"[+-]\d+", text)) >= 3 else (0, 0, 0)
     word = next(iter(re.findall(rf"{WORDS.pattern}|no verdict", text)), "–")
-    size = f"{trainings_of(record)} x {record['n']}"
+    size = f"{trainings_of(record)} x {row.times * record['n']}"
     return [row.text, _theirs(row.paper), f"{at:+d} ({low:+d} to {high:+d})" if text else "–", size, word]
 
 
@@ -96,8 +117,8 @@ def _pretraining(found: dict[str, dict[str, Any]]) -> str:
         f"¹ Pre-training in domain: {samples:,} samples of questions about rendered scenes of this same simulator, labelled by "
         f"the renderer{times}; the paper's is web data. ² The budget passes over the few own demonstrations many times, so part "
         "of the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
-        "such start. Paper: with / without; CALVIN's mean number of tasks in a row, or success in SimplerEnv. Intervals are over "
-        "trainings and episodes; verdicts are adjusted for several contrasts (Holm)."
+        "such start for all trainings. Corrections come with those 60 demonstrations, against them alone. Paper: with / without; "
+        "CALVIN's mean number of tasks in a row, or success in SimplerEnv."
     )
 
 

@@ -1,15 +1,17 @@
 """Statements that are taken back: out of the findings, and struck out in the executed notebooks under a banner that says why.
 
-`results/withdrawn.yml` lists them. Findings of that time also get the verdicts that today's rule gives them: none below three
-trainings, and of the others those that Holm's adjustment leaves. What a finding said at first stays in it, as `said`.
+`results/withdrawn.yml` lists them. Findings of that time also get the verdicts that today's rule gives them, as far as their
+recorded intervals tell: none below three trainings, else by Student's t, adjusted by Holm for all contrasts that the notebook had
+at first. What a finding said at first stays in it, as `said`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ _STATED = re.compile(
 
 @functools.cache
 def withdrawn(path: Path = LIST) -> dict[str, Any]:
-    """The list: `before` (ISO date), `reasons` by name, `claims` and `notes` by the name of their finding."""
+    """The list: `before` (ISO date), `reasons` by name; by finding's name `claims`, `reworded`, `notes` and `contrasts`."""
     return yaml.safe_load(path.read_text()) if path.exists() else {"before": "", "reasons": {}, "claims": {}, "notes": {}}
 
 
@@ -43,29 +45,36 @@ def amended(record: dict[str, Any], listed: dict[str, Any] | None = None) -> dic
     listed = listed or withdrawn()
     if record.get("date", "9") >= listed["before"]:
         return record
-    first = record.get("said", record["sentence"])
-    sentence, taken = first, []
-    for claim in listed["claims"].get(record["name"], ()):
-        found = re.search(claim["says"], sentence) if "says" in claim else None
-        text = found.group() if found else claim.get("shows")
-        if found:
-            sentence = sentence[: found.start()] + sentence[found.end() :]
-        if text:
-            taken.append({"text": text.strip(" :;,."), **listed["reasons"][claim["reason"]]})
-    n = trainings_of(record)
-    sentence = _judged_anew(_tidy(sentence), n)
-    notes = listed["notes"].get(record["name"], [])
+    name, first = record["name"], record.get("said", record["sentence"])
+    sentence, taken, hidden = _without(listed["claims"].get(name, ()), listed["reasons"], first)
+    for change in listed.get("reworded", {}).get(name, ()):
+        sentence = re.sub(change["says"], change["reads"], sentence, count=1)
+    family = max(len(_STATED.findall(first)), listed.get("contrasts", {}).get(name, 0))  # before anything was cut out
+    sentence, words = _judged_anew(_tidy(sentence), record, family)
+    notes = listed["notes"].get(name, [])
     if sentence == first and not taken and not notes:
         return record
     kept = {"sentence": sentence, "said": first, "withdrawn": taken, "notes": notes}
     intervals = record["interval"]
     if isinstance(intervals, dict):  # an interval of what is withdrawn is not in the fine print any more
-        kept["interval"] = {k: v for k, v in intervals.items() if not any(k in t["text"] for t in taken)}
-    if record.get("verdict") and n < MIN_TRAININGS:
-        kept["verdict"] = None
-    elif record.get("verdict"):
-        kept["verdict"] = next(iter(re.findall(r"supported|reversed|undecided", sentence)), None)
+        kept["interval"] = {k: v for k, v in intervals.items() if k not in hidden and not any(k in t["text"] for t in taken)}
+    if record.get("verdict"):
+        kept["verdict"] = next(iter(words.values())) if len(words) == 1 else words or None
     return record | kept
+
+
+def _without(claims: Iterable[dict[str, Any]], reasons: dict[str, Any], said: str) -> tuple[str, list[dict[str, str]], list[str]]:
+    """A sentence without what is withdrawn; what was taken back, with reasons; the names of intervals that go with it."""
+    taken, hidden = [], []
+    for claim in claims:
+        found = re.search(claim["says"], said) if "says" in claim else None
+        text = found.group() if found else claim.get("shows")
+        if found:
+            said = said[: found.start()] + said[found.end() :]
+        if text:
+            taken.append({"text": text.strip(" :;,."), **reasons[claim["reason"]]})
+            hidden += claim.get("keys", [])
+    return said, taken, hidden
 
 
 def trainings_of(record: dict[str, Any]) -> int:
@@ -82,33 +91,48 @@ def _tidy(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def _judged_anew(sentence: str, n_trainings: int) -> str:
-    """Verdict words by today's rule, from the intervals [points] that the sentence itself states."""
-    found = list(_STATED.finditer(sentence))
+def _judged_anew(sentence: str, record: dict[str, Any], family: int) -> tuple[str, dict[str, str]]:
+    """A sentence with today's verdict words for the contrasts [points] that it states, and these words by contrast."""
+    found, n = list(_STATED.finditer(sentence)), trainings_of(record)
     if not found:
-        return sentence
-    if n_trainings < MIN_TRAININGS:
-        words = ["no verdict"] * len(found)
-        note = " One training each: no verdict." if n_trainings == 1 else f" {n_trainings} trainings each: no verdict."
+        return sentence, {}
+    if n < MIN_TRAININGS:
+        note = " One training each: no verdict." if n == 1 else f" {n} trainings each: no verdict."
+        words, by_contrast = ["no verdict"] * len(found), {}
     else:
-        words, note = _by_holm([[int(m[k] or m[k + "2"]) for k in ("at", "low", "high")] for m in found]), ""
+        stated = [tuple(int(m[k] or m[k + "2"]) for k in ("at", "low", "high")) for m in found]
+        words, note = _by_holm([_unrounded(record, *contrast) for contrast in stated], n, family), ""
+        contrasts = [re.split(r"[.;] ", sentence[: m.start()])[-1].strip(" :") for m in found]
+        by_contrast = dict(zip(contrasts, words, strict=True))
     for match, word in reversed(list(zip(found, words, strict=True))):
         group = "word" if match["word"] else "word2"
         sentence = sentence[: match.start(group)] + word + sentence[match.end(group) :]
-    return sentence + note
+    return sentence + note, by_contrast
 
 
-def _by_holm(contrasts: list[list[int]], level: float = 0.95) -> list[str]:
-    """Verdicts on (estimate, low, high) that were stated together; p-values as if estimates were normal."""
-    from scipy.stats import norm
+def _unrounded(record: dict[str, Any], at: int, low: int, high: int) -> tuple[float, float, float]:
+    """A stated contrast [points] with the digits that its finding keeps; as it was stated if it keeps none."""
+    kept = [x for x in (record["interval"] or {}).values() if isinstance(x, dict)] if isinstance(record["interval"], dict) else []
+    points = [(100 * x["estimate"], 100 * x["low"], 100 * x["high"]) for x in kept if "estimate" in x]
+    points += [tuple(x) for key, x in record["numbers"].items() if key.endswith("_points") and len(x) == 3]
+    return next((x for x in points if tuple(map(round, x)) == (at, low, high)), (at, low, high))
 
-    def p(at: int, low: int, high: int) -> float:
-        width = max(at - low if at > 0 else high - at, 1e-9)
-        return float(2 * norm.sf(abs(at) / width * norm.ppf((1 + level) / 2)))
+
+def _by_holm(contrasts: list[tuple[float, float, float]], n_trainings: int, family: int, level: float = 0.95) -> list[str]:
+    """Verdicts on (estimate, low, high), of intervals by the bootstrap, for a family of at least as many contrasts.
+
+    Student's t with ``n_trainings - 1`` degrees of freedom; a bootstrap over m trainings has ``(m - 1) / m`` of their variance.
+    Contrasts of the family whose intervals are not known count as if they came last, by which none is called too much.
+    """
+    from scipy.stats import norm, t
+
+    def p(at: float, low: float, high: float) -> float:
+        error = (high - low) / (2 * norm.ppf((1 + level) / 2)) * math.sqrt(n_trainings / (n_trainings - 1))
+        return float(2 * t.sf(abs(at) / max(error, 1e-9), n_trainings - 1))
 
     alone, words, worst = [p(*contrast) for contrast in contrasts], ["undecided"] * len(contrasts), 0.0
     for rank, i in enumerate(sorted(range(len(alone)), key=alone.__getitem__)):
-        worst = max(worst, (len(alone) - rank) * alone[i])
+        worst = max(worst, (family - rank) * alone[i])
         if worst < 1 - level:
             words[i] = "supported" if contrasts[i][0] > 0 else "reversed"
     return words
@@ -127,7 +151,17 @@ def amend(results: Path, listed: dict[str, Any] | None = None) -> list[Path]:
         for copy in sorted((results / "notebooks").glob(f"{record['name'][:3]}*.ipynb")) if "said" in new else []:
             notebook = json.loads(copy.read_text())
             changed += [*_written(copy, notebook, struck(notebook, new))]
+        changed += _without_tables(results / "tables", new, listed or withdrawn())
     return changed
+
+
+def _without_tables(folder: Path, record: dict[str, Any], listed: dict[str, Any]) -> list[Path]:
+    """Delete the tables of what is withdrawn from a finding; returns their files."""
+    claims = listed["claims"].get(record["name"], ()) if "said" in record else ()
+    gone = [path for claim in claims for name in claim.get("tables", ()) for path in sorted(folder.glob(f"{name}.*"))]
+    for path in gone:
+        path.unlink()
+    return gone
 
 
 def _written(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Path]:
