@@ -169,13 +169,10 @@ def hash_of_tree(folder: str | Path) -> str:
     Hidden files, locks, and what only tells about the content (`NOT_CONTENT`) don't count.
 
     Raises:
-        ValueError: There is no such folder, or it holds no files.
+        ValueError: There is no such folder, it holds no files, or a link leads round in a circle.
     """
     folder = Path(folder)
-    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    counted = [
-        n for n in names if not any(p.startswith(".") for p in n.parts) and n.name not in NOT_CONTENT and n.suffix != ".lock"
-    ]
+    counted = [name for name in _names_in(folder) if name.name not in NOT_CONTENT and name.suffix != ".lock"]
     if not counted:
         raise ValueError(
             f"expected a folder with files at {folder}, got {'an empty one' if folder.is_dir() else 'none'}; make it first"
@@ -183,10 +180,22 @@ def hash_of_tree(folder: str | Path) -> str:
     return key_of({name.as_posix(): digest(folder / name) for name in counted})
 
 
+def _names_in(folder: Path) -> list[Path]:
+    """Names of all files in a folder and in those that it links to, without hidden ones."""
+    found: list[Path] = []
+    for at, folders, files in os.walk(folder, followlinks=True):
+        here, folders[:] = Path(at), [name for name in folders if not name.startswith(".")]
+        above = [path.resolve() for path in (here, *here.parents) if path.is_relative_to(folder)]
+        for link in (here / name for name in folders if (here / name).is_symlink()):
+            if any(path.is_relative_to(link.resolve()) for path in above):
+                raise ValueError(f"{folder}: expected links that end, got {link}, which leads to {link.resolve()}; take it away")
+        found += [(here / name).relative_to(folder) for name in files if not name.startswith(".") and (here / name).is_file()]
+    return sorted(found)
+
+
 def weights_of(model: str | Path) -> str | None:
     """Twelve characters that stand for all weights in a model's folder; None where there are none, as for a name on the Hub."""
-    files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-    digests = {str(path.relative_to(model)): digest(path) for path in files}
+    digests = {str(name): digest(Path(model) / name) for name in _names_in(Path(model)) if name.suffix == ".safetensors"}
     return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else key_of(digests) if digests else None
 
 

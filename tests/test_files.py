@@ -86,6 +86,20 @@ def test_a_tree_is_its_files_wherever_it_is(tmp_path):
         hash_of_tree(tmp_path / "nowhere")
 
 
+def test_a_tree_is_what_its_links_lead_to(tmp_path):
+    """Data that is fetched lies elsewhere; the dataset's folder holds links."""
+    trees = []
+    for name in "ab":
+        write_whole(tmp_path / "elsewhere" / name / "chunk-000/file-000.mp4", name)
+        write_whole(tmp_path / name / "meta/info.json", "same")
+        (tmp_path / name / "videos").symlink_to(tmp_path / "elsewhere" / name)
+        trees.append(hash_of_tree(tmp_path / name))
+    assert trees[0] != trees[1]
+    (tmp_path / "elsewhere/a/round").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"expected links that end, got .*videos/round, which leads to"):
+        hash_of_tree(tmp_path / "a")
+
+
 def test_a_model_is_its_weights_and_its_processor(tmp_path, toy_vlm, monkeypatch):
     copy = shutil.copytree(toy_vlm, tmp_path / "copy")
     assert hash_of_model(copy) == hash_of_model(toy_vlm) and weights_of(copy) == weights_of(toy_vlm)
