@@ -183,20 +183,25 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def prune(
-    kinds: Iterable[str] = KINDS, is_stale: bool = False, older_than_s: float | None = None, max_bytes: float | None = None
+    kinds: Iterable[str] = KINDS,
+    is_stale: bool = False,
+    older_than_s: float | None = None,
+    max_bytes: float | None = None,
+    with_unknown: bool = False,
 ) -> Iterator[tuple[Entry, bool]]:
-    """Delete what is kept, but nothing that is in use or under way.
+    """Delete what can be made again, but nothing that is in use or under way, and no links.
 
     Args:
         kinds: That may be deleted, and that `max_bytes` counts.
-        is_stale: What other code has made, or does not say what did.
+        is_stale: What other code has made.
         older_than_s: What was not used for so long [s].
         max_bytes: Then, while more is kept: stale first, next frames and features, next what was not used for the longest time.
+        with_unknown: Whether what does not say what made it may go too, except datasets: those a person has recorded.
 
     Yields:
         An entry that was to go, and whether it has gone.
     """
-    kept = entries(kinds)
+    kept = [e for e in entries(kinds) if not e.path.is_symlink() and _can_be_made_again(e, with_unknown)]
     chosen = [e for e in kept if is_stale and e.state in ("stale", "unknown") and e.kind != "studies"]
     chosen += [e for e in kept if older_than_s is not None and e.age_s > older_than_s and e not in chosen]
     left = [e for e in kept if e not in chosen]
@@ -211,6 +216,11 @@ def prune(
         has_gone = _delete(entry)
         total -= entry.n_bytes if has_gone else 0
         yield entry, has_gone
+
+
+def _can_be_made_again(entry: Entry, with_unknown: bool) -> bool:
+    """Whether an entry says what made it, or is not what a person may have recorded or searched for."""
+    return "roots" in entry.made or (entry.kind != "datasets" and (with_unknown or entry.state == "unfinished"))
 
 
 def make_room() -> None:
@@ -234,6 +244,8 @@ def _delete(entry: Entry) -> bool:
             return False
         gone = temporary(entry.path)
         entry.path.rename(gone)
+        for name in locks:  # who waits for one sees that it is no file any more
+            entry.path.with_name(f"{name}.lock").unlink(missing_ok=True)
     shutil.rmtree(gone, ignore_errors=True)
     gone.unlink(missing_ok=True) if gone.is_file() else None
     return not gone.exists()

@@ -96,6 +96,21 @@ def test_stale_caches_go_and_others_stay(several):
     assert gone(is_stale=True) == [] and several["now"].is_dir() and several["kept"].is_dir()
 
 
+def test_what_a_person_has_recorded_stays(several, home):
+    """It does not say what made it; neither do folders of earlier versions, which go where one says so."""
+    mine, linked, old = home / "datasets" / "mine", home / "datasets" / "linked", home / "stages" / "old"
+    for folder in (mine, mine.with_name("more.partial"), old, home.with_name("disk")):
+        write_whole(folder / "data", bytes(1000))
+    write_whole(home.with_name("disk") / "made.json", (several["stale"] / "made.json").read_text())
+    linked.symlink_to(home.with_name("disk"))
+    time.sleep(0.01)
+    assert gone(is_stale=True) == ["stale"] and not several["stale"].with_name("stale.lock").exists()
+    assert gone(is_stale=True, older_than_s=0, max_bytes=0) == ["kept", "now"] and old.is_dir()
+    assert gone(is_stale=True, older_than_s=0, max_bytes=0, with_unknown=True) == ["old"]
+    assert sorted(path.name for path in mine.parent.iterdir()) == ["linked", "mine", "more.partial"]
+    assert linked.is_symlink() and (linked / "data").exists()
+
+
 def test_what_was_not_used_for_long_goes(several):
     for folder in (several["now"], several["under way"]):
         for path in (folder, *folder.iterdir()):
