@@ -8,6 +8,9 @@ from typing import Any
 
 from rvlm.video import EpisodeError
 
+DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
+NO_COLOUR = re.compile(r"([a-z]*depth(s|map|image)?|disparity|seg|segmentation|masks?|infrared|infra|ir)\d*")
+
 
 def is_image(feature: dict[str, Any]) -> bool:
     """Whether a feature holds images: as a video, or embedded in the tables."""
@@ -15,14 +18,20 @@ def is_image(feature: dict[str, Any]) -> bool:
 
 
 def is_depth(key: str, feature: dict[str, Any]) -> bool:
-    """Whether images are distances rather than colours: marked so, or named so."""
-    return is_marked_depth(feature) or re.search(r"(^|[._-])depth([._-]|$)", key) is not None
+    """Whether images are distances, masks or infrared rather than colours: marked so, or named so."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    return is_marked_depth(feature) or any(NO_COLOUR.fullmatch(word) for word in re.split(r"[^a-z0-9]+", words))
 
 
 def is_marked_depth(feature: dict[str, Any]) -> bool:
     """Whether info.json marks a feature as a depth map."""
+    return True in depth_marks(feature)
+
+
+def depth_marks(feature: dict[str, Any]) -> list[Any]:
+    """What info.json says of a feature's being a depth map: true or false, wherever it says so."""
     about = [b for b in (feature, feature.get("info"), feature.get("video_info")) if isinstance(b, dict)]
-    return any(block.get(name) for block in about for name in ("is_depth_map", "video.is_depth_map"))
+    return [block[name] for block in about for name in DEPTH_MARKS if name in block]
 
 
 def camera_names(features: dict[str, Any]) -> dict[str, str]:
@@ -51,8 +60,9 @@ def find_camera(root: Path, features: dict[str, Any], camera: str) -> str:
     if len(found) > 1:
         longer = " or ".join(repr(_long(key)) for key in found)
         raise EpisodeError(f"{root}: camera {camera!r} may be any of {found}; call it {longer} in the card")
-    if is_marked_depth(features[found[0]]):
+    if is_depth(found[0], features[found[0]]):
+        how = "marked is_depth_map" if is_marked_depth(features[found[0]]) else "by its name no colours; rename it if it is"
         raise EpisodeError(
-            f"{root}: camera {camera!r} is read from {found[0]}, a depth map (is_depth_map); colour cameras: {have}"
+            f"{root}: camera {camera!r} is read from {found[0]}, a depth map or mask ({how}); colour cameras: {have}"
         )
     return found[0]

@@ -21,12 +21,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.actions import ActionSpec
 from rvlm.dataset_statistics import ImageHistogram, feature_stats
 from rvlm.tables import stack_column
 from rvlm.video import CODEC, PIX_FMT, EpisodeError
 
-Frames = dict[str, np.ndarray]
+Frames = dict[str, np.ndarray] | Any  # whatever comes is looked at, so that the refusal is in words
 CHUNKS_SIZE = 1000
 IMAGES = "observation.images."
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -65,65 +65,6 @@ def _video_info(fps: float, height: int, width: int, channels: int) -> dict[str,
 
 def _whole(fps: float) -> float | int:
     return int(fps) if float(fps).is_integer() else fps
-
-
-def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: Frames) -> int:
-    """Raise `EpisodeError` unless the frames of one episode follow the card and the features; returns their number."""
-    _check_cameras(spec, frames)
-    missing = {"action", "observation.state"} - set(frames)
-    if missing or set(frames) != set(features):
-        expected = sorted({*features, "action", "observation.state"})
-        raise EpisodeError(f"expected the features {expected}, got {sorted(frames)}; record the same ones in every episode")
-    lengths = {key: len(values) for key, values in frames.items()}
-    if len(set(lengths.values())) != 1 or not lengths["action"]:
-        raise EpisodeError(f"expected every feature to have the same number of frames (at least 1), got {lengths}")
-    for key, values in frames.items():
-        _check_values(key, values, features[key])
-    try:
-        spec.check(frames["action"])
-    except SpecMismatch as error:
-        raise EpisodeError(f"action: {error}") from error
-    width = frames["observation.state"].shape[-1]
-    if width != len(spec.state_names):
-        raise EpisodeError(
-            f"observation.state: card {spec.dataset!r} expects {len(spec.state_names)} dimensions {list(spec.state_names)}, "
-            f"got {width}; mend the card or the data"
-        )
-    return lengths["action"]
-
-
-def _check_cameras(spec: ActionSpec, frames: Frames) -> None:
-    cameras = {key.removeprefix(IMAGES) for key in frames if key.startswith(IMAGES)}
-    if cameras != set(spec.cameras):
-        raise EpisodeError(
-            f"cameras: card {spec.dataset!r} expects {sorted(spec.cameras)}, got {sorted(cameras)}; name them '{IMAGES}NAME' "
-            "and list them in the card"
-        )
-
-
-def _check_values(key: str, values: np.ndarray, feature: dict[str, Any]) -> None:
-    is_video = feature["dtype"] == "video"
-    dtype = "uint8" if is_video else feature["dtype"]
-    shape = list(values.shape[1:]) or [1]
-    if values.dtype.kind not in "biuf" or len(shape) != (3 if is_video else 1):
-        raise EpisodeError(f"{key}: expected images (n, h, w, 3) or numbers (n,) or (n, d), got {values.dtype} {values.shape}")
-    if str(values.dtype) != dtype or shape != list(feature["shape"]):
-        expected = ", ".join(map(str, feature["shape"]))
-        raise EpisodeError(f"{key}: expected {dtype} of shape (n, {expected}), got {values.dtype} {values.shape}; convert it")
-    if values.dtype.kind == "f" and key != "action" and not np.isfinite(values).all():
-        at = tuple(np.argwhere(~np.isfinite(values))[0])
-        raise EpisodeError(f"{key}: expected finite numbers, got {values[at]} in frame {at[0]}; drop or repair the frame")
-
-
-def check_extra(extra: dict[str, Any] | None) -> str:
-    """An episode's extra columns as JSON; scalars only, under names that the format doesn't use itself."""
-    for name, value in (extra or {}).items():
-        if "/" in name or name in RESERVED or not isinstance(value, (str, bool, int, float, np.generic)):
-            raise EpisodeError(
-                f"extra: expected scalars under names other than {sorted(RESERVED)}, got {name!r}: {value!r}; "
-                "put what changes from frame to frame into the frames"
-            )
-    return json.dumps(extra or {}, default=lambda value: value.item())
 
 
 def assemble(shards: Sequence[Path], whole: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 
 from rvlm.actions import ActionSpec, CardError
-from rvlm.camera_names import find_camera, is_image
+from rvlm.camera_names import depth_marks, find_camera, is_image
 from rvlm.cards import CAMERA
+from rvlm.dimensions import check_order
+from rvlm.instructions import flaw_of
 from rvlm.tables import column_names, read_json, read_json_lines, read_table, whole_numbers
 from rvlm.video import EpisodeError
 
@@ -55,8 +57,12 @@ def read_info(root: Path) -> dict[str, Any]:
             raise EpisodeError(f"{path}: expected {name!r} as a whole number above 0, got {value!r}; fetch or record it again")
     _check_features(path, info.get("features"))
     _check_template(path, info, "data_path")
-    if any(f["dtype"] == "video" for f in info["features"].values()):
-        _check_template(path, info, "video_path")
+    videos = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    if videos and "video_key" not in _check_template(path, info, "video_path") and len(videos) > 1:
+        raise EpisodeError(
+            f"{path}: expected 'video_path' with {{video_key}}, as each of {videos} has videos of its own, got "
+            f"{info['video_path']!r}; mend info.json"
+        )
     return info
 
 
@@ -79,6 +85,10 @@ def _check_features(path: Path, features: Any) -> None:
             raise EpisodeError(
                 f"{path}: expected feature {key!r} with a 'dtype' in words and a 'shape' of whole numbers, got {feature!r}"
             )
+        if any(mark not in (True, False, None) for mark in depth_marks(feature)):
+            raise EpisodeError(
+                f"{path}: expected 'is_depth_map' of {key!r} as true or false, got {depth_marks(feature)}; mend info.json"
+            )
         if is_image(feature) and (not CAMERA.fullmatch(key) or ".." in key):
             raise EpisodeError(
                 f"{path}: {key!r} can't be the name of a camera's feature: expected letters, digits, '_', '-' and '.', as it "
@@ -86,8 +96,8 @@ def _check_features(path: Path, features: Any) -> None:
             )
 
 
-def _check_template(path: Path, info: dict[str, Any], name: str) -> None:
-    """A path below the dataset's folder, whose placeholders are plain names that the format knows."""
+def _check_template(path: Path, info: dict[str, Any], name: str) -> set[str]:
+    """The placeholders of a path below the dataset's folder, which are plain names that the format knows."""
     template, known = info.get(name), PLACEHOLDERS[info["codebase_version"]]
     if not isinstance(template, str):
         raise EpisodeError(f"{path}: expected {name!r} as a path with placeholders, got {template!r}; mend info.json")
@@ -96,13 +106,16 @@ def _check_template(path: Path, info: dict[str, Any], name: str) -> None:
     except ValueError as error:
         raise EpisodeError(f"{path}: expected {name!r} as a path with placeholders, got {template!r} ({error})") from error
     wrong = [
-        f"{{{field}:{spec}}}" for field, spec, how in fields if field not in known or how or not PADDED.fullmatch(spec or "")
+        f"{{{field}:{spec}}}"
+        for field, spec, how in fields
+        if field not in known or how or not PADDED.fullmatch(spec or "") or (spec and field == "video_key")
     ]
     if wrong:
         raise EpisodeError(f"{path}: {name!r} is {template!r} with the placeholders {wrong}; those that exist: {sorted(known)}")
     place = PurePosixPath(template)
     if not template or place.is_absolute() or ".." in place.parts or not template.isprintable():
         raise EpisodeError(f"{path}: expected {name!r} as a path below the dataset's folder, got {template!r}; mend info.json")
+    return {field for field, _, _ in fields}
 
 
 def file_path(root: Path, info: dict[str, Any], episode: dict[str, Any], key: str | None = None) -> Path:
@@ -144,6 +157,8 @@ def read_tasks(root: Path, info: dict[str, Any]) -> dict[int, str]:
     for number, name in named:
         if type(number) is not int or not isinstance(name, str):
             raise EpisodeError(f"{path}: expected a number and words as task_index and task, got {number!r}, {name!r}")
+        if flaw := flaw_of(name):
+            raise EpisodeError(f"{path}: expected an instruction in words for task {number}, got {flaw}; write one there")
     tasks = dict(sorted(named))
     if len(tasks) != len(named) or not tasks:
         raise EpisodeError(f"{path}: expected tasks with a task_index of their own, got {sorted(named)[:20]}; number them anew")
@@ -248,22 +263,6 @@ def check_card(root: Path, info: dict[str, Any], spec: ActionSpec) -> None:
                 f"{shape[0] if len(shape) == 1 else shape} ({feature.get('names')}); use the card of this robot; features: "
                 f"{sorted(features)}"
             )
-        _check_order(root, key, feature.get("names"), names, spec.dataset)
+        check_order(root, key, feature.get("names"), names, spec.dataset)
     for camera in spec.cameras:
         find_camera(root, features, camera)
-
-
-def _check_order(root: Path, key: str, stored: Any, names: tuple[str, ...], card: str) -> None:
-    """Names that both sides know must stand in the same places; where the words differ nothing can be compared."""
-    if isinstance(stored, dict) and len(stored) == 1:
-        stored = next(iter(stored.values()))
-    if not isinstance(stored, list) or len(stored) != len(names):
-        return
-    moved = [(name, i, names.index(name)) for i, name in enumerate(stored) if name in names and stored.count(name) == 1]
-    moved = [(name, i, j) for name, i, j in moved if i != j]
-    if moved:
-        name, i, j = moved[0]
-        raise EpisodeError(
-            f"{root}: {key} is {stored} in info.json and {list(names)} in card {card!r}: {name!r} is dimension {i} there and {j} "
-            "here; bring the column into the card's order when converting, or mend the names"
-        )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.tables import column_of, read_table
+from rvlm.tables import column_of, episode_numbers, read_table
 
 KINDS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -116,13 +116,13 @@ class NormStats:
         cls,
         root: str | Path,
         column: str,
-        episodes: Iterable[int] | np.ndarray | None = None,
+        episodes: Iterable[int] | np.ndarray | Any | None = None,
         kind: str = "q01_q99",
         passthrough: tuple[int, ...] = (),
     ) -> NormStats:
         """Statistics of a LeRobot dataset's column over the given (training) episodes; no video is decoded."""
         accumulator = StatsAccumulator()
-        wanted = None if episodes is None else np.asarray(sorted(set(episodes)))
+        wanted = None if episodes is None else episode_numbers(episodes)
         for path in sorted(Path(root).glob("data/*/*.parquet")):
             table = read_table(path, [column, "episode_index"])
             values = column_of(table, column, path)

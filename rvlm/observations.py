@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rvlm.instructions import flaw_of
 from rvlm.mixtures import Robot
 
 FAR = 10.0  # spans of the training data beyond which a state is doubted
@@ -101,6 +102,8 @@ class Expected:
             raise ObservationError(
                 f"robot {i}: expected an instruction as one text, got {type(instruction).__name__} {instruction!r}; give a str"
             )
+        if instruction and (flaw := flaw_of(instruction)):
+            raise ObservationError(f"robot {i}: expected an instruction in words, got {flaw}; '' stands for none at all")
         inside = [word for word in self.words if word in instruction]
         if inside:
             raise ObservationError(

@@ -6,6 +6,7 @@ them, `rvlm.placement` its videos against its rows. What disagrees is an `Episod
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ from rvlm.camera_names import camera_names, find_camera, is_image
 from rvlm.cameras import Camera
 from rvlm.meta import check_card, file_path, read_episodes, read_info, read_tasks, stored_spec
 from rvlm.rows import check_complete, rows_of_file
-from rvlm.tables import column_of, read_json, read_rows, read_table
+from rvlm.tables import column_of, episode_numbers, read_json, read_rows, read_table
 from rvlm.video import EpisodeError
 
 FAR = 100  # normalised units, beyond which somebody is told
-Index = int | np.integer
-Episodes = Iterable[int] | np.ndarray
+Index = int | np.integer | Any  # of these two, whatever comes is looked at, so that the refusal is in words
+Episodes = Iterable[int] | np.ndarray | Any
 
 
 class EpisodeDataset:
@@ -85,8 +86,9 @@ class EpisodeDataset:
         return read_json(path) if path.is_file() else {}
 
     def instruction(self, i: Index) -> str:
-        """What the robot was asked to do in episode i."""
-        return str(self._row(i)["tasks"][0])
+        """What the robot was asked to do in episode i; at its first frame, where it was asked to do several things."""
+        row = self._row(i)
+        return row["tasks"][0] if len(row["tasks"]) == 1 else self.tasks[self.task_of_frame[row["dataset_from_index"]]]
 
     def camera_key(self, camera: str) -> str:
         """Feature of a camera; an unknown or doubtful one is an error that names those that exist."""
@@ -103,9 +105,13 @@ class EpisodeDataset:
     # --- tables -----------------------------------------------------------------------------------------------------------
 
     def _row(self, i: Index) -> dict[str, Any]:
-        if not 0 <= i < self.n_episodes:
-            raise EpisodeError(f"{self.root}: expected an episode from 0 to {self.n_episodes - 1}, got {i}")
-        return self.episodes.iloc[int(i)].to_dict()
+        try:
+            number = -1 if isinstance(i, bool) else operator.index(i)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.n_episodes:
+            raise EpisodeError(f"{self.root}: expected an episode from 0 to {self.n_episodes - 1}, got {i!r}")
+        return self.episodes.iloc[number].to_dict()
 
     def _rows_of(self, path: Path) -> np.ndarray:
         """Each row of a data file as a row of the dataset, looked up once."""
@@ -196,7 +202,7 @@ class EpisodeDataset:
 
     def checked_episodes(self, episodes: Episodes | None) -> np.ndarray:
         """Episode indices, sorted; all of them for None; those that don't exist are refused."""
-        chosen = np.arange(self.n_episodes) if episodes is None else np.asarray(sorted(set(map(int, episodes))), np.int64)
+        chosen = np.arange(self.n_episodes) if episodes is None else episode_numbers(episodes)
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= self.n_episodes:
             raise EpisodeError(f"{self.root}: expected episodes from 0 to {self.n_episodes - 1}, got {list(chosen[:5])} ...")
         return chosen

@@ -33,7 +33,7 @@ from rvlm.actions import ActionSpec
 from rvlm.files import write_whole
 from rvlm.lerobot import Frames, assemble
 from rvlm.processes import exit_with
-from rvlm.shards import LAST, Shard, finished, joined, n_episodes, number_of, place, place_next, take_up
+from rvlm.shards import LAST, Shard, extra_of, finished, joined, n_episodes, number_of, place, place_next, take_up
 from rvlm.video import EpisodeError
 
 Episode = tuple[Frames, str, dict[str, Any] | None]
@@ -72,6 +72,7 @@ class EpisodeWriter:
             take_up(self._partial)
             kept = finished(self._partial)
             self.n_kept, self.features = sum(map(n_episodes, kept)), _features_of(kept, features)
+            self._extra = extra_of(kept)
         except BaseException:
             self.close()
             raise
@@ -85,7 +86,7 @@ class EpisodeWriter:
         else:
             self.close()
 
-    def add_episode(self, frames: Frames, instruction: str, extra: dict[str, Any] | None = None) -> None:
+    def add_episode(self, frames: Frames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode of n frames.
 
         Args:
@@ -98,10 +99,10 @@ class EpisodeWriter:
             EpisodeError: the episode breaks the card or the recording's features, could not be written, or comes too late.
         """
         self._refuse_finished()
-        shard = Shard(self._partial, self.spec, self.features)
+        shard = Shard(self._partial, self.spec, self.features, extra=self._extra)
         shard.add(frames, instruction, extra)
         place_next(shard.write())
-        self.features = shard.features
+        self.features, self._extra = shard.features, shard.extra
 
     def finalize(self) -> Path:
         """Join the episodes into files, write the meta files and give the dataset its name; returns ``root``.
@@ -256,6 +257,7 @@ def collect(
         with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
             for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
                 bar.update()
+        extra_of(finished(partial))  # of one kind each, or refused
         return _assemble(finished(partial), root, spec, held_out)
 
 

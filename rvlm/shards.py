@@ -25,8 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rvlm.actions import ActionSpec
+from rvlm.episode_checks import check_arrays, check_extra, check_frames
 from rvlm.files import write_whole
-from rvlm.lerobot import IMAGES, Frames, ImageHistogram, check_extra, check_frames, common_features, infer_features, link
+from rvlm.instructions import flaw_of
+from rvlm.lerobot import IMAGES, Frames, ImageHistogram, common_features, infer_features, link
 from rvlm.video import EpisodeError, VideoWriter, concatenate
 
 LAST = "features.json"  # what is written last: a folder that has it is whole
@@ -40,22 +42,32 @@ class Shard:
         spec: the robot's conventions.
         features: LeRobot's; taken from the first episode if left out.
         name: that it is to have, if not the next one.
+        extra: Extra columns of earlier episodes, by one value of each.
     """
 
-    def __init__(self, partial: Path, spec: ActionSpec, features: dict[str, Any] | None = None, name: str = "shard") -> None:
-        self.spec, self.features = spec, features
+    def __init__(
+        self,
+        partial: Path,
+        spec: ActionSpec,
+        features: dict[str, Any] | None = None,
+        name: str = "shard",
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.spec, self.features, self.extra = spec, features, dict(extra or {})
         self._folder = partial / f"{name}.{uuid.uuid4().hex}"
         self._tables: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []
         self._videos: dict[str, VideoWriter] = {}
 
-    def add(self, frames: Frames, instruction: str, extra: dict[str, Any] | None = None) -> None:
+    def add(self, frames: Frames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode; see `EpisodeWriter.add_episode`."""
+        check_arrays(frames)
         features = self.features or infer_features(self.spec, frames)
         n = check_frames(self.spec, features, frames)
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise EpisodeError(f"expected an instruction in words, got {instruction!r}; every episode needs one")
-        row = {"instruction": instruction, "length": n, "extra": check_extra(extra), "digest": _digest(frames)}
+        if flaw := flaw_of(instruction):
+            raise EpisodeError(f"expected an instruction in words, got {flaw}; every episode needs one")
+        plain = check_extra(extra, self.extra)
+        row = {"instruction": instruction, "length": n, "extra": json.dumps(plain), "digest": _digest(frames)}
         with self._told():
             self._folder.mkdir(parents=True, exist_ok=True)
             for key in (k for k in frames if k.startswith(IMAGES)):
@@ -63,7 +75,7 @@ class Shard:
                 row[f"histogram/{key}"] = ImageHistogram().update(frames[key]).counts.reshape(-1)
         self._tables.append(_table({k: v for k, v in frames.items() if not k.startswith(IMAGES)}))
         self._rows.append(row)
-        self.features = features
+        self.features, self.extra = features, {**plain, **self.extra}
 
     def _add_video(self, key: str, images: np.ndarray) -> int:
         if key not in self._videos:
@@ -161,6 +173,15 @@ def finished(partial: Path) -> list[Path]:
 def n_episodes(shard: Path) -> int:
     """How many episodes it holds."""
     return pq.read_metadata(shard / "episodes.parquet").num_rows
+
+
+def extra_of(shards: Sequence[Path]) -> dict[str, Any]:
+    """Extra columns of all their episodes, by the first value of each; of two kinds they are refused."""
+    found: dict[str, Any] = {}
+    for shard in (s for s in shards if n_episodes(s)):
+        for row in pq.read_table(shard / "episodes.parquet", columns=["extra"])["extra"].to_pylist():
+            found = {**check_extra(json.loads(row), found), **found}
+    return found
 
 
 def joined(partial: Path, per_file: int) -> list[Path]:

@@ -154,6 +154,20 @@ def column_of(table: pa.Table, name: str, path: Path, feature: dict[str, Any] | 
     return values
 
 
+def episode_numbers(episodes: Any) -> np.ndarray:
+    """Numbers of episodes as somebody gave them, ``(n,)`` sorted, each once; what is no whole number is refused, masks too."""
+    try:
+        given = episodes.tolist() if isinstance(episodes, np.ndarray) else list(episodes)
+        values = np.asarray(given if given else np.zeros(0, np.int64))
+    except (TypeError, ValueError):
+        given, values = [], np.asarray(None)
+    if values.dtype.kind == "b" or any(isinstance(value, bool | np.bool_) for value in given):
+        raise EpisodeError("expected numbers of episodes, got a mask of true and false; give np.flatnonzero(mask)")
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise EpisodeError(f"expected numbers of episodes, such as [0, 2, 5], got {type(episodes).__name__} {episodes!r:.80}")
+    return np.unique(values.astype(np.int64))
+
+
 def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     """A column of one whole number a row, ``(n,)`` int64."""
     values = column_of(table, name, path)

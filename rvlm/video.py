@@ -144,12 +144,13 @@ def decode_image(cell: Any, where: str) -> np.ndarray:
         )
     try:
         image = Image.open(io.BytesIO(data))
+        is_deep = ";16" in str(image.tile)  # of which only the high byte would be kept
         image.load()
     except Exception as error:  # OSError, SyntaxError, struct.error, ... whatever the format's reader meets
         raise EpisodeError(f"{where}: expected a whole image, got: {error}; {AGAIN}") from error
-    if image.mode not in COLOUR_MODES:
+    if image.mode not in COLOUR_MODES or is_deep:
         raise EpisodeError(
-            f"{where}: expected an image of 8-bit colours, got mode {image.mode!r}: a depth map? mark the feature as "
-            "'is_depth_map' in info.json, or convert it to 8-bit colours"
+            f"{where}: expected an image of 8-bit colours, got mode {image.mode!r}{' of 16 bits' * is_deep}: a depth map? mark "
+            "the feature as 'is_depth_map' in info.json, or convert it to 8-bit colours"
         )
     return np.asarray(image.convert("RGB"))

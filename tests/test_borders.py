@@ -8,6 +8,8 @@ import dataclasses
 import io
 import json
 import shutil
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from PIL import Image
 
 from rvlm.actions import ActionSpec, SpecMismatch
 from rvlm.camera_names import find_camera
+from rvlm.dimensions import check_order
 from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
 from rvlm.reading import pooled_stats
 
@@ -81,6 +84,15 @@ def as_v21(v3, root):
 def png(image, mode=None):
     Image.fromarray(image, mode).save(buffer := io.BytesIO(), "png")
     return buffer.getvalue()
+
+
+def png16(image):
+    """A PNG of 16-bit colours, which Pillow reads and can't write."""
+    height, width, _ = image.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def mp4(path, images, rate=10, pts=lambda i: i, base=None, frames="rgb24", **options):
@@ -340,6 +352,11 @@ V3 = {
     "a number as path": (info(data_path=7), "expected 'data_path' as a path with placeholders, got 7"),
     "no data_path": (without_info("data_path"), "expected 'data_path' as a path with placeholders, got None"),
     "no video_path": (info(video_path=None), "expected 'video_path' as a path with placeholders, got None"),
+    "a video_path for one camera": (
+        info(video_path=f"videos/{STATIC}/chunk-{{chunk_index:03d}}/file-{{file_index:03d}}.mp4"),
+        r"expected 'video_path' with \{video_key\}",
+    ),
+    "a video_path that pads words": (info(video_path="{video_key:03d}/{file_index}.mp4"), "placeholders .*video_key:03d"),
     "a camera that is a path": (
         renamed_camera(WRIST, "observation.images.x"),
         "unknown camera 'wrist'; cameras that exist: static, x",
@@ -359,6 +376,8 @@ V3 = {
         feature(WRIST, info={"video.is_depth_map": True}),
         "camera 'wrist' is .*a depth map",
     ),
+    "a depth map marked in words": (feature(STATIC, info={"is_depth_map": "false"}), "'is_depth_map' .* as true or false"),
+    "depth named otherwise": (other_feature("observation.images.Depth2.static", {}, STATIC), RIGHT),
     "only depth has the name": (
         renamed_camera(WRIST, "observation.depth.wrist"),
         "unknown camera 'wrist'; cameras that exist: static",
@@ -388,6 +407,10 @@ V3 = {
         RIGHT,
     ),
     "a task twice": (table(TASK_TABLE, lambda f: f.assign(task_index=[0, 1, 1, 3])), "tasks with a task_index of their own"),
+    "a task without a word": (
+        table(TASK_TABLE, lambda f: f.set_index(pd.Index([" ", *TASKS[1:]], name="task"))),
+        r"tasks\.parquet: expected an instruction in words for task 0, got ' ', which holds no word",
+    ),
     "tasks without words": (
         table(TASK_TABLE, lambda f: f.reset_index(drop=True)),
         r"tasks\.parquet: expected a number and words",
@@ -576,6 +599,12 @@ V3 = {
         feature("observation.state", names=["y", "x", *SPEC.state_names[2:]]),
         "'y' is dimension 0 there and 1 here",
     ),
+    "names beside": (feature("action", names=[*SPEC.names, "done"]), "8 names for 7 dimensions"),
+    "names in the right order, otherwise packed": (
+        feature("action", names={"arm": list(SPEC.names[:6]), "hand": "gripper"}),
+        RIGHT,
+    ),
+    "one name for all": (feature("action", names=["actions"]), RIGHT),
     "names in other words": (feature("action", names=list("abcdefg")), RIGHT),
     "names left out": (feature("action", names=None), RIGHT),
     "language": (language, RIGHT),
@@ -690,6 +719,10 @@ V21 = {
         )(root),
         RIGHT,
     ),
+    "colours of 16 bits": (
+        damaged_png(lambda c: {**c, "bytes": png16(np.full((SIZE, SIZE, 3), 4000, np.uint16))}),
+        r"row 2, column .*8-bit colours, got mode 'RGB' of 16 bits",
+    ),
     "a grey image": (
         damaged_png(lambda c: {**c, "bytes": png(frames_of(4, 1)[WRIST][2][..., 0])}),
         RIGHT,
@@ -726,6 +759,55 @@ def test_whatever_is_wrong_with_a_dataset_samples_are_right_or_it_is_named(name,
 def test_whatever_is_wrong_with_an_older_dataset_samples_are_right_or_it_is_named(name, sound, right, tmp_path, monkeypatch):
     root = Path(shutil.copytree(sound[1], tmp_path / "old"))
     check(root, *V21[name], right, monkeypatch)
+
+
+MOVED = [SPEC.names[-1], *SPEC.names[:-1]]
+SPELT = {
+    "upper case": [name.upper() for name in MOVED],
+    "blanks": [f" {name}" for name in MOVED],
+    "prefix": [f"action.{name}" for name in MOVED],
+    "suffix": [f"{name}.pos" for name in MOVED],
+    "groups": {"gripper": ["gripper"], "arm": MOVED[1:]},
+    "name to place": {name: i for i, name in enumerate(MOVED)},
+    "place to name": {str(i): name for i, name in enumerate(MOVED)},
+    "nested": [MOVED],
+    "a dict within": {"motors": {"names": MOVED}},
+    "text": ",".join(MOVED),
+}
+
+
+@pytest.mark.parametrize("names", SPELT.values(), ids=SPELT)
+def test_names_in_another_order_are_seen_however_they_are_spelt(names):
+    with pytest.raises(EpisodeError, match="'gripper' is dimension 0 there and 6 here"):
+        check_order(Path("demos"), "action", names, SPEC.names, SPEC.dataset)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [np.array([True, False, True, True]), [True, False], [0.0, 1.0], [1.5], "12", ["0", "1"], 2, [[0, 1]], [None]],
+    ids=str,
+)
+def test_episodes_are_chosen_by_whole_numbers_alone(chosen, sound):
+    with pytest.raises(EpisodeError, match="expected numbers of episodes"):
+        EpisodeDataset(sound[0]).checked_episodes(chosen)
+
+
+def test_episodes_are_chosen_by_any_collection_of_whole_numbers(sound):
+    dataset = EpisodeDataset(sound[0])
+    for chosen in ([2, 0, 2], {0, 2}, np.array([0, 2], np.uint8), (i for i in (0, 2)), range(0, 4, 2), pd.Series([0, 2])):
+        assert dataset.checked_episodes(chosen).tolist() == [0, 2]
+    for odd in (1.5, "1", None, True, 9, -1):
+        with pytest.raises(EpisodeError, match="expected an episode from 0 to 3"):
+            dataset.instruction(odd)
+
+
+def test_an_episode_of_several_tasks_is_asked_what_its_rows_say(sound, tmp_path, monkeypatch):
+    """The table names its tasks in whatever order."""
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+    root = Path(shutil.copytree(sound[0], tmp_path / "demos"))
+    edit_table(root / EPISODES, lambda f: f.assign(tasks=[["open", "pick"], ["place"], ["wipe"], ["open"]]))
+    dataset = EpisodeDataset(root)
+    assert dataset.instruction(0) == dataset.episode(0)["instruction"] == Windows(dataset)[0]["instruction"] == "pick"
 
 
 # --- what is right and stays so ---------------------------------------------------------------------------------------------
@@ -794,7 +876,9 @@ def test_language_is_read_as_it_is(sound, tmp_path):
     ("images.left.rgb", ["images.left.rgb", "right.rgb"], "images.left.rgb"),
     ("rgb", ["left.rgb", "right.rgb"], None),
     ("top", ["observation.depth.top"], None),
-    ("depth.top", ["observation.depth.top"], "observation.depth.top"),
+    ("depth.top", ["observation.depth.top"], None),
+    ("wrist", ["wristDepth", "DEPTH.wrist", "depth1.wrist", "wrist.mask", "cam.wrist"], "cam.wrist"),
+    ("depthai", ["cam.depthai"], "cam.depthai"),
 ])  # fmt: skip
 def test_a_camera_is_found_by_its_name_or_doubted(camera, images, key):
     features = {name: {"dtype": "video", "shape": [4, 4, 3]} for name in images}
@@ -803,6 +887,49 @@ def test_a_camera_is_found_by_its_name_or_doubted(camera, images, key):
         return
     with pytest.raises(EpisodeError, match=f"camera '{camera}'.*({'|'.join(images)})"):
         find_camera(Path("demos"), features, camera)
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "an index of the format": (dict(index=np.arange(4)), {}, "other than .*which the format adds itself; got 'index'"),
+    "a timestamp": (dict(timestamp=np.arange(4.0)), {}, "got 'timestamp'"),
+    "a name that is a path": ({"a/b": np.arange(4)}, {}, "got 'a/b'"),
+    "a list": (dict(action=[[0.0] * 7] * 4), {}, "action: expected a numpy array .*got list"),
+    "nothing": (dict(note=None), {}, "note: expected a numpy array .*got NoneType"),
+    "one number": (dict(force=np.array(3.0)), {}, r"force: expected a numpy array .*shape \(\)"),
+    "no number": (dict(force=np.zeros((4, 0))), {}, "force: expected at least one value a frame"),
+    "another order of bytes": (dict(force=np.zeros(4, ">f4")), {}, "force: expected .*this machine's order of bytes"),
+    "half a letter": ({}, dict(instruction="pick \ud83d"), "lone surrogate"),
+    "zeros": ({}, dict(instruction="\0"), "holds a zero character"),
+    "no words": ({}, dict(instruction="\u200b "), "holds no word"),
+    "an extra of another kind": (
+        {},
+        dict(extra={"seed": "nine"}),
+        "expected 'seed' as a number, as in the episodes before, got text",
+    ),
+    "a huge extra": ({}, dict(extra={"seed": 2**70}), "expected scalars"),
+    "an extra that is a date": ({}, dict(extra={"at": np.datetime64("2026-01-01")}), "expected scalars"),
+    "an extra named by a number": ({}, dict(extra={3: 4}), "expected scalars under names .*got 3"),
+    "an extra that is a list": ({}, dict(extra={"at": [1]}), "expected scalars"),
+    "half a letter as extra": ({}, dict(extra={"at": "\ud83d"}), "expected scalars"),
+}
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    with EpisodeWriter(tmp_path_factory.mktemp("writer") / "demos", SPEC) as writer:
+        writer.add_episode(frames_of(4, 0), "pick", {"seed": np.int64(3), "ok": True})
+        yield writer
+    assert EpisodeDataset(writer.root).episodes["seed"].tolist() == [3]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_written_is_refused_when_it_comes(name, writer):
+    columns, more, message = REFUSED[name]
+    with pytest.raises(EpisodeError, match=message) as error:
+        writer.add_episode({**frames_of(4, 1), **columns}, **{"instruction": "pick", **more})
+    assert error.traceback[-1].path.parent.name == "rvlm"
 
 
 # --- several recordings of one robot ----------------------------------------------------------------------------------------

@@ -1,0 +1,16 @@
+"""What can be asked of a robot: words, wherever they come from."""
+
+from typing import Any
+
+
+def flaw_of(instruction: Any) -> str:
+    """Why an instruction can't be used, in words; empty if it can."""
+    if not isinstance(instruction, str):
+        return f"{type(instruction).__name__} {instruction!r}, which is no text"
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+        return f"{instruction!r}, which holds half a character (a lone surrogate)"
+    if "\0" in instruction:
+        return f"{instruction!r}, which holds a zero character"
+    if not any(letter.isprintable() and not letter.isspace() for letter in instruction):
+        return f"{instruction!r}, which holds no word"
+    return ""
