@@ -272,6 +272,6 @@ def _keep(part: Path, final: Path, job: Job, profile: str | None, seconds: float
 
 
 def _written_since(moment: float, results: Path) -> list[str]:
-    folders = [results / name for name in ("findings", "figures", "tables")]
+    folders = [results / name for name in ("findings", "figures", "tables", "episodes")]
     paths = [path for folder in folders for path in folder.glob("*") if path.stat().st_mtime >= moment]
     return sorted(path.relative_to(results).as_posix() for path in paths)

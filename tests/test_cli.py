@@ -87,10 +87,13 @@ def test_values_are_read_as_the_notebook_means_them(home, tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     job, places = tried("04", [("windows", "2,3"), ("n_frames", "12_000")])
     assert job.parameters == {"windows": [2, 3], "n_frames": 12000} and job.notebook.parent == ROOT / "notebooks"
-    assert places.results == home / "tried" / f"04-{job.key}" and places.artifacts == home
+    assert places.results == home / "tried" / f"04_history-{job.key}" and places.artifacts == home
     assert tried("00", [("policy_folder", "mine")])[0].parameters == {"policy_folder": str(tmp_path / "mine")}
     assert tried("03", [("learning_rate", "1")])[0].parameters == {"learning_rate": 1}
     assert tried("look_first", [])[0].key != tried("0", [("seed", "1")])[0].key
+    own = tmp_path / "04_history.ipynb"  # an edited copy does not write where the notebook itself does
+    own.write_text((ROOT / "notebooks" / own.name).read_text().replace("# 04", "# 4"))
+    assert tried(str(own), [])[1].results != tried("04", [])[1].results
 
 
 TOY = [

@@ -192,6 +192,9 @@ def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     (more.folder / "00001.parquet").unlink()
     evaluate({"a": more}, show_progress=False)
     assert ran == [0, 0, 1, 1]
+    told, fewer = (dataclasses.replace(e, control="shuffled_language") for e in (more, FEW))
+    evaluate({"all": told}, show_progress=False)
+    assert not fewer.is_done(0), "among others, someone else's instruction is told"
 
 
 def in_process(job, batch, folder, ran):

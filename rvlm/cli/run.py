@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.cli import add_command
-from rvlm.files import ROOT, artifacts_dir, key_of
+from rvlm.files import ROOT, artifacts_dir, digest, key_of
 from rvlm.parameters import Refused, find_notebook, parse_parameters
 from rvlm.report import fine_print, load_findings
 from rvlm.reproduce import Job, NotebookFailed, Places, execute
@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   rvlm run 02_episodes_and_actions.ipynb -p bins 16
 
 Names and values are checked against the notebook's parameters cell before anything runs. Works from any directory.
-The executed copy, figures, tables and findings go to artifacts/tried/NN-KEY/ (RVLM_HOME moves artifacts/), where KEY stands
+The executed copy, figures, tables and findings go to artifacts/tried/NAME-KEY/ (RVLM_HOME moves artifacts/), where KEY stands
 for the values: results/ and the README stay as they are. Long steps are cached and shared with every other run."""
 
 
@@ -65,8 +65,8 @@ def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, Places]:
     """
     notebook = _notebook(name)
     parameters = {key: _settled(key, value) for key, value in parse_parameters(notebook, pairs).items()}
-    key, artifacts = key_of(parameters), artifacts_dir().resolve()
-    places = Places(ROOT, notebook.parent, artifacts / "tried" / f"{notebook.stem[:2]}-{key}", artifacts)
+    key, artifacts = key_of(parameters | {"": digest(notebook)}), artifacts_dir().resolve()
+    places = Places(ROOT, notebook.parent, artifacts / "tried" / f"{notebook.stem}-{key}", artifacts)
     return Job(notebook, parameters, key), places
 
 
