@@ -158,6 +158,8 @@ def checked(folder: Path, config: Any) -> Any:
     with naming(folder / CONFIG):
         check_structure(config)
         robots_of(config)
+        if not config.stats:
+            raise ValueError("expected statistics of 'action' and 'observation.state', got none; save a policy that was trained")
     return config
 
 

@@ -63,7 +63,7 @@ def robots_of(config: Any) -> tuple[Robot, dict[str, Robot]]:
     spec = ActionSpec.from_dict(config.spec)
     stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
     missing = [column for column in ("action", "observation.state") if column not in stats]
-    if missing:
+    if missing and stats:  # with none at all it is a model of shapes alone, as a plan and a probe make it
         raise ValueError(f"expected statistics of 'action' and 'observation.state', got {sorted(stats)}; add {missing}")
     unknown = [c for c in config.cameras if c not in spec.cameras]
     if unknown or not config.cameras:
