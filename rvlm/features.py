@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,13 +52,22 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
 
 def content_of(array: np.ndarray) -> str:
     """Twelve characters that stand for an array: of a map of a whole file, for the file."""
-    path = getattr(array, "filename", None)
-    if path is not None and array.offset + array.nbytes == Path(path).stat().st_size:
-        return digest(path)
+    if isinstance(array, np.memmap) and array.filename is not None and _is_whole_file(array):
+        return digest(array.filename)
     total = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
     for row in array:
         total.update(np.ascontiguousarray(row).tobytes())
     return total.hexdigest()[:12]
+
+
+def _is_whole_file(array: np.memmap) -> bool:
+    """Whether an array holds what its file holds, in the same order: no part, no turned view, nothing that was written over."""
+    try:
+        stored: Any = np.load(str(array.filename), mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    layout = [(a.shape, a.dtype, a.strides, a.offset, getattr(a, "mode", None)) for a in (array, stored)]
+    return layout[0] == layout[1]
 
 
 def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:

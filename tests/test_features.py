@@ -10,6 +10,7 @@ import torch
 
 from rvlm import features
 from rvlm.backbones import load_backbone, vision_features
+from rvlm.files import digest
 from rvlm.processors import load_processor
 from rvlm.prompts import Prompter
 
@@ -58,6 +59,17 @@ def test_features_are_of_these_images_and_this_tower(home, tower, toy_vlm, tmp_p
     processor = load_processor(toy_vlm)
     processor.image_processor.image_mean = [0.1, 0.1, 0.1]
     assert not np.array_equal(features.cached_features(tower[0], processor, {"train": second})["train"], two)
+
+
+def test_a_view_of_a_file_is_not_the_file(tmp_path):
+    images = some_images(tmp_path / "x.npy", 4)
+    views = [images, images[::-1], images.swapaxes(1, 2), images[..., ::-1], images.reshape(2, 2, 48, 48, 3), images.view(np.int8)]
+    views += [images[:3], images[1:]]
+    written = np.load(tmp_path / "x.npy", mmap_mode="c")
+    written[0] = 0
+    kept = [features.content_of(array) for array in (*views, written)]
+    assert len(set(kept)) == len(kept) and kept[0] == digest(tmp_path / "x.npy")
+    assert features.content_of(views[1]) == features.content_of(np.array(views[1]))
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, np.float16), (1e6, np.float32)])
