@@ -19,7 +19,7 @@ from rvlm.placement import place
 from rvlm.tables import read_rows
 from rvlm.video import EpisodeError, decode_frames, decode_image, frame_times
 
-CODE = ("rvlm.video", "rvlm.placement", "rvlm.cameras:Camera")  # decide what the frames on disk hold
+CODE = ("rvlm.cameras", "rvlm.frames", "rvlm.tables", "rvlm.video", "rvlm.placement")  # decide what the frames on disk hold
 BATCH = 64  # embedded images that are read at once
 
 

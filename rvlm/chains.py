@@ -191,7 +191,8 @@ class ChainEvaluation(Evaluation):
     @property
     def code(self) -> Code:
         """The code that its chains depend on."""
-        return Code((*super().code.roots, "rvlm.chains"), without=("rvlm.evaluation", "rvlm.statistics"))
+        alone = super().code
+        return Code((*alone.roots, "rvlm.chains"), without=(*alone.without, "rvlm.evaluation", "rvlm.statistics"))
 
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `roll_out` gives them."""

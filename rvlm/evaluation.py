@@ -94,7 +94,9 @@ class Evaluation:
     @property
     def code(self) -> Code:
         """The code that its episodes depend on."""
-        return Code((*EPISODES, *(() if self.policy in ("random", "expert") else ("rvlm.policy", "rvlm.evaluation:_load"))))
+        if self.policy in ("random", "expert"):
+            return Code(EPISODES, without=("rvlm.evaluation:_load",))
+        return Code((*EPISODES, "rvlm.policy", "rvlm.evaluation:_load"))
 
     @property
     def folder(self) -> Path:

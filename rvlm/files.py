@@ -228,8 +228,8 @@ def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
 
     Args:
         roots: Modules ("rvlm.rollouts"), which stand for all that they import within the package, within functions too; or
-            functions, classes and constants ("rvlm.evaluation:run_batch"), which stand for their own source and what they import
-            themselves.
+            functions, classes and constants ("rvlm.evaluation:run_batch"), which stand for their own source, what they import
+            themselves, and the functions, classes and constants of the same module that they name.
         without: Modules and packages that are imported somewhere on the way but not used by what is computed.
 
     Raises:
@@ -256,8 +256,9 @@ def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]
             raise ValueError(
                 f"expected a function, class or constant {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}"
             )
-        found[name], imported = parsed[part]
+        found[name], imported, named = parsed[part]
         todo += [module for told in imported for module in _modules(told)]
+        todo += [f"{name.partition(':')[0]}:{other}" for other in named if part and other in parsed]
         todo += [] if part else _modules(name.rpartition(".")[0])  # a package's own code runs before its modules'
     return found
 
@@ -311,8 +312,8 @@ def _read(path: str, *_: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str]]]:
-    """Hash, and names that are imported: of a module (under ""), and of each of its functions, classes and constants by name."""
+def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str], frozenset[str]]]:
+    """Of a module (under "") and of each of its functions, classes and constants: hash, names it imports, names it uses."""
     tree = ast.parse(source)
     package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -323,7 +324,15 @@ def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str]]]:
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         parts |= {target.id: node for target in targets if isinstance(target, ast.Name)}
-    return {name: (_hash_of(node), frozenset(_imported(node, package))) for name, node in parts.items()}
+    return {name: (_hash_of(node), frozenset(_imported(node, package)), _named(node)) for name, node in parts.items()}
+
+
+def _named(node: ast.AST) -> frozenset[str]:
+    """Names that a piece of code reads when it runs, which those of types in its signatures are not."""
+    told = [getattr(n, name, None) for n in ast.walk(node) for name in ("annotation", "returns")]
+    types = {id(n) for kind in told if kind is not None for n in ast.walk(kind)}
+    read = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in types)
+    return frozenset(n.id for n in read)
 
 
 def _hash_of(node: ast.AST) -> str:

@@ -192,6 +192,23 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
     assert missing(traced(lambda: questions.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), questions.CODE) == []
 
 
+def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vlm, tmp_path):
+    """What decides which rows a dataset has is not in the name of its frames, for the rows are."""
+    from rvlm import cameras, features
+    from rvlm.backbones import load_backbone
+    from rvlm.caches import Code
+    from rvlm.processors import load_processor
+
+    dataset, kept = EpisodeDataset(record(tmp_path / "demos")), {}
+    ran = traced(lambda: kept.update(dataset.frames_cache(["static"])))
+    assert ("rvlm.cameras", "Camera") in ran
+    assert {m for m in missing(ran, Code(cameras.CODE)) if not m.startswith(("rvlm.reading:", "rvlm.episodes:"))} == set()
+    processor = load_processor(toy_vlm)
+    model = load_backbone(toy_vlm, processor)
+    ran = traced(lambda: features.cached_features(model, processor, kept))
+    assert ("rvlm.features", "_write") in ran and missing(ran, features.CODE) == []
+
+
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):
     frames = EpisodeDataset(record(tmp_path / "demos")).frames_cache()
     assert {entry.state for entry in entries(["frames"])} == {"current"}

@@ -165,7 +165,7 @@ def test_code_is_what_computes_not_what_is_said_about_it(package):
     assert after[0] != before[0] and after[1:] == before[1:], "heads are imported by the policy, not by the recorder"
 
 
-def test_a_function_stands_for_its_own_source(package):
+def test_a_function_stands_for_its_own_source_and_what_it_names(package):
     source, said = package
     roots = ("rvlm.evaluation:gains", "rvlm.evaluation:_read")
     before = said(*roots)
@@ -173,6 +173,8 @@ def test_a_function_stands_for_its_own_source(package):
     path.write_text(path.read_text().replace("def gains(", "def gains(*_, ", 1))
     after = said(*roots)
     assert after[0] != before[0] and after[1] == before[1]
+    path.write_text(path.read_text().replace("def _outcomes(", "def _outcomes(*_, ", 1))
+    assert said(*roots)[0] not in (before[0], after[0]) and said(*roots)[1] == before[1], "a function beside it, which it calls"
 
 
 def test_imports_are_followed_within_functions_and_through_packages():
