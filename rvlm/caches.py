@@ -103,8 +103,15 @@ def use(folder: str | Path) -> Path:
     return folder
 
 
+def use_inputs(inputs: Iterable[str | Path]) -> None:
+    """`use` what something is being made from; a model lies in its stage's folder."""
+    for path in map(Path, inputs):
+        use(path.parent if (path.parent / "made.json").exists() else path)
+
+
 def keep(folder: Path, code: Code, settings: dict[str, Any], inputs: Iterable[str | Path] = ()) -> Path:
-    """`use` a folder that this code has made, and say in it what made it if it does not say so yet."""
+    """`use` a folder that this code makes, and what it is made from; say in it what makes it if it does not say so yet."""
+    use_inputs(inputs)
     if folder.is_dir() and not (folder / "made.json").exists():
         write_made(folder, code, settings, inputs)
     return use(folder)

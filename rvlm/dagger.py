@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.caches import Code, keep
+from rvlm.caches import Code, keep, use_inputs
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, act_out
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.files import artifacts_dir, hash_of_model, key_of
@@ -75,6 +75,7 @@ def collect_corrections(corrections: Corrections, n_workers: int = 2, progress: 
     like, folder = corrections.like, corrections.folder
     if not folder.exists():
         CODE.refuse_changed()
+    use_inputs([corrections.policy])
     make, n_shards = functools.partial(make_shard, corrections=corrections), -(-like.n_episodes // PER_SHARD)
     collect(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
     return keep(folder, CODE, asdict(corrections), [corrections.policy])

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from rvlm.caches import use, write_made
+from rvlm.caches import use, use_inputs, write_made
 from rvlm.files import write_whole
 from rvlm.processes import PASSIVE, exit_with
 from rvlm.stages import Stage
@@ -72,7 +72,9 @@ def prepare(stage: Stage) -> Path:
     stage.code.refuse_changed()
     told = dataclasses.asdict(stage)
     write_whole(partial / "stage.json", json.dumps(told, indent=1))
-    write_made(partial, stage.code, told, (stage.init, *stage.data, *stage.scenes))
+    inputs = (stage.init, *stage.data, *stage.scenes)
+    write_made(partial, stage.code, told, inputs)
+    use_inputs(inputs)
     return partial
 
 
@@ -113,7 +115,10 @@ def _as_asked(folder: Path) -> None:
 
 
 def _stage_in(folder: Path) -> Stage:
-    return Stage(**json.loads((folder / "stage.json").read_text()))
+    """The stage that is trained in a folder; what it is made from is in use from now on."""
+    stage = Stage(**json.loads((folder / "stage.json").read_text()))
+    use_inputs((stage.init, *stage.data, *stage.scenes))
+    return stage
 
 
 def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None, watch: Any) -> None:

@@ -138,6 +138,24 @@ def test_what_is_in_use_stays(several):
     assert gone(max_bytes=0) == [], "this process's own"
 
 
+def test_what_something_is_made_from_stays_meanwhile(several):
+    """The policy that is evaluated, and the start and the data of a stage, in a process that a launcher has started too."""
+    from rvlm.training import _stage_in
+
+    several["kept"].joinpath("model").mkdir()
+    model, data = str(several["kept"] / "model"), str(a_cache("datasets", "data"))
+    release()
+    keep(a_cache("evaluations", "of it"), VIDEO, {}, [model])
+    assert gone(max_bytes=0) == ["data", "now", "stale"]
+    release()
+    told = {"name": "toy", "kind": "robot", "data": [data], "init": model, "n_samples": 64}
+    a_cache("datasets", "data")
+    write_whole(several["under way"] / "stage.json", json.dumps(told))
+    release()
+    _stage_in(several["under way"])
+    assert gone(max_bytes=0) == ["of it"]
+
+
 def test_what_is_locked_stays(several):
     from filelock import FileLock
 
