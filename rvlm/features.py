@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import language_part, vision_features, vision_modules
 from rvlm.caches import Code, keep, make_room
-from rvlm.files import artifacts_dir, digest, key_of, make_folder
+from rvlm.files import artifacts_dir, digest, key_of, make_folder, reserve
 from rvlm.prompts import Prompter
 
 CODE = Code(("rvlm.features",))
@@ -103,6 +103,8 @@ def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompter: 
             return False
         if rows is None:
             shape = (*images.shape[:-3], *part.shape[1:])
-            rows = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).reshape(len(flat), *part.shape[1:])
+            out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            reserve(path, out.offset + out.nbytes)
+            rows = out.reshape(len(flat), *part.shape[1:])
         rows[i : i + len(part)] = part
     return True

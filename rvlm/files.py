@@ -70,6 +70,27 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     return path
 
 
+class NoRoomError(ValueError):
+    """A disk that is too full for what is to be written."""
+
+
+def reserve(path: Path, n_bytes: int) -> None:
+    """Give a file its size, with all of its room on the disk: who writes to a map of a file without room is killed.
+
+    Raises:
+        NoRoomError: The disk has less than that.
+    """
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # Linux
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        raise NoRoomError(
+            f"{path.parent}: expected room for {n_bytes} bytes, got {shutil.disk_usage(path.parent).free} that are free "
+            f"({error.strerror}); make room, as by: rvlm cache --prune --stale"
+        ) from error
+
+
 def make_folder(final: Path, fill: Callable[[Path], Any]) -> Path:
     """The folder `final`, which `fill` writes unless it is there: whole or not at all, once for all that ask at the same time.
 

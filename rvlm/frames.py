@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from rvlm.files import artifacts_dir, key_of
+from rvlm.files import artifacts_dir, key_of, reserve
 from rvlm.video import EpisodeError
 
 
@@ -65,6 +65,7 @@ def _make(folder: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], Non
     temporary.mkdir(parents=True)
     try:
         out = np.lib.format.open_memmap(temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=shape)
+        reserve(temporary / "frames.npy", out.offset + out.nbytes)
         fill(out)
         out.flush()
         (temporary / "about.json").write_text(json.dumps({**about, "shape": list(shape)}, indent=1))

@@ -175,3 +175,16 @@ def test_what_could_not_be_decoded_leaves_nothing_behind(demos):
     with pytest.raises(EpisodeError, match=r"expected a whole mp4 file at .*file-000\.mp4"):
         EpisodeDataset(demos).frames_cache()
     assert list(arrays()) == ["static"] and not list((files.artifacts_dir() / "frames").glob("*.part"))
+
+
+def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
+
+    def full(handle, start, n):
+        assert (start, n) == (0, 128 + 192)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "posix_fallocate", full)
+    with pytest.raises(files.NoRoomError, match=r"frames/.*: expected room for 320 bytes, got \d+ that are free \(No space"):
+        frames.cached_frames({"n": 1}, {}, lambda: (1, 8, 8, 3), lambda out: pytest.fail("written to"))
+    assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
