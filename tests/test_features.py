@@ -63,7 +63,14 @@ def test_features_are_of_these_images_and_this_tower(home, tower, toy_vlm, tmp_p
 
 def test_a_view_of_a_file_is_not_the_file(tmp_path):
     images = some_images(tmp_path / "x.npy", 4)
-    views = [images, images[::-1], images.swapaxes(1, 2), images[..., ::-1], images.reshape(2, 2, 48, 48, 3), images.view(np.int8)]
+    views = [
+        images,
+        images[::-1],
+        images.swapaxes(1, 2),
+        images[..., ::-1],
+        images.reshape(2, 2, 48, 48, 3),
+        images.view(np.int8),
+    ]
     views += [images[:3], images[1:]]
     written = np.load(tmp_path / "x.npy", mmap_mode="c")
     written[0] = 0
