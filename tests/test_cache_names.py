@@ -202,7 +202,7 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     dataset, kept = EpisodeDataset(record(tmp_path / "demos")), {}
     ran = traced(lambda: kept.update(dataset.frames_cache(["static"])))
     assert ("rvlm.cameras", "Camera") in ran
-    assert {m for m in missing(ran, Code(cameras.CODE)) if not m.startswith(("rvlm.reading:", "rvlm.episodes:"))} == set()
+    assert {m for m in missing(ran, Code(cameras.CODE)) if not m.startswith(("rvlm.reading:", "rvlm.rows:"))} == set()
     processor = load_processor(toy_vlm)
     model = load_backbone(toy_vlm, processor)
     ran = traced(lambda: features.cached_features(model, processor, kept))
