@@ -69,7 +69,7 @@ class Policy:
         self.n_action_steps: int = n_action_steps
         self.prompter = model.prompter(processor)
         size: Any = model.config.image_size
-        words = (mark_of(processor), *special_words(processor.tokenizer))
+        words = tuple({mark_of(processor), *special_words(processor.tokenizer)})
         self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
         self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
             model.config.structure
