@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.backbones import freeze_vision, load_backbone
 from rvlm.features import cached_features
+from rvlm.files import commit_on_hub
+from rvlm.hub import fetch
 from rvlm.mixtures import Budget, Mixture, Robot
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter, pad
@@ -89,8 +91,9 @@ class DialogueCollator:
 def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     from rvlm.envs.tabletop.questions import Scenes, draw
 
-    processor = load_processor(stage.init)
-    model = load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained)
+    folder = fetch(stage.init, commit_on_hub(stage.init))
+    processor = load_processor(folder)
+    model = load_backbone(folder, processor, is_pretrained=stage.is_pretrained)
     scenes, collate = Scenes(stage.data), DialogueCollator(processor)
     if stage.freeze_vision:
         freeze_vision(model)
@@ -108,8 +111,9 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     from rvlm.detection import DetectionCollator, Detector
     from rvlm.envs.tabletop.questions import Scenes
 
-    processor = load_processor(stage.init)
-    model = Detector(load_backbone(stage.init, processor, is_pretrained=stage.is_pretrained))
+    folder = fetch(stage.init, commit_on_hub(stage.init))
+    processor = load_processor(folder)
+    model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
     budget = Budget(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
     return model, processor, budget, DetectionCollator(processor)
@@ -206,10 +210,10 @@ def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
     """The stage's policy, which knows the robots of the data; the first of them is the one that it is for."""
     from rvlm.checkpoint_files import is_policy
     from rvlm.checkpoints import make_vla, remake_vla
-    from rvlm.hub import fetch
 
-    how: dict[str, Any] = {"tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
-    if is_policy(fetch(stage.init)):
+    commit = commit_on_hub(stage.init)
+    how: dict[str, Any] = {"revision": commit, "tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
+    if is_policy(fetch(stage.init, commit)):
         if not stage.is_pretrained:
             raise ValueError(
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "

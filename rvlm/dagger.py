@@ -15,7 +15,7 @@ import numpy as np
 from rvlm.caches import Code, keep, use_inputs
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, act_out
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.files import artifacts_dir, hash_of_model, key_of
+from rvlm.files import artifacts_dir, commit_on_hub, hash_of_model, key_of
 from rvlm.policy import Policy
 from rvlm.recording import collect
 
@@ -58,7 +58,7 @@ def make_shard(index: int, corrections: Corrections) -> Iterator[tuple[dict[str,
     """The episodes of one shard."""
     like = corrections.like
     env = Tabletop(like.robot, like.image_size, like.families, max_steps=like.max_steps)
-    policy = Policy.load(corrections.policy, spec=env.action_spec)
+    policy = Policy.load(corrections.policy, revision=commit_on_hub(corrections.policy), spec=env.action_spec)
     for i in range(index * PER_SHARD, min((index + 1) * PER_SHARD, like.n_episodes)):
         family, seed = like.families[i % len(like.families)], FIRST_SEED + like.first_seed + i
         frames = correct(policy, env, seed, family)

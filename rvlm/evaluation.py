@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from rvlm.actions import ActionSpec
 from rvlm.caches import Code, keep
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.files import artifacts_dir, hash_of_model, key_of, weights_of, write_whole
+from rvlm.files import artifacts_dir, commit_on_hub, hash_of_model, key_of, weights_of, write_whole
 from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
@@ -135,7 +135,9 @@ def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float
     """A trained policy, loaded once as long as its content is the same."""
     from rvlm.policy import Policy
 
-    return Policy.load(policy, n_action_steps=n_action_steps, ensemble=ensemble, spec=_spec(robot))
+    return Policy.load(
+        policy, revision=commit_on_hub(policy), n_action_steps=n_action_steps, ensemble=ensemble, spec=_spec(robot)
+    )
 
 
 def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:

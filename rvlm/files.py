@@ -227,18 +227,24 @@ def hash_of_model(model: str | Path) -> str:
     """
     if Path(model).is_dir():
         return hash_of_tree(model)
-    try:
-        return f"{model}@{_commit(str(model))}"
-    except (OSError, ValueError):  # what the client raises of a name that is none, is not there, or can't be reached
-        return str(model)
+    commit = commit_on_hub(model)
+    return f"{model}@{commit}" if commit else str(model)
 
 
-@functools.cache
-def _commit(name: str) -> str:
-    """The commit of a model on the Hub; the same for as long as this process lives."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+commits: dict[str, str] = {}  # that this process takes names on the Hub for
 
-    return Path(try_to_load_from_cache(name, "config.json") or hf_hub_download(name, "config.json")).parent.name
+
+def commit_on_hub(model: str | Path) -> str | None:
+    """The commit that a name on the Hub stands for as long as this process lives; what bears it in its name is made from it.
+
+    It is the last; where the Hub can't be asked, the last that was fetched; None of a folder, or where there is none.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if str(model) not in commits and not Path(model).is_dir():
+        with contextlib.suppress(OSError, ValueError):  # what the client raises of a name that is none, or can't be reached
+            commits[str(model)] = Path(hf_hub_download(str(model), "config.json")).parent.name
+    return commits.get(str(model))
 
 
 # --- hashes of code -----------------------------------------------------------------------------------------------------

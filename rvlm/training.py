@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.caches import use, use_inputs, write_made
-from rvlm.files import write_whole
+from rvlm.files import commits, write_whole
 from rvlm.processes import PASSIVE, exit_with
 from rvlm.stages import Stage
 from rvlm.trainer import DIVERGED, TrainingDiverged, log_history, work
@@ -72,6 +72,7 @@ def prepare(stage: Stage) -> Path:
     stage.code.refuse_changed()
     told = dataclasses.asdict(stage)
     write_whole(partial / "stage.json", json.dumps(told, indent=1))
+    write_whole(partial / "commits.json", json.dumps({name: of for name, of in commits.items() if name == stage.init}))
     inputs = (stage.init, *stage.data, *stage.scenes)
     write_made(partial, stage.code, told, inputs)
     use_inputs(inputs)
@@ -115,7 +116,8 @@ def _as_asked(folder: Path) -> None:
 
 
 def _stage_in(folder: Path) -> Stage:
-    """The stage that is trained in a folder; what it is made from is in use from now on."""
+    """The stage that is trained in a folder, from the commit that is in its name; what it is made from is in use from now on."""
+    commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
     stage = Stage(**json.loads((folder / "stage.json").read_text()))
     use_inputs((stage.init, *stage.data, *stage.scenes))
     return stage

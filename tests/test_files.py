@@ -118,13 +118,13 @@ def failing(error):
 def test_a_model_of_the_hub_is_its_name_and_commit(monkeypatch):
     import huggingface_hub
 
-    files._commit.cache_clear()
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(files, "commits", {})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(OSError))
     assert hash_of_model("somebody/model") == "somebody/model"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: f"/hub/{name}/snapshots/0123abc/{file}")
     assert hash_of_model("somebody/model") == "somebody/model@0123abc"
-    files._commit.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(OSError))
+    assert files.commit_on_hub("somebody/model") == "0123abc", "which is what is loaded, whatever is sent there meanwhile"
 
 
 # --- code ---------------------------------------------------------------------------------------------------------------
