@@ -265,19 +265,28 @@ class ActionTokenizer:
 
     bins: int = 256
 
+    def __post_init__(self) -> None:
+        if type(self.bins) is not int or self.bins < 1:
+            raise SpecMismatch(f"expected bins as a whole number from 1 on, got {self.bins!r}")
+
     def _low_and_width(self, n_dims: int) -> tuple[np.ndarray, np.ndarray]:
         low = np.r_[np.full(n_dims - 1, -1.0), 0.0]
         return low, (1.0 - low) / self.bins
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Normalised ``(..., a)`` -> token ids ``(..., a)`` int64."""
+        if not np.isfinite(actions).all():
+            raise SpecMismatch("expected finite actions to tokenize, got NaN or infinity; drop or repair the frame")
         low, width = self._low_and_width(np.shape(actions)[-1])
         return np.clip(np.floor((np.asarray(actions, np.float64) - low) / width), 0, self.bins - 1).astype(np.int64)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Token ids ``(..., a)`` -> normalised bin centres ``(..., a)`` float64."""
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu" or ((ids < 0) | (ids >= self.bins)).any():
+            raise SpecMismatch(f"expected token ids from 0 to {self.bins - 1}, got {ids.dtype} {ids.ravel()[:8].tolist()} ...")
         low, width = self._low_and_width(np.shape(ids)[-1])
-        return low + (np.asarray(ids) + 0.5) * width
+        return low + (ids + 0.5) * width
 
     def round_trip(self, actions: np.ndarray, spec: ActionSpec, stats: NormStats) -> np.ndarray:
         """Raw actions ``(..., a)`` as they come back from tokens."""

@@ -86,9 +86,12 @@ class Camera:
         return {path: _rows(spans) for path, spans in self._spans().items()}
 
     def _stamps(self) -> np.ndarray:
-        """The rows' own timestamps ``(n_frames,)``, of whatever clock."""
-        is_there = "timestamp" in self.data.features
-        return self.data.column("timestamp").reshape(-1).astype(float) if is_there else np.full(self.data.n_frames, np.nan)
+        """The rows' own timestamps ``(n_frames,)``, of whatever clock; NaN where they are no numbers."""
+        self.data.data_files()  # whose errors stand, while a clock that is no number is merely of no use
+        try:
+            return self.data.column("timestamp").reshape(-1).astype(float)
+        except (EpisodeError, ValueError):
+            return np.full(self.data.n_frames, np.nan)
 
     def _placed(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the dataset that a video shows, and the tick at which each is shown."""

@@ -24,6 +24,12 @@ class CardError(ValueError):
     """A data card can't be read, or does not describe the layout that the library speaks."""
 
 
+def _is_odd(node: yaml.Node) -> bool:
+    """Whether YAML 1.1 reads a number otherwise than people do: 010 as 8, 1:30 as 90."""
+    is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    return is_number and re.match(r"[-+]?(0[\d_b]|.*:)", str(node.value)) is not None and "." not in str(node.value).split(":")[0]
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a field that is written twice, of which YAML would take the last."""
 
@@ -32,6 +38,10 @@ class _Loader(yaml.SafeLoader):
         twice = sorted({str(name) for name in names if names.count(name) > 1})
         if twice:
             raise yaml.YAMLError(f"{', '.join(twice)} written twice")
+        for key, value in node.value:
+            odd = [v.value for v in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if _is_odd(v)]
+            if odd and key.value in NUMBER + NUMBERS:
+                raise yaml.YAMLError(f"{key.value}: {odd[0]} means another number in YAML; write it in plain decimals")
         return super().construct_mapping(node, deep)
 
 
@@ -62,7 +72,10 @@ def field_of(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(field_of(name, v) for v in value)
     if name in NUMBER + NUMBERS and (type(value) is int or (isinstance(value, str) and POWER.fullmatch(value))):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # which is refused
     return value
 
 
@@ -75,6 +88,8 @@ def check_fields(values: dict[str, Any]) -> None:
             raise CardError(f"{where}: expected {name!r} as {kind}, got {_shown(value)}; mend it in the card")
         if name in ("names", "cameras", "state_names") and len(set(value)) != len(value):
             raise CardError(f"{where}: expected {name!r} without repetition, got {_shown(value)}; give each a name of its own")
+    if not values["cameras"]:
+        raise CardError(f"{where}: expected at least one name in 'cameras', got none; a policy needs to see")
     wrong = [name for name in values["cameras"] if not CAMERA.fullmatch(name) or ".." in name]
     if wrong:
         raise CardError(

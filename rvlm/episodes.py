@@ -63,8 +63,8 @@ class Windows:
     def __init__(
         self,
         dataset: EpisodeDataset,
-        n_obs_steps: int = 1,
-        chunk_size: int = 4,
+        n_obs_steps: int | Any = 1,
+        chunk_size: int | Any = 4,
         episodes: Episodes | None = None,
         stats: dict[str, NormStats] | None = None,
         cameras: Sequence[str] | None = None,
@@ -74,6 +74,9 @@ class Windows:
         frames: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.dataset, self.spec = dataset, dataset.require_spec()
+        for name, value in (("n_obs_steps", n_obs_steps), ("chunk_size", chunk_size)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise EpisodeError(f"expected {name} as a whole number from 1 on, got {value!r}")
         self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
         self.cameras = tuple(cameras or dataset.cameras)
         self.episodes = dataset.checked_episodes(episodes)

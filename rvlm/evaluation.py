@@ -61,8 +61,10 @@ class Evaluation:
             raise ValueError(
                 f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}"
             )
-        if self.n_episodes < 1:
-            raise ValueError(f"expected at least one episode; got n_episodes={self.n_episodes}")
+        if isinstance(self.families, str) or not all(isinstance(name, str) for name in self.families):
+            raise ValueError(f"expected families as a tuple of names, got {self.families!r}; write ({self.families!r},)")
+        if type(self.n_episodes) is not int or self.n_episodes < 1:
+            raise ValueError(f"expected at least one episode, a whole number; got n_episodes={self.n_episodes!r}")
 
     def episodes(self) -> list[tuple[int, str]]:
         """(seed, family) of every episode, all seeds distinct."""

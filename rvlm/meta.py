@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from rvlm.actions import ActionSpec, CardError
 from rvlm.camera_names import depth_marks, find_camera, is_image
@@ -152,8 +153,7 @@ def read_tasks(root: Path, info: dict[str, Any]) -> dict[int, str]:
     else:
         path = root / "meta/tasks.parquet"
         table = read_table(path, [*dict.fromkeys([*column_names(path), "task_index"])])
-        frame = table.to_pandas()
-        named = list(zip(whole_numbers(table, "task_index", path).tolist(), frame.get("task", frame.index), strict=True))
+        named = list(zip(whole_numbers(table, "task_index", path).tolist(), _wording(path, table), strict=True))
     for number, name in named:
         if type(number) is not int or not isinstance(name, str):
             raise EpisodeError(f"{path}: expected a number and words as task_index and task, got {number!r}, {name!r}")
@@ -163,6 +163,16 @@ def read_tasks(root: Path, info: dict[str, Any]) -> dict[int, str]:
     if len(tasks) != len(named) or not tasks:
         raise EpisodeError(f"{path}: expected tasks with a task_index of their own, got {sorted(named)[:20]}; number them anew")
     return tasks
+
+
+def _wording(path: Path, table: pa.Table) -> list[Any]:
+    """The column of tasks in words: "task", or the only one of text, be it what pandas calls an index."""
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    found = ["task"] if "task" in table.column_names else texts
+    if len(found) != 1:
+        have = table.column_names
+        raise EpisodeError(f"{path}: expected a number and words as task_index and task, got the columns {have}; name it 'task'")
+    return table[found[0]].to_pylist()
 
 
 def read_episodes(root: Path, info: dict[str, Any]) -> pd.DataFrame:
@@ -196,7 +206,7 @@ def read_episodes(root: Path, info: dict[str, Any]) -> pd.DataFrame:
 
 
 def _episodes_v3(root: Path, info: dict[str, Any]) -> pd.DataFrame:
-    files = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    files = sorted(path for path in (root / "meta/episodes").glob("*/*.parquet") if not path.name.startswith("."))
     if not files:
         raise EpisodeError(f"{root}: expected parquet files in meta/episodes, got none; fetch the dataset again")
     videos = [f"videos/{key}/" for key, feature in info["features"].items() if feature["dtype"] == "video"]
@@ -207,7 +217,7 @@ def _episodes_v3(root: Path, info: dict[str, Any]) -> pd.DataFrame:
     for path in files:
         kept = [c for c in column_names(path) if not c.startswith(("stats/", "meta/"))]
         table = read_table(path, [*dict.fromkeys([*kept, *needed, *starts, "tasks"])])
-        frame = table.to_pandas()
+        frame = table.to_pandas(ignore_metadata=True)  # what pandas takes for an index is a column here
         for name in needed:
             frame[name] = whole_numbers(table, name, path)
             if name in places and len(frame) and frame[name].min() < 0:

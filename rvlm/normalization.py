@@ -26,7 +26,7 @@ class SpecMismatch(ValueError):
 def like(constant: Any, x: Any) -> Any:
     """The constant as an array of x's kind: numpy or torch, floating dtype, same device."""
     if hasattr(x, "detach"):
-        return x.new_tensor(np.asarray(constant, dtype=np.float64).tolist(), dtype=x.dtype if x.is_floating_point() else None)
+        return (x if x.is_floating_point() else x.float()).new_tensor(np.asarray(constant, dtype=np.float64).tolist())
     dtype = x.dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else np.float64
     return np.asarray(constant, dtype=dtype)
 
@@ -62,6 +62,29 @@ class NormStats:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(KINDS)}")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("count", "kind", "passthrough")}
+        shape = np.shape(self.mean)
+        for name, values in arrays.items():
+            if name == "floor" and values is None:
+                continue
+            if np.shape(values) != shape or len(shape) != 1 or not np.isfinite(values).all():
+                raise SpecMismatch(f"statistics: expected {name!r} as {shape} finite numbers like 'mean', got {values}")
+        is_turned = (self.q01 > self.q99).any() or (self.min > self.max).any()
+        if is_turned or (self.std < 0).any() or (self.floor is not None and (self.floor < 0).any()):
+            raise SpecMismatch(f"statistics: expected q01 <= q99, min <= max and spreads from 0 on, got {self.to_dict()}")
+        if not all(type(i) is int and 0 <= i < len(self.mean) for i in self.passthrough):
+            raise SpecMismatch(f"statistics: expected 'passthrough' from 0 to {len(self.mean) - 1}, got {self.passthrough}")
+
+    def _require_width(self, x: Any) -> Any:
+        x = x if hasattr(x, "shape") else np.asarray(x)
+        if x.ndim < 1 or x.shape[-1] != len(self.mean):
+            raise SpecMismatch(
+                f"statistics of {len(self.mean)} dimensions: expected (..., {len(self.mean)}), got {tuple(x.shape)}"
+            )
+        return x
 
     def require_kind(self, kind: str | None) -> None:
         """Raise `SpecMismatch` if another kind is asked for than these statistics were stored with."""
@@ -87,13 +110,13 @@ class NormStats:
     def normalize(self, x: Any, kind: str | None = None) -> Any:
         """Raw ``(..., d)`` -> normalised ``(..., d)``; numpy or torch."""
         self.require_kind(kind)
-        offset, scale = self.offset_and_scale()
+        offset, scale, x = *self.offset_and_scale(), self._require_width(x)
         return (x - like(offset, x)) / like(scale, x)
 
     def unnormalize(self, y: Any, kind: str | None = None) -> Any:
         """Inverse of `normalize`."""
         self.require_kind(kind)
-        offset, scale = self.offset_and_scale()
+        offset, scale, y = *self.offset_and_scale(), self._require_width(y)
         return y * like(scale, y) + like(offset, y)
 
     def to_dict(self) -> dict[str, Any]:

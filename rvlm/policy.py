@@ -51,22 +51,22 @@ class Policy:
         spec: ActionSpec | None = None,
     ) -> None:
         self.robot = model.robot(model.spec if spec is None else spec)
-        n_action_steps = int(model.config.n_action_steps if n_action_steps is None else n_action_steps)
-        if not 1 <= n_action_steps <= model.config.chunk_size:
+        n_action_steps = model.config.n_action_steps if n_action_steps is None else n_action_steps
+        if not isinstance(n_action_steps, int | np.integer) or not 1 <= n_action_steps <= model.config.chunk_size:
             raise ValueError(
                 f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; "
                 f"got {n_action_steps}"
             )
-        if ensemble is not None and (n_action_steps != 1 or ensemble < 0):
+        if ensemble is not None and (n_action_steps != 1 or not 0 <= ensemble < float("inf")):
             raise ValueError(
-                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and ensemble of at least 0; "
+                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and a finite ensemble of at least 0; "
                 f"got n_action_steps={n_action_steps}, ensemble={ensemble}"
             )
         unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
         if unknown:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
         self.model, self.ensemble = model.eval(), ensemble
-        self.n_action_steps: int = n_action_steps
+        self.n_action_steps = int(n_action_steps)
         self.prompter = model.prompter(processor)
         size: Any = model.config.image_size
         words = tuple({mark_of(processor), *special_words(processor.tokenizer)})
@@ -129,15 +129,18 @@ class Policy:
             self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
         return self._queue.popleft()
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, rows: Sequence[int] | np.ndarray) -> None:
         """Go on with the robots at these places alone, in this order; their actions are what they would have been.
 
         Raises:
             ValueError: No robots, or one that there is not.
         """
-        if not rows or not set(rows) <= set(range(self.n_robots)):
-            raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {list(rows)}")
-        rows, self.n_robots = list(rows), len(rows)
+        given, rows = rows, np.asarray(rows).tolist()
+        kind = np.asarray(given).dtype.kind
+        if kind not in "iu" or not isinstance(rows, list) or any(row not in range(self.n_robots) for row in rows) or not rows:
+            hint = "; of a mask give np.flatnonzero(mask)" * (kind == "b")
+            raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {given}{hint}")
+        self.n_robots = len(rows)
         self.memory.keep(rows)
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class EpisodeDataset:
 
     Args:
         root: folder of the dataset, the one that holds ``meta/info.json``.
-        spec: the robot's conventions; left out, they are taken from info.json, where `EpisodeWriter` stores them.
+        spec: the robot's conventions, or the name or path of their card; left out, they are taken from info.json, where
+            `EpisodeWriter` stores them.
 
     Attributes:
         info: info.json as it is.
@@ -45,11 +47,14 @@ class EpisodeDataset:
         EpisodeError: the folder holds no such dataset, or its meta files are broken, contradict each other or the card.
     """
 
-    def __init__(self, root: str | Path, spec: ActionSpec | None = None) -> None:
+    def __init__(self, root: str | Path, spec: ActionSpec | str | Any | None = None) -> None:
         self.root = Path(root)
         self.info = read_info(self.root)
         self.features: dict[str, Any] = self.info["features"]
-        self.spec = spec or stored_spec(self.root, self.info)
+        given = _spec_of(spec)
+        self.spec = stored_spec(self.root, self.info) if given is None else given
+        if given is not None:
+            _refuse_contradiction(self.root, self.info, given)
         self._task_names = read_tasks(self.root, self.info)
         self.tasks, self.episodes = list(self._task_names.values()), read_episodes(self.root, self.info)
         self.camera_keys = camera_names(self.features)
@@ -220,6 +225,30 @@ class EpisodeDataset:
         They stand in the artifacts folder, one array a camera, named by what they are made from (`rvlm.frames`).
         """
         return {camera: self._camera(self.camera_key(camera)).frames() for camera in cameras or self.cameras}
+
+
+def _spec_of(spec: Any) -> ActionSpec | None:
+    if isinstance(spec, (str, Path)):
+        return ActionSpec.from_card(spec)
+    if spec is not None and not isinstance(spec, ActionSpec):
+        raise EpisodeError(
+            f"expected the robot's conventions as an ActionSpec or the name of a card, got {type(spec).__name__}; "
+            "ActionSpec.from_card(...) or ActionSpec.from_dict(...) gives one"
+        )
+    return spec
+
+
+def _refuse_contradiction(root: Path, info: dict[str, Any], given: ActionSpec) -> None:
+    """Another card may choose cameras and mend the rate, but not say that the same numbers mean something else."""
+    try:
+        stored = stored_spec(root, info)
+    except EpisodeError:  # one that is broken says nothing
+        return
+    if stored is not None:
+        try:
+            stored.require_same(replace(given, cameras=stored.cameras, rate_hz=stored.rate_hz), "stored card vs given card")
+        except SpecMismatch as error:
+            raise EpisodeError(f"{root}: {error}; or mend rvlm.spec in meta/info.json where that is wrong") from error
 
 
 def _within(rows: np.ndarray, first: int, end: int) -> np.ndarray | None:

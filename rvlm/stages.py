@@ -4,6 +4,7 @@ That is: every setting, the content of the data and of the start, and the code t
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
 AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
+# The least, and the most, that is allowed of each.
+WHOLE = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "n_accumulated": 1, "rank": 1, "shots": 0, "seed": 0}
+REAL = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "dialogue_share": 1}
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -37,6 +41,11 @@ UNUSED = {
     VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.detection"),
     ROBOT: (*_RECORDING, *_RENDERING, "rvlm.detection"),
 }
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +116,10 @@ class Stage:
     n_processes: int = 2
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name in ("data", "weights", "scenes"):  # lists, where it was read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_weights()
         if self.kind not in KINDS:
             raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(KINDS)}")
         if self.n_samples < self.batch_size:
@@ -136,6 +147,29 @@ class Stage:
                 f"stage {self.name!r}: 'rank' is read with adapters only, not with tuning={self.tuning!r}; leave it out"
             )
 
+    def _check_kinds(self) -> None:
+        for name in ("data", "weights", "scenes"):
+            if not isinstance(value := getattr(self, name), tuple | list):
+                raise ValueError(f"stage {self.name!r}: expected {name!r} as a tuple, got {value!r}; write ({value!r},)")
+        if not self.data:
+            raise ValueError(f"stage {self.name!r}: expected at least one folder in 'data' to learn from, got none")
+        for name in ("policy", "dialogue", "augment"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"stage {self.name!r}: expected {name!r} as a dict of settings, got {value!r}")
+        for name, least in WHOLE.items():
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"stage {self.name!r}: expected {name!r} as a whole number from {least} on, got {value!r}")
+        for name, most in REAL.items():
+            if not is_real(value := getattr(self, name)) or not 0 <= value <= most:
+                raise ValueError(f"stage {self.name!r}: expected {name!r} as a finite number from 0 to {most:g}, got {value!r}")
+
+    def _check_weights(self) -> None:
+        if self.weights and (len(self.weights) != len(self.data) or not all(is_real(w) and w > 0 for w in self.weights)):
+            raise ValueError(
+                f"stage {self.name!r}: expected 'weights' above 0, one for each of {len(self.data)} folders of data, "
+                f"got {list(self.weights)}"
+            )
+
     def _check_augment(self) -> None:
         for name, most in self.augment.items():
             if name not in AUGMENTATIONS:
@@ -143,7 +177,7 @@ class Stage:
                     f"stage {self.name!r}: no augmentation {name!r}; there are {', '.join(AUGMENTATIONS)} (images are never "
                     "mirrored: actions, states and words such as 'left' would have to be mirrored too)"
                 )
-            if not 0 <= most <= AUGMENTATIONS[name] or (name == "shift" and most % 1):
+            if not is_real(most) or not 0 <= most <= AUGMENTATIONS[name] or (name == "shift" and most % 1):
                 kind = "whole pixels" if name == "shift" else "a share"
                 raise ValueError(f"stage {self.name!r}: expected {name} as {kind} from 0 to {AUGMENTATIONS[name]}; got {most}")
         if any(self.augment.values()) and self.freeze_vision:

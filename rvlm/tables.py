@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """A file with one JSON object a line; empty lines are passed over."""
-    lines = [(n, line) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
     values = [_parse(path, line, f", line {n}") for n, line in lines]
     for (n, _), value in zip(lines, values, strict=True):
         if not isinstance(value, dict):
@@ -91,6 +91,8 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 def _require(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> None:
     have = file.schema_arrow.names
+    if twice := sorted({name for name in columns or have if have.count(name) > 1}):
+        raise EpisodeError(f"{path}: expected each column once, got {twice} several times; convert the dataset again")
     missing = [name for name in columns or () if name not in have]
     if missing:
         raise EpisodeError(f"{path}: expected the columns {missing}, got {have}; mend info.json, or convert the dataset again")

@@ -7,6 +7,7 @@ One small recording is damaged in many ways, one at a time. Every way of reading
 import dataclasses
 import io
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.actions import CARDS, ActionSpec, ActionTokenizer, CardError, NormStats, SpecMismatch
 from rvlm.camera_names import find_camera
 from rvlm.dimensions import check_order
 from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
@@ -426,6 +427,13 @@ V3 = {
     "no episodes": (lambda root: (root / EPISODES).unlink(), "expected parquet files in meta/episodes, got none"),
     "episodes cut short": (text(EPISODES, half), r"expected a whole parquet file at .*meta/episodes/chunk-000/file-000"),
     "episodes in another order": (table(EPISODES, lambda f: f.iloc[[3, 1, 0, 2]]), RIGHT),
+    "hidden files beside": (
+        lambda root: (root / EPISODES).with_name("._file-000.parquet").write_bytes(b"\0\5\x16\7"),
+        RIGHT,
+    ),
+    "starts as an index": (table(EPISODES, lambda f: f.set_index(f"videos/{STATIC}/from_timestamp")), RIGHT),
+    "tasks under another name": (table(TASK_TABLE, lambda f: f.rename_axis("lang")), RIGHT),
+    "two columns of tasks": (table(TASK_TABLE, lambda f: f.rename_axis("a").reset_index().assign(b="x")), "name it 'task'"),
     "episodes in two files": (file_by_file_table(extra={}), RIGHT),
     "episodes in two files of other columns": (file_by_file_table(extra={"operator": "a"}), RIGHT),
     "an episode twice": (
@@ -544,6 +552,12 @@ V3 = {
         lambda root: pq.write_table(pq.read_table(root / DATA.format(0)).drop_columns("frame_index"), root / DATA.format(0)),
         r"file-000\.parquet: expected the columns \['frame_index'\]",
     ),
+    "actions twice": (
+        lambda root: pq.write_table(
+            (t := pq.read_table(root / DATA.format(0))).append_column("action", t["action"]), root / DATA.format(0)
+        ),
+        r"file-000\.parquet: expected each column once, got \['action'\]",
+    ),
     "no actions": (
         lambda root: pq.write_table(pq.read_table(root / DATA.format(0)).drop_columns("action"), root / DATA.format(0)),
         r"file-000\.parquet: expected the columns \['action'\]",
@@ -660,6 +674,10 @@ V21 = {
     "as it is": (lambda root: None, RIGHT),
     "tasks in another order": (text("meta/tasks.jsonl", lambda b: b"\n".join(b.splitlines()[::-1])), RIGHT),
     "episodes in another order": (text("meta/episodes.jsonl", lambda b: b"\n".join(b.splitlines()[::-1])), RIGHT),
+    "a line separator inside a line": (
+        text("meta/episodes.jsonl", lambda b: b.replace(b'"length"', '"note": "a\u2028b\x85", "length"'.encode())),
+        RIGHT,
+    ),
     "an empty line": (text("meta/episodes.jsonl", lambda b: b.replace(b"\n", b"\n\n")), RIGHT),
     "no tasks": (lambda root: (root / "meta/tasks.jsonl").unlink(), r"expected a file at .*tasks\.jsonl, got none"),
     "tasks are empty": (text("meta/tasks.jsonl", lambda b: b""), r"tasks\.jsonl: expected tasks with a task_index"),
@@ -823,6 +841,15 @@ def test_links_inside_a_dataset_may_lead_out_of_it(sound, right, tmp_path, monke
     assert_same(samples_of(tmp_path / "linked"), right)
 
 
+def test_a_given_card_says_what_the_stored_one_says(sound):
+    assert EpisodeDataset(sound[0], "tabletop_franka7").spec == SPEC
+    assert EpisodeDataset(sound[0], dataclasses.replace(SPEC, cameras=SPEC.cameras[:1])).cameras == SPEC.cameras[:1]
+    with pytest.raises(EpisodeError, match=r"stored card vs given card: 1 convention.*frame: world against base.*mend rvlm.spec"):
+        EpisodeDataset(sound[0], dataclasses.replace(SPEC, frame="base"))
+    with pytest.raises(EpisodeError, match=r"as an ActionSpec .*got dict; ActionSpec.from_card"):
+        EpisodeDataset(sound[0], SPEC.to_dict())
+
+
 def test_a_name_on_the_hub_is_answered_with_what_is_expected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EpisodeError, match=r"looks like a name on the Hub: hf download lerobot/pusht --repo-type dataset"):
@@ -930,6 +957,41 @@ def test_what_could_not_be_written_is_refused_when_it_comes(name, writer):
     with pytest.raises(EpisodeError, match=message) as error:
         writer.add_episode({**frames_of(4, 1), **columns}, **{"instruction": "pick", **more})
     assert error.traceback[-1].path.parent.name == "rvlm"
+
+
+# --- statistics, tokens and numbers of cards -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("q01", [np.nan] * 7, "expected 'q01' as .* finite numbers"),
+    ("q99", [0.0, 1.0], "expected 'q99' as .* finite numbers"),
+    ("q01", [99.0] * 7, "expected q01 <= q99"),
+    ("passthrough", [7], "expected 'passthrough' from 0 to 6"),
+    ("passthrough", [-1], "expected 'passthrough' from 0 to 6"),
+])  # fmt: skip
+def test_statistics_that_cannot_be_are_refused(field, value, message, sound):
+    stats = EpisodeDataset(sound[0]).stats()["action"]
+    with pytest.raises(SpecMismatch, match=message):
+        NormStats.from_dict({**stats.to_dict(), field: value})
+    with pytest.raises(SpecMismatch, match="statistics of 7 dimensions"):
+        stats.normalize(np.zeros((2, 6)))
+
+
+def test_tokens_are_made_of_numbers_and_from_ids():
+    for wrong in (lambda: ActionTokenizer(0), lambda: ActionTokenizer().encode(np.full(7, np.nan))):
+        with pytest.raises(SpecMismatch, match="expected"):
+            wrong()
+    for ids in ([256] * 7, [-1] * 7, [1.5] * 7):
+        with pytest.raises(SpecMismatch, match="expected token ids from 0 to 255"):
+            ActionTokenizer().decode(np.array(ids))
+
+
+@pytest.mark.parametrize("number", ["010", "1:30", "1" * 401])
+def test_a_number_that_yaml_reads_otherwise_is_named(number, tmp_path):
+    source = (CARDS / "tabletop_franka7.md").read_text()
+    (tmp_path / "mine.md").write_text(re.sub("rate_hz: .*", f"rate_hz: {number}", source))
+    with pytest.raises(CardError, match="rate_hz"):
+        ActionSpec.from_card(tmp_path / "mine.md")
 
 
 # --- several recordings of one robot ----------------------------------------------------------------------------------------
