@@ -61,7 +61,7 @@ class Evaluation:
             raise ValueError(
                 f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}"
             )
-        if isinstance(self.families, str) or not all(isinstance(name, str) for name in self.families):
+        if isinstance(self.families, str) or not all(isinstance(name, str) for name in self.families or ()):
             raise ValueError(f"expected families as a tuple of names, got {self.families!r}; write ({self.families!r},)")
         if type(self.n_episodes) is not int or self.n_episodes < 1:
             raise ValueError(f"expected at least one episode, a whole number; got n_episodes={self.n_episodes!r}")

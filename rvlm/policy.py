@@ -59,7 +59,7 @@ class Policy:
             )
         if ensemble is not None and (n_action_steps != 1 or not 0 <= ensemble < float("inf")):
             raise ValueError(
-                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and a finite ensemble of at least 0; "
+                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and ensemble of at least 0; "
                 f"got n_action_steps={n_action_steps}, ensemble={ensemble}"
             )
         unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]

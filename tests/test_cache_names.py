@@ -72,10 +72,10 @@ def codes():
 
     shared = {"init": "vlm", "n_samples": 8, "batch_size": 4, "n_processes": 1}
     return {
-        "robot": Stage("a", ROBOT, (), **shared).code,
-        "varied": Stage("a", ROBOT, (), wordings="varied", **shared).code,
-        "questions": Stage("a", VISION_LANGUAGE, (), **shared).code,
-        "detection": Stage("a", DETECTION, (), **shared).code,
+        "robot": Stage("a", ROBOT, ("demos",), **shared).code,
+        "varied": Stage("a", ROBOT, ("demos",), wordings="varied", **shared).code,
+        "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
+        "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
         "demonstrations": demonstrations.CODE, "corrections": dagger.CODE, "scenes": questions.CODE,
     }  # fmt: skip
