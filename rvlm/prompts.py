@@ -208,9 +208,8 @@ class Prompter:
         whole = self._processed(self._blank(n_steps), [instruction], [n_steps], self._of_text)
         process: Any = self.processor
         names = [getattr(process, "image_token_id", -1), *(getattr(process, "image_token_ids", None) or [])]
-        by_name = [
-            whole["input_ids"] == (-1 if name is None else name) for name in names
-        ]  # one holds places, others may stand around them
+        # one of them holds places, others may stand around them
+        by_name = [whole["input_ids"] == (-1 if name is None else name) for name in names]
         where = whole.get("image_embeds_position_mask", max(by_name, key=torch.sum))  # KosMos-2 says it by a mask
         self.image_ids = {int(whole["input_ids"][0, i]) for i in where[0].nonzero().flatten()}
         return whole["input_ids"][0].tolist()
