@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import weakref
@@ -27,7 +28,16 @@ from rvlm.video import EpisodeError
 
 def limit_bytes() -> float:
     """What all decoded frames together may take: ``RVLM_FRAMES_GB``."""
-    return float(os.environ.get("RVLM_FRAMES_GB") or 100) * 1e9
+    told = os.environ.get("RVLM_FRAMES_GB") or "100"
+    try:
+        limit = float(told)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise EpisodeError(
+            f"expected RVLM_FRAMES_GB as a number of gigabytes from 0 on, got {told!r}; set it anew, or leave it out"
+        )
+    return limit * 1e9
 
 
 def cached_frames(
@@ -44,7 +54,8 @@ def cached_frames(
     folder = artifacts_dir() / "frames" / key_of(made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock(folder)):  # who asks for the same frames meanwhile waits for them
-        if not folder.is_dir():
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             _make(folder, shape(), fill, {**about, "made_from": made_from})
         hold = (folder / "about.json").open("rb")
         fcntl.flock(hold, fcntl.LOCK_SH)
@@ -52,6 +63,15 @@ def cached_frames(
     frames = np.load(folder / "frames.npy", mmap_mode="r")
     weakref.finalize(frames, hold.close)
     return frames
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the frames are there, and all of them; a copy that was cut short, say, is made anew."""
+    try:
+        shape = json.loads((folder / "about.json").read_text())["shape"]
+        return (folder / "frames.npy").stat().st_size > int(np.prod(shape))  # and a header
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _lock(folder: Path) -> Path:
@@ -81,7 +101,7 @@ def make_room(n_bytes: int) -> None:
         EpisodeError: what is in use leaves less than that.
     """
     limit, stored = limit_bytes(), sorted((artifacts_dir() / "frames").glob("*/about.json"), key=lambda p: p.stat().st_mtime)
-    sizes = {path.parent: path.with_name("frames.npy").stat().st_size for path in stored}
+    sizes = {path.parent: sum(file.stat().st_size for file in path.parent.glob("frames.npy")) for path in stored}
     for folder in list(sizes):
         if sum(sizes.values()) + n_bytes > limit and _remove(folder):
             del sizes[folder]

@@ -188,3 +188,15 @@ def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch)
     with pytest.raises(files.NoRoomError, match=r"frames/.*: expected room for 320 bytes, got \d+ that are free \(No space"):
         frames.cached_frames({"n": 1}, {}, lambda: (1, 8, 8, 3), lambda out: pytest.fail("written to"))
     assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
+
+
+def test_damaged_frames_are_made_anew_and_stand_in_nobodys_way(demos, monkeypatch):
+    whole = np.array(EpisodeDataset(demos).frames_cache(["static"])["static"])
+    kept = arrays()["static"] / "frames.npy"
+    kept.write_bytes(kept.read_bytes()[:500])
+    assert np.array_equal(EpisodeDataset(demos).frames_cache(["static"])["static"], whole)
+    kept.unlink()
+    frames.make_room(1)
+    monkeypatch.setenv("RVLM_FRAMES_GB", "nan")
+    with pytest.raises(EpisodeError, match="expected RVLM_FRAMES_GB as a number of gigabytes"):
+        frames.make_room(1)
