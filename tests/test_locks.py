@@ -70,6 +70,7 @@ def test_lock_holds_nothing_that_nobody_wants():
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "py-rattler": "rattler", "ipython": "IPython", "pyzmq": "zmq"}
 WITHOUT_IMPORT = {
     "accelerate": "transformers.Trainer",
+    "beartype": "checks shapes, by an option of pytest",
     "codespell": "make lint",
     "jupyterlab": "make lab",
     "nbstripout": "make lint",
