@@ -194,16 +194,28 @@ def cued(env, seed, family, is_on):
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
 @ALL
 def test_when_the_cue_ends_nothing_tells_what_it_was(unseen, robot, family):
-    """The expert's own first steps leave hand and scene the same for both cues, wherever the hand starts."""
-    env = unseen[robot]
-    for seed in range(40):
+    """Hand, fingers and scene are the same for both cues, whatever was done while they were shown, and then the arm moves."""
+    env, rng = unseen[robot], np.random.default_rng(0)
+    low, high = env.action_space.low, env.action_space.high
+    for seed in range(20):
         ends = []
-        for is_on in (False, True):
+        for is_on, acts in ((False, None), (True, None), (True, rng.uniform(low, high, (CUE_STEPS, 7))), (False, [high] * CUE_STEPS)):
             cued(env, seed, family, is_on)
-            for _ in range(CUE_STEPS):
-                env.step(env.expert_action())
-            ends.append(np.concatenate([env.world.data.qpos, env.world.data.qvel, env.world.state(), [env.world.is_light_on]]))
-        assert np.array_equal(*ends), f"seed {seed}"
+            for step in range(CUE_STEPS):
+                env.step(env.expert_action() if acts is None else acts[step])
+            data = env.world.data
+            ends.append(np.concatenate([data.qpos, data.qvel, data.ctrl, env.world.state(), [env.world.is_light_on]]))
+        assert all(np.array_equal(ends[0], end) for end in ends), f"seed {seed}"
+    env.step(high)
+    assert np.linalg.norm(env.world.state()[:3] - ends[0][-8:-5]) > 1e-3, "the cue is over"
+
+
+def test_only_a_cue_holds_the_arm(unseen):
+    env = unseen["franka7"]
+    env.reset(seed=0, options={"family": "lift"})
+    before = env.world.state()
+    env.step(env.action_space.high)
+    assert np.linalg.norm(env.world.state()[:3] - before[:3]) > 1e-3
 
 
 def without_memory(env):
@@ -212,6 +224,31 @@ def without_memory(env):
     env.task = dataclasses.replace(env.task, was_light_on=not has_tried_left)
     return env.expert_action()
 
+
+def marks_its_wrist(env):
+    """The expert that turns its wrist while the light is on, and later reads its own yaw."""
+    if env.world.is_light_on:
+        return np.array([0, 0, 0, 0, 0, 1, -1])
+    env.task = dataclasses.replace(env.task, was_light_on=bool(abs(env.world.tilt[2]) > 0.12))
+    action = env.expert_action()
+    action[3:6] = 0  # the mark stays
+    return action
+
+
+@pytest.mark.parametrize("family", MEMORY_FAMILIES)
+def test_a_pose_does_not_remember_the_cue(unseen, family):
+    env, solved = unseen["franka7"], []
+    for seed, is_on in [(seed, is_on) for seed in range(10) for is_on in (False, True)]:
+        cued(env, seed, family, is_on)
+        told, is_done = env.task, False
+        for _ in range(60):
+            action = marks_its_wrist(env)
+            env.task = told
+            is_done = env.step(action)[2]
+            if is_done:
+                break
+        solved.append(is_done)
+    assert 0.25 < np.mean(solved) <= 0.5  # of two episodes that are the same in all but the cue, never both
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
 def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):

@@ -11,7 +11,7 @@ from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import Story
 from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, FAMILIES, MIX, Task, ask, can_ask
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, FAMILIES, MEMORY_FAMILIES, MIX, Task, ask, can_ask
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
@@ -88,7 +88,7 @@ class Tabletop(gymnasium.Env):
             self.world.scatter(self.np_random)
             ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
-        self.world.begin_task()
+        self.world.begin_task(has_cue=family in MEMORY_FAMILIES)
         self.task, self.n_steps = ask(self.world, family, self.np_random), 0
         self._story = Story(self.world, self.task)
         return self._observe(), {"family": family, "is_success": False}
@@ -104,11 +104,18 @@ class Tabletop(gymnasium.Env):
         return other.templates[0]
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Carry out one action; values beyond the card's range are clipped, as a robot's controller does."""
+        """Carry out one action; values beyond the card's range are clipped, as a robot's controller does.
+
+        While a task shows its cue, arm and gripper are held still whatever the action: a pose that the cue has changed would
+        remember it for the policy.
+        """
         spec = self.action_spec
         action = np.clip(np.asarray(action, np.float64), spec.low, spec.high)
         si = spec.to_si(action, *spec.names[:6])
-        self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
+        if self.world.is_cue_shown:
+            self.world.hold(1 / spec.rate_hz)
+        else:
+            self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
         self.n_steps += 1
         ALL_FAMILIES[self.task.family].tick(self.world, self.n_steps)
         is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)

@@ -151,7 +151,7 @@ def _slide(sign: int) -> Callable[[World, Task], Command]:
 def slider_by_light(world: World, task: Task) -> Command:
     """Hold still while the cue is shown, go over the middle of the slider, and only there choose the side.
 
-    Moving during the cue would write the side into the hand's pose, and then no memory would be needed.
+    The environment ignores motion during the cue: it would write the side into the hand's pose, and no memory would be needed.
     """
     if world.is_cue_shown:
         return Command(world.pos_tcp_world, False)

@@ -256,8 +256,10 @@ def _cue_once(world: World, n_steps: int) -> None:
         world.first_side = 1 if world.travel("slider") > 0 else -1
 
 
-# Here one picture asks for different actions: which side is meant has been seen in the first observations only, and the side
-# that is reached first counts, for trying one side and then the other would need no memory. Kept apart from the other families.
+# Here one picture asks for different actions: which side is meant has been seen in the first observations only. The environment
+# moves neither arm nor gripper while the cue is shown (`Tabletop.step`), for a policy of the present could write the side into its
+# pose and read it there; and the side that is reached first counts, for trying one and then the other would need no memory. So
+# when the cue ends the state is the same for both sides, whatever was done. Kept apart from the other families.
 MEMORY_FAMILIES: dict[str, Family] = {
     "slider_by_light": Family(
         ("move the slider as the light says",),  # on for left, off for right

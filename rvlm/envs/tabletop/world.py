@@ -53,7 +53,7 @@ class World:
     Attributes:
         objects: Colour and shape of each object, as words.
         is_light_on: Whether the button has switched the light on.
-        is_cue_shown: Whether a task that shows a cue at its beginning still shows it.
+        is_cue_shown: Whether the task shows a cue at its beginning and still shows it; the robot is then to be held still.
         first_side: Side to which the slider was moved first in this task: -1 for left, 1 for right, 0 for none yet.
     """
 
@@ -65,7 +65,7 @@ class World:
         self.data = mujoco.MjData(self.model)
         self.objects: list[tuple[str, str]] = []
         self.is_light_on = self._is_button_armed = False
-        self.begin_task()
+        self.begin_task(has_cue=False)
         self._index()
 
     def _index(self) -> None:
@@ -141,9 +141,9 @@ class World:
         depth = max(-z, 1e-6)
         return np.array([0.5 + focal * x / depth, 0.5 - focal * y / depth])
 
-    def begin_task(self) -> None:
-        """A new task in the present scene: its cue is to be seen, and nothing has been done yet."""
-        self.is_cue_shown, self.first_side = True, 0
+    def begin_task(self, has_cue: bool) -> None:
+        """A new task in the present scene: its cue, if it has one, is to be seen, and nothing has been done yet."""
+        self.is_cue_shown, self.first_side = has_cue, 0
 
     # -- making a scene ------------------------------------------------------------------------------------------
     def scatter(self, rng: np.random.Generator) -> None:
@@ -269,6 +269,10 @@ class World:
             self.data.ctrl[: len(self._q)] = self._solve()
             mujoco.mj_step(self.model, self.data, nstep=part)
         self._switch()
+
+    def hold(self, duration_s: float) -> None:
+        """Stay where the arm is, fingers as they were told; simulate `duration_s`."""
+        self.move(np.zeros(3), np.zeros(3), bool(self.data.ctrl[-1] > 0), duration_s)
 
     def _switch(self) -> None:
         """Toggle the light once per press of the button."""
