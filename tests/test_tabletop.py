@@ -199,7 +199,12 @@ def test_when_the_cue_ends_nothing_tells_what_it_was(unseen, robot, family):
     low, high = env.action_space.low, env.action_space.high
     for seed in range(20):
         ends = []
-        for is_on, acts in ((False, None), (True, None), (True, rng.uniform(low, high, (CUE_STEPS, 7))), (False, [high] * CUE_STEPS)):
+        for is_on, acts in (
+            (False, None),
+            (True, None),
+            (True, rng.uniform(low, high, (CUE_STEPS, 7))),
+            (False, [high] * CUE_STEPS),
+        ):
             cued(env, seed, family, is_on)
             for step in range(CUE_STEPS):
                 env.step(env.expert_action() if acts is None else acts[step])
@@ -249,6 +254,7 @@ def test_a_pose_does_not_remember_the_cue(unseen, family):
                 break
         solved.append(is_done)
     assert 0.25 < np.mean(solved) <= 0.5  # of two episodes that are the same in all but the cue, never both
+
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
 def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):

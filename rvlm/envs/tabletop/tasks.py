@@ -257,8 +257,8 @@ def _cue_once(world: World, n_steps: int) -> None:
 
 
 # Here one picture asks for different actions: which side is meant has been seen in the first observations only. The environment
-# moves neither arm nor gripper while the cue is shown (`Tabletop.step`), for a policy of the present could write the side into its
-# pose and read it there; and the side that is reached first counts, for trying one and then the other would need no memory. So
+# moves neither arm nor gripper while the cue is shown (`Tabletop.step`): a policy of the present could write the side into its
+# pose and read it there. And the side that is reached first counts, for trying one and then the other would need no memory. So
 # when the cue ends the state is the same for both sides, whatever was done. Kept apart from the other families.
 MEMORY_FAMILIES: dict[str, Family] = {
     "slider_by_light": Family(
