@@ -230,14 +230,29 @@ def test_a_p_value_is_that_of_the_interval():
     assert p_value(paired_difference([0, 1, 0], [0, 1, 0])) == p_value(paired_difference([3.0], [2.0])) == 1.0
 
 
-@pytest.mark.parametrize("m, n, between", [(3, 200, 0.05), (5, 100, 0.02), (5, 400, 0.1)])
-def test_the_smallest_difference_that_shows_is_shown_as_often_as_asked(m, n, between):
-    shows = minimum_detectable_difference(0.4, n, m, between=between)
-    rng, n_shown, n_trials = np.random.default_rng(0), 0, 200
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("m, n, between", [(3, 200, 0.03), (5, 100, 0.02), (5, 200, 0.07), (5, 400, 0.1)])
+def test_the_smallest_difference_that_shows_is_shown_as_often_as_asked(m, n, between, k):
+    """Also the first of several contrasts, at the level at which Holm's procedure tests it."""
+    shows = minimum_detectable_difference(0.4, n, m, between=between, n_contrasts=k)
+    rng, n_shown, n_trials = np.random.default_rng(0), 0, 300
     for _ in range(n_trials):
         rates = np.clip(rng.normal([[[0.4 + shows]], [[0.4]]], between, (2, m, 1)), 0, 1)
-        n_shown += verdict(paired_difference(*(rng.random((2, m, n)) < rates))) == "supported"
-    assert 0.7 < n_shown / n_trials < 0.95
+        n_shown += verdict(paired_difference(*(rng.random((2, m, n)) < rates), level=1 - 0.05 / k)) == "supported"
+    assert 0.73 < n_shown / n_trials < 0.87, (shows, n_shown / n_trials)
+
+
+def test_pairing_narrows_the_interval_of_several_trainings():
+    """Scenes that are hard for all count against both sides; taken one against another's, they widen the difference."""
+    rng, n = np.random.default_rng(0), 100
+    hard = rng.random(n) < 0.5  # hardly ever solved, the others nearly always
+    rates = np.where(hard, 0.05, 0.9) + np.array([[[0.05]], [[0.0]]])
+    a, b = rng.random((2, 3, n)) < rates
+    same, others = paired_difference(a, b), paired_difference(a, b[:, rng.permutation(n)])
+    errors = [paired_difference(side_a * 1.5, side_b * 1.5) for side_a, side_b in ((a, b), (a, b[:, rng.permutation(n)]))]
+    for paired, unpaired in ((same, others), errors):
+        assert paired.estimate == pytest.approx(unpaired.estimate)
+        assert paired.high - paired.low < 0.8 * (unpaired.high - unpaired.low)
 
 
 def test_a_design_knows_pairing_trainings_and_contrasts():

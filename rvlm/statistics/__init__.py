@@ -20,11 +20,12 @@ from rvlm.statistics.intervals import (
     success_rate,
     wilson,
 )
-from rvlm.statistics.power import Spread, minimum_detectable_difference, spread_of_trainings
+from rvlm.statistics.power import ASSUMED_SPREAD, Spread, minimum_detectable_difference, spread_of_trainings
 from rvlm.statistics.probes import r_squared, ridge_probe
 from rvlm.statistics.verdicts import MIN_TRAININGS, check_verdict, holm, p_value, verdict
 
 __all__ = [
+    "ASSUMED_SPREAD",
     "LEVEL",
     "MIN_TRAININGS",
     "Difference",

@@ -1,8 +1,10 @@
 """Intervals of proportions from outcomes of several trainings: effective numbers of episodes, Newcombe's paired interval."""
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class EffectiveRate:
@@ -27,10 +29,16 @@ class EffectiveRate:
 
     def ends(self) -> tuple[float, float]:
         """Of Wilson's interval, for a count that need not be whole."""
-        p, n, z = self.p, self.n, self.z
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p))
+        low, high = wilson_ends(self.p, self.n, self.z)
+        return float(low), float(high)
+
+
+def wilson_ends(p: ArrayLike, n: ArrayLike, z: float) -> tuple[Any, Any]:
+    """Ends of Wilson's interval of rates ``p`` over ``n`` episodes, which need not be whole, at the normal quantile ``z``."""
+    p, n = np.asarray(p, float), np.asarray(n, float)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return np.maximum(0.0, np.minimum(middle - half, p)), np.minimum(1.0, np.maximum(middle + half, p))
 
 
 def newcombe_paired(a: np.ndarray, b: np.ndarray, level: float) -> tuple[float, float]:
