@@ -10,6 +10,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from rvlm.statistics import (
+    ASSUMED_SPREAD,
     Difference,
     check_verdict,
     holm,
@@ -256,10 +257,13 @@ def test_pairing_narrows_the_interval_of_several_trainings():
 
 
 def test_a_design_knows_pairing_trainings_and_contrasts():
-    plain = minimum_detectable_difference(0.5, 100, 3)
-    assert minimum_detectable_difference(0.5, 100, 5) < plain < minimum_detectable_difference(0.5, 100, 3, n_contrasts=4)
-    assert minimum_detectable_difference(0.5, 100, 3, correlation=0.5) < plain < minimum_detectable_difference(0.5, 50, 3)
-    assert minimum_detectable_difference(0.5, 100, 3, between=0.01) < plain
+    design = {"p": 0.5, "n_episodes": 100, "n_trainings": 4, "between": 0.03}
+    plain, *less = (
+        minimum_detectable_difference(**{**design, **change})
+        for change in ({}, {"n_trainings": 5}, {"correlation": 0.5}, {"between": 0.01}, {"n_episodes": 200})
+    )
+    assert max(less) < plain < minimum_detectable_difference(**design, n_contrasts=4) < 0.5
+    assert ASSUMED_SPREAD == 0.07 and minimum_detectable_difference(0.5, 100, 3) == math.inf  # too few for so wide a spread
     assert [minimum_detectable_difference(0.5, 10_000, m) for m in (1, 2)] == [math.inf] * 2  # no verdict, whatever n
     assert minimum_detectable_difference(0.5, 5, 3) == math.inf  # it would have to leave [0, 1]
     with pytest.raises(ValueError, match=r"expected p in \[0, 1\].*got p=1.5"):
