@@ -19,8 +19,8 @@ from rvlm.backbones import read_act
 from rvlm.heads import HEADS, HISTORIES, TokensHead
 from rvlm.mixtures import Robot, arranged, named, robots_of
 from rvlm.pretrained import SavedPolicy
-from rvlm.probe import keep_order
 from rvlm.prompts import Prompter
+from rvlm.reading_order import keep_order
 from rvlm.structures import MAX_ROBOTS, VLAConfig, check_structure
 
 

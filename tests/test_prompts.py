@@ -20,9 +20,9 @@ from rvlm.batches import RobotCollator
 from rvlm.checkpoints import load_vla, make_vla
 from rvlm.families import FAMILIES, SIDE, TEXTS
 from rvlm.policy import Policy
-from rvlm.probe import keep_order
 from rvlm.processors import ACT, load_processor
 from rvlm.prompts import Prompter
+from rvlm.reading_order import keep_order
 
 TURNS = (
     "{% for m in messages %}<u>{% for c in m['content'] %}{% if c['type'] == 'image' %}@image@{% else %}@text@{% endif %}"

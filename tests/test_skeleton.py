@@ -15,7 +15,10 @@ ALLOWED = REQUIRED | {
     *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "Makefile", "pyproject.toml", "requirements.lock"),
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "docs", "results"),
 }
-COMMAND_LINE = {"rvlm/reproduce.py", *(f"rvlm/cli/{name}.py" for name in ("main", "run", "ship", "lab"))}  # these may print
+COMMAND_LINE = {
+    "rvlm/reproduce.py",
+    *(f"rvlm/cli/{name}.py" for name in ("main", "run", "ship", "lab", "cache")),
+}  # these may print
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|home|root|Users|private/var)/[\w.-]+")
 
 
