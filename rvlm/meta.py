@@ -116,7 +116,7 @@ def _check_template(path: Path, info: dict[str, Any], name: str) -> set[str]:
     place = PurePosixPath(template)
     if not template or place.is_absolute() or ".." in place.parts or not template.isprintable():
         raise EpisodeError(f"{path}: expected {name!r} as a path below the dataset's folder, got {template!r}; mend info.json")
-    return {field for field, _, _ in fields}
+    return {field for field, _, _ in fields if field is not None}
 
 
 def file_path(root: Path, info: dict[str, Any], episode: dict[str, Any], key: str | None = None) -> Path:
