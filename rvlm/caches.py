@@ -104,9 +104,14 @@ def use(folder: str | Path) -> Path:
 
 
 def use_inputs(inputs: Iterable[str | Path]) -> None:
-    """`use` what something is being made from; a model lies in its stage's folder."""
+    """`use` what something is being made from."""
     for path in map(Path, inputs):
-        use(path.parent if (path.parent / "made.json").exists() else path)
+        use(_kept_as(path))
+
+
+def _kept_as(path: Path) -> Path:
+    """The cached folder that an input belongs to: a model lies in its stage's."""
+    return path.parent if not (path / "made.json").exists() and (path.parent / "made.json").exists() else path
 
 
 def keep(folder: Path, code: Code, settings: dict[str, Any], inputs: Iterable[str | Path] = ()) -> Path:
@@ -124,7 +129,7 @@ def _note(folder: Path) -> None:
         return
     _used[folder] = {"kind": folder.parent.name, **made}
     for told in map(Path, made["inputs"]):
-        _note(told if (told / "made.json").exists() else told.parent)  # a model lies in its stage's folder
+        _note(_kept_as(told))
 
 
 def used() -> list[dict[str, Any]]:
