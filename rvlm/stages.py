@@ -5,6 +5,7 @@ That is: every setting, the content of the data and of the start, and the code t
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,17 @@ class Stage:
 
     name: str
     kind: str
-    data: tuple[str, ...]
+    data: Sequence[str]
     init: str
     n_samples: int
     dialogue: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weights: tuple[float, ...] = ()
+    weights: Sequence[float] = ()
     shots: int = 0
     wordings: str = "recorded"
     is_new_robot: bool = False
-    scenes: tuple[str, ...] = ()
+    scenes: Sequence[str] = ()
     dialogue_share: float = 0.25
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -210,7 +211,7 @@ class Stage:
         content |= {"init": hash_of_model(self.init), "precision": self.computes_in, "code": self.code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"
 
-    def _content_of(self, folders: tuple[str, ...]) -> list[str]:
+    def _content_of(self, folders: Sequence[str]) -> list[str]:
         try:
             return [hash_of_tree(folder) for folder in folders]
         except ValueError as error:

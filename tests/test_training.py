@@ -156,6 +156,7 @@ def test_an_unknown_field_is_an_error(stage):
         ({"augment": {"flip": 1}}, r"no augmentation 'flip'; there are shift, crop, color \(images are never mirrored"),
         ({"augment": {"crop": 0.9}}, "expected crop as a share from 0 to 0.5; got 0.9"),
         ({"augment": {"shift": 2.5}}, "expected shift as whole pixels from 0 to 16; got 2.5"),
+        ({"data": "demos"}, r"expected .data. as a tuple, got .demos.; write \(.demos.,\)"),
         ({"augment": {"shift": 2}, "freeze_vision": True}, "expected images as they are with freeze_vision=True"),
     ],
 )
