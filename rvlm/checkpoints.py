@@ -12,12 +12,8 @@ from rvlm.actions import ActionSpec, NormStats
 from rvlm.backbones import freeze_unread, load_backbone
 from rvlm.pretrained import held, own_weights
 from rvlm.processors import ACT, load_processor
-from rvlm.structures import TUNINGS, VLAConfig
+from rvlm.structures import TUNINGS, VLAConfig, check_settings
 from rvlm.vla import VLA
-
-OF_DATA = {"image_size", "spec", "stats", "robots", "met"}
-MADE = {"model_type", "backbone", "act_id", "vlm", "base", *OF_DATA}  # no settings: they come of the data and the backbone
-SETTINGS = sorted(set(VLAConfig.__annotations__) - MADE)
 
 
 def make_vla(
@@ -52,7 +48,7 @@ def make_vla(
         TypeError: An unknown setting, with those that exist.
         ValueError: A combination that means nothing, a family that has no place for `<act>`, or no such model.
     """
-    _check_settings(settings)
+    check_settings(settings)
     folder = hub.fetch(vlm, revision)
     processor = load_processor(folder)
     backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **held(folder, tuning, precision))
@@ -82,12 +78,6 @@ def _read_once(model: VLA, processor: ProcessorMixin) -> None:
     prompter = model.prompter(processor)
     blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
     model.read(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
 
 
 def tune(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
@@ -145,7 +135,7 @@ def remake_vla(
         TypeError: An unknown setting, with those that exist.
         ValueError: A combination that means nothing.
     """
-    _check_settings(settings)
+    check_settings(settings)
     where = hub.fetch(folder, revision)
     if tuning == "qlora" and VLAConfig.from_pretrained(where).base is not None:
         raise ValueError(

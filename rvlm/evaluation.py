@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
@@ -84,8 +85,11 @@ class Evaluation:
 
     def is_done(self, batch: int, folder: Path | None = None) -> bool:
         """Whether a batch is on disk, with as many episodes as are asked for now; `folder` spares asking where again."""
-        path = (folder or self.folder) / f"{batch:05d}.parquet"
-        n, asked = len(pq.read_table(path, columns=["seed"])["seed"].unique()) if path.exists() else 0, self.batch_size(batch)
+        path, asked = (folder or self.folder) / f"{batch:05d}.parquet", self.batch_size(batch)
+        try:
+            n = len(pq.read_table(path, columns=["seed"])["seed"].unique())
+        except (OSError, pa.ArrowInvalid):  # none, or one that a broken disk has cut: it is run again
+            return False
         return n == asked or (n > asked and self.control != "shuffled_language")  # who is told what depends on who is there
 
     @property
@@ -207,7 +211,12 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
     Returns:
         One row per episode: name, seed, family, instruction, is_success, failure, n_steps, policy_s, simulator_s, wall_s,
         control, setting, and the hash of the policy's weights.
+
+    Raises:
+        ValueError: Nothing is asked for.
     """
+    if not evaluations:
+        raise ValueError('expected at least one evaluation, got none; as {"shipped": Evaluation(folder)}')
     jobs, total, folders = [], 0, {name: evaluation.folder for name, evaluation in evaluations.items()}
     for name, evaluation in evaluations.items():
         folder = folders[name]
@@ -278,10 +287,12 @@ def gains(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]]) -> dict
         claims: What is claimed -> (name of the policy that is said to be better, name of the other).
 
     Raises:
-        ValueError: The policies were not judged on the same episodes, or not trained equally often, or one training stands
-            for two.
+        ValueError: A claim is about a policy that is not there, the policies were not judged on the same episodes, one of them
+            twice, or not trained equally often, or one training stands for two.
     """
-    names = list(dict.fromkeys(name for pair in claims.values() for name in pair))
+    names, known = list(dict.fromkeys(name for pair in claims.values() for name in pair)), list(episodes["name"].unique())
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"expected claims about policies in 'name', got {missing}; there are {known}")
     asked = episodes.loc[episodes["name"].isin(names)]
     if {"training", "policy"} <= set(asked):
         _check_trainings(asked)
@@ -302,6 +313,12 @@ def _check_trainings(episodes: pd.DataFrame) -> None:
 
 def _outcomes(episodes: pd.DataFrame, trained: str | list[str]) -> pd.DataFrame:
     """Success in {0, 1} of each training (a row) in each episode (a column)."""
+    keys = [*([trained] if isinstance(trained, str) else trained), "seed"]
+    if (twice := episodes[keys][episodes.duplicated(keys)]).size:
+        raise ValueError(
+            f"expected each episode once, got {len(twice)} twice, as {twice.iloc[0].to_dict()}; give each training of a policy a "
+            "number in a column 'training', and tables that hold the same episodes once"
+        )
     solved = episodes.astype({"is_success": float}).pivot(index=trained, columns="seed", values="is_success")
     if solved.isna().any(axis=None):
         short = solved.index[solved.isna().any(axis=1)].tolist()

@@ -6,6 +6,7 @@ Source of the large grid: RoboVLMs (arXiv 2412.14058), appendix on hyper-paramet
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import pandas as pd
 from filelock import FileLock
 
 from rvlm.caches import Code
-from rvlm.files import artifacts_dir
+from rvlm.files import PACKAGE, artifacts_dir, hash_of_code, key_of
 from rvlm.stages import ROBOT, UNUSED, Stage
 from rvlm.trainer import TrainingDiverged
 from rvlm.training import run
@@ -119,6 +120,30 @@ def _refuse_other_grid(study: optuna.Study, grid: Grid) -> None:
             )
 
 
+def _refuse_other_work(study: optuna.Study, first: str, score: Callable[[Path], float]) -> None:
+    """A study's trials are all of one data and start, for which the folder of the grid's first stage stands, and of one score."""
+    for what, now in {"other data, start or settings": first, "another score": _code_of_score(score)}.items():
+        begun = study.user_attrs.get(what, now)
+        study.set_user_attr(what, begun)
+        if begun != now:
+            raise ValueError(
+                f"study {study.study_name!r} was begun with {what} ({begun}), got {now}; give the new one another name"
+            )
+
+
+def _code_of_score(score: Callable[[Path], float]) -> str:
+    """What stands for it: its own source, and the modules of the package that it names."""
+    code, known = getattr(score, "__code__", None), getattr(score, "__globals__", {})
+    named = [known[name] for name in code.co_names if name in known] if code else []
+    modules = {value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "") for value in named}
+    used = sorted(name for name in modules if name.startswith(f"{PACKAGE.name}."))
+    try:
+        source = inspect.getsource(score)
+    except (OSError, TypeError):  # an object that is called, or typed where no source is kept
+        source = repr(score).partition(" at 0x")[0]
+    return key_of({"source": source, "code": hash_of_code(*used)})
+
+
 def search(
     name: str,
     grid: Grid,
@@ -148,10 +173,11 @@ def search(
         The study.
 
     Raises:
-        ValueError: As `study_of`.
+        ValueError: As `study_of`, or the study was begun on other data, from another start or with another score.
     """
     study = study_of(name, grid, storage, seed)
     labels = {key: _labels(key, values) for key, values in grid.items()}
+    _refuse_other_work(study, make(**{key: next(iter(of.values())) for key, of in labels.items()}).folder.name, score)
 
     def attempt(trial: optuna.Trial) -> float:
         stage = make(**{key: of[trial.suggest_categorical(key, list(of))] for key, of in labels.items()})

@@ -131,7 +131,7 @@ def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
         Refused: none or several have it.
     """
     stem = Path(name).stem if name.endswith(".ipynb") else name
-    exact = [path for path in notebooks if stem in (path.stem, path.stem[3:]) or stem.zfill(2) == path.stem[:2]]
+    exact = [path for path in notebooks if (stem and stem.zfill(2) == path.stem[:2]) or stem in (path.stem, path.stem[3:])]
     found = exact or [path for path in notebooks if stem and stem in path.stem]
     if len(found) != 1:
         problem = f"no notebook {name!r}" if not found else f"{name!r} is in the name of several notebooks"

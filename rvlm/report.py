@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvlm.caches import used
 from rvlm.files import CARDS, ROOT, results_dir, write_whole
+from rvlm.parameters import Refused
 from rvlm.provenance import provenance
 from rvlm.statistics import check_verdict
 
@@ -151,7 +152,18 @@ def _check_sentence(record: Mapping[str, Any]) -> None:
 
 def load_findings(results: Path | None = None) -> list[dict[str, Any]]:
     """Every finding of a results folder, by name."""
-    return [json.loads(path.read_text()) for path in sorted(((results or results_dir()) / "findings").glob("*.json"))]
+    return [_read_finding(path) for path in sorted(((results or results_dir()) / "findings").glob("*.json"))]
+
+
+def _read_finding(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        number = path.name[:2]
+        raise Refused(
+            f"{path}: expected a finding as JSON, got a file that is cut or changed ({error}); delete it and run its notebook "
+            f"again: rvlm reproduce --only {number} --force"
+        ) from error
 
 
 def fine_print(record: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from rvlm.copies import cleaned
 from rvlm.files import RESULTS, ROOT, artifacts_dir, write_whole
 from rvlm.page import html_report
@@ -131,10 +133,24 @@ def reproduce(places: Places, profile: str, only: Sequence[str] = (), force: boo
 
     Returns:
         Exit status: 0, or 1 where a notebook failed (those after it are not run: they build on it).
+
+    Raises:
+        Refused: As `plan`, or another run writes the same results.
     """
+    jobs = plan(places, profile, only)
+    places.results.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(places.results / ".reproduce.lock", timeout=0):
+            return _reproduce(jobs, places, profile, force)
+    except Timeout:
+        problem = f"another run writes {places.results} at this moment; wait for it, or name another folder in RVLM_RESULTS"
+        raise Refused(problem) from None
+
+
+def _reproduce(jobs: Sequence[Job], places: Places, profile: str, force: bool) -> int:
     from tqdm.auto import tqdm
 
-    jobs, status = plan(places, profile, only), 0
+    status = 0
     for part in places.results.glob("**/.*.part*"):
         part.unlink(missing_ok=True)  # what a killed run left half written
     bar = tqdm(jobs, desc=f"profile {profile}", unit="notebook", disable=None)

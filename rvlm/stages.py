@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from rvlm import adapters
 from rvlm.caches import Code
 from rvlm.files import artifacts_dir, hash_of_model, hash_of_tree, key_of
-from rvlm.structures import TUNINGS
+from rvlm.structures import TUNINGS, check_settings
 
 _CHOICES = {
     "tuning": TUNINGS,
@@ -157,6 +157,7 @@ class Stage:
         for name in ("policy", "dialogue", "augment"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a dict of settings, got {value!r}")
+        check_settings(self.policy)
         for name, least in WHOLE.items():
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a whole number from {least} on, got {value!r}")

@@ -5,6 +5,9 @@ in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in 
 observation alone ("policy_head").
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 from rvlm.heads import HEADS, HISTORIES, LONGEST_MEMORY
@@ -70,7 +73,21 @@ class VLAConfig(PreTrainedConfig):
     base: dict | None = None
 
 
+OF_DATA = {"image_size", "spec", "stats", "robots", "met"}
+MADE = {"model_type", "backbone", "act_id", "vlm", "base", *OF_DATA}  # no settings: they come of the data and the backbone
+SETTINGS = sorted(set(VLAConfig.__annotations__) - MADE)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse fields that no policy has.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+    """
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
 
 
 def check_structure(config: VLAConfig) -> None:

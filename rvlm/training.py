@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def by_hand(folder: Path) -> None:
     try:
         with _lock(final).acquire(timeout=0), _lock(folder):
             work(stage, folder)
-            folder.replace(final)
+            _put(folder, final)
     except Timeout as error:
         raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
 
@@ -137,7 +138,14 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
     if process.poll():
         output = (partial / "output.txt").read_text(errors="replace")
         raise RuntimeError(f"stage {stage.name!r} failed: {output[-3000:]}")
+    _put(partial, final)
+
+
+def _put(partial: Path, final: Path) -> None:
+    """Give a finished stage its name; what it could have gone on from, several times its model's size, is not needed any more."""
     partial.replace(final)
+    for checkpoint in (final / "trainer").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespace:

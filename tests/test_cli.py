@@ -246,6 +246,16 @@ def test_findings_are_printed_for_people_and_for_scripts(monkeypatch, tmp_path, 
     assert capsys.readouterr().out == shown
 
 
+def test_a_finding_that_is_cut_is_named_with_its_mend(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RVLM_RESULTS", str(tmp_path))
+    report.finding("06_success", "It is 12.", numbers={"x": 12}, n=1, interval=None, seeds=[0])
+    path = tmp_path / "findings" / "06_success.json"
+    path.write_text(path.read_text()[:50])
+    assert main(["findings"]) == 2
+    shown = capsys.readouterr().err
+    assert str(path) in shown and "cut or changed" in shown and "rvlm reproduce --only 06 --force" in shown
+
+
 def test_a_refused_command_is_one_line_and_status_2(capsys):
     assert main(["reproduce", "--profile", "tpu"]) == 2
     assert capsys.readouterr().err.startswith("rvlm: no profile 'tpu'; those in profiles.yaml: smoke, cpu, gpu, full\n")

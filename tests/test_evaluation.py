@@ -192,6 +192,11 @@ def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     (more.folder / "00001.parquet").unlink()
     evaluate({"a": more}, show_progress=False)
     assert ran == [0, 0, 1, 1]
+    whole = (more.folder / "00001.parquet").read_bytes()
+    (more.folder / "00001.parquet").write_bytes(whole[: len(whole) // 2])
+    assert len(evaluate({"a": more}, show_progress=False)) == BATCH + 3 and ran == [0, 0, 1, 1, 1], "a broken disk's half"
+    with pytest.raises(ValueError, match="expected at least one evaluation, got none"):
+        evaluate({})
     told, fewer = (dataclasses.replace(e, control="shuffled_language") for e in (more, FEW))
     evaluate({"all": told}, show_progress=False)
     assert not fewer.is_done(0), "among others, someone else's instruction is told"
@@ -271,6 +276,16 @@ def test_gains_refuse_policies_that_were_not_judged_alike():
         evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
     with pytest.raises(ValueError, match="same episodes"):
         evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
+
+
+def test_gains_refuse_names_that_are_not_there_and_episodes_that_count_twice():
+    episodes = judged({"a": 0.8, "b": 0.4})
+    with pytest.raises(ValueError, match=r"expected claims about policies in 'name', got \['c'\]; there are \['a', 'b'\]"):
+        evaluation.gains(episodes, {"it": ("a", "c")})
+    with pytest.raises(ValueError, match=r"expected each episode once, got .* twice, as {'name': 'a', 'training': "):
+        evaluation.gains(pd.concat([episodes, episodes]), {"it": ("a", "b")})
+    with pytest.raises(ValueError, match=r"expected each episode once, .* a column 'training'"):
+        evaluation.gains(episodes.drop(columns="training"), {"it": ("a", "b")})
 
 
 def test_one_policy_judged_twice_is_not_two_trainings():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from rvlm.grids import PAPER, SMALL, importance, search, storage_of, study_of, table
+from rvlm.grids import PAPER, SMALL, _code_of_score, importance, search, storage_of, study_of, table
+from rvlm.open_loop import errors_of
 from rvlm.stages import ROBOT, Stage
 from rvlm.trainer import log_history
 
@@ -91,7 +93,11 @@ def untrained(monkeypatch, fail=lambda settings: None):
         return Path("model")
 
     monkeypatch.setattr("rvlm.grids.run", run)
-    go_on = lambda grid, n, name="toy": search(name, grid, lambda **s: SimpleNamespace(name="toy", **s), lambda _: 1.0, n)  # noqa: E731
+
+    def go_on(grid, n, name="toy"):
+        make = lambda **settings: SimpleNamespace(name="toy", folder=Path("toy"), **settings)  # noqa: E731
+        return search(name, grid, make, lambda _: 1.0, n)
+
     return tried, go_on
 
 
@@ -165,7 +171,9 @@ def test_what_was_broken_off_is_tried_again(home, monkeypatch):
 
 def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
     monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
-    study = search("nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy"), lambda _: float("nan"), 2)
+    study = search(
+        "nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy", folder=Path("toy")), lambda _: float("nan"), 2
+    )
     assert table(study)["reason"].tolist() == ["stage 'toy': its score is no number"] * 2
 
 
@@ -176,3 +184,27 @@ def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
     assert storage_of("coded") != address and before == 0
     with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
         study_of("coded", GRID, storage=address)
+
+
+def far_mm(model):
+    return 1000 * errors_of(model)
+
+
+def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_demos, tmp_path, monkeypatch):
+    """One name, and behind it other demonstrations, another budget, another score, or other code that the score calls."""
+    monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
+    go_on = lambda stage, score: search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1)  # noqa: E731
+    go_on(stage, score := lambda _: 1.0)
+    more = shutil.copytree(toy_demos, tmp_path / "more")
+    (more / "notes.md").write_text("more")
+    for other in (dataclasses.replace(stage, data=(str(more),)), dataclasses.replace(stage, n_samples=32)):
+        with pytest.raises(ValueError, match=r"study 'one' was begun with other data, start or settings .*another name"):
+            go_on(other, score)
+    with pytest.raises(ValueError, match=r"study 'one' was begun with another score .*another name"):
+        go_on(stage, lambda _: 2.0)
+    assert len(study_of("one", GRID).trials) == 1
+
+    asked = []
+    monkeypatch.setattr("rvlm.grids.hash_of_code", lambda *names: asked.append(names) or "code")
+    assert _code_of_score(far_mm) != _code_of_score(end_of)
+    assert asked == [("rvlm.open_loop",), ("rvlm.trainer",)], "another way to measure errors is another score"

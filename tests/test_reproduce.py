@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rvlm import report, reproduce
@@ -181,6 +182,7 @@ def test_a_kernel_that_dies_is_a_failed_notebook(places):
         ("cpu: {}\ngpu:\n  00_a: {m: 3}", "cpu", [], r"profile 'gpu' sets m of 00_a"),
         ("cpu:\n  07_x: {n: 2}", "cpu", [], r"no notebook '07_x'; those that exist: 00_a, 01_b"),
         ("cpu: {}", "cpu", ["3"], r"no notebook '3'; those that exist: 00_a, 01_b"),
+        ("cpu: {}", "cpu", [""], r"no notebook ''; those that exist: 00_a, 01_b"),
         ("cpu: {}", "cpu", ["_"], r"'_' is in the name of several notebooks; those that exist: 00_a, 01_b"),
         (
             "cpu:\n  01_b: {n: many}",
@@ -196,6 +198,16 @@ def test_the_unknown_is_refused_before_anything_runs(places, profiles, profile, 
     with pytest.raises(Refused, match=message):
         reproduce.reproduce(places, profile, only)
     assert not places.results.exists() and log(places) == []
+
+
+def test_two_runs_do_not_write_the_same_results(places):
+    places.results.mkdir()
+    with (
+        FileLock(places.results / ".reproduce.lock"),
+        pytest.raises(Refused, match=r"another run writes .*results at this moment"),
+    ):
+        reproduce.reproduce(places, "cpu")
+    assert log(places) == []
 
 
 def test_kernels_are_this_interpreter_with_the_houses_environment(places, tmp_path, monkeypatch):

@@ -128,6 +128,8 @@ def test_a_crop_shows_a_part_enlarged_and_color_keeps_hues():
 def test_an_unknown_field_is_an_error(stage):
     with pytest.raises(TypeError, match="learning_rte"):
         dataclasses.replace(stage, learning_rte=1e-3)
+    with pytest.raises(TypeError, match=r"unknown settings \['chunksize'\]; there are .*chunk_size"):
+        dataclasses.replace(stage, policy={"chunksize": 3})
 
 
 @pytest.mark.parametrize(
@@ -594,6 +596,7 @@ def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
     environment = dict(os.environ)
     with ThreadPoolExecutor(2) as pool:
         models = list(pool.map(lambda _: run(short, show_progress=False, n_threads=1), range(2)))
+    assert not list(short.folder.rglob("checkpoint-*")), "what is finished needs nothing to go on from"
     assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
     assert dict(os.environ) == environment
 
