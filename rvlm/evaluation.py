@@ -4,13 +4,11 @@ Episodes run in batches of fixed composition, so the result does not depend on h
 batch that is finished is kept on disk.
 """
 
+import contextlib
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +21,12 @@ from rvlm.actions import ActionSpec
 from rvlm.caches import Code, keep
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.files import artifacts_dir, commit_on_hub, hash_of_model, key_of, weights_of, write_whole
+from rvlm.processes import in_parallel
 from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
 BATCH = 10  # episodes that run side by side
-_OWN = ("BATCH", "Evaluation", "run_batch", "cast_of", "make_envs", "_judged", "_run_batch", "_spec")
+_OWN = ("BATCH", "Evaluation", "run_batch", "cast_of", "make_envs", "_judged", "_one_thread", "_run_batch", "_spec")
 EPISODES = ("rvlm.rollouts", "rvlm.envs.tabletop.env", *(f"rvlm.evaluation:{name}" for name in _OWN))  # the code of an episode
 
 
@@ -146,13 +145,24 @@ def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float
     )
 
 
-def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
-    """Run one batch of episodes in this process and keep its rows on disk."""
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in every worker: sums in another order can end an episode another way."""
     import torch
 
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
+    """Run one batch of episodes in this process and keep its rows on disk."""
     started = time.time()
-    rows = evaluation.run(batch)
+    with _one_thread():
+        rows = evaluation.run(batch)
     table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
     write_whole(folder / f"{batch:05d}.parquet", table.to_parquet())
     return len(rows)
@@ -174,14 +184,8 @@ def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
 
 @functools.lru_cache(maxsize=4)
 def _filmed(evaluation: Evaluation, batch: int, folder: Path) -> list[dict]:
-    import torch
-
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as when it was evaluated: sums in another order can end another way
-    try:
+    with _one_thread():  # as when it was evaluated
         return run_batch(evaluation, batch, keep_frames=True)
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def film(evaluation: Evaluation, seed: int) -> dict:
@@ -205,7 +209,7 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
 
     Args:
         evaluations: Name in tables and figures -> evaluation.
-        n_workers: Processes.
+        n_workers: Processes; 1 or less runs all in this one.
         show_progress: Whether to draw a progress bar.
 
     Returns:
@@ -229,23 +233,9 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         jobs += [(evaluation, batch, folder) for batch in todo]
     with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
         bar.update(total - sum(e.batch_size(b) for e, b, _ in jobs))
-        for n in _in_processes(jobs, n_workers):
+        for n in in_parallel(_run_batch, jobs, n_workers):
             bar.update(n)
     return pd.concat([_read(name, e, folders[name]) for name, e in evaluations.items()], ignore_index=True)
-
-
-def _in_processes(jobs: list[tuple], n_workers: int) -> Iterable[int]:
-    from rvlm.processes import exit_with
-
-    if not jobs:
-        return
-    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
-        futures = [pool.submit(_run_batch, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _read(name: str, evaluation: Evaluation, folder: Path) -> pd.DataFrame:

@@ -16,13 +16,10 @@ Source: huggingface/lerobot, src/lerobot/datasets (format v3.0).  Taught in: 02_
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,6 @@ from tqdm.auto import tqdm
 from rvlm.actions import ActionSpec
 from rvlm.files import write_whole
 from rvlm.lerobot import Frames, assemble
-from rvlm.processes import exit_with
 from rvlm.shards import LAST, Shard, extra_of, finished, joined, n_episodes, number_of, place, place_next, take_up
 from rvlm.video import EpisodeError
 
@@ -255,20 +251,7 @@ def collect(
         done = {number_of(shard) for shard in finished(partial)}
         todo = [i for i in range(n_shards) if i not in done]
         with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
-            for _ in _in_parallel(partial, todo, spec, make_shard, n_workers):
+            for _ in in_parallel(record_shard, [(str(partial), i, spec, make_shard) for i in todo], n_workers):
                 bar.update()
         extra_of(finished(partial))  # of one kind each, or refused
         return _assemble(finished(partial), root, spec, held_out)
-
-
-def _in_parallel(partial: Path, todo: list[int], spec: ActionSpec, make_shard: Callable, n_workers: int) -> Iterable[int]:
-    if n_workers <= 1 or len(todo) <= 1:
-        yield from (record_shard(str(partial), i, spec, make_shard) for i in todo)
-        return
-    with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
-        futures = [pool.submit(record_shard, str(partial), i, spec, make_shard) for i in todo]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -182,7 +182,7 @@ def test_the_expert_succeeds_and_chance_does_not_whoever_runs_them():
 
 def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     ran = []
-    monkeypatch.setattr(evaluation, "_in_processes", lambda jobs, n: (in_process(*job, ran) for job in jobs))
+    monkeypatch.setattr(evaluation, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
     more = dataclasses.replace(FEW, n_episodes=BATCH + 3)
     assert len(evaluate({"a": FEW}, show_progress=False)) == 4
     assert len(evaluate({"a": more}, show_progress=False)) == BATCH + 3

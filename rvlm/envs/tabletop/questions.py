@@ -5,11 +5,8 @@ drawn later. Places in an image are answered in location tokens, as PaliGemma do
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
 from rvlm.files import artifacts_dir, key_of, make_folder
-from rvlm.processes import exit_with
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
 OFFSET_RANGE = 0.32  # offsets are binned over plus and minus this [m]
@@ -301,7 +297,7 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         n_scenes: Scenes of all parts together.
         first_seed: Seed of the first part; parts count up.
         image_size: Side of both images [px].
-        n_workers: Processes.
+        n_workers: Processes; 1 or less renders in this one.
         per_part: Scenes per folder.
 
     Returns:
@@ -315,10 +311,8 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
     todo = [job for job in jobs if not job[0].exists()]
     if todo:
         CODE.refuse_changed()
-        with ProcessPoolExecutor(min(n_workers, len(todo)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
-            futures = [pool.submit(make_scenes, *job) for job in todo]
-            for future in tqdm(as_completed(futures), total=len(todo), desc=f"render {n_scenes} scenes", unit="part"):
-                future.result()
+        for _ in tqdm(in_parallel(make_scenes, todo, n_workers), f"render {n_scenes} scenes", len(todo), unit="part"):
+            pass
     names = ("robot", "seed", "n_scenes", "image_size")
     return [keep(folder, CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
 
