@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from rvlm.actions import ActionSpec
 from rvlm.files import write_whole
 from rvlm.lerobot import Frames, assemble
+from rvlm.processes import in_parallel
 from rvlm.shards import LAST, Shard, extra_of, finished, joined, n_episodes, number_of, place, place_next, take_up
 from rvlm.video import EpisodeError
 

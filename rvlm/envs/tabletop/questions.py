@@ -21,6 +21,7 @@ from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
 from rvlm.files import artifacts_dir, key_of, make_folder
+from rvlm.processes import in_parallel
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
 OFFSET_RANGE = 0.32  # offsets are binned over plus and minus this [m]
