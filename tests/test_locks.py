@@ -104,9 +104,10 @@ def test_every_import_is_declared_and_every_dependency_is_used():
     declared = {canonicalize_name(Requirement(line).name) for lines in EXTRAS.values() for line in lines} - {"rvlm"}
     declared |= {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     modules = {MODULES.get(name, name).replace("-", "_"): name for name in declared}
-    undeclared = {name: sorted(files) for name, files in imported().items() if name not in modules}
+    found = imported()
+    undeclared = {name: sorted(files) for name, files in found.items() if name not in modules}
     assert not undeclared, f"declare in pyproject.toml what is imported: {undeclared}"
-    unused = {name for module, name in modules.items() if module not in imported()} - set(WITHOUT_IMPORT)
+    unused = {name for module, name in modules.items() if module not in found} - set(WITHOUT_IMPORT)
     assert not unused, f"nothing imports {sorted(unused)}; leave it out of pyproject.toml, or say why it is needed"
 
 

@@ -265,10 +265,11 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
 # -- shots, wordings, co-training --------------------------------------------------------------------------------------
 def test_shots_are_as_many_of_each_family(stage):
     one = dataclasses.replace(stage, data=stage.data[:1], shots=2)
-    episodes = {int(s["episode_index"]) for s in (drawn(one)[i] for i in range(48))}
+    episodes_of = lambda stage: {int(sample["episode_index"]) for sample in map(drawn(stage).__getitem__, range(48))}  # noqa: E731
+    episodes = episodes_of(one)
     families = EpisodeDataset(stage.data[0]).episodes["family"].to_numpy()
     assert sorted(families[sorted(episodes)]) == ["family 0"] * 2 + ["family 1"] * 2 + ["family 2"] * 2
-    assert {int(s["episode_index"]) for s in (drawn(dataclasses.replace(one, seed=1))[i] for i in range(48))} != episodes
+    assert episodes_of(dataclasses.replace(one, seed=1)) != episodes
     with pytest.raises(ValueError, match=r"expected 9 training episodes of each family in .*, got fewer of family 0"):
         drawn(dataclasses.replace(one, shots=9))
 

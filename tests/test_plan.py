@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from rvlm import passes
 from rvlm.backbones import SMALL_VLM
 from rvlm.families import FAMILIES
-from rvlm.plan import CARDS, CONTEXT, plan, shapes
+from rvlm.plan import CARDS, CONTEXT, _on_paper, plan, shapes
 from rvlm.probe import probe
 from rvlm.stages import ROBOT, Stage
 from rvlm.trainer import rehearse
@@ -51,11 +51,14 @@ def test_savers_save_in_the_plan_too():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_of_the_hub_have_their_published_size(name):
-    """And the less of one learns, and in fewer bits it is held, the less it needs."""
+    model, _ = _on_paper(shapes()[name][0], ONE_STEP, "full", 0)
+    assert 0 < sum(p.numel() for p in model.parameters()) - PUBLISHED[name] < 20e6, "its head"
+
+
+@pytest.mark.parametrize("name", ["SmolVLM2-2.2B", "PaliGemma-3B"])
+def test_the_less_learns_and_in_fewer_bits_it_is_held_the_less_is_needed(name):
     config, n_image_tokens = shapes()[name]
     plans = {t: plan(config, n_image_tokens, ONE_STEP, tuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
-    head = plans["full"].parameters - PUBLISHED[name]
-    assert 0 < head < 20e6
     assert plans["full"].peak > plans["lora"].peak > plans["qlora"].peak
     assert plans["qlora"].weights < 0.65 * plans["lora"].weights
 

@@ -180,7 +180,7 @@ def test_finished_parts_are_kept_and_missing_ones_are_made_again_alike(folders, 
     assert collect_scenes(5, first_seed=3, image_size=32, n_workers=1, per_part=2) == folders
     assert [(f / "images.npy").read_bytes() for f in folders] == before
     assert [(f / "images.npy").stat().st_mtime_ns == s for f, s in zip(folders, stamps, strict=True)] == [True, False, True]
-    monkeypatch.setattr(questions, "ProcessPoolExecutor", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(questions, "make_scenes", lambda *_: pytest.fail("nothing was left to do"))
     collect_scenes(5, first_seed=3, image_size=32, n_workers=1, per_part=2)
 
 
