@@ -1,6 +1,7 @@
 """Acting: whatever differs in kind from training is refused with both sides named, and never becomes an action."""
 
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -175,6 +176,16 @@ def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         policy.select_action([given()])
+
+
+def test_an_angle_is_doubted_in_degrees_and_not_for_being_new(policy):
+    """However little it turned in training, a turn of half a circle is one."""
+    robot = policy.expected.robot
+    still = dataclasses.replace(robot.stats["observation.state"], min=np.full(7, -0.05), max=np.full(7, 0.05))
+    robot = dataclasses.replace(robot, stats={**robot.stats, "observation.state": still})
+    checks = dataclasses.replace(policy.expected, robot=robot)
+    assert checks.far([{"state": np.array([0, 0, 0, 0, 0, np.pi, 0])}]) == ""
+    assert "state 'yaw' is 90 [rad]" in checks.far([{"state": np.array([0, 0, 0, 0, 0, 90, 0])}])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

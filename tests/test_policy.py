@@ -175,9 +175,11 @@ def test_robots_that_are_done_are_dropped_and_the_others_do_the_same(toy_vlm, to
             policy.keep(wrong)
 
 
-@pytest.mark.parametrize("family", ["toy_vlm", "llava"])
-@pytest.mark.parametrize("has_state", [True, False])
-@pytest.mark.parametrize("cameras", [("static",), ("static", "wrist")])
+@pytest.mark.parametrize(
+    "family, has_state, cameras",
+    [("toy_vlm", has_state, cameras) for has_state in (True, False) for cameras in (("static",), ("static", "wrist"))]
+    + [("llava", True, ("static", "wrist")), ("llava", False, ("static",))],
+)
 @STRUCTURES
 def test_every_combination_learns_an_episode_is_saved_and_acts(
     family, settings, cameras, has_state, toy_stats, tmp_path, request
