@@ -10,9 +10,9 @@ import time
 import numpy as np
 import torch
 
-from rvlm.evaluation import BATCH, Evaluation, cast_of
-from rvlm.recipes import POLICY
-from rvlm.rollouts import rollout
+from rvlm.evaluation.closed_loop import BATCH, Evaluation, cast_of
+from rvlm.evaluation.rollouts import rollout
+from rvlm.experiments.recipes import POLICY
 
 N_EPISODES = 200
 

@@ -15,15 +15,15 @@ import time
 import numpy as np
 import torch
 
-from rvlm.actions import ActionSpec, StatsAccumulator
-from rvlm.backbones import SMALL_VLM, as_encoder_outputs
-from rvlm.batches import RobotCollator
-from rvlm.checkpoints import make_vla
+from rvlm.data.actions import ActionSpec, StatsAccumulator
 from rvlm.files import results_dir, write_whole
-from rvlm.memory import CachedSequence, FeatureWindow, RecomputedSequence
-from rvlm.policy import Policy
-from rvlm.prompts import pad
-from rvlm.report import provenance
+from rvlm.policy.checkpoints import make_vla
+from rvlm.policy.observation_history import CachedSequence, FeatureWindow, RecomputedSequence
+from rvlm.policy.policy import Policy
+from rvlm.report.findings import provenance
+from rvlm.training.stage_data import RobotCollator
+from rvlm.vlm.backbones import SMALL_VLM, as_encoder_outputs
+from rvlm.vlm.prompts import pad
 
 WINDOW, BATCH, N_ROUNDS, N_ROBOTS = 8, 16, 15, 10
 TEXT = "push the red cube towards the camera"

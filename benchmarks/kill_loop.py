@@ -28,8 +28,8 @@ FINISHED = ("home/stages/*/model", "home/datasets/*", "home/scenes/*", "home/rep
 
 def record(root: Path) -> None:
     """What a recording of one's own looks like: random frames, an episode after the other."""
-    from rvlm.actions import ActionSpec
-    from rvlm.episodes import EpisodeWriter
+    from rvlm.data.actions import ActionSpec
+    from rvlm.data.windows import EpisodeWriter
 
     spec = ActionSpec.from_card("tabletop_franka7")
     with EpisodeWriter(root, spec, episodes_per_file=15) as writer:

@@ -1,12 +1,14 @@
 """Robot policies from vision-language models.
 
 `VLA = VLM + action head + history`: any Hugging Face vision-language model becomes a robot policy with
-as little change as possible. The modules follow the data, from demonstrations (`rvlm.episodes`) to
-closed-loop success (`rvlm.evaluation`); README.md lists them. Importing this package loads none of them.
+as little change as possible. The modules follow the data, from demonstrations (`rvlm.data.windows`) to
+closed-loop success (`rvlm.evaluation.closed_loop`); README.md lists them. Importing this package loads none of them.
 """
 
+import importlib
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -21,3 +23,48 @@ for _name, _value in {
 
 # bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# What users need most, by name -> where it is; each is imported when it is asked for.
+_OFFERED = {
+    "ActionSpec": "data.actions",
+    "EpisodeDataset": "data.windows",
+    "EpisodeWriter": "data.windows",
+    "split": "data.windows",
+    "make_policy": "policy.checkpoints",
+    "load_policy": "policy.policy",
+    "Policy": "policy.policy",
+    "Stage": "training.stages",
+    "train": "training.launch",
+    "plan_memory": "training.memory_plan",
+    "Evaluation": "evaluation.closed_loop",
+    "evaluate": "evaluation.closed_loop",
+    "inspect_vlm": "policy.inspection",
+    "diagnose": "diagnosis.ladder",
+}
+
+if TYPE_CHECKING:
+    from rvlm.data.actions import ActionSpec as ActionSpec
+    from rvlm.data.windows import EpisodeDataset as EpisodeDataset
+    from rvlm.data.windows import EpisodeWriter as EpisodeWriter
+    from rvlm.data.windows import split as split
+    from rvlm.diagnosis.ladder import diagnose as diagnose
+    from rvlm.evaluation.closed_loop import Evaluation as Evaluation
+    from rvlm.evaluation.closed_loop import evaluate as evaluate
+    from rvlm.policy.checkpoints import make_policy as make_policy
+    from rvlm.policy.inspection import inspect_vlm as inspect_vlm
+    from rvlm.policy.policy import Policy as Policy
+    from rvlm.policy.policy import load_policy as load_policy
+    from rvlm.training.launch import train as train
+    from rvlm.training.memory_plan import plan_memory as plan_memory
+    from rvlm.training.stages import Stage as Stage
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers by name, and its rooms."""
+    if name in _OFFERED:
+        return getattr(importlib.import_module(f"rvlm.{_OFFERED[name]}"), name)
+    raise AttributeError(f"module 'rvlm' has no {name!r}; it offers {', '.join(sorted(_OFFERED))}, and modules in its rooms")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OFFERED])

@@ -30,7 +30,10 @@ PACKAGE = Path(__file__).resolve().parent
 LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
 NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
 # Where results go and how they are asked for: that changes no result.
-PLUMBING = ("rvlm", *(f"rvlm.{name}" for name in ("files", "caches", "provenance", "processes", "stages", "model_card")))
+PLUMBING = (
+    *("rvlm", "rvlm.files", "rvlm.caches", "rvlm.provenance", "rvlm.processes"),
+    *("rvlm.training.stages", "rvlm.policy.model_card"),
+)
 
 
 def results_dir() -> Path:
@@ -254,9 +257,9 @@ def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
     """Twelve characters that stand for the source code that computes something; comments and docstrings don't count.
 
     Args:
-        roots: Modules ("rvlm.rollouts"), which stand for all that they import within the package, within functions too; or
-            functions, classes and constants ("rvlm.evaluation:run_batch"), which stand for their own source, what they import
-            themselves, and the functions, classes and constants of the same module that they name.
+        roots: Modules ("rvlm.evaluation.rollouts"), which stand for all that they import within the package, within functions
+            too; or functions, classes and constants ("rvlm.evaluation.closed_loop:run_batch"), which stand for their own source,
+            what they import themselves, and the functions, classes and constants of the same module that they name.
         without: Modules and packages that are imported somewhere on the way but not used by what is computed.
 
     Raises:
@@ -311,7 +314,7 @@ def _part(name: str) -> str:
 
 
 def _modules(name: str) -> list[str]:
-    """The module of an imported name, as "rvlm.actions" of "rvlm.actions.ActionSpec"; none outside the package."""
+    """The module of an imported name, as "rvlm.data.actions" of "rvlm.data.actions.ActionSpec"; none outside the package."""
     while name.split(".")[0] == PACKAGE.name:
         if _file(name) is not None:
             return [name]

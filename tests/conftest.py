@@ -55,7 +55,7 @@ def toy_vlm(toy_home):
     """Folder of an untrained vision-language model of SmolVLM's class; it draws in microseconds."""
     import torch
 
-    from rvlm.small_vlm import small_vlm, train_tokenizer
+    from rvlm.vlm.small import small_vlm, train_tokenizer
 
     torch.manual_seed(0)
     model, processor = small_vlm(train_tokenizer(TEXTS, ["<loc00>"]), **TOY)
@@ -67,8 +67,8 @@ def toy_vlm(toy_home):
 @pytest.fixture(scope="session")
 def toy_demos(toy_home):
     """Folder of twelve made-up demonstrations of the default robot."""
-    from rvlm.actions import ActionSpec
-    from rvlm.episodes import EpisodeWriter
+    from rvlm.data.actions import ActionSpec
+    from rvlm.data.windows import EpisodeWriter
 
     spec = ActionSpec.from_card("tabletop_franka7")
     writer = EpisodeWriter(toy_home / "demos", spec)
@@ -79,7 +79,7 @@ def toy_demos(toy_home):
 
 @pytest.fixture(scope="session")
 def toy_stats(toy_demos):
-    from rvlm.episodes import EpisodeDataset
+    from rvlm.data.windows import EpisodeDataset
 
     return EpisodeDataset(toy_demos).stats()
 

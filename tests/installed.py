@@ -22,10 +22,10 @@ def main(extras):
     import numpy as np
 
     import rvlm
-    from rvlm.actions import CARDS, ActionSpec
+    from rvlm.data.actions import CARDS, ActionSpec
     from rvlm.files import IS_CLONE, artifacts_dir, results_dir
-    from rvlm.policy import Policy
-    from rvlm.report import published
+    from rvlm.policy.policy import Policy
+    from rvlm.report.findings import published
 
     package = Path(rvlm.__file__).parent
     assert not IS_CLONE and package / "data_cards" == CARDS, f"not an installed package: {package}"

@@ -5,7 +5,8 @@ import re
 
 import nbformat
 
-from rvlm import report, reproduce
+from rvlm import report
+from rvlm.cli import reproduce
 from rvlm.envs.gl import choose_gl
 from rvlm.files import ROOT
 

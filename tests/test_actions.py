@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rvlm.actions import (
+from rvlm.data.actions import (
     CARDS,
     KINDS,
     ActionSpec,

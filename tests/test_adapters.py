@@ -10,11 +10,11 @@ from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
 
-from rvlm.adapters import FOLDER, is_quantized, precision
-from rvlm.backbones import load_backbone, vision_modules
-from rvlm.checkpoints import load_vla, make_vla, merge_vla, remake_vla
-from rvlm.policy import Policy
-from rvlm.processors import load_processor
+from rvlm.policy.checkpoints import load_vla, make_vla, merge_vla, remake_vla
+from rvlm.policy.policy import Policy
+from rvlm.vlm.adapters import FOLDER, is_quantized, precision
+from rvlm.vlm.backbones import load_backbone, vision_modules
+from rvlm.vlm.processors import load_processor
 
 ADAPTED = ("lora", "dora", "qlora")
 
@@ -228,7 +228,7 @@ def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
 
 def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm, toy_stats, tmp_path, monkeypatch):
     """As on a GPU: weights that learn in full, and the same action after reloading."""
-    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     model, processor = build(toy_vlm, toy_stats, "lora")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

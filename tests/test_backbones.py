@@ -15,14 +15,14 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from rvlm.actions import ActionSpec
-from rvlm.backbones import load_backbone
-from rvlm.batches import RobotCollator, encode_dialogue
-from rvlm.checkpoints import make_vla
-from rvlm.policy import Policy
-from rvlm.processors import ACT, load_processor
-from rvlm.prompts import Prompter, pad
-from rvlm.small_vlm import small_vlm, train_tokenizer
+from rvlm.data.actions import ActionSpec
+from rvlm.policy.checkpoints import make_vla
+from rvlm.policy.policy import Policy
+from rvlm.training.stage_data import RobotCollator, encode_dialogue
+from rvlm.vlm.backbones import load_backbone
+from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.prompts import Prompter, pad
+from rvlm.vlm.small import small_vlm, train_tokenizer
 
 RNG = np.random.default_rng(0)
 

@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rvlm.actions import CARDS, ActionSpec, ActionTokenizer, CardError, NormStats, SpecMismatch
-from rvlm.camera_names import find_camera
-from rvlm.dimensions import check_order
-from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
-from rvlm.reading import pooled_stats
+from rvlm.data.actions import CARDS, ActionSpec, ActionTokenizer, CardError, NormStats, SpecMismatch
+from rvlm.data.camera_names import find_camera
+from rvlm.data.dataset import pooled_stats
+from rvlm.data.dimensions import check_order
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
+from rvlm.files import PACKAGE
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 STATIC, WRIST = "observation.images.static", "observation.images.wrist"
@@ -763,7 +764,7 @@ def check(root, damage, message, right, monkeypatch):
         return
     with pytest.raises(EpisodeError, match=message) as error:
         samples_of(root)
-    assert error.traceback[-1].path.parent.name == "rvlm" and error.traceback[-1].statement.lines[0].strip().startswith("raise")
+    assert error.traceback[-1].path.is_relative_to(PACKAGE) and error.traceback[-1].statement.lines[0].strip().startswith("raise")
     assert not list(root.with_name("home").glob("frames/*.part"))
 
 
@@ -956,7 +957,7 @@ def test_what_could_not_be_written_is_refused_when_it_comes(name, writer):
     columns, more, message = REFUSED[name]
     with pytest.raises(EpisodeError, match=message) as error:
         writer.add_episode({**frames_of(4, 1), **columns}, **{"instruction": "pick", **more})
-    assert error.traceback[-1].path.parent.name == "rvlm"
+    assert error.traceback[-1].path.is_relative_to(PACKAGE)
 
 
 # --- statistics, tokens and numbers of cards -----------------------------------------------------------------------------
@@ -1007,7 +1008,7 @@ def scaled(root, scale, seed):
 
 
 def test_folders_under_one_card_share_statistics_of_all(tmp_path):
-    from rvlm.batches import _robots
+    from rvlm.training.stage_data import _robots
 
     sets = [scaled(tmp_path / "small", 0.02, 0), scaled(tmp_path / "large", 1.0, 50)]
     train = [np.array([0, 1]), np.array([1, 2])]

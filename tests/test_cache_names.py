@@ -11,12 +11,12 @@ import torch
 from conftest import TEXTS, toy_frames
 
 from rvlm import files
-from rvlm.actions import ActionSpec
 from rvlm.caches import entries, prune
-from rvlm.episodes import EpisodeDataset, EpisodeWriter
+from rvlm.data.actions import ActionSpec
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 from rvlm.files import code_of
-from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-from rvlm.trainer import work
+from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training.trainer import work
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 
@@ -59,16 +59,16 @@ def test_a_stage_is_named_by_its_datas_content(home, toy_vlm, tmp_path):
 def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm, toy_demos, monkeypatch):
     folders = {name: a_stage(toy_demos, toy_vlm, precision=name).folder for name in ("auto", "fp32", "bf16")}
     assert folders["auto"] == folders["fp32"] != folders["bf16"]
-    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     assert a_stage(toy_demos, toy_vlm).folder == folders["bf16"]
 
 
 def codes():
     """The code of everything that is kept, by name."""
-    from rvlm import dagger
-    from rvlm.chains import ChainEvaluation
     from rvlm.envs.tabletop import demonstrations, questions
-    from rvlm.evaluation import Evaluation
+    from rvlm.evaluation.chains import ChainEvaluation
+    from rvlm.evaluation.closed_loop import Evaluation
+    from rvlm.experiments import dagger
 
     shared = {"init": "vlm", "n_samples": 8, "batch_size": 4, "n_processes": 1}
     return {
@@ -84,18 +84,21 @@ def codes():
 ROBOT_STAGES, ASKING = {"robot", "varied"}, {"questions", "detection"}
 ACTED = {"policy", "expert", "chains"}
 CHANGED: dict[str, set[str]] = {  # file -> what is computed anew after its code has changed
-    "heads.py": {*ROBOT_STAGES, "policy", "corrections"},
-    "trainer.py": {*ROBOT_STAGES, *ASKING},
-    "features.py": {*ROBOT_STAGES, "questions"},
-    "detection.py": {"detection"},
-    "rollouts.py": ACTED,
-    "chains.py": {"chains"},
+    "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
+    "training/trainer.py": {*ROBOT_STAGES, *ASKING},
+    "training/features.py": {*ROBOT_STAGES, "questions"},
+    "training/detection.py": {"detection"},
+    "evaluation/rollouts.py": ACTED,
+    "evaluation/chains.py": {"chains"},
     "envs/tabletop/tasks.py": {*ACTED, *ASKING, "varied", "demonstrations", "corrections", "scenes"},
     "envs/tabletop/experts.py": {*ACTED, "demonstrations", "corrections", "scenes"},
-    "recording.py": {"demonstrations", "corrections"},
-    "dagger.py": {"corrections"},
+    "data/writer.py": {"demonstrations", "corrections"},
+    "experiments/dagger.py": {"corrections"},
 }
-NOTHING = ("report", "model_card", "statistics/intervals", "grids", "recipes", "plots/charts", "caches", "stages")
+NOTHING = (
+    *("report/findings", "policy/model_card", "statistics/intervals", "training/search", "experiments/recipes"),
+    *("report/plots/charts", "caches", "training/stages"),
+)
 CHANGED |= {f"{name}.py": set() for name in NOTHING}
 
 
@@ -158,32 +161,32 @@ def scenes(tmp_path_factory):
     ids=["robot", "varied", "vision_language", "detection"],
 )
 def test_a_stage_runs_no_code_that_is_not_in_its_name(home, kind, changes, toy_demos, scenes, tmp_path):
-    from rvlm.backbones import SMALL_VLM
+    from rvlm.vlm.backbones import SMALL_VLM
 
     data, policy = (toy_demos, {"structure": "one_step"}) if kind == ROBOT else (scenes, {})
     stage = Stage("toy", kind, (str(data),), str(SMALL_VLM), 4, policy=policy, batch_size=4, n_processes=1, **changes)
     ran = traced(lambda: work(stage, tmp_path))
-    assert ("rvlm.trainer", "work") in ran and missing(ran, stage.code) == []
+    assert ("rvlm.training.trainer", "work") in ran and missing(ran, stage.code) == []
 
 
 def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
-    from rvlm import evaluation
-    from rvlm.chains import ChainEvaluation
+    from rvlm.evaluation import closed_loop
+    from rvlm.evaluation.chains import ChainEvaluation
 
     shared = {"n_episodes": 1, "max_steps": 2}
     for asked in (
-        evaluation.Evaluation(str(saved[0]), **shared),
-        evaluation.Evaluation("expert", **shared),
+        closed_loop.Evaluation(str(saved[0]), **shared),
+        closed_loop.Evaluation("expert", **shared),
         ChainEvaluation("random", **shared, length=2),
     ):
         (home / asked.policy[-6:]).mkdir(parents=True)
-        ran = traced(lambda a=asked: evaluation._run_batch(a, 0, home / a.policy[-6:]))
-        assert ("rvlm.rollouts", "rollout") in ran and missing(ran, asked.code) == [], asked
+        ran = traced(lambda a=asked: closed_loop._run_batch(a, 0, home / a.policy[-6:]))
+        assert ("rvlm.evaluation.rollouts", "rollout") in ran and missing(ran, asked.code) == [], asked
 
 
 def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, saved, tmp_path):
-    from rvlm import dagger
     from rvlm.envs.tabletop import demonstrations, questions
+    from rvlm.experiments import dagger
 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
     asked = dagger.Corrections(str(saved[0]), dataclasses.replace(few, max_steps=2))
@@ -194,19 +197,22 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
 
 def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vlm, tmp_path):
     """What decides which rows a dataset has is not in the name of its frames, for the rows are."""
-    from rvlm import cameras, features
-    from rvlm.backbones import load_backbone
     from rvlm.caches import Code
-    from rvlm.processors import load_processor
+    from rvlm.data import cameras
+    from rvlm.training import features
+    from rvlm.vlm.backbones import load_backbone
+    from rvlm.vlm.processors import load_processor
 
     dataset, kept = EpisodeDataset(record(tmp_path / "demos")), {}
     ran = traced(lambda: kept.update(dataset.frames_cache(["static"])))
-    assert ("rvlm.cameras", "Camera") in ran
-    assert {m for m in missing(ran, Code(cameras.CODE)) if not m.startswith(("rvlm.reading:", "rvlm.rows:"))} == set()
+    assert ("rvlm.data.cameras", "Camera") in ran
+    assert {
+        m for m in missing(ran, Code(cameras.CODE)) if not m.startswith(("rvlm.data.dataset:", "rvlm.data.row_checks:"))
+    } == set()
     processor = load_processor(toy_vlm)
     model = load_backbone(toy_vlm, processor)
     ran = traced(lambda: features.cached_features(model, processor, kept))
-    assert ("rvlm.features", "_write") in ran and missing(ran, features.CODE) == []
+    assert ("rvlm.training.features", "_write") in ran and missing(ran, features.CODE) == []
 
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):

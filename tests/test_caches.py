@@ -13,7 +13,7 @@ from rvlm.caches import Code, entries, keep, made_of, make_room, prune, use, use
 from rvlm.cli.main import main
 from rvlm.files import write_whole
 
-VIDEO = Code(("rvlm.video",))
+VIDEO = Code(("rvlm.data.video",))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def a_cache(kind, name, code=VIDEO, size=10, inputs=()):
 
 def test_a_cache_says_what_made_it(home):
     made = made_of(a_cache("frames", "x"))
-    assert made["code"] == VIDEO.hash and made["settings"] == {"n": 1} and made["roots"] == ["rvlm.video"]
+    assert made["code"] == VIDEO.hash and made["settings"] == {"n": 1} and made["roots"] == ["rvlm.data.video"]
     assert {"commit", "is_dirty", "versions", "date", "inputs"} <= set(made)
 
 
@@ -140,7 +140,7 @@ def test_what_is_in_use_stays(several):
 
 def test_what_something_is_made_from_stays_meanwhile(several):
     """The policy that is evaluated, and the start and the data of a stage, in a process that a launcher has started too."""
-    from rvlm.training import _stage_in
+    from rvlm.training.launch import _stage_in
 
     several["kept"].joinpath("model").mkdir()
     model, data = str(several["kept"] / "model"), str(a_cache("datasets", "data"))
@@ -185,7 +185,7 @@ def test_the_command_lists_and_deletes_what_it_says(several, capsys):
 
 
 def test_a_finding_says_where_other_code_made_what_it_rests_on(home, tmp_path, monkeypatch):
-    from rvlm.report import finding, fine_print
+    from rvlm.report.findings import finding, fine_print
 
     monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "results"))
     a_cache("evaluations", "of today")

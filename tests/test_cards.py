@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from rvlm.actions import CARDS, ActionSpec, CardError, SpecMismatch, read_card
+from rvlm.data.actions import CARDS, ActionSpec, CardError, SpecMismatch, read_card
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
-from rvlm.episodes import EpisodeDataset, EpisodeWriter
 
 NAMES = sorted(p.stem for p in CARDS.glob("*.md"))
 SECTIONS = ("What one action is", "How to get it", "Traps", "Splits", "Licence")

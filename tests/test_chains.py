@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rvlm import chains
-from rvlm.chains import LENGTH, ChainEvaluation, Symbols, category
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import FAMILIES, MIX
-from rvlm.evaluation import FIRST_HELD_OUT_SEED, evaluate
+from rvlm.evaluation.chains import LENGTH, ChainEvaluation, Symbols, category
+from rvlm.evaluation import chains
+from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED, evaluate
 
 SEEDS = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 40)
 SIMPLE = SETTINGS["simple"]

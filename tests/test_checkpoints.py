@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, SPEC, a_batch, inputs
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from rvlm.batches import BUILDERS
-from rvlm.checkpoint_files import CheckpointError, weights_hash
-from rvlm.checkpoints import load_vla, make_vla
-from rvlm.model_card import model_card
-from rvlm.policy import Policy
-from rvlm.stages import ROBOT, Stage
+from rvlm.policy.checkpoint_files import CheckpointError, weights_hash
+from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.model import VLA
+from rvlm.policy.model_card import model_card
+from rvlm.policy.policy import Policy
 from rvlm.statistics import wilson
-from rvlm.vla import VLA
+from rvlm.training.stage_data import BUILDERS
+from rvlm.training.stages import ROBOT, Stage
 
 
 def a_policy(vlm, stats, tuning="full", **options):
@@ -244,7 +244,7 @@ def test_a_folder_that_does_not_exist_is_named(load):
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("auto", torch.bfloat16)])
 def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
     """On a machine that is fastest in bfloat16, when it is made and when it is loaded again."""
-    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     model, _ = make_vla(toy_vlm, SPEC, toy_stats, tuning="lora", rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
     for policy in (model, load_vla(tmp_path / "policy")[0]):
@@ -255,7 +255,7 @@ def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, mo
 
 
 def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
-    monkeypatch.setattr("rvlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     how = {"tuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
     model, *_ = BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rvlm import recipes, report
+from rvlm import report
 from rvlm.cli import lab
 from rvlm.cli.main import main
 from rvlm.cli.run import tried
+from rvlm.experiments import recipes
 from rvlm.files import RESULTS, ROOT
-from rvlm.parameters import Refused, parameters_of, parse_parameters
+from rvlm.report.notebooks import Refused, parameters_of, parse_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
@@ -99,7 +100,7 @@ def test_values_are_read_as_the_notebook_means_them(home, tmp_path, monkeypatch)
 TOY = [
     ("markdown", "# 00 Toy\n\n**Question.** Why?", []),
     ("code", "n = 1  # how many [1]", ["parameters"]),
-    ("code", "from rvlm.report import finding, results_dir\nprint(results_dir().name)", []),
+    ("code", "from rvlm.report.findings import finding, results_dir\nprint(results_dir().name)", []),
     ("code", 'import os, torch\nprint(os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"])', []),
     ("code", 'finding("00_toy", f"It is {n}.", numbers={"n": n}, n=1, interval=None, seeds=[0])', ["finding"]),
 ]

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rvlm.actions import NormStats
+from rvlm.data.actions import NormStats
+from rvlm.data.windows import EpisodeDataset, Windows, split
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop import demonstrations
 from rvlm.envs.tabletop.demonstrations import NOISE_PER_DIM, Collection, collect_demonstrations, demonstrate, make_shard
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.episodes import EpisodeDataset, Windows, split
-from rvlm.stages import ROBOT, Stage
-from rvlm.trainer import work
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import work
 
 SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light"), image_size=48)
 
@@ -91,7 +91,7 @@ def test_a_policys_statistics_come_from_its_training_episodes(toy_vlm, toy_demos
     data = EpisodeDataset(toy_demos)
     train, held_out = split(data)
     work(Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8, batch_size=8, n_processes=1), tmp_path)
-    from rvlm.checkpoints import load_vla
+    from rvlm.policy.checkpoints import load_vla
 
     model, _ = load_vla(tmp_path / "model")
     wanted, leaking = NormStats.from_parquet(toy_demos, "action", train), NormStats.from_parquet(toy_demos, "action")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm.detection import FLAGS, THINGS, DetectionCollator, Detector, targets
 from rvlm.envs.tabletop.questions import play
 from rvlm.envs.tabletop.scene import SHAPES
-from rvlm.small_vlm import small_vlm, train_tokenizer
+from rvlm.training.detection import FLAGS, THINGS, DetectionCollator, Detector, targets
+from rvlm.vlm.small import small_vlm, train_tokenizer
 
 SIDE = 4
 

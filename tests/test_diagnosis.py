@@ -8,15 +8,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rvlm import diagnosis
-from rvlm.cases import MENDS, Case
-from rvlm.diagnosis import RUNGS, diagnose, verdict
+from rvlm.data.windows import EpisodeDataset
+from rvlm.diagnosis import ladder
+from rvlm.diagnosis.cases import MENDS, Case
+from rvlm.diagnosis.faults import FAULTS, AlteredDataset
+from rvlm.diagnosis.ladder import RUNGS, diagnose, verdict
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.episodes import EpisodeDataset
-from rvlm.faults import FAULTS, AlteredDataset
-from rvlm.policy import Policy
-from rvlm.recipes import POLICY
+from rvlm.experiments.recipes import POLICY
+from rvlm.policy.policy import Policy
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def test_no_fault_no_verdict(case):
 def test_a_column_is_read_once_a_rung_not_once_an_episode(case, monkeypatch):
     read, plain = [], EpisodeDataset.column
     monkeypatch.setattr(EpisodeDataset, "column", lambda self, name: (read.append(name), plain(self, name))[1])
-    diagnosis.motion(dataclasses.replace(case))
+    ladder.motion(dataclasses.replace(case))
     assert sorted(read) == ["action_executed", "observation.state"] and len(case.train()) > 2
 
 
 def test_the_recorded_actions_reproduce_the_recording(case):
-    evidence = diagnosis.replay(case).evidence
+    evidence = ladder.replay(case).evidence
     assert evidence["candidate"].tolist() == ["as recorded"] and evidence.iloc[0, 1] < 1e-3
 
 
@@ -72,7 +72,7 @@ def test_a_policy_that_has_learned_nothing_is_told_so(case):
 
 def test_another_robots_policy_is_refused_by_the_interface(case):
     env = Tabletop(robot="ur6", image_size=32)
-    rung = diagnosis.interface(dataclasses.replace(case, env=env))
+    rung = ladder.interface(dataclasses.replace(case, env=env))
     assert rung.fault == "conventions differ" and "gripper_open: 1.0 against -1.0" in rung.measured
     env.close()
 
@@ -86,5 +86,5 @@ def test_planting_leaves_the_sound_case_alone(case):
 
 
 def test_every_verdict_has_a_mend_and_every_candidate_is_one():
-    candidates = {name.split(":")[0] for name in (*diagnosis.TURNS, *diagnosis.MISREADINGS)}
+    candidates = {name.split(":")[0] for name in (*ladder.TURNS, *ladder.MISREADINGS)}
     assert candidates | {fault.named for fault in FAULTS} <= set(MENDS)

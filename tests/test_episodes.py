@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rvlm.actions import ActionSpec
-from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, collect, split
-from rvlm.lerobot import ImageHistogram
+from rvlm.data.actions import ActionSpec
+from rvlm.data.lerobot_format import ImageHistogram
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, collect, split
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 LENGTHS = (7, 4, 9, 5, 6)
@@ -196,7 +196,7 @@ def test_collect_does_nothing_when_whole(tmp_path):
 def test_killed_collection_goes_on_where_it_was(tmp_path):
     """SIGKILL in the middle: finished shards are kept, nothing is taken for whole, the second run gives the same data."""
     root = tmp_path / "d"
-    made_by = "from rvlm.episodes import collect; from tests.test_episodes import SPEC, fake_shard"
+    made_by = "from rvlm.data.windows import collect; from tests.test_episodes import SPEC, fake_shard"
     code = f"{made_by}; collect({str(root)!r}, SPEC, fake_shard, 4, 1)"
     repository = str(Path(__file__).parents[1])
     process = subprocess.Popen(
@@ -449,7 +449,7 @@ def v21(recorded, tmp_path, monkeypatch):
 
     from PIL import Image
 
-    from rvlm.video import VideoWriter
+    from rvlm.data.video import VideoWriter
 
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     _, episodes = recorded

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from rvlm import evaluation
-from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.checkpoints import make_vla
+from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import MIX
-from rvlm.evaluation import BATCH, Evaluation, evaluate, success_table
-from rvlm.rollouts import CONTROLS, RandomPolicy, rollout
+from rvlm.evaluation import closed_loop
+from rvlm.evaluation.closed_loop import BATCH, Evaluation, evaluate, success_table
+from rvlm.evaluation.rollouts import CONTROLS, RandomPolicy, rollout
+from rvlm.policy.checkpoints import make_vla
 from rvlm.statistics import paired_difference
 
 FAMILIES = ("push_left", "turn_on_light")
@@ -182,7 +182,7 @@ def test_the_expert_succeeds_and_chance_does_not_whoever_runs_them():
 
 def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     ran = []
-    monkeypatch.setattr(evaluation, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
+    monkeypatch.setattr(closed_loop, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
     more = dataclasses.replace(FEW, n_episodes=BATCH + 3)
     assert len(evaluate({"a": FEW}, show_progress=False)) == 4
     assert len(evaluate({"a": more}, show_progress=False)) == BATCH + 3
@@ -227,10 +227,10 @@ def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_
     model, processor = make_vla(toy_vlm, SPEC, toy_stats, chunk_size=2)
     model.save_pretrained(folder, processor)
     asked = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
-    rows = evaluation.run_batch(asked, 0, keep_frames=True)
+    rows = closed_loop.run_batch(asked, 0, keep_frames=True)
     assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
-        evaluation.run_batch(dataclasses.replace(asked, robot="ur6"), 0)
+        closed_loop.run_batch(dataclasses.replace(asked, robot="ur6"), 0)
 
 
 @pytest.mark.parametrize("by", ["name", ("name", "family")])
@@ -261,40 +261,40 @@ def judged(rates, n_trainings=3, n_episodes=40):
 
 def test_gains_pair_episodes_and_trainings():
     episodes = judged({"a": 0.8, "b": 0.4, "c": 0.1})
-    got = evaluation.gains(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
+    got = closed_loop.gains(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
     outcomes = episodes.set_index(["name", "training", "seed"])["is_success"].astype(float).sort_index().unstack()
     a, b, c = (outcomes.loc[name].to_numpy() for name in "abc")
     assert got == {"a over b": paired_difference(a, b), "c over b": paired_difference(c, b)}
     once = episodes[episodes["training"] == "0"].drop(columns="training")
-    assert evaluation.gains(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
+    assert closed_loop.gains(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
 
 
 def test_gains_refuse_policies_that_were_not_judged_alike():
     episodes = judged({"a": 0.8, "b": 0.4})
     last = episodes["seed"].max()
     with pytest.raises(ValueError, match=r"same episodes; \[\('b', '0'\)"):
-        evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
+        closed_loop.gains(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
     with pytest.raises(ValueError, match="same episodes"):
-        evaluation.gains(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
+        closed_loop.gains(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
 
 
 def test_gains_refuse_names_that_are_not_there_and_episodes_that_count_twice():
     episodes = judged({"a": 0.8, "b": 0.4})
     with pytest.raises(ValueError, match=r"expected claims about policies in 'name', got \['c'\]; there are \['a', 'b'\]"):
-        evaluation.gains(episodes, {"it": ("a", "c")})
+        closed_loop.gains(episodes, {"it": ("a", "c")})
     with pytest.raises(ValueError, match=r"expected each episode once, got .* twice, as {'name': 'a', 'training': "):
-        evaluation.gains(pd.concat([episodes, episodes]), {"it": ("a", "b")})
+        closed_loop.gains(pd.concat([episodes, episodes]), {"it": ("a", "b")})
     with pytest.raises(ValueError, match=r"expected each episode once, .* a column 'training'"):
-        evaluation.gains(episodes.drop(columns="training"), {"it": ("a", "b")})
+        closed_loop.gains(episodes.drop(columns="training"), {"it": ("a", "b")})
 
 
 def test_one_policy_judged_twice_is_not_two_trainings():
     episodes = judged({"a": 0.8, "b": 0.4})
     episodes["policy"] = episodes["name"] + episodes["training"]
-    assert evaluation.gains(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
+    assert closed_loop.gains(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
     episodes.loc[episodes["policy"] == "b1", "policy"] = "b0"
     with pytest.raises(ValueError, match="'b' has 3 trainings, but 2 different weights; one policy judged twice is one training"):
-        evaluation.gains(episodes, {"it": ("a", "b")})
+        closed_loop.gains(episodes, {"it": ("a", "b")})
 
 
 def test_rates_of_several_trainings_get_the_wider_interval():
@@ -310,4 +310,4 @@ def test_rates_of_several_trainings_get_the_wider_interval():
 
 def test_film_names_the_seeds_that_exist():
     with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
-        evaluation.film(Evaluation("random", n_episodes=5), 900_005)
+        closed_loop.film(Evaluation("random", n_episodes=5), 900_005)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from toy_policies import SPEC
 
-from rvlm.backbones import load_backbone, vision_modules
-from rvlm.batches import RobotCollator
-from rvlm.checkpoints import load_vla, make_vla
-from rvlm.families import FAMILIES, REFUSED, SIDE, TEXTS
-from rvlm.policy import Policy
-from rvlm.probe import appends
-from rvlm.processors import ACT, load_processor
-from rvlm.prompts import Prompter
-from rvlm.templates import mark_of
+from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.inspection import appends
+from rvlm.policy.policy import Policy
+from rvlm.training.stage_data import RobotCollator
+from rvlm.vlm.backbones import load_backbone, vision_modules
+from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.templates import mark_of
+from rvlm.vlm.tiny import FAMILIES, REFUSED, SIDE, TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
 STRUCTURES = {

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm import features
-from rvlm.backbones import load_backbone, vision_features
 from rvlm.files import digest
-from rvlm.processors import load_processor
-from rvlm.prompts import Prompter
+from rvlm.training import features
+from rvlm.vlm.backbones import load_backbone, vision_features
+from rvlm.vlm.processors import load_processor
+from rvlm.vlm.prompts import Prompter
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ import sys
 for name in ("mujoco", "OpenGL", "rvlm.envs.tabletop"):
     sys.modules[name] = None  # importing it is an error
 from pathlib import Path
-from rvlm.stages import Stage
-from rvlm.trainer import work
+from rvlm.training.stages import Stage
+from rvlm.training.trainer import work
 data, vlm, out = sys.argv[1:]
 shared = {"batch_size": 4, "n_processes": 1, "policy": {"structure": "one_step"}}
 for i, freeze in enumerate((False, True)):

@@ -153,10 +153,10 @@ def package(tmp_path):
 
 def test_code_is_what_computes_not_what_is_said_about_it(package):
     source, said = package
-    roots = ("rvlm.vla", "rvlm.recording", "rvlm.evaluation:gains")
+    roots = ("rvlm.policy.model", "rvlm.data.writer", "rvlm.evaluation.closed_loop:gains")
     before = said(*roots)
     assert before == [hash_of_code(root, without=("rvlm.envs.tabletop",)) for root in roots], "installed elsewhere, the same code"
-    path = source / "heads.py"
+    path = source / "policy" / "heads.py"
     plain = path.read_text()
     path.write_text(plain.replace('"""', '"""Other words. ', 1).replace("\nclass ", "\n# A remark.\nclass ", 1))
     assert path.read_text() != plain and said(*roots) == before
@@ -167,9 +167,9 @@ def test_code_is_what_computes_not_what_is_said_about_it(package):
 
 def test_a_function_stands_for_its_own_source_and_what_it_names(package):
     source, said = package
-    roots = ("rvlm.evaluation:gains", "rvlm.evaluation:_read")
+    roots = ("rvlm.evaluation.closed_loop:gains", "rvlm.evaluation.closed_loop:_read")
     before = said(*roots)
-    path = source / "evaluation.py"
+    path = source / "evaluation" / "closed_loop.py"
     path.write_text(path.read_text().replace("def gains(", "def gains(*_, ", 1))
     after = said(*roots)
     assert after[0] != before[0] and after[1] == before[1]
@@ -178,24 +178,26 @@ def test_a_function_stands_for_its_own_source_and_what_it_names(package):
 
 
 def test_imports_are_followed_within_functions_and_through_packages():
-    found = code_of("rvlm.batches")
+    found = code_of("rvlm.training.stage_data")
     assert {
         "rvlm.envs",
         "rvlm.envs.gl",
         "rvlm.envs.tabletop",
         "rvlm.envs.tabletop.tasks",
-        "rvlm.checkpoints",
-        "rvlm.heads",
+        "rvlm.policy.checkpoints",
+        "rvlm.policy.heads",
     } <= set(found)
-    assert "rvlm.files" not in found and "rvlm.report" not in found
-    assert not [n for n in code_of("rvlm.batches", without=("rvlm.envs.tabletop",)) if n.startswith("rvlm.envs.tabletop")]
+    assert "rvlm.files" not in found and "rvlm.report.findings" not in found
+    assert not [
+        n for n in code_of("rvlm.training.stage_data", without=("rvlm.envs.tabletop",)) if n.startswith("rvlm.envs.tabletop")
+    ]
 
 
 @pytest.mark.parametrize(
     ("root", "message"),
     [
         ("nowhere.video", "a module of rvlm, or module:function"),
-        ("rvlm.video:nobody", "class or constant 'rvlm.video:nobody'; .*has "),
+        ("rvlm.data.video:nobody", "class or constant 'rvlm.data.video:nobody'; .*has "),
     ],
 )
 def test_unknown_code_is_refused(root, message):
@@ -205,14 +207,14 @@ def test_unknown_code_is_refused(root, message):
 
 CHANGE = """
 from rvlm import files
-files.refuse_changed_code("rvlm.video")
-path = files.PACKAGE / "video.py"
+files.refuse_changed_code("rvlm.data.video")
+path = files.PACKAGE / "data" / "video.py"
 plain = path.read_text()
 path.write_text(plain + "# a remark\\n")
-files.refuse_changed_code("rvlm.video")
+files.refuse_changed_code("rvlm.data.video")
 path.write_text(plain + "TWO = 2\\n")
 files.refuse_changed_code("rvlm.envs.gl")
-files.refuse_changed_code("rvlm.video")
+files.refuse_changed_code("rvlm.data.video")
 """
 
 

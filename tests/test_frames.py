@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from conftest import toy_frames
 
-from rvlm import files, frames, tables, video
-from rvlm.actions import ActionSpec
-from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter
-from rvlm.placement import place
+from rvlm import files
+from rvlm.data import frame_cache, tables, video
+from rvlm.data.actions import ActionSpec
+from rvlm.data.frame_placement import place
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 HERE = Path("static.mp4")
@@ -104,8 +105,8 @@ def arrays():
 
 def test_what_is_asked_twice_is_read_once(demos, monkeypatch):
     read, decoded, read_table, decode_frames = [], [], tables.read_table, video.decode_frames
-    monkeypatch.setattr("rvlm.reading.read_table", lambda path, names: read.append(names) or read_table(path, names))
-    monkeypatch.setattr("rvlm.cameras.decode_frames", lambda *a: decoded.append(a) or decode_frames(*a))
+    monkeypatch.setattr("rvlm.data.dataset.read_table", lambda path, names: read.append(names) or read_table(path, names))
+    monkeypatch.setattr("rvlm.data.cameras.decode_frames", lambda *a: decoded.append(a) or decode_frames(*a))
     dataset = EpisodeDataset(demos)
     for _ in range(3):
         dataset.column("action")
@@ -159,7 +160,7 @@ def test_the_limit_removes_what_was_used_longest_ago_and_nothing_in_use(demos, m
     dataset.frames_cache(["wrist"])
     os.utime(arrays()["static"] / "about.json", (1, 1))  # the older one, but in use
     monkeypatch.setenv("RVLM_FRAMES_GB", str(2.5 * size / 1e9))
-    frames.make_room(size)
+    frame_cache.make_room(size)
     assert list(arrays()) == ["static"] and held.shape == (8, 16, 16, 3)
     monkeypatch.setenv("RVLM_FRAMES_GB", str(1.5 * size / 1e9))
     with pytest.raises(EpisodeError, match=r"expected room for .* GB of decoded frames, got .*; set RVLM_FRAMES_GB higher"):
@@ -186,7 +187,7 @@ def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch)
 
     monkeypatch.setattr(files.os, "posix_fallocate", full)
     with pytest.raises(files.NoRoomError, match=r"frames/.*: expected room for 320 bytes, got \d+ that are free \(No space"):
-        frames.cached_frames({"n": 1}, {}, lambda: (1, 8, 8, 3), lambda out: pytest.fail("written to"))
+        frame_cache.cached_frames({"n": 1}, {}, lambda: (1, 8, 8, 3), lambda out: pytest.fail("written to"))
     assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
 
 
@@ -196,7 +197,7 @@ def test_damaged_frames_are_made_anew_and_stand_in_nobodys_way(demos, monkeypatc
     kept.write_bytes(kept.read_bytes()[:500])
     assert np.array_equal(EpisodeDataset(demos).frames_cache(["static"])["static"], whole)
     kept.unlink()
-    frames.make_room(1)
+    frame_cache.make_room(1)
     monkeypatch.setenv("RVLM_FRAMES_GB", "nan")
     with pytest.raises(EpisodeError, match="expected RVLM_FRAMES_GB as a number of gigabytes"):
-        frames.make_room(1)
+        frame_cache.make_room(1)

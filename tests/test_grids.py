@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from rvlm.grids import PAPER, SMALL, _code_of_score, importance, search, storage_of, study_of, table
-from rvlm.open_loop import errors_of
-from rvlm.stages import ROBOT, Stage
-from rvlm.trainer import log_history
+from rvlm.evaluation.open_loop import errors_of
+from rvlm.training.search import PAPER, SMALL, _code_of_score, importance, search, storage_of, study_of, table
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import log_history
 
 GRID = {"learning_rate": (1e-3, 1e-4), "weight_decay": (0.0, 0.1)}
 
@@ -52,11 +52,11 @@ def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
 
 WORKER = """
 import dataclasses, sys
-from rvlm.grids import search
-from rvlm.stages import Stage
+from rvlm.training.search import search
+from rvlm.training.stages import Stage
 import test_grids
-import rvlm.grids
-rvlm.grids.run = lambda *_, **__: "model"  # what is shared is the study
+import rvlm.training.search
+rvlm.training.search.run = lambda *_, **__: "model"  # what is shared is the study
 stage = Stage(**{stage!r})
 search("shared", test_grids.GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
 """
@@ -94,7 +94,7 @@ def untrained(monkeypatch, fail=lambda settings: None):
         fail(settings)
         return Path("model")
 
-    monkeypatch.setattr("rvlm.grids.run", run)
+    monkeypatch.setattr("rvlm.training.search.run", run)
 
     def go_on(grid, n, name="toy"):
         make = lambda **settings: SimpleNamespace(name="toy", folder=Path("toy"), **settings)  # noqa: E731
@@ -172,7 +172,7 @@ def test_what_was_broken_off_is_tried_again(home, monkeypatch):
 
 
 def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
-    monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
+    monkeypatch.setattr("rvlm.training.search.run", lambda *_, **__: Path("model"))
     study = search(
         "nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy", folder=Path("toy")), lambda _: float("nan"), 2
     )
@@ -180,9 +180,9 @@ def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
 
 
 def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
-    monkeypatch.setattr("rvlm.grids.CODE", SimpleNamespace(hash="before"))
+    monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="before"))
     address, before = storage_of("coded"), len(study_of("coded", GRID).trials)
-    monkeypatch.setattr("rvlm.grids.CODE", SimpleNamespace(hash="after"))
+    monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="after"))
     assert storage_of("coded") != address and before == 0
     with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
         study_of("coded", GRID, storage=address)
@@ -194,7 +194,7 @@ def far_mm(model):
 
 def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_demos, tmp_path, monkeypatch):
     """One name, and behind it other demonstrations, another budget, another score, or other code that the score calls."""
-    monkeypatch.setattr("rvlm.grids.run", lambda *_, **__: Path("model"))
+    monkeypatch.setattr("rvlm.training.search.run", lambda *_, **__: Path("model"))
     go_on = lambda stage, score: search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1)  # noqa: E731
     go_on(stage, score := lambda _: 1.0)
     more = shutil.copytree(toy_demos, tmp_path / "more")
@@ -207,6 +207,6 @@ def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_dem
     assert len(study_of("one", GRID).trials) == 1
 
     asked = []
-    monkeypatch.setattr("rvlm.grids.hash_of_code", lambda *names: asked.append(names) or "code")
+    monkeypatch.setattr("rvlm.training.search.hash_of_code", lambda *names: asked.append(names) or "code")
     assert _code_of_score(far_mm) != _code_of_score(end_of)
-    assert asked == [("rvlm.open_loop",), ("rvlm.trainer",)], "another way to measure errors is another score"
+    assert asked == [("rvlm.evaluation.open_loop",), ("rvlm.training.trainer",)], "another way to measure errors is another score"

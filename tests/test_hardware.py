@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from toy_policies import ONE_STEP, build
 
-from rvlm.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
+from rvlm.envs.real_robot import HardwareEnv
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.world import TOOL_DOWN, WORKSPACE_HIGH, WORKSPACE_LOW, axis_angle, rotation_matrix
-from rvlm.hardware import HardwareEnv
-from rvlm.policy import Policy
-from rvlm.rollouts import rollout
+from rvlm.evaluation.rollouts import rollout
+from rvlm.policy.policy import Policy
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 EULER = dataclasses.replace(SPEC, rotation="euler_xyz", state_rotation="euler_xyz")

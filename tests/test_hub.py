@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import a_policy, said
 from toy_policies import ONE_STEP, SPEC
 
-from rvlm.checkpoint_files import CheckpointError
-from rvlm.checkpoints import load_vla, make_vla, remake_vla
-from rvlm.policy import Policy
-from rvlm.vla import VLA
+from rvlm.policy.checkpoint_files import CheckpointError
+from rvlm.policy.checkpoints import load_vla, make_vla, remake_vla
+from rvlm.policy.model import VLA
+from rvlm.policy.policy import Policy
 
 
 class Hub:

@@ -31,7 +31,7 @@ def drive_alone(folder):
     parameters = next(cell for cell in code if "parameters" in cell["metadata"].get("tags", []))
     drive = next(cell for cell in code if "widgets.drive(" in "".join(cell["source"]))
     first = {**drive, "id": "first", "metadata": {}}
-    first["source"] = ["from rvlm import widgets\nfrom rvlm.envs.tabletop.env import Tabletop\nenv = Tabletop()"]
+    first["source"] = ["from rvlm.report import widgets\nfrom rvlm.envs.tabletop.env import Tabletop\nenv = Tabletop()"]
     folder.mkdir(parents=True)
     (folder / "00_look_first.ipynb").write_text(json.dumps({**notebook, "cells": [first, parameters, drive]}))
 

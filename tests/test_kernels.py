@@ -9,7 +9,7 @@ import zmq.asyncio
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.session import Session
 
-from rvlm.kernels import _Channel
+from rvlm.cli.kernels import _Channel
 
 SESSION = Session(key=b"key")
 

@@ -10,17 +10,17 @@ import torch
 from conftest import TEXTS, toy_frames
 from safetensors.torch import load_file
 
-from rvlm.actions import ActionSpec, CardError, SpecMismatch
-from rvlm.batches import BUILDERS
-from rvlm.checkpoints import load_vla, make_vla
+from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, rewordings
-from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows, split
-from rvlm.memory import RecomputedSequence
-from rvlm.mixtures import Budget, Mixture, Robot, arranged, named
-from rvlm.policy import Policy
-from rvlm.stages import ROBOT, Stage
-from rvlm.structures import MAX_ROBOTS
-from rvlm.trainer import log_history, work
+from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.config import MAX_ROBOTS
+from rvlm.policy.mixtures import Budget, Mixture, Robot, arranged, named
+from rvlm.policy.observation_history import RecomputedSequence
+from rvlm.policy.policy import Policy
+from rvlm.training.stage_data import BUILDERS
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import log_history, work
 
 ROBOTS = ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
@@ -304,7 +304,7 @@ def scenes(tmp_path_factory):
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_co_training_asks_and_acts(stage, scenes, tmp_path, n_processes):
     """Law 22: a batch of questions reaches the backbone, and the head learns from the others."""
-    from rvlm.training import run
+    from rvlm.training.launch import run
 
     both = dataclasses.replace(stage, scenes=scenes, dialogue_share=0.5, n_samples=96, n_processes=n_processes)
     model = run(both, show_progress=False, n_threads=1)

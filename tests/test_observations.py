@@ -9,12 +9,12 @@ import pytest
 import torch
 from toy_policies import ONE_STEP, POLICY_HEAD, build, observe
 
-from rvlm.backbones import SMALL_VLM
-from rvlm.batches import BUILDERS
-from rvlm.observations import ObservationError
-from rvlm.policy import Policy
-from rvlm.stages import ROBOT, Stage
-from rvlm.structures import VLAConfig
+from rvlm.policy.config import VLAConfig
+from rvlm.policy.observations import ObservationError
+from rvlm.policy.policy import Policy
+from rvlm.training.stage_data import BUILDERS
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.vlm.backbones import SMALL_VLM
 
 POLICY = SMALL_VLM.parent / "policy"
 

@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 import torch
 
-from rvlm import diagnosis, open_loop
-from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.backbones import SMALL_VLM
-from rvlm.cases import Case
-from rvlm.checkpoints import make_vla
-from rvlm.episodes import EpisodeDataset, EpisodeWriter, Windows
-from rvlm.mixtures import Robot
-from rvlm.observations import ObservationError
-from rvlm.policy import Policy
-from rvlm.small_vlm import small_vlm, train_tokenizer
+from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
+from rvlm.diagnosis import ladder
+from rvlm.diagnosis.cases import Case
+from rvlm.evaluation import open_loop
+from rvlm.policy.checkpoints import make_vla
+from rvlm.policy.mixtures import Robot
+from rvlm.policy.observations import ObservationError
+from rvlm.policy.policy import Policy
+from rvlm.vlm.backbones import SMALL_VLM
+from rvlm.vlm.small import small_vlm, train_tokenizer
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 LENGTHS = (5, 7)
@@ -153,10 +154,10 @@ def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, mon
         open_loop.errors_of(policy, dataset)
     env = SimpleNamespace(unwrapped=SimpleNamespace(action_spec=second))
     case = Case(policy, other, env)
-    assert diagnosis.interface(case).fault is None
+    assert ladder.interface(case).fault is None
     monkeypatch.setattr(Case, "train", lambda self: np.array([0]))
-    assert diagnosis.own_statistics(case).fault is None
-    assert diagnosis.own_statistics(dataclasses.replace(case, policy=Policy(model, processor))).fault is not None
+    assert ladder.own_statistics(case).fault is None
+    assert ladder.own_statistics(dataclasses.replace(case, policy=Policy(model, processor))).fault is not None
 
 
 def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatch):

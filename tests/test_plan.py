@@ -7,13 +7,13 @@ import torch
 from conftest import TEXTS
 from transformers import AutoConfig
 
-from rvlm import passes
-from rvlm.backbones import SMALL_VLM
-from rvlm.families import FAMILIES
-from rvlm.plan import CARDS, CONTEXT, _on_paper, plan, shapes
-from rvlm.probe import probe
-from rvlm.stages import ROBOT, Stage
-from rvlm.trainer import rehearse
+from rvlm.policy.inspection import probe
+from rvlm.training import cost
+from rvlm.training.memory_plan import CARDS, CONTEXT, _on_paper, plan, shapes
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import rehearse
+from rvlm.vlm.backbones import SMALL_VLM
+from rvlm.vlm.tiny import FAMILIES
 
 ONE_STEP = {"structure": "one_step", "chunk_size": 4}
 INTERLEAVED = {"structure": "interleaved", "n_obs_steps": 3, "chunk_size": 4}
@@ -89,7 +89,7 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
 
 def test_what_a_profiler_writes_past_python_stays_out_of_the_notebook(capfd):
     """The step is taken three times before it is profiled."""
-    passes.measure(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
+    cost.measure(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
     assert capfd.readouterr().err == "line\n" * 3
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard", "and the errors of others are heard again"

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from rvlm import plots
+from rvlm.report import plots
 
 NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 SCALE = np.array([0.02] * 3 + [0.05] * 3 + [1.0])

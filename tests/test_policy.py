@@ -7,11 +7,11 @@ from conftest import TEXTS
 from test_backbones import llava  # noqa: F401  (a fixture)
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
-from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.checkpoints import load_vla
-from rvlm.memory import CachedSequence, RecomputedSequence
-from rvlm.observations import ObservationError
-from rvlm.policy import Policy
+from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.policy.checkpoints import load_vla
+from rvlm.policy.observation_history import CachedSequence, RecomputedSequence
+from rvlm.policy.observations import ObservationError
+from rvlm.policy.policy import Policy
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 

@@ -14,15 +14,15 @@ from toy_policies import SPEC
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
-from rvlm import prompts
-from rvlm.backbones import load_backbone
-from rvlm.batches import RobotCollator
-from rvlm.checkpoints import load_vla, make_vla
-from rvlm.families import FAMILIES, SIDE, TEXTS
-from rvlm.policy import Policy
-from rvlm.processors import ACT, load_processor
-from rvlm.prompts import Prompter
-from rvlm.reading_order import keep_order
+from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.policy import Policy
+from rvlm.training.stage_data import RobotCollator
+from rvlm.vlm import prompts
+from rvlm.vlm.backbones import load_backbone
+from rvlm.vlm.causality import keep_order
+from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS
 
 TURNS = (
     "{% for m in messages %}<u>{% for c in m['content'] %}{% if c['type'] == 'image' %}@image@{% else %}@text@{% endif %}"

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from rvlm import protocols, report
+from rvlm import report
+from rvlm.data.windows import EpisodeDataset
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
-from rvlm.episodes import EpisodeDataset
-from rvlm.evaluation import FIRST_HELD_OUT_SEED
+from rvlm.evaluation import protocols
+from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from rvlm.actions import ActionSpec
+from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop import real_arms
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.real_arms import PANDA, REAL_ARMS, ROBOTS, chain_xml, coarsen, meshes_xml, read_stl

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvlm.adaptation import FewShot, adapt, one_after_another
-from rvlm.backbones import SMALL_VLM
-from rvlm.dagger import FIRST_SEED, Corrections, collect_corrections
+from rvlm.data.windows import EpisodeDataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.demonstrations import Collection
-from rvlm.episodes import EpisodeDataset
-from rvlm.recipes import (
+from rvlm.experiments.dagger import FIRST_SEED, Corrections, collect_corrections
+from rvlm.experiments.few_shot import FewShot, adapt, one_after_another
+from rvlm.experiments.recipes import (
     POLICY,
     RECIPES,
     SCRATCH,
@@ -26,8 +25,9 @@ from rvlm.recipes import (
     random_backbone_policy,
     ship,
 )
-from rvlm.stages import DETECTION, Stage
-from rvlm.vla import VLAConfig
+from rvlm.policy.model import VLAConfig
+from rvlm.training.stages import DETECTION, Stage
+from rvlm.vlm.backbones import SMALL_VLM
 
 TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
 SHORT = {"batch_size": 8, "n_processes": 1}
@@ -69,17 +69,17 @@ def test_every_recipe_is_followed(course, recipe):
 def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
     """The stages of notebooks 05, 07 and 08 as they are built: pre-trained towers are frozen, the random one learns."""
     built = []
-    monkeypatch.setattr("rvlm.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
-    monkeypatch.setattr("rvlm.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
-    monkeypatch.setattr("rvlm.recipes.run", lambda stage, n_threads=None: built.append(stage) or Path("model"))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
+    monkeypatch.setattr("rvlm.experiments.recipes.run", lambda stage, n_threads=None: built.append(stage) or Path("model"))
     follow(recipe, little_of_target(10, 10, 64))
     assert [stage.freeze_vision for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
     assert [stage.is_pretrained for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
 
 
 def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing_but_its_head(monkeypatch):
-    monkeypatch.setattr("rvlm.adaptation.collect_demonstrations", lambda collection: Path("demos"))
-    monkeypatch.setattr("rvlm.recipes.collect_demonstrations", lambda collection: Path("demos"))
+    monkeypatch.setattr("rvlm.experiments.few_shot.collect_demonstrations", lambda collection: Path("demos"))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path("demos"))
     few = FewShot(("close_drawer",), changes=little_of_target(10, 10, 64).changes)
     starts = {"scratch": {"init": SMALL_VLM, **SCRATCH}, "vision-language": {"init": SMALL_VLM}}
     built = {name: few.stage(shots=1, seed=0, **start) for name, start in starts.items()}
@@ -162,7 +162,7 @@ def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch
             except FileNotFoundError:
                 seen.add("missing")
 
-    monkeypatch.setattr("rvlm.recipes.run", trained)
+    monkeypatch.setattr("rvlm.experiments.recipes.run", trained)
     stage = Stage("toy", DETECTION, ("scenes",), "vlm", 64)
     ship(stage, target, "a command")
     looking = threading.Thread(target=look)

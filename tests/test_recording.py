@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import toy_frames
 
-from rvlm.actions import ActionSpec
-from rvlm.episodes import EpisodeDataset, EpisodeError, EpisodeWriter, collect
-from rvlm.recording import partial_folder
+from rvlm.data.actions import ActionSpec
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, collect
+from rvlm.data.writer import partial_folder
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 N_EPISODES = 12
@@ -97,7 +97,7 @@ def test_killed_while_it_is_put_together_a_recording_is_put_together_anew(tmp_pa
     if step == "assembled":
         monkeypatch.setattr(Path, "rename", killed)
     else:
-        monkeypatch.setattr("rvlm.recording.shutil", SimpleNamespace(rmtree=killed))
+        monkeypatch.setattr("rvlm.data.writer.shutil", SimpleNamespace(rmtree=killed))
     with pytest.raises(SystemExit):
         writer.finalize()
     monkeypatch.undo()
@@ -176,7 +176,9 @@ def test_a_disk_that_fails_costs_no_episode(tmp_path, code, monkeypatch):
     assert again.n_kept == 2 and EpisodeDataset(again.finalize()).n_episodes == 2
 
 
-@pytest.mark.parametrize("broken", ["rvlm.video.VideoWriter.add", "rvlm.shards.pq.write_table", "rvlm.shards.os.fsync"])
+@pytest.mark.parametrize(
+    "broken", ["rvlm.data.video.VideoWriter.add", "rvlm.data.shards.pq.write_table", "rvlm.data.shards.os.fsync"]
+)
 def test_an_episode_that_could_not_be_written_may_be_added_again(tmp_path, broken, monkeypatch):
     writer = EpisodeWriter(tmp_path / "d", SPEC)
     writer.add_episode(toy(4, 0), "lift")

@@ -14,10 +14,11 @@ import pytest
 from nbconvert.filters import markdown2html
 from PIL import Image
 
-from rvlm import plots, report
+from rvlm import report
 from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
-from rvlm.page import chapters, html_report
-from rvlm.readme import BOARD, PARTS, board, update_readme, updated_readme
+from rvlm.report import plots
+from rvlm.report.page import chapters, html_report
+from rvlm.report.readme import BOARD, PARTS, board, update_readme, updated_readme
 from rvlm.statistics import holm, newcombe, paired_difference, verdict, wilson
 
 
@@ -199,7 +200,7 @@ def test_directories_follow_the_environment(monkeypatch, tmp_path):
 
 def test_show_source_looks_through_decorators():
     text = report.show_source(chapters).data
-    assert text.startswith("`rvlm/page.py`\n```python\n") and "def chapters(" in text
+    assert text.startswith("`rvlm/report/page.py`\n```python\n") and "def chapters(" in text
 
 
 def test_a_rate_may_be_said_as_a_percentage(results):

@@ -14,14 +14,15 @@ import pytest
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rvlm import report, reproduce
+from rvlm import report
+from rvlm.cli import reproduce
+from rvlm.cli.reproduce import Places, Refused
 from rvlm.files import ROOT
-from rvlm.parameters import parameters_of, read_profiles
-from rvlm.reproduce import Places, Refused
+from rvlm.report.notebooks import parameters_of, read_profiles
 
 KERNELSPEC = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 LOG = "import os, sys, time\nfrom pathlib import Path\nwith Path('log').open('a') as log: print({line}, file=log)"
-FINDING = """from rvlm.report import finding
+FINDING = """from rvlm.report.findings import finding
 finding("{stem}", f"It is {{n}}.", numbers={{"n": n}}, n=1, interval=None, seeds=[0])"""
 
 
@@ -94,7 +95,7 @@ def test_a_key_covers_cells_parameters_code_cards_and_what_came_before(places):
     assert keys(places) == seen[0] != keys(places, "smoke")
     changes = [
         lambda: write(places, "00_a", "other"),
-        lambda: (places.root / "rvlm/plots.py").write_text("x = 1"),
+        lambda: (places.root / "rvlm/report/plots.py").write_text("x = 1"),
         lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 5"),
         lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 9"),
     ]
@@ -124,9 +125,8 @@ def wait(condition, seconds=40):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_a_run_killed_by_sigkill_goes_on_where_it_was(places):
     write(places, "01_b", log_line("01_b", "'{stem}', os.getpid()"), "while not Path('go').exists(): time.sleep(0.1)")
-    code = (
-        "import sys; from pathlib import Path; from rvlm.reproduce import *; reproduce(Places(*map(Path, sys.argv[1:])), 'cpu')"
-    )
+    code = "import sys; from pathlib import Path; from rvlm.cli.reproduce import *; "
+    code += "reproduce(Places(*map(Path, sys.argv[1:])), 'cpu')"
     folders = [str(getattr(places, field.name)) for field in dataclasses.fields(places)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -217,7 +217,7 @@ def test_kernels_are_this_interpreter_with_the_houses_environment(places, tmp_pa
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     shown = "[sys.executable, *map(os.environ.get, ('RVLM_RESULTS', 'RVLM_HOME', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'))]"
-    figure = "import numpy as np\nfrom rvlm import plots\nplots.filmstrip(np.zeros((3, 8, 8, 3), np.uint8), 'lift', True)"
+    figure = "import numpy as np\nfrom rvlm.report import plots\nplots.filmstrip(np.zeros((3, 8, 8, 3), np.uint8), 'lift', True)"
     write(places, "00_a", log_line("00_a", shown), figure)
     assert reproduce.reproduce(places, "cpu", only=["00_a"]) == 0
     assert log(places) == [str([sys.executable, str(places.results), str(places.artifacts), "PASSIVE", "7"])]

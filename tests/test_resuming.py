@@ -9,12 +9,12 @@ import torch
 from conftest import TEXTS, toy_frames
 from safetensors.torch import load_file
 
-from rvlm.actions import ActionSpec
-from rvlm.episodes import EpisodeWriter
-from rvlm.snapshots import last_checkpoint
-from rvlm.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-from rvlm.trainer import log_history
-from rvlm.training import _fork, prepare, run
+from rvlm.data.actions import ActionSpec
+from rvlm.data.windows import EpisodeWriter
+from rvlm.training.launch import _fork, prepare, run
+from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training.trainer import log_history
+from rvlm.training.trainer_checkpoints import last_checkpoint
 
 POLICY = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
 

@@ -22,18 +22,18 @@ from safetensors.torch import load_file
 from toy_policies import a_batch, build
 from transformers import TrainingArguments
 
-from rvlm.actions import ActionSpec, SpecMismatch
-from rvlm.backbones import SMALL_VLM
-from rvlm.batches import BUILDERS, Budget, DialogueCollator, augment
-from rvlm.checkpoints import merge_vla
-from rvlm.episodes import EpisodeWriter
-from rvlm.families import tiny_vlm
+from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.windows import EpisodeWriter
 from rvlm.files import write_whole
-from rvlm.processors import load_processor
-from rvlm.snapshots import last_checkpoint, seal
-from rvlm.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.trainer import LogFile, StageTrainer, arguments, log_history, seconds_of, step_decay, work
-from rvlm.training import by_hand, prepare, run
+from rvlm.policy.checkpoints import merge_vla
+from rvlm.training.launch import by_hand, prepare, run
+from rvlm.training.stage_data import BUILDERS, Budget, DialogueCollator, augment
+from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training.trainer import LogFile, StageTrainer, arguments, log_history, seconds_of, step_decay, work
+from rvlm.training.trainer_checkpoints import last_checkpoint, seal
+from rvlm.vlm.backbones import SMALL_VLM
+from rvlm.vlm.processors import load_processor
+from rvlm.vlm.tiny import tiny_vlm
 
 ROOT = Path(__file__).parents[1]
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
@@ -399,7 +399,7 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     unbroken = trained(stage, tmp_path / "unbroken")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     n_threads = torch.get_num_threads()  # sums in another order end another way
-    ask = "from rvlm.stages import Stage; from rvlm.training import run; "
+    ask = "from rvlm.training.stages import Stage; from rvlm.training.launch import run; "
     ask += f"run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
     asking = subprocess.Popen([sys.executable, "-c", ask])
     wait_for(lambda: last_checkpoint(partial / "trainer"))
@@ -433,7 +433,7 @@ def trainers_of(folder):
         with contextlib.suppress(OSError):  # it has just ended, or is not ours
             arguments = (process / "cmdline").read_text().split("\0")
             holds = any(path.readlink() == folder / "output.txt" for path in (process / "fd").iterdir())
-            found += [process.name] if holds or (str(folder) in arguments and "rvlm.training" in arguments) else []
+            found += [process.name] if holds or (str(folder) in arguments and "rvlm.training.launch" in arguments) else []
     return [pid for pid in found if int(pid) != os.getpid()]
 
 
@@ -518,7 +518,7 @@ def test_two_processes_have_the_loss_of_one(stage, tmp_path, tuning):
 
 def launched(launcher, stage):
     """Start a stage's processes by hand, in a group of their own."""
-    command = [sys.executable, "-m", *launcher, "-m", "rvlm.training", str(prepare(stage))]
+    command = [sys.executable, "-m", *launcher, "-m", "rvlm.training.launch", str(prepare(stage))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -603,7 +603,7 @@ def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
 
 def test_by_hand_nothing_is_trained_twice_nor_by_two_at_once(stage, monkeypatch):
     folder = prepare(stage)
-    monkeypatch.setattr("rvlm.training._stage_in", lambda _: stage)  # JSON has no tuples, which types are checked for here
+    monkeypatch.setattr("rvlm.training.launch._stage_in", lambda _: stage)  # JSON has no tuples, which types are checked for here
     with (
         FileLock(f"{stage.folder}.lock"),
         pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),

@@ -12,10 +12,10 @@ from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOKENS, a_batch, build, collate, inputs, windows_like
 
-from rvlm.backbones import load_backbone
-from rvlm.batches import DialogueCollator
-from rvlm.checkpoints import load_vla, make_vla
-from rvlm.heads import HISTORIES, FlowHead, MLPHead, TokensHead
+from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.heads import HISTORIES, FlowHead, MLPHead, TokensHead
+from rvlm.training.stage_data import DialogueCollator
+from rvlm.vlm.backbones import load_backbone
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["structure"] != "one_step"}

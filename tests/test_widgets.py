@@ -6,9 +6,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from rvlm import widgets
-from rvlm.actions import ActionSpec
+from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.report import widgets
 
 
 @pytest.mark.parametrize("robot", ["franka7", "ur6"])

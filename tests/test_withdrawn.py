@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvlm.copies import cleaned, executed
 from rvlm.files import ROOT
-from rvlm.withdrawn import TAG, amend, amended, withdrawn
+from rvlm.report.copies import cleaned, executed
+from rvlm.report.withdrawn import TAG, amend, amended, withdrawn
 
 LISTED = {
     "before": "2026-01-02",

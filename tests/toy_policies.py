@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from conftest import TEXTS
 
-from rvlm.actions import ActionSpec
-from rvlm.batches import RobotCollator
-from rvlm.checkpoints import make_vla
+from rvlm.data.actions import ActionSpec
+from rvlm.policy.checkpoints import make_vla
+from rvlm.training.stage_data import RobotCollator
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}

@@ -7,7 +7,7 @@ from typing import Any
 from rvlm.caches import KINDS, Entry, entries, prune
 from rvlm.cli import add_command
 from rvlm.files import artifacts_dir
-from rvlm.parameters import Refused
+from rvlm.report.notebooks import Refused
 
 ABOUT = "list what is kept between runs, and delete what is not needed"
 MORE = """State: current (today's code would use it), stale (other code made it), unknown (it does not say), unfinished.

@@ -13,7 +13,7 @@ from typing import Any
 
 from rvlm.cli import add_command
 from rvlm.files import ROOT, artifacts_dir, write_whole
-from rvlm.parameters import Refused
+from rvlm.report.notebooks import Refused
 
 ORIGINS = ".origins.json"  # notebook -> hash of the cells that were copied
 SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}

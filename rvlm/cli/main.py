@@ -12,8 +12,8 @@ from pathlib import Path
 import rvlm
 from rvlm.cli import add_command, cache, lab, run, ship
 from rvlm.files import RESULTS
-from rvlm.parameters import GIT_PROFILE, Refused
-from rvlm.report import fine_print, load_findings
+from rvlm.report.findings import fine_print, load_findings
+from rvlm.report.notebooks import GIT_PROFILE, Refused
 
 EXAMPLES = """examples:
   rvlm reproduce --profile smoke         every notebook, does it run at all? minutes
@@ -37,9 +37,9 @@ examples:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
+    from rvlm.cli.reproduce import Places, plan, reproduce
     from rvlm.envs.gl import choose_gl
-    from rvlm.readme import update_readme
-    from rvlm.reproduce import Places, plan, reproduce
+    from rvlm.report.readme import update_readme
 
     places = Places.of_profile(arguments.profile)
     plan(places, arguments.profile, arguments.only)  # what is asked in vain is refused before OpenGL is looked for
@@ -55,8 +55,8 @@ def _results() -> Path:
 
 
 def _report(_: argparse.Namespace) -> int:
-    from rvlm.page import html_report
-    from rvlm.readme import update_readme
+    from rvlm.report.page import html_report
+    from rvlm.report.readme import update_readme
 
     print(f"report: {html_report(_results())}")
     if _results() == RESULTS:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.cli import add_command
+from rvlm.cli.reproduce import Job, NotebookFailed, Places, execute
 from rvlm.files import ROOT, artifacts_dir, digest, key_of
-from rvlm.parameters import Refused, find_notebook, parse_parameters
-from rvlm.report import fine_print, load_findings
-from rvlm.reproduce import Job, NotebookFailed, Places, execute
+from rvlm.report.findings import fine_print, load_findings
+from rvlm.report.notebooks import Refused, find_notebook, parse_parameters
 
 EXAMPLES = """examples:
   rvlm run 00 -p seed 11 -p family open_drawer

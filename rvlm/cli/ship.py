@@ -7,7 +7,7 @@ from typing import Any
 
 from rvlm.cli import add_command
 from rvlm.files import ROOT, artifacts_dir
-from rvlm.parameters import Refused, parameters_in, read_profiles
+from rvlm.report.notebooks import Refused, parameters_in, read_profiles
 
 SHIPPED = "full"  # the profile whose sizes the shipped models have
 NOTEBOOKS = {"vlm": "01_load_a_vlm", "policy": "05_train_in_stages"}  # whose parameters are the sizes
@@ -37,7 +37,7 @@ def _ship(arguments: argparse.Namespace) -> int:
     sizes = _sizes(profile, NOTEBOOKS[name])
     if arguments.install and profile != SHIPPED:
         raise Refused(f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}")
-    from rvlm import recipes
+    from rvlm.experiments import recipes
 
     target = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name]
     if not arguments.install:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.actions import ActionSpec
 from rvlm.caches import Code, keep
+from rvlm.data.actions import ActionSpec
+from rvlm.data.writer import collect
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import UNSEEN_COLORS
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
 from rvlm.files import artifacts_dir, key_of
-from rvlm.recording import collect
 
 CODE = Code(("rvlm.envs.tabletop.demonstrations",))
 PER_SHARD = 50

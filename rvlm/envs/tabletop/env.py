@@ -6,7 +6,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
-from rvlm.actions import ActionSpec
+from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import Story
 from rvlm.envs.tabletop.real_arms import ROBOTS

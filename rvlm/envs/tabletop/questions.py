@@ -14,8 +14,8 @@ import mujoco
 import numpy as np
 from tqdm.auto import tqdm
 
-from rvlm.actions import ActionSpec
 from rvlm.caches import Code, keep
+from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held

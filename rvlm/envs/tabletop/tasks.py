@@ -166,7 +166,7 @@ def _light(is_on: bool, word: str) -> Family:
 
 
 def _one_cube(world: Any) -> None:
-    """Make the second object of a world (or of what stands for one, as in `rvlm.chains`) a cube: it can carry and be turned."""
+    """Make the second object of a world (or of what stands for one, as in chains) a cube: it can carry and be turned."""
     world.objects[1] = (world.objects[1][0], "cube")
     world._dress(1, *world.objects[1])
 

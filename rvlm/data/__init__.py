@@ -1,0 +1,1 @@
+"""Demonstrations: what an action means, statistics, video, the LeRobot format, writing, reading, windows."""

@@ -1,0 +1,132 @@
+"""Decoded frames on disk: one array for each camera of a dataset, named by what made it, within a limit.
+
+    ARTIFACTS/frames/KEY/frames.npy     (n_frames, h, w, 3) uint8
+    ARTIFACTS/frames/KEY/about.json     what KEY was made from, and whose frames they are; its age is that of the last use
+
+All of them together take at most ``RVLM_FRAMES_GB`` (100 GB unless that is set). Where room is needed, those that were used
+longest ago are removed, never one that a process holds open.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from rvlm.data.video import EpisodeError
+from rvlm.files import artifacts_dir, key_of, reserve
+
+
+def limit_bytes() -> float:
+    """What all decoded frames together may take: ``RVLM_FRAMES_GB``."""
+    told = os.environ.get("RVLM_FRAMES_GB") or "100"
+    try:
+        limit = float(told)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise EpisodeError(
+            f"expected RVLM_FRAMES_GB as a number of gigabytes from 0 on, got {told!r}; set it anew, or leave it out"
+        )
+    return limit * 1e9
+
+
+def cached_frames(
+    made_from: dict[str, Any], about: dict[str, Any], shape: Callable[[], tuple[int, ...]], fill: Callable
+) -> np.ndarray:
+    """A read-only map of frames on disk, made unless it is there.
+
+    Args:
+        made_from: all that decides the content, plain JSON values.
+        about: what else a person wants to know.
+        shape: called where they are made; gives (n_frames, h, w, 3).
+        fill: called with the array to write to.
+    """
+    folder = artifacts_dir() / "frames" / key_of(made_from)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock(folder)):  # who asks for the same frames meanwhile waits for them
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _make(folder, shape(), fill, {**about, "made_from": made_from})
+        hold = (folder / "about.json").open("rb")
+        fcntl.flock(hold, fcntl.LOCK_SH)
+        os.utime(folder / "about.json")
+    frames = np.load(folder / "frames.npy", mmap_mode="r")
+    weakref.finalize(frames, hold.close)
+    return frames
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the frames are there, and all of them; a copy that was cut short, say, is made anew."""
+    try:
+        shape = json.loads((folder / "about.json").read_text())["shape"]
+        return (folder / "frames.npy").stat().st_size > int(np.prod(shape))  # and a header
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _make(folder: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], about: dict[str, Any]) -> None:
+    make_room(int(np.prod(shape)))
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        out = np.lib.format.open_memmap(temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=shape)
+        reserve(temporary / "frames.npy", out.offset + out.nbytes)
+        fill(out)
+        out.flush()
+        (temporary / "about.json").write_text(json.dumps({**about, "shape": list(shape)}, indent=1))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_room(n_bytes: int) -> None:
+    """Remove frames that were used longest ago until there is room for as many bytes more.
+
+    Raises:
+        EpisodeError: what is in use leaves less than that.
+    """
+    limit, stored = limit_bytes(), sorted((artifacts_dir() / "frames").glob("*/about.json"), key=lambda p: p.stat().st_mtime)
+    sizes = {path.parent: sum(file.stat().st_size for file in path.parent.glob("frames.npy")) for path in stored}
+    for folder in list(sizes):
+        if sum(sizes.values()) + n_bytes > limit and _remove(folder):
+            del sizes[folder]
+    if (free := limit - sum(sizes.values())) < n_bytes:
+        raise EpisodeError(
+            f"expected room for {n_bytes / 1e9:.3g} GB of decoded frames, got {free / 1e9:.3g} of {limit / 1e9:.3g} GB; set "
+            "RVLM_FRAMES_GB higher, or use fewer cameras or smaller images"
+        )
+
+
+def _remove(folder: Path) -> bool:
+    """Remove one array of frames, unless somebody makes or uses it."""
+    try:
+        with FileLock(_lock(folder), timeout=0), (folder / "about.json").open("rb") as hold:
+            if not _is_free(hold):
+                return False
+            shutil.rmtree(folder)
+            return True
+    except (Timeout, FileNotFoundError):
+        return False
+
+
+def _is_free(hold: BinaryIO) -> bool:
+    try:
+        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

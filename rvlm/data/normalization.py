@@ -1,0 +1,194 @@
+"""Statistics of actions and states, and the normalisation that they are made for.
+
+`StatsAccumulator` takes in values, from any number of pieces; `NormStats` maps raw values to the model's units and back, per
+dimension and per dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvlm.data.tables import column_of, episode_numbers, read_table
+
+KINDS = ("q01_q99", "mean_std", "min_max", "identity")
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+
+class SpecMismatch(ValueError):
+    """Two conventions disagree, or actions do not follow the one they claim."""
+
+
+def like(constant: Any, x: Any) -> Any:
+    """The constant as an array of x's kind: numpy or torch, floating dtype, same device."""
+    if hasattr(x, "detach"):
+        return (x if x.is_floating_point() else x.float()).new_tensor(np.asarray(constant, dtype=np.float64).tolist())
+    dtype = x.dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else np.float64
+    return np.asarray(constant, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of one column of one dataset, and the one normalisation that they were made for.
+
+    Arrays have shape ``(d,)``, in the column's raw units. ``kind`` travels along: "q01_q99" and "min_max" map that span to
+    [-1, 1], "mean_std" to zero mean and unit deviation, "identity" leaves values alone. Nothing is clipped. Dimensions
+    without spread (at most 1e-6) are only shifted. Dimensions in ``passthrough`` are left as they are.
+
+    ``floor`` ``(d,)`` is the least scale of a dimension that has some spread. Where a robot hardly ever turns its hand, say, q01
+    and q99 lie within the sensor's noise; divided by that, the noise would fill [-1, 1] and a real turn reach thousands, and
+    the loss with it. With a floor in physical units (`ActionSpec.still`) noise stays small and the turn a few dozens at most.
+    Statistics of policies from before it was stored have none (None), and normalise as they did.
+    """
+
+    min: np.ndarray
+    max: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray
+    q10: np.ndarray
+    q50: np.ndarray
+    q90: np.ndarray
+    q99: np.ndarray
+    count: int
+    kind: str
+    passthrough: tuple[int, ...] = ()
+    floor: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(KINDS)}")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("count", "kind", "passthrough")}
+        shape = np.shape(self.mean)
+        for name, values in arrays.items():
+            if name == "floor" and values is None:
+                continue
+            if np.shape(values) != shape or len(shape) != 1 or not np.isfinite(values).all():
+                raise SpecMismatch(f"statistics: expected {name!r} as {shape} finite numbers like 'mean', got {values}")
+        is_turned = (self.q01 > self.q99).any() or (self.min > self.max).any()
+        if is_turned or (self.std < 0).any() or (self.floor is not None and (self.floor < 0).any()):
+            raise SpecMismatch(f"statistics: expected q01 <= q99, min <= max and spreads from 0 on, got {self.to_dict()}")
+        if not all(type(i) is int and 0 <= i < len(self.mean) for i in self.passthrough):
+            raise SpecMismatch(f"statistics: expected 'passthrough' from 0 to {len(self.mean) - 1}, got {self.passthrough}")
+
+    def _require_width(self, x: Any) -> Any:
+        x = x if hasattr(x, "shape") else np.asarray(x)
+        if x.ndim < 1 or x.shape[-1] != len(self.mean):
+            raise SpecMismatch(
+                f"statistics of {len(self.mean)} dimensions: expected (..., {len(self.mean)}), got {tuple(x.shape)}"
+            )
+        return x
+
+    def require_kind(self, kind: str | None) -> None:
+        """Raise `SpecMismatch` if another kind is asked for than these statistics were stored with."""
+        if kind is not None and kind != self.kind:
+            raise SpecMismatch(
+                f"these statistics were stored for {self.kind!r} but {kind!r} was asked for; a policy must un-normalise as "
+                f"it was trained: leave the kind out, or recompute the statistics and train again with {kind!r}"
+            )
+
+    def offset_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """``normalized = (x - offset) / scale``, both ``(d,)``."""
+        if self.kind == "identity":
+            return np.zeros_like(self.mean), np.ones_like(self.mean)
+        if self.kind == "mean_std":
+            offset, scale = self.mean, self.std
+        else:
+            low, high = (self.q01, self.q99) if self.kind == "q01_q99" else (self.min, self.max)
+            offset, scale = (low + high) / 2, (high - low) / 2
+        scale = np.where(scale > 1e-6, scale if self.floor is None else np.maximum(scale, self.floor), 1.0)
+        kept = np.isin(np.arange(len(scale)), self.passthrough)
+        return np.where(kept, 0.0, offset), np.where(kept, 1.0, scale)
+
+    def normalize(self, x: Any, kind: str | None = None) -> Any:
+        """Raw ``(..., d)`` -> normalised ``(..., d)``; numpy or torch."""
+        self.require_kind(kind)
+        offset, scale, x = *self.offset_and_scale(), self._require_width(x)
+        return (x - like(offset, x)) / like(scale, x)
+
+    def unnormalize(self, y: Any, kind: str | None = None) -> Any:
+        """Inverse of `normalize`."""
+        self.require_kind(kind)
+        offset, scale, y = *self.offset_and_scale(), self._require_width(y)
+        return y * like(scale, y) + like(offset, y)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(self).items()}
+        plain |= {"passthrough": list(self.passthrough)}
+        return {k: v for k, v in plain.items() if k != "floor" or v is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NormStats:
+        """Inverse of `to_dict`; an unknown or missing field is an error."""
+        known = {f.name for f in fields(cls)}
+        if set(values) | {"floor"} != known:
+            raise SpecMismatch(f"statistics: expected fields {sorted(known)}, got {sorted(values)}")
+        arrays = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if k not in ("count", "kind", "passthrough")}
+        return cls(**arrays, count=values["count"], kind=values["kind"], passthrough=tuple(values["passthrough"]))
+
+    @classmethod
+    def from_parquet(
+        cls,
+        root: str | Path,
+        column: str,
+        episodes: Iterable[int] | np.ndarray | Any | None = None,
+        kind: str = "q01_q99",
+        passthrough: tuple[int, ...] = (),
+    ) -> NormStats:
+        """Statistics of a LeRobot dataset's column over the given (training) episodes; no video is decoded."""
+        accumulator = StatsAccumulator()
+        wanted = None if episodes is None else episode_numbers(episodes)
+        for path in sorted(Path(root).glob("data/*/*.parquet")):
+            table = read_table(path, [column, "episode_index"])
+            values = column_of(table, column, path)
+            if wanted is not None:
+                values = values[np.isin(column_of(table, "episode_index", path)[:, 0], wanted)]
+            accumulator.update(values)
+        return accumulator.finish(kind, passthrough)
+
+
+class StatsAccumulator:
+    """Exact statistics of ``(n, d)`` arrays that arrive in pieces, in any order, from any number of workers.
+
+    Quantiles of a union can't be had from the quantiles of its parts, so the values themselves are kept (28 bytes a frame
+    for seven float32 dimensions); merging joins them and nothing is approximated.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def update(self, values: np.ndarray) -> StatsAccumulator:
+        """Take in ``(n, d)`` values; NaN and infinity are refused."""
+        values = np.array(values)
+        if values.ndim != 2 or (self._parts and values.shape[1] != self._parts[0].shape[1]):
+            width = self._parts[0].shape[1] if self._parts else "d"
+            raise SpecMismatch(f"statistics: expected an array (n, {width}), got shape {values.shape}")
+        if not np.isfinite(values).all():
+            row, dim = np.argwhere(~np.isfinite(values))[0]
+            raise SpecMismatch(f"statistics: expected finite numbers, got {values[row, dim]} in row {row}, dimension {dim}")
+        self._parts.append(values)
+        return self
+
+    def merge(self, other: StatsAccumulator) -> StatsAccumulator:
+        """Take in everything that another accumulator has seen."""
+        for part in other._parts:
+            self.update(part)
+        return self
+
+    def finish(self, kind: str = "q01_q99", passthrough: tuple[int, ...] = (), floor: np.ndarray | None = None) -> NormStats:
+        """The statistics of all that came; quantiles are numpy's (linear interpolation)."""
+        count = sum(len(p) for p in self._parts)
+        if not count:
+            raise SpecMismatch("statistics: no rows came; expected at least one (do the episodes asked for exist?)")
+        x = np.concatenate(self._parts).astype(np.float64)
+        quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
+        moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
+        return NormStats(**moments, **quantiles, count=count, kind=kind, passthrough=tuple(passthrough), floor=floor)

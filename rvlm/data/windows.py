@@ -1,0 +1,159 @@
+"""Demonstrations as training samples: windows of observations and of the actions that follow.
+
+The front door to data: `EpisodeWriter` and `collect` record a LeRobotDataset v3.0, `EpisodeDataset` reads one (or a v2.1),
+`Windows` cuts it into samples, `split` keeps whole episodes apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rvlm.data.actions import NormStats, SpecMismatch
+from rvlm.data.dataset import EpisodeDataset, Episodes, Index
+from rvlm.data.video import EpisodeError
+from rvlm.data.writer import EpisodeWriter, collect
+
+__all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "collect", "split"]
+
+Paraphrase = Callable[[str, np.random.Generator], str]
+
+
+def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out episodes (sorted indices): whole episodes, so that no frame has a neighbour on the other side.
+
+    At least one stands on each side, however few there are.
+    """
+    if dataset.n_episodes < 2:
+        raise EpisodeError(
+            f"{dataset.root}: expected at least 2 episodes, one to train on and one held out, got 1; record another"
+        )
+    if not 0 < fraction < 1:
+        raise EpisodeError(f"expected a fraction of the episodes to hold out, above 0 and below 1, got {fraction}")
+    n_held_out = min(max(round(dataset.n_episodes * fraction), 1), dataset.n_episodes - 1)
+    order = np.random.default_rng(seed).permutation(dataset.n_episodes)
+    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+
+
+class Windows:
+    """A map-style dataset (as torch's) with one sample per frame: t observations up to it, k actions from each of them.
+
+    A sample is a dict: "images" ``(t, cameras, h, w, 3)`` uint8, "state" ``(t, s)`` and "action" ``(t, k, a)`` float32
+    normalised, the gripper being 1 (open) or 0; "action_mask" ``(t, k, a)`` bool, false past the episode's end, for
+    observations that don't exist, and in dimensions that the robot does not have; "obs_mask" ``(t,)`` bool, false before the
+    episode's start; "instruction"; "dataset_index", "episode_index", "frame_index" int64. Beyond the edges values repeat the
+    nearest frame, as LeRobot's do.
+
+    Args:
+        dataset: demonstrations; its spec says what the actions mean.
+        n_obs_steps: observations per sample (t), the last one being the sample's frame.
+        chunk_size: actions from each observation (k), the first one being the action taken there.
+        episodes: the episodes to cut windows from; all if left out.
+        stats: from `EpisodeDataset.stats` over the *training* episodes; computed over ``episodes`` if left out.
+        cameras: names, in the order in which the model sees them; the card's if left out.
+        paraphrase: ``(instruction, generator) -> instruction``, called for every sample.
+        seed: of the paraphrases; together with `set_epoch` and the frame it decides them.
+        dataset_index: which card and statistics these samples belong to, in a mixture.
+        frames: what stands for the images, per camera ``(n_frames, ...)``: the vision tower's features, say, so that
+            "images" is ``(t, cameras, ...)`` of them. The dataset's own images if left out.
+    """
+
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        n_obs_steps: int | Any = 1,
+        chunk_size: int | Any = 4,
+        episodes: Episodes | None = None,
+        stats: dict[str, NormStats] | None = None,
+        cameras: Sequence[str] | None = None,
+        paraphrase: Paraphrase | None = None,
+        seed: int = 0,
+        dataset_index: int = 0,
+        frames: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.dataset, self.spec = dataset, dataset.require_spec()
+        for name, value in (("n_obs_steps", n_obs_steps), ("chunk_size", chunk_size)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise EpisodeError(f"expected {name} as a whole number from 1 on, got {value!r}")
+        self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
+        self.cameras = tuple(cameras or dataset.cameras)
+        self.episodes = dataset.checked_episodes(episodes)
+        self.stats = stats or dataset.stats(episodes=self.episodes)
+        self.paraphrase, self.seed, self.dataset_index, self.epoch = paraphrase, seed, dataset_index, 0
+        self._load_columns()
+        self._frames = self._load_frames() if frames is None else list(frames)
+
+    def _load_columns(self) -> None:
+        raw = self.dataset.column("action")
+        try:
+            self.spec.check(raw)
+        except SpecMismatch as error:
+            raise EpisodeError(f"{self.dataset.root}, action: {error}") from error
+        self._action = self.spec.normalize(raw, self.stats["action"]).astype(np.float32)
+        state = self.dataset.column("observation.state")
+        if not np.isfinite(state).all():
+            row, i = np.argwhere(~np.isfinite(state))[0]
+            raise EpisodeError(
+                f"{self.dataset.root}, observation.state: expected finite numbers, got {state[row, i]} for "
+                f"{self.spec.state_names[i]!r} in row {row}; drop or repair the frame"
+            )
+        self._state = self.stats["observation.state"].normalize(state).astype(np.float32)
+        self._task = self.dataset.task_of_frame
+        self._episode = self.dataset.episode_of_frame
+        table = self.dataset.episodes
+        self._first = table["dataset_from_index"].to_numpy()
+        self._end = table["dataset_to_index"].to_numpy()
+        self._rows = np.flatnonzero(np.isin(self._episode, self.episodes))
+
+    def _load_frames(self) -> list[np.ndarray]:
+        cache = self.dataset.frames_cache(self.cameras)
+        sizes = {camera: cache[camera].shape[1:3] for camera in self.cameras}
+        if len(set(sizes.values())) > 1:
+            raise EpisodeError(
+                f"expected cameras of one size, got {sizes}; choose one with cameras=..., or resize when converting"
+            )
+        return [cache[camera] for camera in self.cameras]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other paraphrases from now on."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: Index) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[Index] | np.ndarray) -> list[dict[str, Any]]:
+        batch = self.batch(indices)
+        return [{key: values[i] for key, values in batch.items()} for i in range(len(indices))]
+
+    def batch(self, indices: Sequence[Index] | np.ndarray) -> dict[str, Any]:
+        """The samples at ``indices``, stacked: a leading ``b`` on every array, a list of instructions."""
+        row = self._rows[np.asarray(indices)]
+        episode = self._episode[row]
+        first, end = self._first[episode][:, None], self._end[episode][:, None]
+        wanted = row[:, None] + np.arange(1 - self.n_obs_steps, 1)  # (b, t); may lie before the start
+        obs, obs_mask = np.maximum(wanted, first), wanted >= first
+        ahead = wanted[..., None] + np.arange(self.chunk_size)  # (b, t, k); may lie past the end
+        is_real = obs_mask[..., None] & (ahead < end[..., None])
+        action = self._action[np.clip(ahead, first[..., None], end[..., None] - 1)]
+        return {
+            "images": np.stack([frames[obs] for frames in self._frames], axis=2),
+            "state": self._state[obs],
+            "action": action,
+            "action_mask": is_real[..., None] & self.spec.present,
+            "obs_mask": obs_mask,
+            "instruction": [self._instruction(r) for r in row.tolist()],
+            "dataset_index": np.full(len(row), self.dataset_index),
+            "episode_index": episode,
+            "frame_index": row - first[:, 0],
+        }
+
+    def _instruction(self, row: int) -> str:
+        instruction = self.dataset.tasks[self._task[row]]
+        if self.paraphrase is None:
+            return instruction
+        return self.paraphrase(instruction, np.random.default_rng((self.seed, self.epoch, row)))

@@ -1,0 +1,1 @@
+"""Recipes: which stages make a policy, few-shot adaptation, continual learning, DAgger."""

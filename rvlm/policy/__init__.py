@@ -1,0 +1,1 @@
+"""`VLA = VLM + action head + history`: configuration, heads, model, checkpoints, and the policy that acts."""

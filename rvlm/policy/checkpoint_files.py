@@ -1,0 +1,215 @@
+"""What the folder of a checkpoint must hold: configuration, weights and processor, each there, whole and understood.
+
+Weights are compared with weights: a hash of what the tensors hold stands for them, in whatever files they are.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from rvlm.files import key_of
+from rvlm.policy.config import VLAConfig, check_structure
+from rvlm.policy.mixtures import robots_of
+from rvlm.vlm.processors import ACT, load_processor
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A folder, or a name on the Hub, from which a model can't be loaded whole."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint that holds a JSON object.
+
+    Raises:
+        CheckpointError: It is not there or holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*"))) if path.parent.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{path.parent}: expected {path.name} as JSON, got {error}; the folder holds {there or 'nothing'}; was it cut short? "
+            "save or fetch it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}; save or fetch it again")
+    return values
+
+
+def is_policy(folder: Path) -> bool:
+    """Whether a model's folder holds a policy, not a vision-language model."""
+    return read_json(folder / CONFIG).get("model_type") == VLAConfig.model_type
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, each there and whole.
+
+    Raises:
+        CheckpointError: Which file is missing or cut short.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    names = ["model.safetensors"] if single.is_file() or not index.is_file() else read_json(index).get("weight_map", {}).values()
+    paths = [folder / name for name in sorted(set(names))]
+    for path in paths:
+        header_of(path)
+    return paths
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where they begin [byte].
+
+    Raises:
+        CheckpointError: It is not there, or not whole.
+    """
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*"))) or "nothing"
+        raise CheckpointError(
+            f"{path.parent}: expected weights in {path.name}, got none; the folder holds {there}; only safetensors are "
+            "read: save or fetch it again"
+        )
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else None
+            ends = [v["data_offsets"][1] for name, v in header.items() if name != "__metadata__"] if header is not None else []
+        except (ValueError, KeyError, TypeError, AttributeError):
+            header, ends = None, []
+    if header is None or size != 8 + length + max(ends, default=0):
+        raise CheckpointError(
+            f"{path}: expected a whole file of safetensors, got {size} bytes of another length than it says; it was cut "
+            "short: save or fetch it again"
+        )
+    return header, 8 + length
+
+
+def weights_hash(folder: Path) -> str:
+    """Twelve characters that stand for the weights in a model's folder, in whatever files and however cut.
+
+    Names, types, shapes and values count, of adapters too. A policy's own backbone stands in its configuration.
+
+    Raises:
+        CheckpointError: A file is missing or cut short.
+    """
+    paths = [*weights_in(folder), *sorted(folder.glob("adapter/*.safetensors"))]
+    stamps = ((path, path.stat()) for path in paths)
+    parts = [_tensors(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for p, s in stamps]
+    return key_of({name: told for part in parts for name, told in part.items()})
+
+
+@functools.lru_cache(maxsize=256)
+def _tensors(path: str, *_: int) -> dict[str, Any]:
+    """Type, shape and a hash of the values of each tensor in a file, read once as long as it stays as it is."""
+    header, start = header_of(Path(path))
+    told = {}
+    with Path(path).open("rb") as file:
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                first, end = tensor["data_offsets"]
+                file.seek(start + first)
+                told[name] = [tensor["dtype"], tensor["shape"], _hash_of(file, end - first)]
+    return told
+
+
+def _hash_of(file: Any, length: int) -> str:
+    value = hashlib.sha256()
+    while length > 0 and (block := file.read(min(length, 1 << 22))):
+        value.update(block)
+        length -= len(block)
+    return value.hexdigest()
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration in a policy's folder.
+
+    Raises:
+        CheckpointError: It is none of a policy, has unknown fields, or says what can't be.
+    """
+    values = read_json(folder / CONFIG)
+    if values.get("model_type") != VLAConfig.model_type:
+        raise CheckpointError(
+            f"{folder / CONFIG}: expected a policy (model_type {VLAConfig.model_type!r}), got {values.get('model_type')!r}; of a "
+            "vision-language model make_vla makes one"
+        )
+    with naming(folder / CONFIG):
+        return checked(folder, VLAConfig.from_dict(values))
+
+
+def checked(folder: Path, config: Any) -> Any:
+    """A configuration from a policy's folder, if this version understands it.
+
+    Raises:
+        CheckpointError: It has unknown fields, or says what can't be.
+    """
+    unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: unknown fields {sorted(unknown)} in {CONFIG}; was it saved by another version? load it with that one"
+        )
+    with naming(folder / CONFIG):
+        check_structure(config)
+        robots_of(config)
+        if not config.stats:
+            raise ValueError("expected statistics of 'action' and 'observation.state', got none; save a policy that was trained")
+    return config
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """Errors of others, in words that name the folder or file."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if str(where) in str(error) or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where}: expected what this version saves, got {type(error).__name__}: {error}; was it "
+            "saved by another version, or changed?"
+        ) from error
+
+
+def policy_processor(folder: Path, config: Any) -> Any:
+    """The processor in a policy's folder.
+
+    Raises:
+        CheckpointError: There is none, or it is another model's.
+    """
+    try:
+        processor: Any = load_processor(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        there = ", ".join(sorted(p.name for p in folder.glob("*")))
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: expected the policy's processor (processor_config.json, tokenizer.json, tokenizer_config.json), "
+            f"got {said}; the folder holds {there}; save it with the policy: save_pretrained(folder, processor)"
+        ) from error
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
+    if act_id != config.act_id:
+        raise CheckpointError(
+            f"{folder}: expected a tokenizer in which {ACT} has id {config.act_id}, as in training; got {act_id}; the processor "
+            "is of another model: save the policy's own with it"
+        )
+    return processor
+
+
+def refuse_no_numbers(folder: Path, model: Any) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        CheckpointError: Which ones.
+    """
+    wrong = [name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: expected weights of finite numbers, got others in {', '.join(wrong[:5])}{' ...' * (len(wrong) > 5)} "
+            f"({len(wrong)} in all); its training has diverged, or the file was damaged: restore or train it again"
+        )

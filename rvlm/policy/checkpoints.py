@@ -1,0 +1,181 @@
+"""Policies from and to folders: made of a vision-language model, remade with other settings, loaded, merged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ProcessorMixin
+
+from rvlm.data.actions import ActionSpec, NormStats
+from rvlm.policy import hub
+from rvlm.policy.config import TUNINGS, VLAConfig, check_settings
+from rvlm.policy.model import VLA
+from rvlm.policy.pretrained import held, own_weights
+from rvlm.vlm import adapters
+from rvlm.vlm.backbones import freeze_unread, load_backbone
+from rvlm.vlm.processors import ACT, load_processor
+
+
+def make_vla(
+    vlm: str | Path,
+    spec: ActionSpec,
+    stats: dict[str, NormStats],
+    *,
+    is_pretrained: bool = True,
+    revision: str | None = None,
+    tuning: str = "full",
+    rank: int = 16,
+    precision: str = "auto",
+    **settings: Any,
+) -> tuple[VLA, ProcessorMixin]:
+    """Attach an action head to a vision-language model.
+
+    Args:
+        vlm: Folder or Hub name.
+        spec: Of the demonstrations that it will be trained on.
+        stats: Of their training episodes: "action" and "observation.state".
+        is_pretrained: False for random weights: no vision-language pre-training.
+        revision: Commit, branch or tag of a name on the Hub; the last commit if left out. The policy remembers the commit.
+        tuning: What of the backbone learns (`tune`).
+        rank: Of adapters.
+        precision: What a backbone that stands still is held in: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
+        settings: Fields of `VLAConfig`: structure, head, history, window.
+
+    Returns:
+        The policy's model and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing, a family that has no place for `<act>`, or no such model.
+    """
+    check_settings(settings)
+    folder = hub.fetch(vlm, revision)
+    processor = load_processor(folder)
+    backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **held(folder, tuning, precision))
+    left_out = ("quantization_config", "_name_or_path")
+    is_folder = Path(vlm).is_dir()
+    config = VLAConfig(
+        backbone={name: value for name, value in backbone.config.to_dict().items() if name not in left_out},
+        vlm={
+            "name": Path(vlm).resolve().name if is_folder else str(vlm),
+            "revision": None if is_folder else hub.commit_of(folder),
+        },
+        act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
+        spec=spec.to_dict(),
+        stats={name: s.to_dict() for name, s in stats.items()},
+        **settings,
+    )
+    model = VLA(config, backbone)
+    model.processor = processor
+    _read_once(model, processor)
+    base = hub.origin(vlm, folder) if is_pretrained and tuning != "full" else None
+    return tune(model, tuning, rank, base, precision), processor
+
+
+@torch.inference_mode()
+def _read_once(model: VLA, processor: ProcessorMixin) -> None:
+    """Read a blank prompt, so that a family in which `<act>` has no place is refused before anything is trained."""
+    prompter = model.prompter(processor)
+    blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
+    model.read(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
+
+
+def tune(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
+    """Say what of the backbone learns; history, head, state and robots' tokens always do.
+
+    Args:
+        model: Without adapters.
+        tuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
+            (adapters on a language model that is held in 4 bits).
+        rank: Of adapters.
+        base: Where the backbone came from (`rvlm.policy.hub.origin`); what stands still is not saved again. None if from nowhere.
+        precision: What it is held in where it stands still.
+
+    Raises:
+        ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
+    """
+    if tuning not in TUNINGS:
+        raise ValueError(f"no tuning {tuning!r}; there are {', '.join(TUNINGS)}")
+    if tuning == "full":
+        freeze_unread(model.backbone)
+        return model
+    model.backbone.requires_grad_(False)
+    if base is None and tuning != "head":
+        raise ValueError(f"expected weights under adapters that can be loaded again, got random ones with tuning={tuning!r}")
+    if tuning != "head":
+        model.put_adapters(adapters.attach(model.backbone, tuning, rank, model.config.act_id))
+    if base is not None:
+        model.config.base = {**base, "tuning": tuning, "precision": precision}
+    return model
+
+
+def remake_vla(
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    tuning: str = "full",
+    rank: int = 16,
+    precision: str = "auto",
+    **settings: Any,
+) -> tuple[VLA, ProcessorMixin]:
+    """A trained policy with other settings, say with a memory: what still fits keeps its weights, what is new is random.
+
+    Args:
+        folder: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub; adapters are merged.
+        revision: Commit, branch or tag of a name on the Hub.
+        tuning: What of the backbone learns (`tune`).
+        rank: Of adapters.
+        precision: As `make_vla` takes it.
+        settings: Fields of `VLAConfig`, as `make_vla` takes them; what is left out stays as it is.
+
+    Returns:
+        The policy's model, with the old one's spec and statistics, and its processor.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+        ValueError: A combination that means nothing.
+    """
+    check_settings(settings)
+    where = hub.fetch(folder, revision)
+    if tuning == "qlora" and VLAConfig.from_pretrained(where).base is not None:
+        raise ValueError(
+            f"{folder}: its adapters would be lost in 4 bits; merge them first: model, processor = merge_vla(folder), then "
+            "model.save_pretrained(another_folder, processor)"
+        )
+    model: Any = VLA.from_pretrained(where, is_quantized=True) if tuning == "qlora" else VLA.merged(where)
+    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
+    changed = VLA(VLAConfig(**{**own, **settings, "base": None}), model.backbone)
+    changed.processor = model.processor
+    shapes = {name: value.shape for name, value in own_weights(changed.state_dict()).items()}
+    fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
+    changed.load_state_dict(fitting, strict=False)
+    base = hub.origin(folder, where) if tuning != "full" else None
+    return tune(changed, tuning, rank, base, precision), model.processor
+
+
+def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
+    """Load a policy strictly: the model, set to evaluate, and its processor.
+
+    Args:
+        name: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub.
+        options: Of `VLA.from_pretrained`: `revision`, `base`, `is_quantized`, `device`, ...
+
+    Raises:
+        ValueError: What is missing, cut short, of another version or unlike what it was trained on, by folder and file.
+    """
+    model = VLA.from_pretrained(name, **options)
+    return model, model.processor
+
+
+def merge_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
+    """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
+
+    What was trained over 4 bits is merged into the full weights, whose rounding it then no longer answers for.
+
+    Args:
+        name: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub.
+        options: Of `VLA.from_pretrained`.
+    """
+    model = VLA.merged(name, **options)
+    return model, model.processor

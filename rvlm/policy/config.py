@@ -1,0 +1,129 @@
+"""What a policy is made of: structure, head, history and window, and which of them go together.
+
+Three structures say where history lives (RoboVLMs, arXiv 2412.14058, section on VLA formulations): nowhere ("one_step"),
+in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in a module that fuses what was read at each
+observation alone ("policy_head").
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from rvlm.policy.heads import HEADS, HISTORIES, LONGEST_MEMORY
+
+TUNINGS = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
+EMBODIMENTS = (None, "name", "token")
+MAX_ROBOTS = 32  # that have tokens
+CONTINUOUS = ("mlp", "flow")
+STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
+    "one_step": (("mlp", "flow", "tokens"), (None,)),
+    "interleaved": (CONTINUOUS, (None,)),
+    "policy_head": (CONTINUOUS, tuple(HISTORIES)),
+}
+
+
+class VLAConfig(PreTrainedConfig):
+    """What a policy is made of.
+
+    Args:
+        backbone: Configuration of the vision-language model, as a dict with its `model_type`.
+        structure: Name in `STRUCTURES`.
+        head: Name in `HEADS`; `head_options` are its arguments by name.
+        history: Name in `HISTORIES`, for "policy_head" only.
+        n_obs_steps: Observations that the policy sees (t).
+        chunk_size: Actions that it predicts (k).
+        n_action_steps: Actions of a chunk that it is meant to execute before it predicts anew.
+        cameras: Names of the card's cameras, in the order of the prompt's images.
+        has_state: Whether proprioception enters.
+        image_size: Height and width of the images that it was trained on [px]; None where that is not known.
+        act_id: Id of `<act>`.
+        spec: `ActionSpec` of the robot, as a dict.
+        stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
+        robots: Other robots that it was trained on: dataset -> `Robot.to_dict` (`rvlm.policy.mixtures`).
+        embodiment: How it is told which robot acts: not at all (None), by the "name" before the instruction, or by a "token" of
+            each robot's own, an `<act>` with a learned offset.
+        met: Datasets of all robots that it was trained on, in the order in which it met them: the numbers of their tokens.
+        vlm: Vision-language model that it was made of: its `name`, and the `revision` of one from the Hub.
+        base: Of a policy that is saved without its backbone: the backbone's `name`, `revision` and `weights` (a hash), the
+            `tuning`, and the `precision` that it is held in.
+    """
+
+    model_type = "rvlm"
+    __no_type_check__ = True  # the library builds it from more than its fields, which a checker of signatures would refuse
+
+    backbone: dict | None = None
+    structure: str = "one_step"
+    head: str = "mlp"
+    head_options: dict | None = None
+    history: str | None = None
+    n_obs_steps: int = 1
+    chunk_size: int = 4
+    n_action_steps: int = 1
+    cameras: list | tuple = ("static", "wrist")
+    has_state: bool = True
+    image_size: list | tuple | None = None
+    act_id: int = 0
+    spec: dict | None = None
+    stats: dict | None = None
+    robots: dict | None = None
+    embodiment: str | None = None
+    met: list | None = None
+    vlm: dict | None = None
+    base: dict | None = None
+
+
+OF_DATA = {"image_size", "spec", "stats", "robots", "met"}
+MADE = {"model_type", "backbone", "act_id", "vlm", "base", *OF_DATA}  # no settings: they come of the data and the backbone
+SETTINGS = sorted(set(VLAConfig.__annotations__) - MADE)
+AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse fields that no policy has.
+
+    Raises:
+        TypeError: An unknown setting, with those that exist.
+    """
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
+
+
+def check_structure(config: VLAConfig) -> None:
+    """Refuse combinations that mean nothing.
+
+    Raises:
+        ValueError: Unknown or contradicting structure, head, history, window or embodiment, with what is possible.
+    """
+    histories = (None, *HISTORIES)
+    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", histories), ("embodiment", EMBODIMENTS)):
+        if getattr(config, name) not in table:
+            raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")
+    for name in ("n_obs_steps", "chunk_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
+    if config.history == "gpt" and config.n_obs_steps > LONGEST_MEMORY:
+        raise ValueError(f"history 'gpt' is expected to hold at most {LONGEST_MEMORY} observations; got {config.n_obs_steps}")
+    if not 1 <= config.n_action_steps <= config.chunk_size:
+        raise ValueError(
+            f"n_action_steps is expected between 1 and the chunk of {config.chunk_size} predicted actions; "
+            f"got {config.n_action_steps}"
+        )
+    heads, histories = STRUCTURES[config.structure]
+    is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
+    if config.head not in heads or config.history not in histories or not is_window_right:
+        raise ValueError(
+            f"structure={config.structure!r}, head={config.head!r}, history={config.history!r}, "
+            f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(combinations())}"
+        )
+
+
+def combinations() -> list[str]:
+    """Every valid combination of structure, heads, histories and window, in words."""
+    return [
+        f"{structure} with {' or '.join(heads)}, "
+        f"{'no history' if histories == (None,) else ' or '.join(map(str, histories))}, "
+        f"n_obs_steps {'of 1' if structure == 'one_step' else 'from 2 on'}"
+        for structure, (heads, histories) in STRUCTURES.items()
+    ]

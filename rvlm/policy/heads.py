@@ -1,0 +1,247 @@
+"""Action heads: from the features read at `<act>` to actions, all with the same `loss` and `predict`.
+
+A head names how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one
+per token for discrete ones. History modules (`lstm`, `gpt`) fuse the features of several observations before a head.
+Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on action heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2Model
+
+from rvlm.data.actions import ActionTokenizer
+
+LONGEST_MEMORY = 256  # observations that the GPT history can hold
+ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` where `mask` is true, both of one shape; zero where it never is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    """Two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out_dim)
+    )  # fmt: skip
+
+
+def arm_and_gripper(
+    arm: torch.Tensor, logit: torch.Tensor, is_open: torch.Tensor, mask: torch.Tensor, gripper_weight: float
+) -> dict[str, torch.Tensor]:
+    """The loss of continuous actions: the arm's errors (..., k, a - 1) and the gripper's cross entropy, where `mask` is true.
+
+    Args:
+        arm: Error of each arm dimension (..., k, a - 1).
+        logit: Of the gripper being open (..., k).
+        is_open: The truth in {0, 1} (..., k).
+        mask: (..., k, a).
+        gripper_weight: Weight of the cross entropy (the paper's lambda).
+    """
+    bce = F.binary_cross_entropy_with_logits(logit, is_open, reduction="none")
+    arm_loss, gripper_loss = masked_mean(arm, mask[..., :-1]), masked_mean(bce, mask[..., -1])
+    return {"loss": arm_loss + gripper_weight * gripper_loss, "arm_loss": arm_loss, "gripper_loss": gripper_loss}
+
+
+class MLPHead(nn.Module):
+    """Regression of the arm and classification of the gripper, whole chunk at once.
+
+    Args:
+        width: Size of a feature (d).
+        chunk_size: Actions predicted (k).
+        n_dims: Action dimensions (a); the gripper is the last.
+        hidden: Size of the hidden layers.
+        arm_loss: "mse" (as in the paper), "huber" (as in its released code) or "l1".
+        gripper_weight: Weight of the gripper's binary cross entropy (the paper's lambda).
+    """
+
+    n_queries = 1
+
+    def __init__(
+        self, width: int, chunk_size: int, n_dims: int, hidden: int = 512, arm_loss: str = "mse", gripper_weight: float = 0.1
+    ) -> None:
+        super().__init__()
+        if arm_loss not in ARM_LOSSES:
+            raise ValueError(f"no arm loss {arm_loss!r}; there are {', '.join(ARM_LOSSES)}")
+        self.shape, self.arm_loss, self.gripper_weight = (chunk_size, n_dims), ARM_LOSSES[arm_loss], gripper_weight
+        self.layers = nn.Sequential(nn.LayerNorm(width), *mlp(width, hidden, chunk_size * n_dims))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., d) to (..., k, a): arm in normalised units, gripper as a logit of being open."""
+        return self.layers(features).unflatten(-1, self.shape)
+
+    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
+        predicted = self(features)
+        arm = self.arm_loss(predicted[..., :-1], action[..., :-1], reduction="none")
+        return arm_and_gripper(arm, predicted[..., -1], action[..., -1], mask, self.gripper_weight)
+
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (..., k, a); the gripper is the probability of being open."""
+        predicted = self(features)
+        return torch.cat([predicted[..., :-1], predicted[..., -1:].sigmoid()], dim=-1)
+
+
+class FlowHead(nn.Module):
+    """Conditional flow matching of the arm's chunk, and classification of the gripper.
+
+    A small network is told the feature, a chunk between noise and action, and how far between; it says which action that
+    chunk leads to, and with it the velocity there. Acting follows the velocity in a few Euler steps from noise that is drawn
+    once, with the weights, so that the same observation always gets the same actions.
+
+    Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
+
+    Args:
+        width, chunk_size, n_dims, hidden, gripper_weight: As of `MLPHead`.
+        n_euler_steps: From noise to action.
+        n_draws: Noises and times that each feature is trained with at once; the backbone runs once for all.
+    """
+
+    n_queries = 1
+    start: torch.Tensor
+
+    def __init__(
+        self,
+        width: int,
+        chunk_size: int,
+        n_dims: int,
+        hidden: int = 512,
+        n_euler_steps: int = 5,
+        n_draws: int = 8,
+        gripper_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.shape, self.gripper_weight = (chunk_size, n_dims - 1), gripper_weight
+        self.n_euler_steps, self.n_draws = n_euler_steps, n_draws
+        n_values = chunk_size * (n_dims - 1)
+        self.norm = nn.LayerNorm(width)
+        self.expert = mlp(width + n_values + 2, hidden, n_values)
+        self.gripper = mlp(width, hidden, chunk_size)
+        self.register_buffer("start", torch.randn(self.shape))
+
+    def clean(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The action (..., k, a - 1) that a chunk of that shape leads to at `time` (..., 1), 0 for noise and 1 for actions."""
+        waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
+        return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
+
+    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
+        arm = (action * mask)[..., :-1].expand(self.n_draws, *action[..., :-1].shape)  # what does not count is not seen either
+        noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
+        between = (1 - time[..., None]) * noise + time[..., None] * arm
+        error = ((self.clean(features.expand(self.n_draws, *features.shape), between, time) - arm) ** 2).mean(0)
+        return arm_and_gripper(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
+
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (..., k, a); the gripper is the probability of being open."""
+        chunk = self.start.expand(*features.shape[:-1], *self.shape)
+        for step in range(self.n_euler_steps):
+            time = torch.full_like(features[..., :1], step / self.n_euler_steps)
+            chunk = chunk + (self.clean(features, chunk, time) - chunk) / (self.n_euler_steps - step)
+        return torch.cat([chunk, self.gripper(self.norm(features)).sigmoid()[..., None]], dim=-1)
+
+
+class TokensHead(nn.Module):
+    """Discrete actions: every dimension of every action in the chunk is one token, of `n_bins`, in the model's own sequence.
+
+    The tokens are added ones, and their embeddings live here instead of in the vision-language model's table: a small
+    vocabulary has no ids to spare, words keep their meaning, and a frozen or quantised table stays as it is. In the sequence
+    each token's place is held by an `<act>`, to whose embedding is added which place it is and, if autoregressive, the token
+    before it; the token itself is read from the hidden state there.
+
+    Source: RT-2 (arXiv 2307.15818), section 3.2; parallel decoding as in OpenVLA-OFT (arXiv 2502.19645), section IV.
+
+    Args:
+        width, chunk_size, n_dims: As of `MLPHead`.
+        n_bins: Per dimension.
+        decoding: "autoregressive", each token knowing those before it, or "parallel", all in one pass.
+    """
+
+    def __init__(self, width: int, chunk_size: int, n_dims: int, n_bins: int = 256, decoding: str = "autoregressive") -> None:
+        super().__init__()
+        if decoding not in ("autoregressive", "parallel"):
+            raise ValueError(f"no decoding {decoding!r}; there are autoregressive, parallel")
+        self.shape, self.n_queries = (chunk_size, n_dims), chunk_size * n_dims
+        self.is_autoregressive, self.tokenizer = decoding == "autoregressive", ActionTokenizer(n_bins)
+        self.places = nn.Parameter(torch.randn(self.n_queries, width) * width**-0.5)
+        self.tokens = nn.Embedding(n_bins, width) if self.is_autoregressive else None
+        if self.tokens is not None:
+            nn.init.normal_(self.tokens.weight, std=width**-0.5)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_bins))
+
+    def encode(self, action: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (..., k, a) to tokens (..., N), in the order in which they are said."""
+        ids = torch.from_numpy(self.tokenizer.encode(action.detach().cpu().numpy()))
+        return ids.to(action.device).flatten(-2)
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., N) to normalised actions (..., k, a)."""
+        action = self.tokenizer.decode(ids.unflatten(-1, self.shape).cpu().numpy())
+        return torch.from_numpy(action).to(ids.device, torch.float32)
+
+    def offsets(self, n: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """What is added to the embeddings of the `<act>` of n observations (n, N, d), given the tokens `ids` (n, N)."""
+        places = self.places.expand(n, -1, -1)
+        if self.tokens is None or ids is None:
+            return places
+        return torch.cat([places[:, :1], places[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
+
+    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cross entropy, at features (..., N, d), of normalised actions (..., k, a) where `mask` (..., k, a) is true."""
+        logits = self.out(features)
+        errors = F.cross_entropy(logits.flatten(0, -2), self.encode(action).flatten(), reduction="none")
+        loss = masked_mean(errors, mask.flatten())
+        return {"loss": loss, "token_loss": loss}
+
+    def choose(self, features: torch.Tensor) -> torch.Tensor:
+        """The likeliest token (...) at each feature (..., d)."""
+        return self.out(features).argmax(-1)
+
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (..., k, a) from the features (..., N, d) at all places; the gripper's bins lie in [0, 1]."""
+        return self.decode(self.choose(features))
+
+
+class LSTMHistory(nn.Module):
+    """Fuses the features of t observation steps, oldest first, each seeing only its past.
+
+    A forward pass always starts from the zero state and keeps none behind. Forget gates begin nearly open, else what was seen
+    fades by half at every step (Jozefowicz et al. 2015, section 2.2).
+    """
+
+    def __init__(self, width: int, n_layers: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.lstm = nn.LSTM(width, width, n_layers, batch_first=True)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.constant_(bias[width : 2 * width], 2.0)  # PyTorch's order is input, forget, cell, output
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(b, t, d) to (b, t, d)."""
+        return features + self.lstm(self.norm(features))[0]
+
+
+class GPTHistory(nn.Module):
+    """The same by a small causal transformer (GPT-2's, of transformers)."""
+
+    def __init__(self, width: int, n_layers: int = 2) -> None:
+        super().__init__()
+        n_heads = next(n for n in (8, 4, 2, 1) if width % n == 0)
+        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": LONGEST_MEMORY}
+        plain: dict[str, Any] = {"vocab_size": 1, **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}}
+        self.norm = nn.LayerNorm(width)
+        self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
+        self.gpt.set_input_embeddings(None)  # features come in, not words
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(b, t, d) to (b, t, d)."""
+        return features + self.gpt(inputs_embeds=self.norm(features)).last_hidden_state
+
+
+HEADS: dict[str, type[nn.Module]] = {"mlp": MLPHead, "flow": FlowHead, "tokens": TokensHead}
+HISTORIES: dict[str, type[nn.Module]] = {"lstm": LSTMHistory, "gpt": GPTHistory}

@@ -1,0 +1,76 @@
+"""Find out what a vision-language model needs by trying it: how its prompt is written, what it reads in order, what can adapt."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from rvlm.data.actions import ActionSpec
+from rvlm.vlm.adapters import linear_layers
+from rvlm.vlm.backbones import load_backbone, vision_modules
+from rvlm.vlm.causality import keep_order
+from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.prompts import Prompter
+
+
+def appends(model: PreTrainedModel, processor: Any) -> bool:
+    """Whether an interleaved policy of this model passes each observation through it once, tried with three.
+
+    Else the whole window is computed again at every step (`rvlm.policy.observation_history.RecomputedSequence`).
+
+    Raises:
+        ValueError: The family takes one image a prompt, or does not read in order.
+    """
+    from rvlm.policy.config import VLAConfig
+    from rvlm.policy.model import VLA
+    from rvlm.policy.observation_history import CachedSequence
+
+    spec = ActionSpec.from_card("tabletop_franka7")
+    policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras[:1], "has_state": False}
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
+    config = VLAConfig(backbone=model.config.to_dict(), act_id=act_id, spec=spec.to_dict(), stats={}, **policy)
+    vla = VLA(config, model).eval()
+    return CachedSequence.is_exact(vla, vla.prompter(processor))
+
+
+def probe(vlm: str | Path) -> pd.Series:
+    """What a vision-language model is and needs, each found by trying.
+
+    Args:
+        vlm: Folder or Hub name.
+
+    Returns:
+        Facts by name; of a family that has no place for `<act>`, its class and the reason alone.
+    """
+    processor: Any = load_processor(vlm)
+    model = load_backbone(vlm, processor).eval()
+    config = model.config.get_text_config()
+    facts: dict[str, Any] = {"class": type(model).__name__}
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
+    try:
+        prompter = Prompter(processor, 1, n_queries=2)
+        is_in_order = keep_order(model, prompter, act_id)
+    except ValueError as reason:
+        return pd.Series({**facts, "refused": str(reason)})
+    tower, has_several = vision_modules(model), prompter.layout != "first"
+    kept = {True: "yes", False: "no, the window is computed again"}
+    n_tokens = sum(i in prompter.image_ids for i in prompter.token_ids("lift it"))
+    return pd.Series({
+        **facts,
+        "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "width of hidden states": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "side of images [px]": prompter.image_size,
+        "tokens of an image": n_tokens,
+        "several images": "yes" if has_several else "no",
+        "prompt": prompter.text("…").split(ACT)[0],
+        "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
+        "an observation is read once": kept[appends(model, processor)] if is_in_order and has_several else "–",
+        "pads on the": processor.tokenizer.padding_side,
+        "attention": model.config._attn_implementation,
+        "type": str(model.dtype).removeprefix("torch."),
+        "adapters on": linear_layers(model).split("(")[-1].strip(")").replace("|", ", "),
+        "freezable": ", ".join(name for name, part in model.base_model.named_children() if any(part is t for t in tower)),
+        "structures": "all" if is_in_order and has_several else "one_step, policy_head",
+    })  # fmt: skip

@@ -1,0 +1,265 @@
+"""`VLA = VLM + action head + history`: any image-text-to-text model of transformers as a robot policy.
+
+The backbone is not changed: its tokenizer has one more token, `<act>`, and the policy reads the base model's hidden
+state where it stands (the language-model head is not computed). Proprioception, and action tokens where there are some,
+enter as learned offsets of that token's input embedding, and so does the robot, where each has a token of its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import ModelOutput
+
+from rvlm.data.actions import ActionSpec
+from rvlm.policy.config import MAX_ROBOTS, VLAConfig, check_structure
+from rvlm.policy.heads import HEADS, HISTORIES, TokensHead
+from rvlm.policy.mixtures import Robot, arranged, named, robots_of
+from rvlm.policy.pretrained import SavedPolicy
+from rvlm.vlm.backbones import read_act
+from rvlm.vlm.causality import keep_order
+from rvlm.vlm.prompts import Prompter
+
+
+class VLA(SavedPolicy):
+    """A vision-language-action model: backbone, history, head, and what its actions mean.
+
+    Saved and loaded like any transformers model, by safetensors only; spec and statistics travel in the configuration,
+    and the processor in the same folder.
+    """
+
+    config_class = VLAConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        check_structure(config)
+        own, self.robots = robots_of(config)
+        self.spec, self.stats = own.spec, own.stats
+        if backbone is None and config.base is not None:
+            raise ValueError(
+                f"expected the backbone that this policy stands on, {config.base['name']}, got none; load it by "
+                "VLA.from_pretrained(folder)"
+            )
+        if backbone is None:
+            settings: dict[str, Any] = dict(cast(dict, config.backbone))
+            backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+        self.backbone: Any = backbone
+        self.put_adapters(None)
+        width = self.backbone.config.get_text_config().hidden_size
+        self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
+        self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
+        s = len(self.spec.state_names)
+        self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
+        self.robot_in = nn.Parameter(torch.zeros(MAX_ROBOTS, width)) if config.embodiment == "token" else None
+        self.post_init()
+
+    def meet(self, robots: Sequence[Robot]) -> None:
+        """Know these robots from now on; the first is the one that the policy is for.
+
+        Statistics that it knows already stay as they are: what was learned was learned in them.
+        """
+        known = {self.spec.dataset: Robot(self.spec, self.stats), **self.robots}
+        met = list(dict.fromkeys([*self._met(), *(robot.spec.dataset for robot in robots)]))
+        known = {**{robot.spec.dataset: robot for robot in robots}, **known}
+        if self.robot_in is not None and len(met) > MAX_ROBOTS:
+            raise ValueError(f"expected at most {MAX_ROBOTS} robots with tokens of their own, got {len(met)}; tell them by name")
+        first = known.pop(robots[0].spec.dataset)
+        self.spec, self.stats, self.robots, self.config.met = first.spec, first.stats, known, met
+        self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
+        self.config.robots = {name: robot.to_dict() for name, robot in known.items()} or None
+
+    def felt(self, robot: Robot, state: np.ndarray) -> np.ndarray:
+        """A robot's normalised state (..., s) as the policy takes it: in the order of the robot that it is for, by name.
+
+        Where each robot has a token of its own, the number of this one stands behind it: (..., s + 1).
+        """
+        state = arranged(state, robot.spec.state_names, self.spec.state_names)
+        if self.robot_in is None:
+            return state
+        number = self._met().index(robot.spec.dataset)
+        return np.concatenate([state, np.full((*state.shape[:-1], 1), number, state.dtype)], axis=-1)
+
+    def _met(self) -> list[str]:
+        return self.config.met or [self.spec.dataset, *self.robots]
+
+    def addressed(self, robot: Robot, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample of a robot as the policy takes it: its state by `felt`, and the robot's name where orders begin with it."""
+        told = sample["instruction"]
+        told = named(robot.spec, told) if self.config.embodiment == "name" else told
+        return {**sample, "state": self.felt(robot, sample["state"]), "instruction": told}
+
+    def robot(self, spec: ActionSpec) -> Robot:
+        """The robot of this spec, as it was when the policy was trained.
+
+        Raises:
+            SpecMismatch: The policy knows no such robot, or knows it by other conventions.
+        """
+        known = self.robots.get(spec.dataset, Robot(self.spec, self.stats))
+        known.spec.require_same(spec)
+        return known
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
+
+    def prompter(self, processor: ProcessorMixin) -> Prompter:
+        """What makes this policy's prompts, in training and in evaluation.
+
+        Where a sequence is continued (several observations, or token after token), shorter prompts are filled up on the
+        left, so that what is appended stands right behind each of them.
+        """
+        is_interleaved = self.config.structure == "interleaved"
+        side = "left" if is_interleaved or self.is_autoregressive else "right"
+        prompter = Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
+        if side == "left" and not keep_order(self.backbone, prompter, self.config.act_id):
+            raise ValueError(
+                f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
+                "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
+                "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
+            )
+        return prompter
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether actions are said token after token."""
+        return isinstance(self.head, TokensHead) and self.head.is_autoregressive
+
+    def read(self, input_ids: torch.Tensor, offsets: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        """One pass of the backbone, as `rvlm.vlm.backbones.read_act`, in the head's precision."""
+        hidden, cache = read_act(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
+        return hidden.to(next(self.head.parameters()).dtype), cache
+
+    def offsets(self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What is added to the embeddings of the `<act>` of n observations (n * N, d), or None.
+
+        Args:
+            n: Observations.
+            state: (n, s) as `felt` gives it; stands at the first `<act>` of each.
+            tokens: (n, N) that the head is told in training.
+
+        Raises:
+            ValueError: The policy has a state, or a token of each robot, and another one or none was given.
+        """
+        felt = self._felt_offset(state)
+        if not isinstance(self.head, TokensHead):
+            return felt
+        told = self.head.offsets(n, tokens)
+        if felt is not None:
+            told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
+        return told.flatten(0, 1)
+
+    def _felt_offset(self, state: torch.Tensor | None) -> torch.Tensor | None:
+        if self.state_in is None and self.robot_in is None:
+            return None
+        width = len(self.spec.state_names) + (self.robot_in is not None)
+        if state is None or state.shape[-1] != width:
+            got = "none" if state is None else f"one of {state.shape[-1]}"
+            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.felt` makes it of a robot's own")
+        if self.robot_in is None:
+            return cast(nn.Module, self.state_in)(state)
+        token = self.robot_in[state[:, -1].long()]
+        return token if self.state_in is None else token + self.state_in(state[:, :-1])
+
+    def features(
+        self,
+        input_ids: torch.Tensor,
+        state: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """Hidden states at the `<act>` of n observations: (n, d), or (n, N, d) where the head reads N of them.
+
+        Args:
+            input_ids: (b, l), with n observations in all.
+            state: (n, s), as `felt` gives it.
+            tokens: (n, N), the action tokens that the head is told in training.
+            inputs: As `read` takes them.
+        """
+        n_queries = self.head.n_queries
+        n = int((input_ids == self.config.act_id).sum()) // n_queries
+        hidden, _ = self.read(input_ids, self.offsets(n, state, tokens), **inputs)
+        return hidden.unflatten(0, (n, n_queries)) if n_queries > 1 else hidden
+
+    def fused(
+        self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, tokens: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
+
+        Args:
+            state: (b, t, s), as `felt` gives it.
+            obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
+            tokens: (b * t, N), the action tokens that the head is told in training.
+            inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
+        """
+        if self.config.structure != "interleaved":
+            features = self.features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
+            return self.history(features)
+        is_there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
+        read = self.features(state=state[is_there], **inputs)
+        return read.new_zeros(*state.shape[:2], read.shape[-1]).index_put((is_there,), read)
+
+    def forward(
+        self,
+        state: torch.Tensor | None = None,
+        action: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
+        obs_mask: torch.Tensor | None = None,
+        dataset_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> ModelOutput:
+        """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
+
+        Args:
+            state: (b, t, s), as `felt` gives it.
+            action: (b, t, k, a), normalised, the gripper in {0, 1}.
+            action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
+                dimension that the robot does not have.
+            obs_mask: (b, t), false before the episode's start.
+            dataset_index: (b,), whose card and statistics the actions follow.
+            labels: (b, l), token ids that the vision-language model is to answer; -100 where it is not asked.
+            inputs: As `fused` takes them.
+
+        Returns:
+            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`) or `answer_loss`.
+        """
+        if labels is not None:
+            loss = self.backbone(labels=labels, **inputs).loss
+            return ModelOutput(loss=loss, answer_loss=loss)
+        state, action, action_mask = (cast(torch.Tensor, given) for given in (state, action, action_mask))
+        tokens = self.head.encode(action).flatten(0, 1) if self.is_autoregressive else None
+        return ModelOutput(**self.head.loss(self.fused(state, obs_mask, tokens, **inputs), action, action_mask))
+
+    @torch.inference_mode()
+    def predict(self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (b, k, a) from the last of t observation steps; arguments as `fused` takes them."""
+        if self.is_autoregressive:
+            return self._say(state[:, -1], **inputs)
+        return self.head.predict(self.fused(state, obs_mask, **inputs)[:, -1])
+
+    def _say(self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Normalised actions (b, k, a), token after token in the key-value cache; prompts are padded on the left."""
+        b, n_tokens = len(input_ids), self.head.n_queries
+        n_known = input_ids.shape[1] - n_tokens + 1  # up to the first <act>: all others hold the place of tokens to come
+        offsets = cast(torch.Tensor, self.offsets(b, state)).unflatten(0, (b, n_tokens))
+        known = {k: v[:, :n_known] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
+        known |= {"input_ids": input_ids[:, :n_known], "attention_mask": attention_mask[:, :n_known]}
+        hidden, cache = self.read(offsets=offsets[:, 0], use_cache=True, **known)
+        said = [self.head.choose(hidden)]
+        for i in range(1, n_tokens):
+            end = n_known + i
+            told = offsets[:, i] + self.head.tokens(said[-1])
+            step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
+            for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 are told
+                step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # of images at every step
+            hidden, cache = self.read(offsets=told, past_key_values=cache, use_cache=True, **step)
+            said.append(self.head.choose(hidden))
+        return self.head.decode(torch.stack(said, dim=1))
+
+
+AutoModel.register(VLAConfig, VLA)  # so that the library loads a policy as any model, once this module is imported

@@ -1,0 +1,125 @@
+"""The card that travels with a policy: what its numbers mean, what it was trained on, how well it does, and where it ends.
+
+What the policy itself knows is computed from it; success, licence and further limits are said by whoever knows them.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from rvlm.policy.mixtures import Robot
+from rvlm.provenance import provenance
+from rvlm.statistics import Rate
+
+LIMITS = (
+    "It was trained for the robot, cameras, image size and control rate below; anything else is refused, or untested.",
+    "It knows the tasks and wordings of its demonstrations. What it does when told something else is not known.",
+    "Nothing in it avoids collisions or keeps limits of force: what carries out its actions must.",
+)
+
+
+def model_card(
+    model: Any,
+    success: Mapping[str, Rate] | None = None,
+    license_name: str | None = None,
+    limits: Sequence[str] = (),
+) -> str:
+    """Text of a policy's `README.md`, with the Hub's metadata before it.
+
+    Args:
+        model: `VLA`.
+        success: Setting, in words -> success rate with its interval, as `rvlm.statistics.wilson` gives it.
+        license_name: As the Hub names it, such as "apache-2.0"; the licences of base model and data bind it.
+        limits: What else it can't do, one sentence each.
+    """
+    config, vlm = model.config, model.config.vlm or {}
+    matter: dict[str, Any] = {"library_name": "rvlm", "pipeline_tag": "robotics", "tags": ["robotics", "vision-language-action"]}
+    matter |= {"license": license_name} if license_name else {}
+    matter |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
+    size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
+    robots = [Robot(model.spec, model.stats), *model.robots.values()]
+    made_of = [
+        f"Vision-language model: {vlm.get('name', 'not recorded')}, revision {vlm.get('revision') or 'none, a folder'}.",
+        f"Backbone: {config.backbone['model_type']}; "
+        + (f"saved apart: {config.base['tuning']} over weights {config.base['weights']}." if config.base else "saved whole."),
+        f"Structure {config.structure}, head {config.head}, history {config.history or 'none'}, {config.n_obs_steps} "
+        f"observation(s); predicts {config.chunk_size} actions, executes {config.n_action_steps}.",
+        f"Sees {', '.join(config.cameras)} ({size or 'size not recorded'}, uint8 RGB){' and the state' * config.has_state}.",
+    ]
+    parts = [
+        "---\n" + yaml.safe_dump(matter, sort_keys=False) + "---",
+        f"# A robot policy for {model.spec.robot}",
+        "```python\nfrom rvlm.policy.policy import Policy\n\npolicy = Policy.load(folder_or_hub_name, revision=commit)\n```",
+        "## What it is made of\n" + _list(made_of),
+        *(part for robot in robots for part in _robot(robot)),
+        "## How well it does\n" + _success(success or {}),
+        "## Limits\n" + _list([*LIMITS, *limits]),
+        "## Licence\n" + (license_name or "Not stated. The licences of base model and data bind it."),
+        "## Made by\n" + _made_by(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _robot(robot: Robot) -> list[str]:
+    """What the actions and the state of a robot mean, and the numbers that they were normalised by."""
+    spec, action, state = robot.spec, robot.stats["action"], robot.stats["observation.state"]
+    kind = "displacements" if spec.is_delta else "target poses"
+    absent = f" It cannot move in {', '.join(spec.absent)}." if spec.absent else ""
+    actions = [
+        (name, unit, f"{_number(low)} to {_number(high)}", _number(scale), *_quantiles(action, i))
+        for i, (name, unit, low, high, scale) in enumerate(
+            zip(spec.names, spec.units, spec.low, spec.high, spec.scale, strict=True)
+        )
+    ]
+    states = [
+        (name, unit, f"{_number(state.min[i])} to {_number(state.max[i])}", *_quantiles(state, i))
+        for i, (name, unit) in enumerate(zip(spec.state_names, spec.state_units, strict=True))
+    ]
+    return [
+        f"## Data and conventions: {spec.dataset}\n{action.count} training frames of {spec.robot}. Statistics are of these "
+        f"frames; normalisation: {action.kind}.",
+        f"Actions are {kind} in frame {spec.frame!r}, rotations as {spec.rotation}, at {spec.rate_hz:g} Hz; the gripper opens at "
+        f"{_number(spec.gripper_open)} and closes at {_number(spec.gripper_close)}.{absent}",
+        _table(("action", "unit", "raw range", "units per raw 1", "q01", "median", "q99"), actions),
+        f"The state's rotation is {spec.state_rotation}.",
+        _table(("state", "unit", "range in training", "q01", "median", "q99"), states),
+    ]
+
+
+def _quantiles(stats: Any, i: int) -> tuple[str, str, str]:
+    return _number(stats.q01[i]), _number(stats.q50[i]), _number(stats.q99[i])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _success(success: Mapping[str, Rate]) -> str:
+    if not success:
+        return "Not measured when this card was written."
+    rows = [(name, f"{r.successes}/{r.n}", f"{r.rate:.0%}", f"{r.low:.0%} to {r.high:.0%}") for name, r in success.items()]
+    return _table(("setting", "successes", "rate", "95 % interval"), rows)
+
+
+@functools.cache
+def _code() -> dict[str, Any]:
+    return provenance()  # once a process: git is asked
+
+
+def _made_by() -> str:
+    made, today = _code(), datetime.now(UTC).date().isoformat()
+    commit = made["commit"] or "not recorded"
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return f"Commit {commit}{' with changes' * made['is_dirty']}, {today}; {versions}."
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,175 @@
+"""What an observation must be before a policy acts on it: of the kind that the policy was trained on, or refused.
+
+Silence is the worst answer here: images in [0, 1] look black, channels that come first look like noise, a state in
+millimetres looks like a hand far away, and each of them still gives an action.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rvlm.data.instructions import flaw_of
+from rvlm.policy.mixtures import Robot
+
+FAR = 10.0  # spans of the training data beyond which a state is doubted
+LEAST_SPAN = 0.1  # of a quantity that hardly moved in training [m, or the card's unit]
+LEAST_TURN = 0.35  # the same of an angle [rad]: ten of it are more than half a turn, which no angle exceeds
+
+
+class ObservationError(ValueError):
+    """An observation differs in kind from those that the policy was trained on."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The observations that a policy takes.
+
+    Attributes:
+        images: Keys of the images in an observation, in the order of the policy's cameras.
+        image_size: Height and width of the images that it was trained on [px]; None where that is not known.
+        robot: Whose state it is.
+        words: What an instruction must not hold, for the prompt means something else by it.
+    """
+
+    images: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    robot: Robot
+    words: tuple[str, ...]
+
+    def check(self, observations: Any, n_robots: int) -> tuple[int, int]:
+        """Refuse what differs; the size (h, w) of the images [px] if nothing does.
+
+        Raises:
+            ObservationError: What was expected, of which robot, and what came.
+        """
+        if not isinstance(observations, (list, tuple)):
+            hint = "; put it in a list" * isinstance(observations, Mapping)
+            raise ObservationError(f"expected a list with an observation of each robot, got {type(observations).__name__}{hint}")
+        if len(observations) != n_robots:
+            raise ObservationError(
+                f"expected an observation of each of {n_robots} robots, got {len(observations)}; "
+                f"begin with reset(n_robots={len(observations)})"
+            )
+        sizes = {}
+        for i, observation in enumerate(observations):
+            self._check_keys(observation, i)
+            sizes |= {f"{key} of robot {i}": _image_size(observation[key], key, i, self.image_size) for key in self.images}
+            self._check_state(observation["state"], i)
+            self._check_instruction(observation["instruction"], i)
+        if len(set(sizes.values())) > 1:
+            raise ObservationError(f"expected images of one size (h, w), as in training; got {sizes}; resize them alike")
+        return next(iter(sizes.values()))
+
+    def check_size(self, size: tuple[int, ...], what: str) -> None:
+        """Refuse images of another size (h, w) [px] than those of training.
+
+        Raises:
+            ObservationError: Both sizes.
+        """
+        if self.image_size not in (None, tuple(size)):
+            raise ObservationError(
+                f"{what}: expected {self.image_size} (h, w), as in training, got {tuple(size)}; {_mend_size(self.image_size)}"
+            )
+
+    def _check_keys(self, observation: Any, i: int) -> None:
+        if not isinstance(observation, Mapping):
+            raise ObservationError(f"robot {i}: expected an observation as a dict, got {type(observation).__name__}")
+        needed = {*self.images, "state", "instruction"}
+        missing = sorted(needed - set(observation))
+        if missing:
+            raise ObservationError(
+                f"robot {i}: expected {sorted(needed)} in an observation, as in training; got {sorted(map(str, observation))}; "
+                f"add {missing}"
+            )
+
+    def _check_state(self, state: Any, i: int) -> None:
+        spec, numbers = self.robot.spec, _array(state, "state", i)
+        if numbers.shape != (len(spec.state_names),) or numbers.dtype.kind not in "fiu":
+            raise ObservationError(
+                f"robot {i}: expected a state of {len(spec.state_names)} numbers {list(spec.state_names)} ({spec.dataset}), got "
+                f"shape {numbers.shape} of {numbers.dtype}; give the card's state, in its order"
+            )
+        if not np.isfinite(numbers).all():
+            wrong = [name for name, is_finite in zip(spec.state_names, np.isfinite(numbers), strict=True) if not is_finite]
+            raise ObservationError(
+                f"robot {i}: expected a state of finite numbers, got {numbers.tolist()}; see to the sensors of {', '.join(wrong)}"
+            )
+
+    def _check_instruction(self, instruction: Any, i: int) -> None:
+        if not isinstance(instruction, str):
+            raise ObservationError(
+                f"robot {i}: expected an instruction as one text, got {type(instruction).__name__} {instruction!r}; give a str"
+            )
+        if instruction and (flaw := flaw_of(instruction)):
+            raise ObservationError(f"robot {i}: expected an instruction in words, got {flaw}; '' stands for none at all")
+        inside = [word for word in self.words if word in instruction]
+        if inside:
+            raise ObservationError(
+                f"robot {i}: expected an instruction in words, got {instruction!r}; {inside} stand for images and actions in the "
+                "prompt; leave them out"
+            )
+
+    def far(self, observations: Sequence[Mapping[str, Any]]) -> str:
+        """Which state lies far outside of what training saw, in words; empty if none does."""
+        stats, spec = self.robot.stats["observation.state"], self.robot.spec
+        least = [LEAST_TURN if unit == "rad" else LEAST_SPAN for unit in spec.state_units]
+        room = FAR * np.maximum(stats.max - stats.min, least)
+        for i, observation in enumerate(observations):
+            state = np.asarray(observation["state"], np.float64)
+            beyond = np.flatnonzero((state < stats.min - room) | (state > stats.max + room))
+            if len(beyond):
+                at = int(beyond[0])
+                return (
+                    f"robot {i}: state {spec.state_names[at]!r} is {state[at]:.6g} [{spec.state_units[at]}], in training it lay "
+                    f"between {stats.min[at]:.6g} and {stats.max[at]:.6g}: is it in the card's unit?"
+                )
+        return ""
+
+
+def _array(value: Any, key: str, i: int) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor on a GPU, or that learns
+        raise ObservationError(f"robot {i}: expected {key!r} as a numpy array, got {type(value).__name__} ({error})") from error
+
+
+def _image_size(value: Any, key: str, i: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width [px] of an image, refused unless it is (h, w, 3) uint8, of the size that was trained on."""
+    image = _array(value, key, i)
+    height, width = size or ("h", "w")
+    is_right = image.ndim == 3 and image.shape[-1] == 3 and image.dtype == np.uint8 and image.size > 0
+    if not is_right or (size is not None and image.shape[:2] != tuple(size)):
+        raise ObservationError(
+            f"robot {i}: expected {key!r} as ({height}, {width}, 3) uint8 RGB, as in training; got {image.shape} {image.dtype}; "
+            f"{_mend(image, size)}"
+        )
+    return image.shape[0], image.shape[1]
+
+
+def _mend(image: np.ndarray, size: tuple[int, int] | None) -> str:
+    """What to do about an image of another kind."""
+    if image.size == 0:
+        return "see to the camera: the image holds no pixel"
+    if image.ndim == 4:
+        return "give one image a camera, without an axis for batch or time"
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] not in (1, 3, 4):
+        return "put channels last: image.transpose(1, 2, 0)"
+    if image.ndim != 3 or image.shape[-1] == 1:
+        return "give a colour image, as the policy saw in training"
+    if image.shape[-1] != 3:
+        return "keep the three colours alone: image[..., :3]"
+    if image.dtype.kind == "f":
+        top = float(image.max())
+        if not math.isfinite(top) or top > 1:
+            return "convert it where it is read: image.round().astype(np.uint8), if it runs from 0 to 255"
+        return "images in [0, 1] are (255 * image).round().astype(np.uint8)"
+    if image.dtype != np.uint8:
+        return "give 8 bits a colour, from 0 to 255, as uint8"
+    return _mend_size(size)
+
+
+def _mend_size(size: tuple[int, int] | None) -> str:
+    return f"resize or crop to {size}, as the recordings of training were made, or train at this size"

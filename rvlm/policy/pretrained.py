@@ -1,0 +1,292 @@
+"""Save and load a policy, both directions in one place: whole, or what it has learned around a model that is named.
+
+A folder holds `config.json` (structure, what actions mean, statistics, origin), weights as safetensors, adapters in peft's own
+form, the processor and a model card. What is loaded is the trained policy whole, or an error that names folder and file.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, ProcessorMixin
+
+from rvlm.files import temporary
+from rvlm.policy import hub
+from rvlm.policy.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    CheckpointError,
+    checked,
+    header_of,
+    is_policy,
+    naming,
+    policy_processor,
+    read_config,
+    read_json,
+    refuse_no_numbers,
+    weights_in,
+)
+from rvlm.policy.config import VLAConfig
+from rvlm.policy.model_card import model_card
+from rvlm.vlm import adapters
+from rvlm.vlm.backbones import LOADING, compute_as_trained, load_backbone, refuse_wrong_weights
+
+CARD = "README.md"
+DOWNLOAD = {"cache_dir", "force_download", "local_files_only", "token"}  # options of fetching
+AUTOMATIC = {"_from_auto", "adapter_kwargs", "trust_remote_code"}  # what AutoModel hands over; remote code is never run
+
+
+class SavedPolicy(PreTrainedModel):
+    """What `VLA` is saved and loaded by, with the library's verbs and parameters.
+
+    Attributes:
+        adapters: Those in its backbone, to save and merge them.
+        processor: That it was made or loaded with, and is saved with.
+    """
+
+    adapters: Any
+    processor: Any = None
+
+    def put_adapters(self, adapters: PeftModel | None) -> None:
+        """Remember the adapters that are in the backbone, to save and merge them."""
+        object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        processor: ProcessorMixin | None = None,
+        *,
+        card: str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        save_original_format: bool = True,
+        **push_options: Any,
+    ) -> None:
+        """Save weights, configuration, processor and model card, so that the folder is whole or says that it is not.
+
+        A backbone that stands still is not saved again but named in the configuration; its adapters are, in peft's own form.
+        All is written beside the folder first; of a folder that exists the configuration goes first and comes back last.
+
+        Args:
+            save_directory: Made if it does not exist.
+            processor: The one that the policy was made or loaded with, if left out.
+            card: Text of the card, as `rvlm.policy.model_card.model_card` makes it; made here if left out.
+            is_main_process: False where another process saves.
+            state_dict: Weights, where they are not the model's own, as of a model that is spread over processes.
+            save_function: Not read; callers of the library hand it over. Weights are always safetensors.
+            push_to_hub: Also send it to the Hub.
+            max_shard_size: Of the library.
+            save_original_format: Of the library.
+            push_options: `repo_id` (the folder's name if left out), and what `push_to_hub` takes.
+
+        Raises:
+            ValueError: There is no processor, without which nobody could load the policy, or the path is a file.
+            TypeError: Options that are not read.
+        """
+        if push_options and not push_to_hub:
+            raise TypeError(f"save_pretrained does not take {sorted(push_options)} without push_to_hub=True; leave them out")
+        if not is_main_process:
+            return
+        folder, processor = Path(save_directory), processor or self.processor
+        if processor is None or folder.is_file():
+            raise ValueError(
+                f"{folder}: expected a folder and a processor to save with the policy, got "
+                f"{'a file' if folder.is_file() else 'no processor'}; give save_pretrained(folder, processor), as of make_vla"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = temporary(folder)
+        try:
+            part.mkdir()
+            whole = dict(self.state_dict() if state_dict is None else state_dict)
+            self._write(part, whole, max_shard_size=max_shard_size, save_original_format=save_original_format)
+            processor.save_pretrained(part)
+            (part / CARD).write_text(card or model_card(self), encoding="utf-8")
+            _put(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        if push_to_hub:
+            self.push_to_hub(push_options.pop("repo_id", folder.name), processor, card=card, **push_options)
+
+    def _write(self, folder: Path, whole: dict[str, torch.Tensor], **options: Any) -> None:
+        if self.config.base is not None and self.adapters is not None:
+            inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
+            adapters.save(self.adapters, folder, inner)
+        kept = whole if self.config.base is None else own_weights(whole)
+        super().save_pretrained(folder, state_dict=kept, **options)
+
+    def push_to_hub(
+        self, repo_id: str, processor: ProcessorMixin | None = None, *, card: str | None = None, **options: Any
+    ) -> Any:
+        """Send the policy to the Hub with all that is needed to load it.
+
+        That is its processor, its card and, if it stands on a model in a folder, that model.
+
+        Args:
+            repo_id: Name on the Hub; made if it does not exist.
+            processor: As of `save_pretrained`.
+            card: As of `save_pretrained`.
+            options: Of `rvlm.policy.hub.send`: `commit_message`, `private`, `token`, `revision` (a branch), `create_pr`, ...
+
+        Returns:
+            The library's `CommitInfo`; its `oid` is the `revision` for `from_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as temporary_folder:
+            folder = Path(temporary_folder) / "policy"
+            self.save_pretrained(folder, processor, card=card)
+            hub.put_backbone_inside(folder)
+            return hub.send(folder, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        base: str | Path | None = None,
+        is_quantized: bool | None = None,
+        device: str | torch.device | None = None,
+        config: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The trained policy whole, set to evaluate, with its processor as `processor`; or an error.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or name on the Hub.
+            revision: Commit, branch or tag on the Hub.
+            base: Of a policy that was saved without its backbone: folder or Hub name where that is now, if not where it was.
+            is_quantized: Whether to hold the backbone in 4 bits; as it was trained, if left out.
+            device: Where to put it.
+            config: The folder's, where it was read before.
+            options: `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+        Raises:
+            CheckpointError: Folder and file that are missing, cut short, of another version, or hold weights that are no numbers.
+            ValueError: A weight is missing, unexpected or misshapen.
+            TypeError: An option that policies do not have.
+        """
+        options = {name: value for name, value in options.items() if name not in AUTOMATIC}
+        unknown = sorted(options.keys() - DOWNLOAD)
+        if unknown:
+            raise TypeError(
+                f"a policy is loaded as it was trained, without {unknown}; there are revision, base, is_quantized, device, "
+                f"config, {', '.join(sorted(DOWNLOAD))}"
+            )
+        folder = hub.fetch(pretrained_model_name_or_path, revision, **options)
+        config = read_config(folder) if config is None else checked(folder, config)
+        weights_in(folder)
+        processor = policy_processor(folder, config)
+        with LOADING, naming(folder):
+            is_whole = config.base is None
+            model: Any = (
+                cls._whole(folder, config, is_quantized) if is_whole else cls._over(folder, config, base, is_quantized, processor)
+            )
+        refuse_no_numbers(folder, model)
+        model.processor = processor
+        return (model if device is None else model.to(device)).eval()
+
+    @classmethod
+    def _whole(cls, folder: Path, config: Any, is_quantized: bool | None) -> Any:
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        if is_quantized:
+            options["quantization_config"] = adapters.in_four_bits(folder, "backbone.")
+        loaded: Any = super().from_pretrained(folder, config=config, **options)
+        model, report = loaded
+        refuse_wrong_weights(folder, report)
+        compute_as_trained(model)
+        return model
+
+    @classmethod
+    def _over(cls, folder: Path, config: Any, base: Any, is_quantized: bool | None, processor: Any) -> Any:
+        model: Any = cls(config, cls._backbone(folder, config, base, is_quantized, processor))
+        if config.base["tuning"] != "head":
+            read_json(folder / adapters.FOLDER / "adapter_config.json")
+            model.put_adapters(adapters.attach_saved(model.backbone, folder))
+        model.fill(folder)
+        return model
+
+    @classmethod
+    def _backbone(cls, folder: Path, config: Any, base: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:
+        """What a policy's head and adapters stand on: a vision-language model, or the backbone of another policy."""
+        told = config.base
+        inside = folder / told["name"]
+        name = base or (inside if inside.is_dir() else told["name"])
+        where = hub.fetch(name, told.get("revision") if str(name) == told["name"] else None)
+        found = hub.origin(name, where)
+        if found["weights"] != told["weights"]:
+            at = f" at revision {told['revision']}" if told.get("revision") else ""
+            raise CheckpointError(
+                f"{folder}: it was trained on {told['name']}{at} with weights {told['weights']}; got {name} with "
+                f"{found['weights']}; say where they are now by base=, or train it anew"
+            )
+        config.base = {**told, **found}
+        tuning = told["tuning"] if is_quantized is None else "qlora" if is_quantized else "full"
+        precision = told.get("precision", "auto")
+        if is_policy(where):
+            return cls.from_pretrained(where, is_quantized=True).backbone if tuning == "qlora" else cls.merged(where).backbone
+        return load_backbone(where, processor, **held(where, tuning, precision))
+
+    def fill(self, folder: str | Path) -> None:
+        """Weights of a policy that was saved without its backbone from its folder; strictly.
+
+        Raises:
+            ValueError: A weight is missing, unexpected or misshapen.
+        """
+        folder = Path(folder)
+        if self.adapters is not None:
+            header_of(folder / adapters.FOLDER / "adapter_model.safetensors")
+            adapters.fill(self.adapters, folder)
+        saved = {name: value for path in weights_in(folder) for name, value in load_file(path).items()}
+        refuse_wrong_weights(folder, adapters.compared(own_weights(self.state_dict()), saved))
+        self.load_state_dict(saved, strict=False)
+
+    @classmethod
+    def merged(cls, name: str | Path, **options: Any) -> Any:
+        """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
+
+        Args:
+            name: Folder, or name on the Hub.
+            options: Of `from_pretrained`.
+        """
+        model = cls.from_pretrained(name, is_quantized=False, **options)
+        if model.config.base is None:
+            return model
+        own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base")}
+        merged: Any = cls(VLAConfig(**own), model.adapters.merge_and_unload() if model.adapters is not None else model.backbone)
+        merged.load_state_dict(own_weights(model.state_dict()), strict=False)
+        merged.processor = model.processor
+        return merged.eval()
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Give what is written its place; stopped in between, the folder has no configuration and can't be loaded."""
+    if not folder.exists():
+        part.rename(folder)
+        return
+    (folder / CONFIG).unlink(missing_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        old.unlink(missing_ok=True)
+    for inside in (adapters.FOLDER, hub.INSIDE):
+        shutil.rmtree(folder / inside, ignore_errors=True)
+    for new in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
+        new.replace(folder / new.name)
+
+
+def own_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of history, head, state and robots' tokens: all but the backbone's."""
+    return {name: value for name, value in weights.items() if not name.startswith("backbone.")}
+
+
+def held(vlm: Path, tuning: str, precision: str = "auto") -> dict[str, Any]:
+    """How the weights of a backbone are held: those that learn in full, others by `precision` or in 4 bits."""
+    if tuning == "full":
+        return {}
+    dtype = adapters.dtype_of(precision)
+    return {"quantization": adapters.in_four_bits(vlm, dtype=dtype)} if tuning == "qlora" else {"dtype": dtype}

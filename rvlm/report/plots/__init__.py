@@ -1,0 +1,96 @@
+"""The house look and the signature figures.
+
+Every function takes plain arrays and returns a matplotlib ``Figure`` that is already as wide as a paper's column
+(`COLUMN_IN`) or page (`PAGE_IN`). A title is a sentence, axes carry units, colour never speaks alone, and the same action
+dimension or policy structure has the same colour everywhere (`dimension_color`, `structure_color`).
+"""
+
+from rvlm.report.plots.charts import (
+    compare_losses,
+    error_against_success,
+    error_by_bins,
+    estimates,
+    lines,
+    loss_curves,
+    rates_by_group,
+    smoothed,
+    success_bars,
+    verdict_title,
+)
+from rvlm.report.plots.cost import memory_bars, planned_and_measured
+from rvlm.report.plots.ladder import evidence, failures, ladder
+from rvlm.report.plots.look import (
+    COLUMN_IN,
+    DIMENSIONS,
+    FAILURE,
+    NEUTRAL,
+    PAGE_IN,
+    PALETTE,
+    STRUCTURES,
+    SUCCESS,
+    dimension_color,
+    structure_color,
+    style,
+    unit_in_brackets,
+)
+from rvlm.report.plots.motion import action_curves, hand_path, histograms
+from rvlm.report.plots.pictures import (
+    Frames,
+    attention_overlay,
+    explore,
+    filmstrip,
+    gallery,
+    grounding_overlay,
+    mp4,
+    observation,
+    player,
+)
+from rvlm.report.plots.ribbon import TOKEN_COLORS, attention_masks, token_map
+from rvlm.report.plots.stages import forgetting_matrices, parallel_coordinates
+
+__all__ = [
+    "COLUMN_IN",
+    "DIMENSIONS",
+    "FAILURE",
+    "NEUTRAL",
+    "PAGE_IN",
+    "PALETTE",
+    "STRUCTURES",
+    "SUCCESS",
+    "TOKEN_COLORS",
+    "Frames",
+    "action_curves",
+    "attention_masks",
+    "attention_overlay",
+    "compare_losses",
+    "dimension_color",
+    "error_against_success",
+    "error_by_bins",
+    "estimates",
+    "evidence",
+    "explore",
+    "failures",
+    "filmstrip",
+    "forgetting_matrices",
+    "gallery",
+    "grounding_overlay",
+    "hand_path",
+    "histograms",
+    "ladder",
+    "lines",
+    "loss_curves",
+    "memory_bars",
+    "mp4",
+    "observation",
+    "parallel_coordinates",
+    "planned_and_measured",
+    "player",
+    "rates_by_group",
+    "smoothed",
+    "structure_color",
+    "style",
+    "success_bars",
+    "token_map",
+    "unit_in_brackets",
+    "verdict_title",
+]

@@ -1,0 +1,214 @@
+"""The README's parts that are computed: what was found, what is withdrawn, the notebooks and what they cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rvlm.files import PACKAGE, ROOT, write_whole
+from rvlm.report.findings import as_markdown, load_findings, published
+from rvlm.report.page import FULL, chapters
+from rvlm.report.withdrawn import trainings_of
+from rvlm.statistics.verdicts import WORDS
+
+
+class Row(NamedTuple):
+    """One line of the board.
+
+    Attributes:
+        finding: its name.
+        claim: as the finding states it.
+        text: what is claimed, short, in the field's words.
+        paper: what was published of it: benchmark, split, and its two settings in `published`; or none.
+        times: episodes of each training, in multiples of the finding's n.
+    """
+
+    finding: str
+    claim: str
+    text: str
+    paper: tuple[str, ...] = ()
+    times: int = 1
+
+
+BOARD = (
+    Row(
+        "09_ablations",
+        "ten times the data helps",
+        "ten times the demonstrations",
+        ("calvin", "ABCD->D", "vl_pretrained", "data_0.1x"),
+    ),
+    Row("09_ablations", "learning more than the head helps", "training the language model too, not the head alone"),
+    Row("09_ablations", "pre-training helps one step", "VL pre-training¹, one-step policy"),
+    Row(
+        "09_ablations",
+        "pre-training helps a policy head",
+        "VL pre-training¹, policy head with memory",
+        ("calvin", "ABCD->D", "vl_pretrained", "no_vl_pretraining"),
+    ),
+    Row("09_ablations", "With new words, having heard any wording", "varied wordings in training, asked in new words"),
+    Row("09_ablations", "a chunk of 4 beats single actions", "predicting 4 actions, not 1 (the first is executed)"),
+    Row(
+        "08_cross_embodiment",
+        "others first, then own, beats own",
+        "other robots' data first, then own²",
+        ("simpler", "google_robot 4 tasks", "post_train", "in_domain_finetune"),
+    ),
+    Row("08_cross_embodiment", "co-training beats own", "co-training on all robots and questions, over own data²"),
+    Row(
+        "07_few_shot",
+        "cross-embodiment beats vision-language",
+        "new tasks, 50 demonstrations each: from a policy of three robots³, over the VLM",
+    ),
+    Row(
+        "07_few_shot",
+        "Corrections of its own mistakes",
+        "corrections (DAgger) beside 60 demonstrations, at equal samples³",
+        times=2,
+    ),
+)
+
+
+UNADJUSTED = (
+    "Intervals are unadjusted, words are adjusted: an interval is that of the bootstrap over trainings and episodes that was "
+    "recorded in the run, whose episodes were not kept. Words are recomputed from the intervals by Student's t over trainings, "
+    "adjusted for all contrasts of the notebook (Holm); so one that leaves out zero may be undecided."
+)
+ADJUSTED = "Intervals are over trainings and episodes; they and the words are adjusted for all contrasts of the notebook (Holm)."
+
+
+def board(results: Path) -> str:
+    """What was found with enough trainings for a verdict: a Markdown table of short cells, from profile full only."""
+    found = {record["name"]: record for record in load_findings(results / FULL)}
+    rows = [_board_row(row, found[row.finding]) for row in BOARD if row.finding in found]
+    is_old = any("said" in found[row.finding] for row in BOARD if row.finding in found)
+    interval = "95 % interval, unadjusted" if is_old else "95 % interval"
+    head = ["Claim", "Paper", f"Here: points ({interval})", "Trainings x episodes", "Verdict"]
+    notes = [_pretraining(found), UNADJUSTED if is_old else ADJUSTED] if rows else []
+    return _table(head, rows) + "".join(f"\n{note}\n" for note in notes)
+
+
+def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
+    said = re.search(rf"{re.escape(row.claim)}[^.;]*", record["sentence"])
+    text = said.group() if said else ""
+    at, low, high = (int(x) for x in re.findall(r"[+-]\d+", text)[:3]) if len(re.findall(r"[+-]\d+", text)) >= 3 else (0, 0, 0)
+    word = next(iter(re.findall(rf"{WORDS.pattern}|no verdict", text)), "–")
+    size = f"{trainings_of(record)} x {row.times * record['n']}"
+    return [row.text, _theirs(row.paper), f"{at:+d} ({low:+d} to {high:+d})" if text else "–", size, word]
+
+
+def _theirs(paper: tuple[str, ...]) -> str:
+    if not paper:
+        return "–"
+    table = published(*paper[:2]).query("method == 'KosMos' and structure == 'policy-head continuous'").set_index("setting")
+    values, is_rate = table["value"].loc[list(paper[2:])].tolist(), "success" in set(table["metric"])
+    return " / ".join(f"{100 * v:.0f}" if is_rate else f"{v:g}" for v in values) + (" %" if is_rate else " tasks")
+
+
+def _pretraining(found: dict[str, dict[str, Any]]) -> str:
+    """What the word means here, with sizes."""
+    made = json.loads((PACKAGE / "assets" / "small-vlm" / "made.json").read_text())["stages"]
+    samples = sum(stage["n_samples"] for stage in made)
+    frames = found["09_ablations"]["numbers"]["frames"] if "09_ablations" in found else None
+    times = f", {samples / frames:.0f} times the {frames:,} frames of a robot training" if frames else ""
+    return (
+        f"¹ Pre-training in domain: {samples:,} samples of questions about rendered scenes of this same simulator, labelled by "
+        f"the renderer{times}; the paper's is web data. ² The budget passes over the few own demonstrations many times, so part "
+        "of the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
+        "such start for all trainings. Corrections come with those 60 demonstrations, against them alone. Paper: with / without; "
+        "CALVIN's mean number of tasks in a row, or success in SimplerEnv."
+    )
+
+
+def notebooks_table(results: Path, notebooks: Path | None = None) -> str:
+    """The notebooks: number, question, minutes of the last run, the executed copy to read and the source to run."""
+    rows = []
+    for chapter in chapters(notebooks):
+        copy, full = (folder / "notebooks" / f"{chapter.stem}.ipynb" for folder in (results, results / FULL))
+        read = [f"[read](results/notebooks/{copy.name})"] if copy.exists() else []
+        read += [f"[full](results/{FULL}/notebooks/{full.name})"] if full.exists() else []
+        title = f"{chapter.stem[:2]} {chapter.title}".replace("|", "\\|")
+        run = f"[run](notebooks/{chapter.stem}.ipynb)"
+        rows.append([title, chapter.question.replace("|", "\\|"), _minutes(copy), ", ".join(read) or "–", run])
+    return _table(["Notebook", "Question", "Minutes", "Read", "Run"], rows)
+
+
+def seconds_of_copy(copy: Path) -> float | None:
+    """How long an executed copy took to run [s]; None if there is none."""
+    return json.loads(copy.read_text())["metadata"].get("rvlm", {}).get("seconds") if copy.exists() else None
+
+
+def _minutes(copy: Path) -> str:
+    seconds = seconds_of_copy(copy)
+    return "–" if seconds is None else f"{seconds / 60:.0f}" if seconds >= 30 else "<1"
+
+
+def cost(results: Path, notebooks: Path | None = None) -> str:
+    """How long all notebooks took in the last run, in a sentence."""
+    took = [seconds_of_copy(results / "notebooks" / f"{chapter.stem}.ipynb") for chapter in chapters(notebooks)]
+    known = [seconds for seconds in took if seconds is not None]
+    return f"All {len(known)} notebooks took {sum(known) / 60:.0f} minutes on two CPU cores.\n" if known else ""
+
+
+def success(results: Path, notebooks: Path | None = None) -> str:
+    """The shipped policy's success with its interval, in a sentence."""
+    record = next((r for r in load_findings(results) if r["name"] == "06_success"), None)
+    if record is None:
+        return ""
+    rate = record["interval"]["shipped policy"]
+    return (
+        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in scenes that it never saw (95 % "
+        f"interval {100 * rate['low']:.0f} to {100 * rate['high']:.0f} %); without language or with black images, next to none.\n"
+    )
+
+
+def taken_back(results: Path, notebooks: Path | None = None) -> str:
+    """What is withdrawn, a line each, without its numbers."""
+    found = [*load_findings(results), *load_findings(results / FULL)]
+    lines: dict[str, set[str]] = {}
+    for record in found:
+        for taken in record.get("withdrawn", ()):
+            reason = re.split(r"(?<=[.:;]) ", taken["why"])[0].rstrip(".:;")
+            lines.setdefault(f"{taken['what']}. {reason}.", set()).add(record["name"][:2])
+    return "".join(f"- **{', '.join(sorted(numbers))}**: {as_markdown(line)}\n" for line, numbers in lines.items())
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "success": success,
+    "cost": cost,
+    "found": lambda results, notebooks=None: board(results),
+    "notebooks": notebooks_table,
+    "withdrawn": taken_back,
+}
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    listed = list(rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *listed]) if listed else ""
+
+
+def updated_readme(readme: Path, notebooks: Path | None = None, results: Path | None = None) -> str:
+    """The README's text with its computed parts made anew, each between its two markers.
+
+    Raises:
+        ValueError: the markers of a part are not there once each, in their order.
+    """
+    text = readme.read_text()
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(
+                f"{readme}: expected the lines '{begin}' and '{end}' once each, in this order; add them where the part belongs"
+            )
+        made = make(results or ROOT / "results", notebooks)
+        text = f"{text[: text.index(begin)]}{begin}\n{made}{text[text.index(end) :]}"
+    return text
+
+
+def update_readme(readme: Path | None = None, notebooks: Path | None = None, results: Path | None = None) -> Path:
+    """Write the README's computed parts from first cells, findings and executed copies."""
+    readme = readme or ROOT / "README.md"
+    text = updated_readme(readme, notebooks, results)
+    return readme if text == readme.read_text() else write_whole(readme, text)

@@ -1,0 +1,241 @@
+"""What a training step needs, before anything is downloaded: parameters, memory and time, from configurations alone.
+
+The language model's own code runs forwards and backwards on tensors without data, which tells what it would keep for the way
+back and how much it would compute. Source: bytes of 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al. 2023,
+arXiv 2305.14314), section 3; what is kept when layers are computed again, Chen et al. 2016 (arXiv 1604.06174).
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from rvlm.data.actions import ActionSpec
+from rvlm.files import PACKAGE
+from rvlm.policy.config import VLAConfig
+from rvlm.policy.model import VLA
+from rvlm.training.cost import both_ways, fake
+from rvlm.vlm import adapters
+from rvlm.vlm.backbones import language_part
+
+# Memory [GB], dense tensor cores [TFLOP/s] (16 bits in, 32 bits summed); source: NVIDIA's data sheets.
+CARDS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
+UTILISATION = 0.35  # share of a card's peak that training reaches; an assumption
+CONTEXT = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
+STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # bytes for each trained one
+FOUR_BITS = (4 + 0.127) / 8  # bytes of a parameter with its share of the constants of quantisation
+SHAPES = PACKAGE / "assets" / "shapes.json"  # configurations of models on the Hub
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one training step needs.
+
+    Attributes:
+        parameters: Of the whole policy.
+        trained: Of these, how many learn.
+        weights, gradients, optimizer, activations: [byte]; `activations` is what is kept for the way back.
+        passing: Most that is there at a time on both ways, beside weights and optimizer [byte]: activations are freed as
+            gradients are made, and some room is worked in.
+        flops: Floating point operations, forwards and backwards.
+    """
+
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    passing: float
+    flops: float
+
+    @property
+    def peak(self) -> float:
+        """Most memory at a time [byte]."""
+        return self.weights + self.optimizer + self.passing
+
+    def fits(self, card: str) -> bool:
+        """Whether a card of `CARDS` holds it."""
+        return self.peak + CONTEXT < CARDS[card][0] * 1e9
+
+    def seconds(self, card: str) -> float:
+        """Of a step on a card of `CARDS`, at the assumed utilisation [s]."""
+        return self.flops / (CARDS[card][1] * 1e12 * UTILISATION)
+
+
+def shapes() -> dict[str, tuple[PreTrainedConfig, int]]:
+    """Models on the Hub by name: configuration, and tokens of an image. Source: named in the file, for each."""
+    told = json.loads(SHAPES.read_text())
+    return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in told.items()}
+
+
+def plans(
+    config: PreTrainedConfig,
+    n_image_tokens: int,
+    policy: dict[str, Any],
+    *,
+    tuning: str = "full",
+    rank: int = 16,
+    batch_size: int = 8,
+    n_words: int = 24,
+    precision: str = "bf16",
+    optimizer: str = "adamw_torch_fused",
+) -> tuple[Plan, Plan]:
+    """What a training step needs as it is, and where layers are computed again on the way back.
+
+    Args:
+        config: Of the vision-language model; nothing else of it is read.
+        n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.probe` tells.
+        policy: Fields of `VLAConfig`: structure, head, window.
+        tuning: What of the backbone learns (`rvlm.policy.checkpoints.tune`).
+        rank: Of adapters.
+        batch_size: Windows that are computed at once.
+        n_words: Tokens of an instruction with all that stands around it.
+        precision: "fp32", "bf16" or "fp16", of what is computed.
+        optimizer: Name in `STATE`.
+
+    Raises:
+        ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
+    """
+    _refuse_unknown(config, optimizer)
+    model, four_bits = _on_paper(config, policy, tuning, rank)
+    half, language = 4 if precision == "fp32" else 2, config.get_text_config()
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
+    small = sum(frozen[i] for i in four_bits)
+    wide = sum(frozen.values()) - small
+    n_trained, t, n_cameras = sum(trained.values()), model.config.n_obs_steps, len(model.config.cameras)
+    per_step, rows = n_cameras * n_image_tokens + model.head.n_queries, batch_size
+    length = n_words + per_step * t
+    if model.config.structure != "interleaved":
+        rows, length = batch_size * t, n_words + per_step
+    kept, most, flops = _language_model(model, rows, length, precision)
+    borders = language.num_hidden_layers * rows * length * language.hidden_size * (4 if tuning == "full" else half)
+    one_layer = kept / language.num_hidden_layers  # with what enters each, all that is there of the pass when it is taken again
+    passes = (kept, most, flops), (borders + one_layer, borders + one_layer + most - kept, flops * 4 / 3)
+    held = {
+        "parameters": n_trained + sum(frozen.values()),
+        "trained": n_trained,
+        "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if tuning == "full" else half),
+        "gradients": 4.0 * n_trained,
+        "optimizer": float(STATE[optimizer] * n_trained),
+    }
+    towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=tuning == "full")
+    plain, again = (
+        Plan(
+            **held,
+            activations=kept + seen,
+            passing=max(most + seen, held["gradients"] + most_seen),
+            flops=flops + looked,
+        )
+        for (kept, most, flops), (seen, most_seen, looked) in zip(passes, towers, strict=True)
+    )
+    return plain, again
+
+
+def plan(
+    config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], is_checkpointed: bool = False, **settings: Any
+) -> Plan:
+    """One of both `plans`, with layers computed again or not."""
+    return plans(config, n_image_tokens, policy, **settings)[is_checkpointed]
+
+
+def compare(
+    models: Mapping[str, tuple[PreTrainedConfig, int]], tunings: Sequence[str], policy: dict[str, Any], **settings: Any
+) -> pd.DataFrame:
+    """Plans of several models, each trained in several ways, with and without layers computed again.
+
+    Args:
+        models: Name -> configuration, tokens of an image; as `shapes` gives them.
+        tunings: As `plans` takes them.
+        policy: As `plans` takes it.
+        settings: Others of `plans`.
+
+    Returns:
+        Columns `model`, `tuning`, `is_checkpointed`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
+        (the smallest of `CARDS` that holds it, or "none"), `step [s]` on that card.
+    """
+    rows = []
+    made = {
+        (name, tuning, again): one
+        for (name, (config, n_tokens)), tuning in itertools.product(models.items(), tunings)
+        for again, one in enumerate(plans(config, n_tokens, policy, tuning=tuning, **settings))
+    }
+    for (name, tuning, again), one in made.items():
+        card = next((card for card in CARDS if one.fits(card)), "none")
+        size = {part: getattr(one, part) / 1e9 for part in ("weights", "optimizer", "passing", "peak")}
+        seconds = one.seconds(card) if card in CARDS else float("nan")
+        what = {"model": name, "tuning": tuning, "is_checkpointed": bool(again), "trained [M]": one.trained / 1e6}
+        rows.append({**what, **size, "card": card, "step [s]": seconds})
+    return pd.DataFrame(rows)
+
+
+def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
+    if optimizer not in STATE:
+        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
+    if (
+        config.is_encoder_decoder
+        or not hasattr(getattr(config, "vision_config", None), "patch_size")
+        or config.get_text_config() is config
+    ):
+        raise ValueError(
+            f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
+            "rvlm.training.trainer.rehearse(stage)"
+        )
+
+
+def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
+    """A policy without data, and which of its weights would be held in 4 bits."""
+    from rvlm.policy.checkpoints import tune
+
+    spec = ActionSpec.from_card("tabletop_franka7").to_dict()
+    whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
+    with torch.device("meta"):
+        model = VLA(whole, adapters.skeleton(config))
+    decoder = language_part(model.backbone)
+    linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if tuning == "qlora" else set()
+    if tuning in ("full", "head"):
+        return tune(model, tuning, rank, None), linear
+    adapters.attach(model.backbone, "dora" if tuning == "dora" else "lora", rank, 0)
+    return model, linear
+
+
+def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
+    """As `both_ways`, of the decoder over so many sequences of one length."""
+    decoder = language_part(model.backbone)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake(decoder, dtype)
+        words = torch.zeros(rows, length, model.backbone.config.get_text_config().hidden_size, requires_grad=True)
+        return both_ways(decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32")
+
+
+def _vision_tower(
+    config: PreTrainedConfig, n_images: int, precision: str, learns: bool
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """As `both_ways`, of the tower, without and with blocks computed again; told by one block in its size, of SigLIP's kind."""
+    tower: Any = config.vision_config
+    size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
+    heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
+    side, patch = getattr(tower, "image_size", 224), tower.patch_size
+    side, patch = (v[0] if isinstance(v, (list, tuple)) else v for v in (side, patch))
+    n_blocks = getattr(tower, "num_hidden_layers", None) or tower.depth
+    block: Any = SiglipVisionConfig(**size, num_attention_heads=heads)
+    block._attn_implementation = "sdpa"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer = SiglipEncoderLayer(block).requires_grad_(learns)
+        patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=learns)
+        kept, most, flops = both_ways(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
+    plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
+    if not learns:
+        return plain, plain
+    borders = n_blocks * float(patches.numel()) * patches.element_size()
+    return plain, (borders, borders + most, plain[2] * 4 / 3)

@@ -1,0 +1,60 @@
+"""Tiny vision-language models of many families, built offline with random weights: one entry makes a folder.
+
+They show what a family's code does, in seconds and without a download; what they say means nothing. A new family is one more
+entry of `FAMILIES`, with its builder in `rvlm.vlm.tiny_models` and the form of its prompts in `rvlm.vlm.tiny_templates`; the
+tests go through them all.
+"""
+
+from pathlib import Path
+
+import torch
+
+from rvlm.files import artifacts_dir, digest
+from rvlm.vlm import tiny_models, tiny_templates
+from rvlm.vlm.tiny_models import SIDE, TEXTS
+
+__all__ = ["FAMILIES", "REFUSED", "SIDE", "TEXTS", "tiny_vlm"]
+
+REFUSED = {tiny_models.blip: "reads its prompt elsewhere"}
+FAMILIES = {
+    build.__name__: build
+    for build in (
+        tiny_models.smolvlm,
+        tiny_models.idefics3,
+        tiny_models.paligemma,
+        tiny_models.qwen2_vl,
+        tiny_models.qwen2_5_vl,
+        tiny_models.qwen3_vl,
+        tiny_models.qwen3_5,
+        tiny_models.llava,
+        tiny_models.llava_next,
+        tiny_models.llava_onevision,
+        tiny_models.internvl,
+        tiny_models.gemma3,
+        tiny_models.kosmos2,
+        tiny_models.idefics,
+        tiny_models.idefics2,
+        tiny_models.mllama,
+        tiny_models.florence2,
+    )
+}
+
+
+def tiny_vlm(name: str) -> str:
+    """Folder of a tiny model of a family, made once; any other name (a folder, one on the Hub) is given back.
+
+    Args:
+        name: A key of `FAMILIES` or the name of a function in `REFUSED`, such as "qwen2_5_vl".
+    """
+    build = (FAMILIES | {refused.__name__: refused for refused in REFUSED}).get(name)
+    if build is None:
+        return name
+    code = "-".join(digest(Path(str(module.__file__)))[:8] for module in (tiny_models, tiny_templates))
+    final = artifacts_dir() / "stages" / f"tiny-{name}-{code}"
+    if not final.exists():
+        partial = final.with_name(final.name + ".partial")
+        torch.manual_seed(0)
+        partial.mkdir(parents=True, exist_ok=True)
+        build(partial)
+        partial.replace(final)
+    return str(final)
