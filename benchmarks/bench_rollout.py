@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from rvlm.evaluation.closed_loop import BATCH, Evaluation, cast_of
+from rvlm.evaluation.closed_loop import BATCH, Evaluation, policy_and_envs
 from rvlm.evaluation.rollouts import rollout
 from rvlm.experiments.recipes import POLICY
 
@@ -27,7 +27,7 @@ class AllToTheEnd:
 def main():
     torch.set_num_threads(1)
     evaluation = Evaluation(str(POLICY), N_EPISODES)
-    policy, envs = cast_of(evaluation)
+    policy, envs = policy_and_envs(evaluation)
     episodes, seconds, differ, rows_used = evaluation.episodes(), [], 0, []
     for batch in range(evaluation.n_batches):
         asked = episodes[batch * BATCH : (batch + 1) * BATCH]

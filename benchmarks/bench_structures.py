@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from rvlm.data.actions import ActionSpec, StatsAccumulator
-from rvlm.files import results_dir, write_whole
-from rvlm.policy.checkpoints import make_vla
-from rvlm.policy.observation_history import CachedSequence, FeatureWindow, RecomputedSequence
+from rvlm.files import atomic_write, results_dir
+from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy
 from rvlm.report.findings import provenance
 from rvlm.training.stage_data import RobotCollator
@@ -52,7 +52,7 @@ def frames(*shape):
 
 def build(settings):
     torch.manual_seed(0)
-    return make_vla(SMALL_VLM, SPEC, STATS, **settings)
+    return make_policy(SMALL_VLM, SPEC, STATS, **settings)
 
 
 def a_batch(model, processor):
@@ -65,7 +65,7 @@ def a_batch(model, processor):
         }
         for _ in range(BATCH // t)
     ]  # fmt: skip
-    return RobotCollator(model.prompter(processor))(samples)
+    return RobotCollator(model.prompt_builder(processor))(samples)
 
 
 # -- the original's computation ----------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def original_features(model, input_ids, attention_mask, pixel_values, state):
 
 def original_tokens(model, processor, n, t):
     """Token ids of n samples; an interleaved sequence repeats the whole prompt at every frame."""
-    ids = model.prompter(processor).token_ids(TEXT)
+    ids = model.prompt_builder(processor).token_ids(TEXT)
     rows = [ids * t] * n if model.config.structure == "interleaved" else [ids] * (n * t)
     return pad(rows, processor.tokenizer.pad_token_id)
 
@@ -154,7 +154,7 @@ def acting(name, settings):
     model, processor = build(settings)
     model.eval()
     structure, t = model.config.structure, model.config.n_obs_steps
-    prompter, state = model.prompter(processor), torch.zeros(N_ROBOTS, t, 7)
+    prompter, state = model.prompt_builder(processor), torch.zeros(N_ROBOTS, t, 7)
     policy = Policy(model, processor)
     policy.reset(N_ROBOTS)
     seen = [
@@ -187,7 +187,7 @@ def _appending(model, prompter):
     times = []
     for _ in range(N_ROUNDS + 1):
         pair = []
-        for kind in (CachedSequence, RecomputedSequence):
+        for kind in (KVCachedSequence, UncachedSequence):
             memory, observation = full_window(kind, model, prompter)
             with torch.inference_mode():
                 pair.append(_seconds(lambda memory=memory, observation=observation: (memory.add(*observation), memory.predict())))
@@ -204,7 +204,7 @@ def flatness():
     memories = {}
     for t in (2, 16):
         model, processor = build({**STRUCTURES["policy head (lstm)"], "n_obs_steps": t})
-        memories[t] = FeatureWindow(model.eval(), model.prompter(processor))
+        memories[t] = FeatureHistory(model.eval(), model.prompt_builder(processor))
     observation = (frames(N_ROBOTS), torch.zeros(N_ROBOTS, 7), [TEXT] * N_ROBOTS)
 
     @torch.inference_mode()
@@ -224,7 +224,7 @@ def main():
     rows += flatness()
     path = results_dir() / "benchmarks.json"
     settings = {"threads": 1, "frames_per_train_step": BATCH, "window": WINDOW, "robots": N_ROBOTS}
-    write_whole(path, json.dumps({**settings, **provenance(), "rows": rows}, indent=1))
+    atomic_write(path, json.dumps({**settings, **provenance(), "rows": rows}, indent=1))
     print(f"{len(rows)} ratios: {path}")
 
 

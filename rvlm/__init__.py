@@ -24,7 +24,7 @@ for _name, _value in {
 # bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# What users need most, by name -> where it is; each is imported when it is asked for.
+# What users need most, by name -> the module or room that it stands in; each is imported when it is asked for.
 _OFFERED = {
     "ActionSpec": "data.actions",
     "EpisodeDataset": "data.windows",
@@ -35,11 +35,15 @@ _OFFERED = {
     "Policy": "policy.policy",
     "Stage": "training.stages",
     "train": "training.launch",
+    "train_parallel": "training.launch",
     "plan_memory": "training.memory_plan",
     "Evaluation": "evaluation.closed_loop",
     "evaluate": "evaluation.closed_loop",
     "inspect_vlm": "policy.inspection",
+    "open_loop": "evaluation",
     "diagnose": "diagnosis.ladder",
+    "recipes": "experiments",
+    "plots": "report",
 }
 
 if TYPE_CHECKING:
@@ -48,13 +52,17 @@ if TYPE_CHECKING:
     from rvlm.data.windows import EpisodeWriter as EpisodeWriter
     from rvlm.data.windows import split as split
     from rvlm.diagnosis.ladder import diagnose as diagnose
+    from rvlm.evaluation import open_loop as open_loop
     from rvlm.evaluation.closed_loop import Evaluation as Evaluation
     from rvlm.evaluation.closed_loop import evaluate as evaluate
+    from rvlm.experiments import recipes as recipes
     from rvlm.policy.checkpoints import make_policy as make_policy
     from rvlm.policy.inspection import inspect_vlm as inspect_vlm
     from rvlm.policy.policy import Policy as Policy
     from rvlm.policy.policy import load_policy as load_policy
+    from rvlm.report import plots as plots
     from rvlm.training.launch import train as train
+    from rvlm.training.launch import train_parallel as train_parallel
     from rvlm.training.memory_plan import plan_memory as plan_memory
     from rvlm.training.stages import Stage as Stage
 
@@ -62,7 +70,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """What the package offers by name, and its rooms."""
     if name in _OFFERED:
-        return getattr(importlib.import_module(f"rvlm.{_OFFERED[name]}"), name)
+        module = importlib.import_module(f"rvlm.{_OFFERED[name]}")
+        return getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{module.__name__}.{name}")
     raise AttributeError(f"module 'rvlm' has no {name!r}; it offers {', '.join(sorted(_OFFERED))}, and modules in its rooms")
 
 

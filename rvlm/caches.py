@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rvlm.files import artifacts_dir, hash_of_code, refuse_changed_code, temporary, write_whole
+from rvlm.files import artifacts_dir, atomic_write, hash_of_code, refuse_changed_code, temporary
 from rvlm.provenance import provenance
 
 KINDS = ("datasets", "scenes", "frames", "features", "stages", "evaluations", "studies")  # folders of the artifacts
@@ -62,7 +62,7 @@ def write_made(folder: Path, code: Code, settings: dict[str, Any], inputs: Itera
         inputs: Folders that it is made from.
     """
     told = {"code": code.hash, "roots": code.roots, "without": code.without, "inputs": [str(path) for path in inputs]}
-    write_whole(folder / "made.json", json.dumps({**told, "settings": settings, **provenance()}, indent=1, default=str))
+    atomic_write(folder / "made.json", json.dumps({**told, "settings": settings, **provenance()}, indent=1, default=str))
 
 
 def made_of(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Where things are, how they are written so that they are whole or not there, and what stands for a content.
 
-A cached result is found again by its name: a hash of the settings (`key_of`), of the content of what went in (`digest`,
+A cached result is found again by its name: a hash of the settings (`config_hash`), of the content of what went in (`digest`,
 `hash_of_tree`, `hash_of_model`) and of the source code that computes it (`hash_of_code`).
 """
 
@@ -61,7 +61,7 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
+def atomic_write(path: Path, content: str | bytes) -> Path:
     """Write a file so that it is either there in full or as it was before; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
@@ -146,7 +146,7 @@ def _exchange(one: Path, other: Path) -> bool:
 # --- hashes of content --------------------------------------------------------------------------------------------------
 
 
-def key_of(settings: dict[str, Any]) -> str:
+def config_hash(settings: dict[str, Any]) -> str:
     """Twelve characters that stand for settings, whatever their order; by them a cached result is found again."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -154,7 +154,7 @@ def key_of(settings: dict[str, Any]) -> str:
 _digests: dict[tuple, str] = {}
 
 
-def digest(path: str | Path) -> str:
+def file_hash(path: str | Path) -> str:
     """Twelve characters that stand for a file's content.
 
     A file is read once: as long as name, size, times and inode are the same, the answer is remembered, for large files by later
@@ -163,7 +163,7 @@ def digest(path: str | Path) -> str:
     path = Path(path).resolve()
     asked, known = time.time_ns(), _stamp(path)
     if known not in _digests:
-        kept = artifacts_dir() / "digests" / key_of({"file": known})
+        kept = artifacts_dir() / "digests" / config_hash({"file": known})
         is_large = known[1] >= LARGE
         if is_large and kept.is_file():
             _digests[known] = kept.read_text()
@@ -177,7 +177,7 @@ def digest(path: str | Path) -> str:
             _digests[known] = value
             if is_large:
                 with contextlib.suppress(OSError):  # a full or read-only disk: then it is read again
-                    write_whole(kept, value)
+                    atomic_write(kept, value)
     return _digests[known]
 
 
@@ -201,7 +201,7 @@ def hash_of_tree(folder: str | Path) -> str:
         raise ValueError(
             f"expected a folder with files at {folder}, got {'an empty one' if folder.is_dir() else 'none'}; make it first"
         )
-    return key_of({name.as_posix(): digest(folder / name) for name in counted})
+    return config_hash({name.as_posix(): file_hash(folder / name) for name in counted})
 
 
 def _names_in(folder: Path) -> list[Path]:
@@ -217,10 +217,10 @@ def _names_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def weights_of(model: str | Path) -> str | None:
+def weights_hash(model: str | Path) -> str | None:
     """Twelve characters that stand for all weights in a model's folder; None where there are none, as for a name on the Hub."""
-    digests = {str(name): digest(Path(model) / name) for name in _names_in(Path(model)) if name.suffix == ".safetensors"}
-    return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else key_of(digests) if digests else None
+    digests = {str(name): file_hash(Path(model) / name) for name in _names_in(Path(model)) if name.suffix == ".safetensors"}
+    return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else config_hash(digests) if digests else None
 
 
 def hash_of_model(model: str | Path) -> str:
@@ -265,7 +265,7 @@ def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
     Raises:
         ValueError: There is no such module, function, class or constant.
     """
-    return key_of({"code": _closure(roots, without)})
+    return config_hash({"code": _closure(roots, without)})
 
 
 def code_of(*roots: str, without: tuple[str, ...] = ()) -> list[str]:

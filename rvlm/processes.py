@@ -26,7 +26,7 @@ def in_parallel(work: Callable, jobs: Sequence[tuple], n_workers: int) -> Iterat
     if n_workers <= 1 or len(jobs) <= 1:
         yield from (work(*job) for job in jobs)
         return
-    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_with, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(n_workers, len(jobs)), get_context("spawn"), exit_when_process_ends, (os.getpid(),)) as pool:
         futures = [pool.submit(work, *job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -35,7 +35,7 @@ def in_parallel(work: Callable, jobs: Sequence[tuple], n_workers: int) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-def exit_with(pid: int) -> None:
+def exit_when_process_ends(pid: int) -> None:
     """End this process as soon as process `pid` ends: a worker of a killed parent must not work, or wait, on.
 
     A worker of torchrun or of a fork server is no child of the process that asked for it.

@@ -24,7 +24,7 @@ def main(extras):
     import rvlm
     from rvlm.data.actions import CARDS, ActionSpec
     from rvlm.files import IS_CLONE, artifacts_dir, results_dir
-    from rvlm.policy.policy import Policy
+    from rvlm.policy.policy import load_policy
     from rvlm.report.findings import published
 
     package = Path(rvlm.__file__).parent
@@ -34,7 +34,7 @@ def main(extras):
     spec = ActionSpec.from_card("tabletop_franka7")
     assert len(published("calvin")) > 0 and {"calvin", "libero"} <= {path.stem for path in CARDS.glob("*.md")}
 
-    policy = Policy.load(package / "assets" / "policy")
+    policy = load_policy(package / "assets" / "policy")
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
     seen = {"image": image, "wrist_image": image, "state": np.zeros(7, np.float32), "instruction": "lift the red cube"}

@@ -15,7 +15,7 @@ STEMS = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ip
 
 def run_and_find(stem, artifacts, tmp_path):
     choose_gl()
-    places = reproduce.Places(ROOT, ROOT / "notebooks", tmp_path / "results", artifacts)
+    places = reproduce.RunPaths(ROOT, ROOT / "notebooks", tmp_path / "results", artifacts)
     (job,) = reproduce.plan(places, "smoke", only=[stem])
     reproduce.run(job, places, "smoke", is_quiet=True)
 

@@ -10,8 +10,8 @@ from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
 
-from rvlm.policy.checkpoints import load_vla, make_vla, merge_vla, remake_vla
-from rvlm.policy.policy import Policy
+from rvlm.policy.checkpoints import load_vla, make_policy, merge_policy, modify_policy
+from rvlm.policy.policy import load_policy
 from rvlm.vlm.adapters import FOLDER, is_quantized, precision
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import load_processor
@@ -21,7 +21,7 @@ ADAPTED = ("lora", "dora", "qlora")
 
 def build(vlm, stats, tuning, **settings):
     torch.manual_seed(0)
-    return make_vla(vlm, SPEC, stats, tuning=tuning, rank=4, **{**ONE_STEP, **settings})
+    return make_policy(vlm, SPEC, stats, tuning=tuning, rank=4, **{**ONE_STEP, **settings})
 
 
 def take_steps(model, batch, n=6):
@@ -100,7 +100,7 @@ def test_a_reloaded_policy_goes_on_learning(adapted):
 
 def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     model, processor, folder, batch = adapted
-    merged, _ = merge_vla(folder)
+    merged, _ = merge_policy(folder)
     over_full_weights, _ = load_vla(folder, is_quantized=False)
     assert torch.allclose(said(merged, batch), said(over_full_weights, batch), atol=1e-4)
     assert is_quantized(model) or torch.allclose(said(merged, batch), said(model, batch), atol=1e-4)
@@ -128,7 +128,7 @@ def test_an_adapted_policy_acts(adapted):
     _, _, folder, _ = adapted
     import numpy as np
 
-    acted = Policy.load(folder).select_action([observe(np.random.default_rng(0), TEXTS[0])])
+    acted = load_policy(folder).select_action([observe(np.random.default_rng(0), TEXTS[0])])
     assert acted.shape == (1, 7) and np.isfinite(acted).all()
 
 
@@ -178,14 +178,14 @@ def test_what_means_nothing_is_refused(toy_vlm, toy_stats, tmp_path):
     model, processor = build(toy_vlm, toy_stats, "lora")
     model.save_pretrained(tmp_path, processor)
     with pytest.raises(ValueError, match="its adapters would be lost in 4 bits; merge"):
-        remake_vla(tmp_path, tuning="qlora")
+        modify_policy(tmp_path, tuning="qlora")
 
 
 # -- on top of a policy ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ADAPTED)
 def test_a_policy_is_adapted_and_keeps_what_it_can(saved, tuning, tmp_path):
     folder, before = saved
-    model, processor = remake_vla(folder, tuning=tuning, rank=4)
+    model, processor = modify_policy(folder, tuning=tuning, rank=4)
     batch = a_batch(before, processor)
     off = float((said(model.eval(), batch) - said(before, batch)).abs().max())
     assert off < (0.2 if tuning == "qlora" else 1e-5), "new adapters change nothing"
@@ -198,8 +198,8 @@ def test_a_policy_is_adapted_and_keeps_what_it_can(saved, tuning, tmp_path):
 def test_adapters_stand_on_adapters(adapted, tmp_path):
     """Of a policy with adapters the next stage sees the merged weights."""
     _, processor, folder, batch = adapted
-    onwards, _ = remake_vla(folder, tuning="lora", rank=2)
-    assert torch.allclose(said(onwards.eval(), batch), said(merge_vla(folder)[0], batch), atol=1e-5)
+    onwards, _ = modify_policy(folder, tuning="lora", rank=2)
+    assert torch.allclose(said(onwards.eval(), batch), said(merge_policy(folder)[0], batch), atol=1e-5)
     take_steps(onwards, batch, 3)
     onwards.save_pretrained(tmp_path, processor)
     assert torch.allclose(said(load_vla(tmp_path)[0], batch), said(onwards, batch), atol=1e-6)
@@ -213,7 +213,7 @@ def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
     model.save_pretrained(tmp_path, processor)
     assert not any(name.startswith("backbone") for name in load_file(tmp_path / "model.safetensors"))
     assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
-    assert torch.equal(said(merge_vla(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(said(merge_policy(tmp_path)[0], batch), said(model, batch))
 
 
 def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):

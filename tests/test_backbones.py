@@ -16,12 +16,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from rvlm.data.actions import ActionSpec
-from rvlm.policy.checkpoints import make_vla
+from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.policy import Policy
 from rvlm.training.stage_data import RobotCollator, encode_dialogue
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.processors import ACT, load_processor
-from rvlm.vlm.prompts import Prompter, pad
+from rvlm.vlm.prompts import PromptBuilder, pad
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def own(processor, pictures, texts):
 def test_prompts_equal_the_processors_own(family, side, request):
     processor = load_processor(request.getfixturevalue(family))
     pictures, texts = images(side=side), [TEXTS[0], "is the light on ?"]
-    ours, theirs = Prompter(processor, 2)(pictures, texts), own(processor, pictures, texts)
+    ours, theirs = PromptBuilder(processor, 2)(pictures, texts), own(processor, pictures, texts)
     for key in ("input_ids", "attention_mask"):
         assert torch.equal(ours[key], theirs[key])
     assert ours["pixel_values"].shape == theirs["pixel_values"].shape
@@ -87,7 +87,7 @@ def test_prompts_equal_the_processors_own(family, side, request):
 
 
 def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
-    prompter, pictures = Prompter(processor, 2), images()
+    prompter, pictures = PromptBuilder(processor, 2), images()
     prompter(pictures, TEXTS[:2])
     monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: pytest.fail("the processor ran again"))
     monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *_, **__: pytest.fail("the image part ran again"))
@@ -96,17 +96,17 @@ def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
 
 def test_a_processor_that_does_more_takes_the_whole_way(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
-    prompter, pictures = Prompter(processor, 1), images(n=1)
-    monkeypatch.setattr(Prompter, "_scaled", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
+    prompter, pictures = PromptBuilder(processor, 1), images(n=1)
+    monkeypatch.setattr(PromptBuilder, "_scaled", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
     torch.testing.assert_close(prompter.pixels(pictures), own(processor, pictures, TEXTS[:2])["pixel_values"])
 
 
 def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):
     """Law 18."""
     spec = ActionSpec.from_card("tabletop_franka7")
-    model, processor = make_vla(toy_vlm, spec, toy_stats)
-    policy, collate = Policy(model, processor), RobotCollator(model.prompter(processor))
-    assert type(policy.prompter) is type(collate.prompter) is Prompter
+    model, processor = make_policy(toy_vlm, spec, toy_stats)
+    policy, collate = Policy(model, processor), RobotCollator(model.prompt_builder(processor))
+    assert type(policy.prompter) is type(collate.prompter) is PromptBuilder
     sample = {
         "images": images(1, 2), "state": np.zeros((1, 7), np.float32), "action": np.zeros((1, 4, 7), np.float32),
         "action_mask": np.ones((1, 4, 7), bool), "obs_mask": np.ones(1, bool), "dataset_index": 0, "instruction": TEXTS[0],
@@ -118,7 +118,7 @@ def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):
 
 def test_every_prompt_ends_in_one_act(processor):
     act = processor.tokenizer.convert_tokens_to_ids(ACT)
-    ids = Prompter(processor, 2).token_ids(TEXTS[1])
+    ids = PromptBuilder(processor, 2).token_ids(TEXTS[1])
     assert ids.count(act) == 1 and ids[-1] == act
     assert ids.count(processor.image_token_id) == 2 * 4
 
@@ -126,7 +126,7 @@ def test_every_prompt_ends_in_one_act(processor):
 @pytest.mark.parametrize("instruction", ["lift <act> it", "lift <image> it"])
 def test_an_instruction_with_the_prompts_own_tokens_is_refused(processor, instruction):
     with pytest.raises(ValueError, match=r"expected an instruction in words, got .*take it out"):
-        Prompter(processor, 1).token_ids(instruction)
+        PromptBuilder(processor, 1).token_ids(instruction)
 
 
 def test_act_joins_a_tokenizer_that_lacks_it_and_embeddings_grow(llava):
@@ -181,7 +181,7 @@ def test_padding_is_on_the_right_and_masked():
 
 
 def test_dialogues_supervise_answers_alone(processor):
-    ids, labels = encode_dialogue(Prompter(processor, 2), [("is the light on ?", "yes"), ("open ?", "no")])
+    ids, labels = encode_dialogue(PromptBuilder(processor, 2), [("is the light on ?", "yes"), ("open ?", "no")])
     supervised = processor.tokenizer.decode([label for label in labels if label >= 0])
     assert len(ids) == len(labels)
     assert supervised.replace(" ", "") == "yes</s>no</s>"

@@ -808,13 +808,13 @@ def test_names_in_another_order_are_seen_however_they_are_spelt(names):
 )
 def test_episodes_are_chosen_by_whole_numbers_alone(chosen, sound):
     with pytest.raises(EpisodeError, match="expected numbers of episodes"):
-        EpisodeDataset(sound[0]).checked_episodes(chosen)
+        EpisodeDataset(sound[0]).validate_episodes(chosen)
 
 
 def test_episodes_are_chosen_by_any_collection_of_whole_numbers(sound):
     dataset = EpisodeDataset(sound[0])
     for chosen in ([2, 0, 2], {0, 2}, np.array([0, 2], np.uint8), (i for i in (0, 2)), range(0, 4, 2), pd.Series([0, 2])):
-        assert dataset.checked_episodes(chosen).tolist() == [0, 2]
+        assert dataset.validate_episodes(chosen).tolist() == [0, 2]
     for odd in (1.5, "1", None, True, 9, -1):
         with pytest.raises(EpisodeError, match="expected an episode from 0 to 3"):
             dataset.instruction(odd)

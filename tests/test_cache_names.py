@@ -16,7 +16,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 from rvlm.files import code_of
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training.trainer import work
+from rvlm.training.trainer import train_stage_in_process
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 
@@ -165,8 +165,8 @@ def test_a_stage_runs_no_code_that_is_not_in_its_name(home, kind, changes, toy_d
 
     data, policy = (toy_demos, {"structure": "one_step"}) if kind == ROBOT else (scenes, {})
     stage = Stage("toy", kind, (str(data),), str(SMALL_VLM), 4, policy=policy, batch_size=4, n_processes=1, **changes)
-    ran = traced(lambda: work(stage, tmp_path))
-    assert ("rvlm.training.trainer", "work") in ran and missing(ran, stage.code) == []
+    ran = traced(lambda: train_stage_in_process(stage, tmp_path))
+    assert ("rvlm.training.trainer", "train_stage_in_process") in ran and missing(ran, stage.code) == []
 
 
 def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
@@ -189,7 +189,7 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
     from rvlm.experiments import dagger
 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
-    asked = dagger.Corrections(str(saved[0]), dataclasses.replace(few, max_steps=2))
+    asked = dagger.DAggerCollection(str(saved[0]), dataclasses.replace(few, max_steps=2))
     assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.CODE) == []
     assert missing(traced(lambda: list(dagger.make_shard(0, asked))), dagger.CODE) == []
     assert missing(traced(lambda: questions.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), questions.CODE) == []

@@ -11,7 +11,7 @@ import pytest
 from rvlm import caches, files
 from rvlm.caches import Code, entries, keep, made_of, make_room, prune, use, used
 from rvlm.cli.main import main
-from rvlm.files import write_whole
+from rvlm.files import atomic_write
 
 VIDEO = Code(("rvlm.data.video",))
 
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 def a_cache(kind, name, code=VIDEO, size=10, inputs=()):
     folder = files.artifacts_dir() / kind / name
-    write_whole(folder / "content", bytes(size))
+    atomic_write(folder / "content", bytes(size))
     return keep(folder, code, {"n": 1}, inputs)
 
 
@@ -43,7 +43,7 @@ def test_a_cache_says_what_made_it(home):
 
 def by_other_code(folder):
     """As if the code had changed since."""
-    write_whole(folder / "made.json", json.dumps({**made_of(folder), "code": "0" * 12, "commit": "abc"}))
+    atomic_write(folder / "made.json", json.dumps({**made_of(folder), "code": "0" * 12, "commit": "abc"}))
 
 
 def test_what_was_used_is_remembered_with_what_it_was_made_from(home):
@@ -66,7 +66,7 @@ def several(home):
     found = {name: a_cache(kind, name, size=1000) for kind, name in (("frames", "stale"), ("frames", "now"), ("stages", "kept"))}
     by_other_code(found["stale"])
     found["under way"] = home / "stages" / "b.partial"
-    write_whole(found["under way"] / "log", bytes(1000))
+    atomic_write(found["under way"] / "log", bytes(1000))
     release()
     return found
 
@@ -100,8 +100,8 @@ def test_what_a_person_has_recorded_stays(several, home):
     """It does not say what made it; neither do folders of earlier versions, which go where one says so."""
     mine, linked, old = home / "datasets" / "mine", home / "datasets" / "linked", home / "stages" / "old"
     for folder in (mine, mine.with_name("more.partial"), old, home.with_name("disk")):
-        write_whole(folder / "data", bytes(1000))
-    write_whole(home.with_name("disk") / "made.json", (several["stale"] / "made.json").read_text())
+        atomic_write(folder / "data", bytes(1000))
+    atomic_write(home.with_name("disk") / "made.json", (several["stale"] / "made.json").read_text())
     linked.symlink_to(home.with_name("disk"))
     time.sleep(0.01)
     assert gone(is_stale=True) == ["stale"] and not several["stale"].with_name("stale.lock").exists()
@@ -150,7 +150,7 @@ def test_what_something_is_made_from_stays_meanwhile(several):
     release()
     told = {"name": "toy", "kind": "robot", "data": [data], "init": model, "n_samples": 64}
     a_cache("datasets", "data")
-    write_whole(several["under way"] / "stage.json", json.dumps(told))
+    atomic_write(several["under way"] / "stage.json", json.dumps(told))
     release()
     _stage_in(several["under way"])
     assert gone(max_bytes=0) == ["of it"]
@@ -185,15 +185,15 @@ def test_the_command_lists_and_deletes_what_it_says(several, capsys):
 
 
 def test_a_finding_says_where_other_code_made_what_it_rests_on(home, tmp_path, monkeypatch):
-    from rvlm.report.findings import finding, fine_print
+    from rvlm.report.findings import finding, provenance_line
 
     monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "results"))
     a_cache("evaluations", "of today")
     clean = finding("00_clean", "All is well.", {}, 1, None, []).record
-    assert clean["artefacts"][0]["is_current"] and "mixed code" not in fine_print(clean)
+    assert clean["artefacts"][0]["is_current"] and "mixed code" not in provenance_line(clean)
     old = a_cache("stages", "old")
     by_other_code(old)
     caches._used.clear()
     use(old)
     mixed = finding("00_mixed", "All is well.", {}, 1, None, []).record
-    assert "mixed code**: 1 of stages (commit abc) made by other code" in fine_print(mixed)
+    assert "mixed code**: 1 of stages (commit abc) made by other code" in provenance_line(mixed)

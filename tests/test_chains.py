@@ -8,9 +8,9 @@ import pytest
 
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
-from rvlm.envs.tabletop.tasks import FAMILIES, MIX
-from rvlm.evaluation.chains import LENGTH, ChainEvaluation, Symbols, category
+from rvlm.envs.tabletop.tasks import DEFAULT_TASKS, FAMILIES
 from rvlm.evaluation import chains
+from rvlm.evaluation.chains import LENGTH, ChainEvaluation, SymbolicState, category
 from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED, evaluate
 
 SEEDS = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 40)
@@ -23,9 +23,9 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_chain_asks_about_everything_once_and_is_the_same_for_the_same_seed():
-    drawn = chains.draw(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
-    assert drawn == chains.draw(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
-    assert drawn[5:6] == chains.draw(SEEDS[5:6], tuple(FAMILIES), "franka7", SIMPLE)
+    drawn = chains.sample_chains(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
+    assert drawn == chains.sample_chains(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
+    assert drawn[5:6] == chains.sample_chains(SEEDS[5:6], tuple(FAMILIES), "franka7", SIMPLE)
     for chain in drawn:
         assert len(chain) == LENGTH == len({category(family) for family in chain})
     assert len({chain[0] for chain in drawn}) > 8 and len(set(drawn)) > 35
@@ -33,7 +33,7 @@ def test_a_chain_asks_about_everything_once_and_is_the_same_for_the_same_seed():
 
 def test_families_of_too_few_kinds_are_refused():
     with pytest.raises(ValueError, match="needs as many categories; these families have 2: drawer, push"):
-        chains.draw(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"), "franka7", SIMPLE)
+        chains.sample_chains(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"), "franka7", SIMPLE)
 
 
 def test_families_that_cannot_be_chained_are_refused_by_name():
@@ -43,14 +43,14 @@ def test_families_that_cannot_be_chained_are_refused_by_name():
         with pytest.raises(
             ValueError, match=rf"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed"
         ):
-            chains.draw(SEEDS[:1], families, "franka7", SIMPLE, length)
+            chains.sample_chains(SEEDS[:1], families, "franka7", SIMPLE, length)
 
 
 def test_a_chain_that_is_hardly_ever_drawn_is_found(monkeypatch):
-    often = chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
+    often = chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
     monkeypatch.setattr(chains, "N_DRAWS", 0)
-    found = chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
-    assert found == chains.draw(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE) != often
+    found = chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
+    assert found == chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE) != often
     world = chains.World("franka7", SIMPLE)
     for seed, chain in zip(SEEDS, found, strict=False):
         world.scatter(chains.np_random(seed)[0])
@@ -73,17 +73,17 @@ def test_success_leaves_what_the_next_task_needs():
 def test_the_scene_is_kept_between_tasks():
     env = Tabletop(image_size=16, max_steps=40)
     (first, second) = ("close_drawer", "turn_on_light")  # the hand has to let go of the handle on its way
-    seed = next(s for s in SEEDS if chains.draw([s], tuple(FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
+    seed = next(s for s in SEEDS if chains.sample_chains([s], tuple(FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
     env.reset(seed=seed, options={"family": first})
     second = "turn_off_light" if env.world.is_light_on else second
-    rows = chains.roll_out(None, [env], [seed], [(first, second)])
-    assert [row["is_success"] for row in rows] == [True, True] and env.world.travel("drawer") < 0.02
+    rows = chains.rollout_chains(None, [env], [seed], [(first, second)])
+    assert [row["is_success"] for row in rows] == [True, True] and env.world.joint_position("drawer") < 0.02
     env.close()
 
 
 def test_what_cannot_be_asked_ends_the_chain_and_says_so():
     env = Tabletop(image_size=16, max_steps=40)
-    rows = chains.roll_out(None, [env], [FIRST_HELD_OUT_SEED], [("open_drawer", "open_drawer", "lift")])
+    rows = chains.rollout_chains(None, [env], [FIRST_HELD_OUT_SEED], [("open_drawer", "open_drawer", "lift")])
     assert [(row["is_success"], row["failure"]) for row in rows] == [(True, ""), (False, "cannot be asked")]
     env.close()
 
@@ -92,9 +92,9 @@ def test_symbols_follow_the_simulator():
     env = Tabletop(image_size=16, max_steps=60)
     for seed in range(6):
         env.reset(seed=seed, options={"family": "lift"})
-        scene = Symbols(env.world)
+        scene = SymbolicState(env.world)
         fixtures = [family for family in FAMILIES if not FAMILIES[family].n_objects]
-        assert [f for f in fixtures if scene.can_ask(f)] == [f for f in fixtures if f in env.feasible()]
+        assert [f for f in fixtures if scene.is_feasible(f)] == [f for f in fixtures if f in env.feasible()]
     env.close()
 
 
@@ -108,7 +108,7 @@ def test_lengths_are_those_of_independent_tosses(p):
             if not rows[-1]["is_success"]:
                 break
     table = pd.DataFrame(rows)
-    in_a_row, mean = chains.in_a_row(table), chains.avg_len(table)["oracle"]
+    in_a_row, mean = chains.success_at_k(table), chains.avg_len(table)["oracle"]
     expected = [p**k for k in range(1, LENGTH + 1)]
     assert in_a_row["rate"].to_numpy() == pytest.approx(expected, abs=0.02)
     assert sum(expected) == pytest.approx(mean.mean, abs=2 * (mean.high - mean.low)) and mean.n == 4000
@@ -118,7 +118,7 @@ def test_lengths_are_those_of_independent_tosses(p):
 def test_rows_are_the_same_for_any_number_of_workers_and_a_short_run_is_continued():
     columns, tables = ["seed", "link", "family", "instruction", "is_success", "failure", "n_steps"], []
     for n_workers in (1, 2):
-        asked = ChainEvaluation("random", n_episodes=12, families=MIX, max_steps=3 + n_workers)
+        asked = ChainEvaluation("random", n_episodes=12, families=DEFAULT_TASKS, max_steps=3 + n_workers)
         tables.append(evaluate({"a": dataclasses.replace(asked, n_episodes=4)}, n_workers, show_progress=False)[columns])
         tables.append(evaluate({"a": asked}, n_workers, show_progress=False)[columns])
     assert len(set(tables[1]["seed"])) == 12 and set(tables[0]["seed"]) < set(tables[1]["seed"])

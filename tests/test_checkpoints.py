@@ -12,19 +12,19 @@ from toy_policies import ONE_STEP, SPEC, a_batch, inputs
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from rvlm.policy.checkpoint_files import CheckpointError, weights_hash
-from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.model import VLA
 from rvlm.policy.model_card import model_card
-from rvlm.policy.policy import Policy
+from rvlm.policy.policy import load_policy
 from rvlm.statistics import wilson
-from rvlm.training.stage_data import BUILDERS
+from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 
 
 def a_policy(vlm, stats, tuning="full", **options):
     """A policy in which everything that learns has been moved away from where it began."""
     torch.manual_seed(0)
-    model, processor = make_vla(vlm, SPEC, stats, tuning=tuning, rank=2, **ONE_STEP, **options)
+    model, processor = make_policy(vlm, SPEC, stats, tuning=tuning, rank=2, **ONE_STEP, **options)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -234,7 +234,7 @@ def test_what_is_missing_of_adapters_is_named(toy_vlm, toy_stats, tmp_path, spoi
         load_vla(folder)
 
 
-@pytest.mark.parametrize("load", [load_vla, VLA.from_pretrained, Policy.load], ids=["load_vla", "from_pretrained", "Policy.load"])
+@pytest.mark.parametrize("load", [load_vla, VLA.from_pretrained, load_policy], ids=["load_vla", "from_pretrained", "load_policy"])
 def test_a_folder_that_does_not_exist_is_named(load):
     with pytest.raises(CheckpointError, match=r"no folder no/such/folder; and no such name on the Hub"):
         load("no/such/folder")
@@ -245,20 +245,20 @@ def test_a_folder_that_does_not_exist_is_named(load):
 def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
     """On a machine that is fastest in bfloat16, when it is made and when it is loaded again."""
     monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
-    model, _ = make_vla(toy_vlm, SPEC, toy_stats, tuning="lora", rank=2, precision=precision, **ONE_STEP)
+    model, _ = make_policy(toy_vlm, SPEC, toy_stats, tuning="lora", rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
     for policy in (model, load_vla(tmp_path / "policy")[0]):
         still = {name: w for name, w in policy.backbone.named_parameters() if "lora" not in name and "trainable" not in name}
         assert {weight.dtype for weight in still.values()} == {dtype}
     with pytest.raises(ValueError, match="no precision 'fp8'; there are auto, fp32, bf16, fp16"):
-        make_vla(toy_vlm, SPEC, toy_stats, tuning="lora", precision="fp8")
+        make_policy(toy_vlm, SPEC, toy_stats, tuning="lora", precision="fp8")
 
 
 def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     how = {"tuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
-    model, *_ = BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))
+    model, *_ = STAGE_BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 

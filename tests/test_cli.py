@@ -16,7 +16,7 @@ from rvlm.cli.main import main
 from rvlm.cli.run import tried
 from rvlm.experiments import recipes
 from rvlm.files import RESULTS, ROOT
-from rvlm.report.notebooks import Refused, parameters_of, parse_parameters
+from rvlm.report.notebooks import InvalidRun, parameters_of, parse_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
@@ -215,7 +215,7 @@ def test_jupyterlab_gets_the_words_that_are_its_own(home, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["vlm", "policy"])
 def test_what_ships_is_replaced_only_when_told_to_in_words(name, home, monkeypatch, capsys):
     shipped, targets = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name], []
-    monkeypatch.setattr(recipes, "ship", lambda stage, target, command: targets.append(target))
+    monkeypatch.setattr(recipes, "release", lambda stage, target, command: targets.append(target))
     monkeypatch.setattr(recipes, {"vlm": "vision_language", "policy": "main_policy"}[name], lambda *sizes: sizes)
     assert main([name, "--profile", "smoke"]) == main([name]) == 0
     assert targets == [home / "shipped" / name] * 2 and f"the {name} that ships stays" in capsys.readouterr().out
@@ -292,5 +292,5 @@ def test_a_reader_that_has_enough_ends_it_quietly(tmp_path):
 
 
 def test_a_command_without_a_notebook_at_hand_says_where_they_are(tmp_path):
-    with pytest.raises(Refused, match="an installed package has none: they stand in a clone"):
+    with pytest.raises(InvalidRun, match="an installed package has none: they stand in a clone"):
         lab.copy_notebooks(tmp_path / "notebooks", tmp_path / "lab")

@@ -12,7 +12,7 @@ from rvlm.envs.tabletop import demonstrations
 from rvlm.envs.tabletop.demonstrations import NOISE_PER_DIM, Collection, collect_demonstrations, demonstrate, make_shard
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.training.stages import ROBOT, Stage
-from rvlm.training.trainer import work
+from rvlm.training.trainer import train_stage_in_process
 
 SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light"), image_size=48)
 
@@ -90,7 +90,7 @@ def test_a_policys_statistics_come_from_its_training_episodes(toy_vlm, toy_demos
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     data = EpisodeDataset(toy_demos)
     train, held_out = split(data)
-    work(Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8, batch_size=8, n_processes=1), tmp_path)
+    train_stage_in_process(Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8, batch_size=8, n_processes=1), tmp_path)
     from rvlm.policy.checkpoints import load_vla
 
     model, _ = load_vla(tmp_path / "model")

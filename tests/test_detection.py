@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm.envs.tabletop.questions import play
+from rvlm.envs.tabletop.questions import generate_scenes
 from rvlm.envs.tabletop.scene import SHAPES
-from rvlm.training.detection import FLAGS, THINGS, DetectionCollator, Detector, targets
+from rvlm.training.detection import CLASSES, SCENE_STATES, DetectionCollator, Detector, targets
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
 SIDE = 4
@@ -14,7 +14,7 @@ SIDE = 4
 
 @pytest.fixture(scope="module")
 def scenes():
-    return list(play("franka7", seed=0, n_scenes=6, image_size=48))
+    return list(generate_scenes("franka7", seed=0, n_scenes=6, image_size=48))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_targets_give_back_the_place():
     found = targets(a_record(place.tolist()), "static", SIDE)
     cell, thing = np.argwhere(found["presence"])[0]
     row, column = divmod(cell, SIDE)
-    assert THINGS[thing] == "red"
+    assert CLASSES[thing] == "red"
     np.testing.assert_allclose((np.array([column, row]) + 0.5 + found["offset"][cell, thing]) / SIDE, place, atol=1e-6)
     assert SHAPES[found["shape"][cell, thing]] == "cube"
 
@@ -61,7 +61,7 @@ def test_tokens_see_the_cell_that_they_answer_for(vlm):
 def test_loss_falls_and_only_the_tower_learns(vlm, scenes):
     model, processor = vlm
     batch = DetectionCollator(processor)(scenes)
-    assert batch["flags"].shape == (len(scenes), len(FLAGS))
+    assert batch["flags"].shape == (len(scenes), len(SCENE_STATES))
     detector = Detector(model)
     optimizer = torch.optim.Adam(detector.parameters(), 3e-3)
     losses = []

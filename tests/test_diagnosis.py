@@ -10,20 +10,20 @@ import pytest
 
 from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis import ladder
-from rvlm.diagnosis.cases import MENDS, Case
-from rvlm.diagnosis.faults import FAULTS, AlteredDataset
-from rvlm.diagnosis.ladder import RUNGS, diagnose, verdict
+from rvlm.diagnosis.cases import FIXES, DiagnosisInputs
+from rvlm.diagnosis.faults import FAULTS, PerturbedDataset
+from rvlm.diagnosis.ladder import CHECKS, diagnose, verdict
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.experiments.recipes import POLICY
-from rvlm.policy.policy import Policy
+from rvlm.policy.policy import Policy, load_policy
 
 
 @pytest.fixture(scope="module")
 def case(home):
     dataset = EpisodeDataset(collect_demonstrations(Collection(n_episodes=50), n_workers=1, progress=False))
     env = Tabletop()
-    yield Case(Policy.load(POLICY), dataset, env, n_episodes=2, n_frames=24)
+    yield DiagnosisInputs(load_policy(POLICY), dataset, env, n_episodes=2, n_frames=24)
     env.close()
 
 
@@ -32,7 +32,7 @@ def test_a_planted_fault_is_the_first_verdict(case, fault):
     """Laws 1 to 14."""
     rungs = diagnose(fault.plant(case))
     assert verdict(rungs) == fault.named, rungs[-1].measured
-    assert all(rung.fault is None for rung in rungs[:-1]) and rungs[-1].mend == MENDS[fault.named]
+    assert all(rung.fault is None for rung in rungs[:-1]) and rungs[-1].mend == FIXES[fault.named]
 
 
 def test_no_fault_no_verdict(case):
@@ -40,7 +40,7 @@ def test_no_fault_no_verdict(case):
     for seed in range(20):
         rungs = diagnose(dataclasses.replace(case, seed=seed, n_frames=12))
         assert verdict(rungs) is None, (seed, rungs[-1])
-        assert [rung.name for rung in rungs] == list(RUNGS)
+        assert [rung.name for rung in rungs] == list(CHECKS)
 
 
 def test_a_column_is_read_once_a_rung_not_once_an_episode(case, monkeypatch):
@@ -57,13 +57,13 @@ def test_the_recorded_actions_reproduce_the_recording(case):
 
 def test_without_recorded_starts_the_rungs_that_need_them_say_so(case):
     bare = case.dataset.episodes.drop(columns=["seed", "family"])
-    rungs = diagnose(dataclasses.replace(case, dataset=AlteredDataset(case.dataset, episodes=bare)))
+    rungs = diagnose(dataclasses.replace(case, dataset=PerturbedDataset(case.dataset, episodes=bare)))
     assert verdict(rungs) is None
     assert {r.name for r in rungs if "not recorded" in r.measured} == {"starts", "pictures", "replay"}
 
 
 def test_a_policy_that_has_learned_nothing_is_told_so(case):
-    model = Policy.load(POLICY).model
+    model = load_policy(POLICY).model
     for parameter in model.head.parameters():
         parameter.data.zero_()
     rungs = diagnose(dataclasses.replace(case, policy=Policy(model, case.policy.prompter.processor)))
@@ -86,5 +86,5 @@ def test_planting_leaves_the_sound_case_alone(case):
 
 
 def test_every_verdict_has_a_mend_and_every_candidate_is_one():
-    candidates = {name.split(":")[0] for name in (*ladder.TURNS, *ladder.MISREADINGS)}
-    assert candidates | {fault.named for fault in FAULTS} <= set(MENDS)
+    candidates = {name.split(":")[0] for name in (*ladder.IMAGE_ERRORS, *ladder.MISREADINGS)}
+    assert candidates | {fault.named for fault in FAULTS} <= set(FIXES)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.lerobot_format import ImageHistogram
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, collect, split
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, record_dataset, split
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 LENGTHS = (7, 4, 9, 5, 6)
@@ -176,28 +176,30 @@ def test_image_histograms_are_exact(seed, n, size):
 
 
 def test_collect_in_parallel_equals_one_process(tmp_path):
-    one = EpisodeDataset(collect(tmp_path / "one", SPEC, fake_shard, 3, n_workers=1, progress=False))
-    two = EpisodeDataset(collect(tmp_path / "two", SPEC, fake_shard, 3, n_workers=2, progress=False))
+    one = EpisodeDataset(record_dataset(tmp_path / "one", SPEC, fake_shard, 3, n_workers=1, progress=False))
+    two = EpisodeDataset(record_dataset(tmp_path / "two", SPEC, fake_shard, 3, n_workers=2, progress=False))
     assert (one.column("action") == two.column("action")).all() and one.tasks == two.tasks == ["task 0", "task 1", "task 2"]
     assert one.episodes.equals(two.episodes) and one.episodes["seed"].tolist() == [0, 1, 10, 11, 20, 21]
 
 
 def test_two_who_collect_the_same_at_once_get_one_recording(tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        roots = list(pool.map(lambda _: collect(tmp_path / "d", SPEC, fake_shard, 3, n_workers=1, progress=False), range(2)))
+        roots = list(
+            pool.map(lambda _: record_dataset(tmp_path / "d", SPEC, fake_shard, 3, n_workers=1, progress=False), range(2))
+        )
     assert roots == [tmp_path / "d"] * 2 and EpisodeDataset(roots[0]).n_episodes > 0
 
 
 def test_collect_does_nothing_when_whole(tmp_path):
-    root = collect(tmp_path / "d", SPEC, fake_shard, 1, progress=False)
-    assert collect(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False) == root
+    root = record_dataset(tmp_path / "d", SPEC, fake_shard, 1, progress=False)
+    assert record_dataset(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False) == root
 
 
 def test_killed_collection_goes_on_where_it_was(tmp_path):
     """SIGKILL in the middle: finished shards are kept, nothing is taken for whole, the second run gives the same data."""
     root = tmp_path / "d"
-    made_by = "from rvlm.data.windows import collect; from tests.test_episodes import SPEC, fake_shard"
-    code = f"{made_by}; collect({str(root)!r}, SPEC, fake_shard, 4, 1)"
+    made_by = "from rvlm.data.windows import record_dataset; from tests.test_episodes import SPEC, fake_shard"
+    code = f"{made_by}; record_dataset({str(root)!r}, SPEC, fake_shard, 4, 1)"
     repository = str(Path(__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"SLOW_SHARDS": "0.6", "PYTHONPATH": repository}, stderr=subprocess.DEVNULL
@@ -214,9 +216,9 @@ def test_killed_collection_goes_on_where_it_was(tmp_path):
     with pytest.raises(EpisodeError, match=r"d\.partial is an unfinished recording: run it again to finish it"):
         EpisodeDataset(root)
     made = []
-    collect(root, SPEC, lambda i: made.append(i) or fake_shard(i), 4, progress=False)
+    record_dataset(root, SPEC, lambda i: made.append(i) or fake_shard(i), 4, progress=False)
     assert made == [i for i in range(4) if f"shard-{i:05d}" not in kept]
-    reference = EpisodeDataset(collect(tmp_path / "e", SPEC, fake_shard, 4, progress=False))
+    reference = EpisodeDataset(record_dataset(tmp_path / "e", SPEC, fake_shard, 4, progress=False))
     assert (EpisodeDataset(root).column("action") == reference.column("action")).all()
 
 

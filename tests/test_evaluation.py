@@ -10,11 +10,11 @@ from statsmodels.stats.proportion import proportion_confint
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.tasks import MIX
+from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 from rvlm.evaluation import closed_loop
 from rvlm.evaluation.closed_loop import BATCH, Evaluation, evaluate, success_table
-from rvlm.evaluation.rollouts import CONTROLS, RandomPolicy, rollout
-from rvlm.policy.checkpoints import make_vla
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
+from rvlm.policy.checkpoints import make_policy
 from rvlm.statistics import paired_difference
 
 FAMILIES = ("push_left", "turn_on_light")
@@ -56,7 +56,7 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
     episodes = Evaluation("random", n_episodes=200).episodes()
     seeds = [seed for seed, _ in episodes]
     assert len(set(seeds)) == 200 and min(seeds) == FIRST_HELD_OUT_SEED
-    assert [family for _, family in episodes[: len(MIX)]] == list(MIX)
+    assert [family for _, family in episodes[: len(DEFAULT_TASKS)]] == list(DEFAULT_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_would_measure_nothing_is_refused(changes, message):
         dataclasses.replace(FEW, **changes)
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("control", INPUT_ABLATIONS)
 def test_a_control_takes_what_it_says_and_nothing_else(small_envs, control):
     seen = {}
     for name in ("none", control):
@@ -117,10 +117,10 @@ def test_shuffled_language_tells_everyone_another_family_until_the_last_one_ends
 def test_a_control_of_language_that_changes_nothing_is_refused():
     same = [{"instruction": "lift it"}] * 3
     with pytest.raises(ValueError, match="all of 3 have the task 'lift it', so nobody would be told anything else"):
-        CONTROLS["shuffled_language"](same)
+        INPUT_ABLATIONS["shuffled_language"](same)
     with pytest.raises(ValueError, match="must change every instruction; 3 of 3 stay ''"):
-        CONTROLS["no_language"]([{"instruction": ""}] * 3)
-    (first, *_, last) = CONTROLS["shuffled_language"]([*same, {"instruction": "open it"}])
+        INPUT_ABLATIONS["no_language"]([{"instruction": ""}] * 3)
+    (first, *_, last) = INPUT_ABLATIONS["shuffled_language"]([*same, {"instruction": "open it"}])
     assert (first["instruction"], last["instruction"]) == ("open it", "lift it")
 
 
@@ -224,7 +224,7 @@ def test_the_folder_follows_settings_and_weights(tmp_path):
 
 def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_vlm, toy_stats, tmp_path):
     folder = tmp_path / "policy"
-    model, processor = make_vla(toy_vlm, SPEC, toy_stats, chunk_size=2)
+    model, processor = make_policy(toy_vlm, SPEC, toy_stats, chunk_size=2)
     model.save_pretrained(folder, processor)
     asked = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
     rows = closed_loop.run_batch(asked, 0, keep_frames=True)
@@ -261,40 +261,40 @@ def judged(rates, n_trainings=3, n_episodes=40):
 
 def test_gains_pair_episodes_and_trainings():
     episodes = judged({"a": 0.8, "b": 0.4, "c": 0.1})
-    got = closed_loop.gains(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
+    got = closed_loop.success_differences(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
     outcomes = episodes.set_index(["name", "training", "seed"])["is_success"].astype(float).sort_index().unstack()
     a, b, c = (outcomes.loc[name].to_numpy() for name in "abc")
     assert got == {"a over b": paired_difference(a, b), "c over b": paired_difference(c, b)}
     once = episodes[episodes["training"] == "0"].drop(columns="training")
-    assert closed_loop.gains(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
+    assert closed_loop.success_differences(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
 
 
 def test_gains_refuse_policies_that_were_not_judged_alike():
     episodes = judged({"a": 0.8, "b": 0.4})
     last = episodes["seed"].max()
     with pytest.raises(ValueError, match=r"same episodes; \[\('b', '0'\)"):
-        closed_loop.gains(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
+        closed_loop.success_differences(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
     with pytest.raises(ValueError, match="same episodes"):
-        closed_loop.gains(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
+        closed_loop.success_differences(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
 
 
 def test_gains_refuse_names_that_are_not_there_and_episodes_that_count_twice():
     episodes = judged({"a": 0.8, "b": 0.4})
     with pytest.raises(ValueError, match=r"expected claims about policies in 'name', got \['c'\]; there are \['a', 'b'\]"):
-        closed_loop.gains(episodes, {"it": ("a", "c")})
+        closed_loop.success_differences(episodes, {"it": ("a", "c")})
     with pytest.raises(ValueError, match=r"expected each episode once, got .* twice, as {'name': 'a', 'training': "):
-        closed_loop.gains(pd.concat([episodes, episodes]), {"it": ("a", "b")})
+        closed_loop.success_differences(pd.concat([episodes, episodes]), {"it": ("a", "b")})
     with pytest.raises(ValueError, match=r"expected each episode once, .* a column 'training'"):
-        closed_loop.gains(episodes.drop(columns="training"), {"it": ("a", "b")})
+        closed_loop.success_differences(episodes.drop(columns="training"), {"it": ("a", "b")})
 
 
 def test_one_policy_judged_twice_is_not_two_trainings():
     episodes = judged({"a": 0.8, "b": 0.4})
     episodes["policy"] = episodes["name"] + episodes["training"]
-    assert closed_loop.gains(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
+    assert closed_loop.success_differences(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
     episodes.loc[episodes["policy"] == "b1", "policy"] = "b0"
     with pytest.raises(ValueError, match="'b' has 3 trainings, but 2 different weights; one policy judged twice is one training"):
-        closed_loop.gains(episodes, {"it": ("a", "b")})
+        closed_loop.success_differences(episodes, {"it": ("a", "b")})
 
 
 def test_rates_of_several_trainings_get_the_wider_interval():
@@ -310,4 +310,4 @@ def test_rates_of_several_trainings_get_the_wider_interval():
 
 def test_film_names_the_seeds_that_exist():
     with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
-        closed_loop.film(Evaluation("random", n_episodes=5), 900_005)
+        closed_loop.replay_episode(Evaluation("random", n_episodes=5), 900_005)

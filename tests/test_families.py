@@ -8,15 +8,15 @@ import pytest
 import torch
 from toy_policies import SPEC
 
-from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.inspection import appends
-from rvlm.policy.policy import Policy
+from rvlm.policy.policy import Policy, load_policy
 from rvlm.training.stage_data import RobotCollator
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.templates import mark_of
-from rvlm.vlm.tiny import FAMILIES, REFUSED, SIDE, TEXTS
+from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS, UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parents[1]
 STRUCTURES = {
@@ -58,7 +58,7 @@ def refuse_impossible(folder, toy_stats, name):
 def made(folder, stats, settings):
     torch.manual_seed(0)
     few = {"cameras": ("static",)} if folder.name in ONE_IMAGE else {}
-    return make_vla(folder, SPEC, stats, **{"chunk_size": 2, **few, **settings})
+    return make_policy(folder, SPEC, stats, **{"chunk_size": 2, **few, **settings})
 
 
 def samples(config, seed=0):
@@ -86,10 +86,10 @@ def observations(seed):
     ]
 
 
-@pytest.mark.parametrize("build", REFUSED, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
 def test_a_family_without_a_place_for_act_is_refused_with_the_reason(build, toy_stats, tmp_path):
     build(tmp_path)
-    with pytest.raises(ValueError, match=rf"(?s)expected .*{REFUSED[build]}.*take a family that reads images"):
+    with pytest.raises(ValueError, match=rf"(?s)expected .*{UNSUPPORTED[build]}.*take a family that reads images"):
         made(tmp_path, toy_stats, {"cameras": ("static",)})
 
 
@@ -122,7 +122,7 @@ def test_every_family_trains_saves_loads_and_acts_in_every_structure(folder, toy
     if refuse_impossible(folder, toy_stats, name):
         return
     model, processor = made(folder, toy_stats, STRUCTURES[name])
-    batch = RobotCollator(model.prompter(processor))(list(samples(model.config)))
+    batch = RobotCollator(model.prompt_builder(processor))(list(samples(model.config)))
     learns = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(learns, 3e-3), []
     while len(losses) < 20 and (len(losses) < 12 or losses[-1] >= 0.7 * losses[0]):
@@ -132,7 +132,7 @@ def test_every_family_trains_saves_loads_and_acts_in_every_structure(folder, toy
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
     model.eval().save_pretrained(tmp_path, processor)
-    before, after = Policy(model, processor), Policy.load(tmp_path)
+    before, after = Policy(model, processor), load_policy(tmp_path)
     for policy in (before, after):
         policy.reset(3)
     for step in range(3):
@@ -144,14 +144,14 @@ ASKED = ("action", "action_mask", "obs_mask", "dataset_index")
 
 
 def predicted(model, processor, chosen):
-    batch = RobotCollator(model.prompter(processor))(chosen)
+    batch = RobotCollator(model.prompt_builder(processor))(chosen)
     return model.eval().predict(**{k: v for k, v in batch.items() if k not in ASKED})
 
 
 def test_all_of_the_language_model_that_learns_is_read_through(folder, toy_stats):
     """Not so of towers: some families leave their last layers out."""
     model, processor = made(folder, toy_stats, {})
-    model.train()(**RobotCollator(model.prompter(processor))(list(samples(model.config)))).loss.backward()
+    model.train()(**RobotCollator(model.prompt_builder(processor))(list(samples(model.config)))).loss.backward()
     seeing = {p for part in vision_modules(model.backbone) for p in part.parameters()}
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p not in seeing]
 
@@ -204,14 +204,14 @@ def test_the_future_does_not_change_the_past(folder, toy_stats):
     if refuse_impossible(folder, toy_stats, "interleaved"):
         return
     model, processor = made(folder, toy_stats, STRUCTURES["interleaved"])
-    collate, two = RobotCollator(model.prompter(processor)), list(samples(model.config))[:1]
+    collate, two = RobotCollator(model.prompt_builder(processor)), list(samples(model.config))[:1]
     later = [{**two[0], "images": np.stack([two[0]["images"][0], 255 - two[0]["images"][1]])}]
     with torch.inference_mode():
         read = []
         for chosen in (two, later):
             batch = collate(chosen)
             inputs = {k: v for k, v in batch.items() if k not in ("action", "action_mask", "dataset_index")}
-            read.append(model.eval().fused(**inputs))
+            read.append(model.eval().history_features(**inputs))
     assert torch.allclose(read[0][:, 0], read[1][:, 0], atol=1e-5)
     assert (read[0][:, 1] - read[1][:, 1]).abs().max() > 1e-6
 
@@ -219,7 +219,7 @@ def test_the_future_does_not_change_the_past(folder, toy_stats):
 def test_a_prompt_is_written_as_the_family_writes_it(folder):
     processor = load_processor(folder)
     n = 1 if folder.name in ONE_IMAGE else 2
-    text = Prompter(processor, n).text(TEXTS[0])
+    text = PromptBuilder(processor, n).text(TEXTS[0])
     said = mark_of(processor) * n + TEXTS[0]
     if processor.chat_template:
         content = [{"type": "image"}] * n + [{"type": "text", "text": TEXTS[0]}]
@@ -233,7 +233,7 @@ def test_a_processor_without_its_video_part_is_saved_and_loaded_whole(folder, tm
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     again = load_processor(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    one, two = (Prompter(p, 1)(image[None, None], ["lift it"]) for p in (processor, again))
+    one, two = (PromptBuilder(p, 1)(image[None, None], ["lift it"]) for p in (processor, again))
     assert one.keys() == two.keys() and all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm.files import digest
+from rvlm.files import file_hash
 from rvlm.training import features
 from rvlm.vlm.backbones import load_backbone, vision_features
 from rvlm.vlm.processors import load_processor
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_features_go_to_disk_batch_by_batch(home, tower, tmp_path, monkeypatch):
     )
     (got,) = features.cached_features(*tower, {"static": images}).values()
     assert seen == [64, 64, 22] and isinstance(got, np.memmap) and got.dtype == np.float16
-    whole = vision_features(tower[0], Prompter(tower[1], 1).pixels(np.array(images)[:, None])).numpy()
+    whole = vision_features(tower[0], PromptBuilder(tower[1], 1).pixels(np.array(images)[:, None])).numpy()
     assert got.shape == whole.shape and np.abs(got - whole).max() < 1e-2
     features.cached_features(*tower, {"another name": images})
     assert len(seen) == 3, "asked again, nothing is computed"
@@ -75,7 +75,7 @@ def test_a_view_of_a_file_is_not_the_file(tmp_path):
     written = np.load(tmp_path / "x.npy", mmap_mode="c")
     written[0] = 0
     kept = [features.content_of(array) for array in (*views, written)]
-    assert len(set(kept)) == len(kept) and kept[0] == digest(tmp_path / "x.npy")
+    assert len(set(kept)) == len(kept) and kept[0] == file_hash(tmp_path / "x.npy")
     assert features.content_of(views[1]) == features.content_of(np.array(views[1]))
 
 
@@ -106,13 +106,13 @@ for name in ("mujoco", "OpenGL", "rvlm.envs.tabletop"):
     sys.modules[name] = None  # importing it is an error
 from pathlib import Path
 from rvlm.training.stages import Stage
-from rvlm.training.trainer import work
+from rvlm.training.trainer import train_stage_in_process
 data, vlm, out = sys.argv[1:]
 shared = {"batch_size": 4, "n_processes": 1, "policy": {"structure": "one_step"}}
 for i, freeze in enumerate((False, True)):
     stage = Stage("own", "robot", (data,), vlm, 8, freeze_vision=freeze, **shared)
     stage.folder
-    work(stage, Path(out) / str(i))
+    train_stage_in_process(stage, Path(out) / str(i))
 """
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from rvlm import files
-from rvlm.files import code_of, digest, hash_of_code, hash_of_model, hash_of_tree, make_folder, temporary, weights_of, write_whole
+from rvlm.files import (
+    atomic_write,
+    code_of,
+    file_hash,
+    hash_of_code,
+    hash_of_model,
+    hash_of_tree,
+    make_folder,
+    temporary,
+    weights_hash,
+)
 
 
 @pytest.fixture
@@ -40,21 +50,21 @@ def test_a_file_is_read_once_and_a_large_one_once_for_all_processes(opened, tmp_
     small.write_bytes(b"s")
     large.write_bytes(bytes(files.LARGE))
     settled(large)
-    first = [(digest(small), digest(large)) for _ in range(42)]
+    first = [(file_hash(small), file_hash(large)) for _ in range(42)]
     assert len(set(first)) == 1 and sorted(opened) == ["large.safetensors", "small"]
     monkeypatch.setattr(files, "_digests", {})  # as in another process
-    assert (digest(small), digest(large)) == first[0] and opened[2:] == ["small"]
+    assert (file_hash(small), file_hash(large)) == first[0] and opened[2:] == ["small"]
 
 
 def test_a_file_that_is_rewritten_in_place_is_read_again(opened, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"a" * 100)
-    before, times = digest(settled(path)), path.stat()
+    before, times = file_hash(settled(path)), path.stat()
     with path.open("r+b") as file:
         file.write(b"b")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_ino == times.st_ino and path.stat().st_mtime_ns == times.st_mtime_ns
-    assert digest(path) != before
+    assert file_hash(path) != before
 
 
 def test_a_file_that_was_just_written_is_not_remembered(opened, tmp_path, monkeypatch):
@@ -64,23 +74,23 @@ def test_a_file_that_was_just_written_is_not_remembered(opened, tmp_path, monkey
     stamp = files._stamp(path)
     monkeypatch.setattr(files, "_stamp", lambda _: stamp)
     monkeypatch.setattr(files.time, "time_ns", lambda: stamp[-1] + 1_000_000)
-    before = digest(path)
+    before = file_hash(path)
     path.write_bytes(b"b")
-    assert digest(path) != before
+    assert file_hash(path) != before
 
 
 def test_a_tree_is_its_files_wherever_it_is(tmp_path):
     first, second = tmp_path / "a" / "train", tmp_path / "b" / "copy"
     for name in ("data/file-000.parquet", "videos/x/file-000.mp4", "meta/info.json"):
-        write_whole(first / name, name)
+        atomic_write(first / name, name)
     shutil.copytree(first, second)
     for name in ("made.json", "README.md", ".cache/x", "data.lock"):
-        write_whole(second / name, "about it")
+        atomic_write(second / name, "about it")
     assert hash_of_tree(first) == hash_of_tree(second)
-    write_whole(second / "videos/x/file-000.mp4", "other frames")
+    atomic_write(second / "videos/x/file-000.mp4", "other frames")
     assert hash_of_tree(first) != hash_of_tree(second)
     (second / "videos/x/file-000.mp4").rename(second / "videos/x/file-001.mp4")
-    write_whole(second / "videos/x/file-001.mp4", "videos/x/file-000.mp4")
+    atomic_write(second / "videos/x/file-001.mp4", "videos/x/file-000.mp4")
     assert hash_of_tree(first) != hash_of_tree(second), "names count"
     with pytest.raises(ValueError, match=r"expected a folder with files at .*nowhere, got none; make it first"):
         hash_of_tree(tmp_path / "nowhere")
@@ -90,8 +100,8 @@ def test_a_tree_is_what_its_links_lead_to(tmp_path):
     """Data that is fetched lies elsewhere; the dataset's folder holds links."""
     trees = []
     for name in "ab":
-        write_whole(tmp_path / "elsewhere" / name / "chunk-000/file-000.mp4", name)
-        write_whole(tmp_path / name / "meta/info.json", "same")
+        atomic_write(tmp_path / "elsewhere" / name / "chunk-000/file-000.mp4", name)
+        atomic_write(tmp_path / name / "meta/info.json", "same")
         (tmp_path / name / "videos").symlink_to(tmp_path / "elsewhere" / name)
         trees.append(hash_of_tree(tmp_path / name))
     assert trees[0] != trees[1]
@@ -102,10 +112,10 @@ def test_a_tree_is_what_its_links_lead_to(tmp_path):
 
 def test_a_model_is_its_weights_and_its_processor(tmp_path, toy_vlm, monkeypatch):
     copy = shutil.copytree(toy_vlm, tmp_path / "copy")
-    assert hash_of_model(copy) == hash_of_model(toy_vlm) and weights_of(copy) == weights_of(toy_vlm)
+    assert hash_of_model(copy) == hash_of_model(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
     settings = copy / "processor_config.json"
-    write_whole(settings, settings.read_text().replace("48", "24"))
-    assert hash_of_model(copy) != hash_of_model(toy_vlm) and weights_of(copy) == weights_of(toy_vlm)
+    atomic_write(settings, settings.read_text().replace("48", "24"))
+    assert hash_of_model(copy) != hash_of_model(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
 
 
 def failing(error):
@@ -153,7 +163,7 @@ def package(tmp_path):
 
 def test_code_is_what_computes_not_what_is_said_about_it(package):
     source, said = package
-    roots = ("rvlm.policy.model", "rvlm.data.writer", "rvlm.evaluation.closed_loop:gains")
+    roots = ("rvlm.policy.model", "rvlm.data.writer", "rvlm.evaluation.closed_loop:success_differences")
     before = said(*roots)
     assert before == [hash_of_code(root, without=("rvlm.envs.tabletop",)) for root in roots], "installed elsewhere, the same code"
     path = source / "policy" / "heads.py"
@@ -167,10 +177,10 @@ def test_code_is_what_computes_not_what_is_said_about_it(package):
 
 def test_a_function_stands_for_its_own_source_and_what_it_names(package):
     source, said = package
-    roots = ("rvlm.evaluation.closed_loop:gains", "rvlm.evaluation.closed_loop:_read")
+    roots = ("rvlm.evaluation.closed_loop:success_differences", "rvlm.evaluation.closed_loop:_read")
     before = said(*roots)
     path = source / "evaluation" / "closed_loop.py"
-    path.write_text(path.read_text().replace("def gains(", "def gains(*_, ", 1))
+    path.write_text(path.read_text().replace("def success_differences(", "def success_differences(*_, ", 1))
     after = said(*roots)
     assert after[0] != before[0] and after[1] == before[1]
     path.write_text(path.read_text().replace("def _outcomes(", "def _outcomes(*_, ", 1))

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from rvlm.evaluation.open_loop import errors_of
-from rvlm.training.search import PAPER, SMALL, _code_of_score, importance, search, storage_of, study_of, table
+from rvlm.evaluation.open_loop import open_loop_errors
+from rvlm.training.search import PAPER, SMALL, _code_of_score, default_storage, importance, load_or_create_study, search, table
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import log_history
 
@@ -40,7 +40,7 @@ def test_the_grids_are_settings_of_a_stage(stage):
 def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
     make = lambda **settings: dataclasses.replace(stage, **settings)  # noqa: E731
     search("toy", GRID, make, end_of, n_trials=2, n_threads=1)
-    assert len(table(study_of("toy", GRID))) == 2
+    assert len(table(load_or_create_study("toy", GRID))) == 2
     study = search("toy", GRID, make, end_of, n_trials=4, n_threads=1)
     tried = table(study)
     assert len(tried) == 4 and len(tried[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
@@ -56,7 +56,7 @@ from rvlm.training.search import search
 from rvlm.training.stages import Stage
 import test_grids
 import rvlm.training.search
-rvlm.training.search.run = lambda *_, **__: "model"  # what is shared is the study
+rvlm.training.search.train = lambda *_, **__: "model"  # what is shared is the study
 stage = Stage(**{stage!r})
 search("shared", test_grids.GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
 """
@@ -66,19 +66,19 @@ def test_two_workers_share_one_study(stage):
     code = WORKER.format(stage=dataclasses.asdict(stage))
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
-    tried = table(optuna.load_study(study_name="shared", storage=storage_of("shared")))
+    tried = table(optuna.load_study(study_name="shared", storage=default_storage("shared")))
     assert 4 <= len(tried) <= 5 and len(tried[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
 
 
 def test_what_does_badly_is_stopped(stage, tmp_path):
     """Four good trainings, then one with a step so large that its loss is soon no number any more."""
     grid = {"learning_rate": (1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 10.0)}
-    study = study_of("pruned", grid)
+    study = load_or_create_study("pruned", grid)
     for rate in grid["learning_rate"]:
         study.enqueue_trial({"learning_rate": rate})
     long = dataclasses.replace(stage, n_samples=8 * 80, schedule="constant", warmup=0.0)
     search("pruned", grid, lambda **s: dataclasses.replace(long, **s), end_of, n_trials=5, n_threads=1)
-    tried = table(study_of("pruned", grid)).sort_values("learning_rate")
+    tried = table(load_or_create_study("pruned", grid)).sort_values("learning_rate")
     assert tried["state"].tolist() == ["COMPLETE"] * 4 + ["PRUNED"]
     assert tried["value"].notna().tolist() == [True] * 4 + [False]
     stopped = dataclasses.replace(long, learning_rate=10.0).folder
@@ -133,13 +133,13 @@ def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, gri
     n = len(tried)
     with pytest.raises(ValueError, match=message):
         go_on(grid, 20, "other")
-    assert len(tried) == n and len(study_of("other", MANY).trials) == 1
+    assert len(tried) == n and len(load_or_create_study("other", MANY).trials) == 1
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "", "a?b", "a#b", ".hidden"])
 def test_a_name_that_is_no_files_is_refused(home, name):
     with pytest.raises(ValueError, match="expected a name of letters, digits"):
-        study_of(name, GRID)
+        load_or_create_study(name, GRID)
 
 
 def test_one_training_that_diverges_does_not_end_the_search(stage):
@@ -164,7 +164,7 @@ def test_what_was_broken_off_is_tried_again(home, monkeypatch):
             raise breaks.pop()
 
     _, go_on = untrained(monkeypatch, fail)
-    study_of("broken", GRID).ask()  # as a kill leaves it
+    load_or_create_study("broken", GRID).ask()  # as a kill leaves it
     for error in (ZeroDivisionError, KeyboardInterrupt):
         with pytest.raises(error):
             go_on(GRID, 4, "broken")
@@ -181,15 +181,15 @@ def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
 
 def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
     monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="before"))
-    address, before = storage_of("coded"), len(study_of("coded", GRID).trials)
+    address, before = default_storage("coded"), len(load_or_create_study("coded", GRID).trials)
     monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="after"))
-    assert storage_of("coded") != address and before == 0
+    assert default_storage("coded") != address and before == 0
     with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
-        study_of("coded", GRID, storage=address)
+        load_or_create_study("coded", GRID, storage=address)
 
 
 def far_mm(model):
-    return 1000 * errors_of(model)
+    return 1000 * open_loop_errors(model)
 
 
 def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_demos, tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_dem
             go_on(other, score)
     with pytest.raises(ValueError, match=r"study 'one' was begun with another score .*another name"):
         go_on(stage, lambda _: 2.0)
-    assert len(study_of("one", GRID).trials) == 1
+    assert len(load_or_create_study("one", GRID).trials) == 1
 
     asked = []
     monkeypatch.setattr("rvlm.training.search.hash_of_code", lambda *names: asked.append(names) or "code")

@@ -15,9 +15,9 @@ from test_checkpoints import a_policy, said
 from toy_policies import ONE_STEP, SPEC
 
 from rvlm.policy.checkpoint_files import CheckpointError
-from rvlm.policy.checkpoints import load_vla, make_vla, remake_vla
+from rvlm.policy.checkpoints import load_vla, make_policy, modify_policy
 from rvlm.policy.model import VLA
-from rvlm.policy.policy import Policy
+from rvlm.policy.policy import load_policy
 
 
 class Hub:
@@ -83,7 +83,7 @@ def test_what_is_pushed_is_what_is_loaded_and_a_commit_stays(hub, toy_vlm, toy_s
     old, new = VLA.from_pretrained("lab/policy", revision=first), VLA.from_pretrained("lab/policy")
     assert torch.equal(said(old, old.processor), before)
     assert torch.equal(said(new, new.processor), said(model, processor)) and not torch.equal(said(new, processor), before)
-    assert Policy.load("lab/policy", revision=first).model.config.vlm == {"name": "vlm", "revision": None}
+    assert load_policy("lab/policy", revision=first).model.config.vlm == {"name": "vlm", "revision": None}
     with pytest.raises(
         CheckpointError, match=r"no folder lab/policy; and no such name on the Hub at revision 'f+' \(RevisionNot"
     ):
@@ -98,7 +98,7 @@ def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, t
     base = shutil.copytree(toy_vlm, tmp_path / "base")
     first, _ = a_policy(base, toy_stats, tuning)
     first.save_pretrained(tmp_path / "first")
-    second, processor = remake_vla(tmp_path / "first", tuning=tuning, rank=2)
+    second, processor = modify_policy(tmp_path / "first", tuning=tuning, rank=2)
     before = said(second.eval(), processor)
     commit = second.push_to_hub("lab/adapted").oid
     shutil.rmtree(base)
@@ -133,8 +133,8 @@ def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp
             CheckpointError, match=rf"it was trained on lab/vlm at revision {commit} with weights .*; got .* with"
         ):
             load_vla(tmp_path / "policy", base=other)
-    assert make_vla("lab/vlm", SPEC, toy_stats, tuning="head", **ONE_STEP)[0].config.base["revision"] == newest
-    assert make_vla("lab/vlm", SPEC, toy_stats, revision=commit, **ONE_STEP)[0].config.vlm["revision"] == commit
+    assert make_policy("lab/vlm", SPEC, toy_stats, tuning="head", **ONE_STEP)[0].config.base["revision"] == newest
+    assert make_policy("lab/vlm", SPEC, toy_stats, revision=commit, **ONE_STEP)[0].config.vlm["revision"] == commit
     assert f"revision {commit}" in (tmp_path / "policy" / "README.md").read_text()
     model.push_to_hub("lab/policy")
     assert not (hub.heads["lab/policy"] / "backbone").exists(), "what is on the Hub is named, not sent again"

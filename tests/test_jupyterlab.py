@@ -29,7 +29,7 @@ def drive_alone(folder):
     notebook = json.loads((ROOT / "notebooks/00_look_first.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     parameters = next(cell for cell in code if "parameters" in cell["metadata"].get("tags", []))
-    drive = next(cell for cell in code if "widgets.drive(" in "".join(cell["source"]))
+    drive = next(cell for cell in code if "widgets.teleoperate(" in "".join(cell["source"]))
     first = {**drive, "id": "first", "metadata": {}}
     first["source"] = ["from rvlm.report import widgets\nfrom rvlm.envs.tabletop.env import Tabletop\nenv = Tabletop()"]
     folder.mkdir(parents=True)

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, rewordings
-from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, paraphrases
+from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.config import MAX_ROBOTS
-from rvlm.policy.mixtures import Budget, Mixture, Robot, arranged, named
-from rvlm.policy.observation_history import RecomputedSequence
-from rvlm.policy.policy import Policy
-from rvlm.training.stage_data import BUILDERS
+from rvlm.policy.mixtures import Embodiment, FixedBudgetDataset, Mixture, reorder_state, with_embodiment_name
+from rvlm.policy.observation_history import UncachedSequence
+from rvlm.policy.policy import Policy, load_policy
+from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
-from rvlm.training.trainer import log_history, work
+from rvlm.training.trainer import log_history, train_stage_in_process
 
 ROBOTS = ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
@@ -48,13 +48,13 @@ def stage(demos, toy_vlm, tmp_path, monkeypatch):
 
 
 def drawn(stage):
-    _, _, data, _ = BUILDERS[ROBOT](stage)
+    _, _, data, _ = STAGE_BUILDERS[ROBOT](stage)
     return data
 
 
 # -- the order ---------------------------------------------------------------------------------------------------------
 def parts(sizes, n):
-    return [Budget(size, n, seed, lambda i, rng, seed=seed: (seed, i)) for seed, size in enumerate(sizes)]
+    return [FixedBudgetDataset(size, n, seed, lambda i, rng, seed=seed: (seed, i)) for seed, size in enumerate(sizes)]
 
 
 def test_parts_come_by_weight_each_in_epochs_of_its_own():
@@ -88,12 +88,12 @@ def test_weights_that_mean_nothing_are_refused(weights):
 # -- every robot by its own numbers ------------------------------------------------------------------------------------
 def test_a_sample_in_a_mixture_is_that_of_its_robot_alone(stage, demos):
     """Statistics of one dataset never touch another's actions; what comes back is what was recorded."""
-    model, _, data, _ = BUILDERS[ROBOT](stage)
+    model, _, data, _ = STAGE_BUILDERS[ROBOT](stage)
     seen = set()
     for i in range(len(data)):
         sample, part = data[i], int(data.part[i])
         dataset = EpisodeDataset(stage.data[part])
-        robot = model.robot(dataset.require_spec())
+        robot = model.embodiment(dataset.require_spec())
         alone = Windows(dataset, 1, 3, split(dataset)[0])
         row = int(np.flatnonzero(dataset.episode_of_frame == sample["episode_index"])[0] + sample["frame_index"])
         raw = robot.spec.unnormalize(sample["action"][0, 0], robot.stats["action"])
@@ -101,7 +101,7 @@ def test_a_sample_in_a_mixture_is_that_of_its_robot_alone(stage, demos):
         assert np.allclose(robot.stats["action"].q99, alone.stats["action"].q99)
         seen.add(part)
     assert seen == {0, 1, 2}
-    q99 = [model.robot(ActionSpec.from_card(name)).stats["action"].q99[0] for name in ROBOTS]
+    q99 = [model.embodiment(ActionSpec.from_card(name)).stats["action"].q99[0] for name in ROBOTS]
     assert q99[0] < q99[1] < q99[2]
 
 
@@ -115,14 +115,14 @@ def test_a_dimension_trains_only_where_it_exists(stage, demos, tmp_path):
         writer.add_episode(frames, TEXTS[seed % 3])
     folder = str(writer.finalize())
     for data, has_gradient in (((folder,), False), ((folder, stage.data[0]), True)):
-        model, _, budget, collate = BUILDERS[ROBOT](dataclasses.replace(stage, data=data))
+        model, _, budget, collate = STAGE_BUILDERS[ROBOT](dataclasses.replace(stage, data=data))
         batch = collate([budget[i] for i in range(16)])
         model(**batch).loss.backward()
         out = [m for m in model.head.modules() if isinstance(m, torch.nn.Linear)][-1].weight.grad
         rows = out.reshape(3, 7, -1).abs().sum((0, 2))
         assert (rows[[3, 5]] > 0).all() == has_gradient and (rows[[0, 1, 2, 4, 6]] > 0).all()
         assert batch["action_mask"][..., 3].any() == has_gradient
-    said = spec.unnormalize(np.full((2, 7), 0.5), Robot(spec, EpisodeDataset(folder).stats()).stats["action"])
+    said = spec.unnormalize(np.full((2, 7), 0.5), Embodiment(spec, EpisodeDataset(folder).stats()).stats["action"])
     assert not said[:, [3, 5]].any() and said[:, 0].all()
 
 
@@ -133,13 +133,13 @@ def test_absent_dimensions_are_the_arms():
 
 def test_a_state_is_told_by_name():
     state = np.array([[1.0, 2.0, 3.0]])
-    assert arranged(state, ("x", "y", "z"), ("z", "q", "x")).tolist() == [[3.0, 0.0, 1.0]]
-    assert arranged(state, ("x", "y", "z"), ("x", "y", "z")) is state
+    assert reorder_state(state, ("x", "y", "z"), ("z", "q", "x")).tolist() == [[3.0, 0.0, 1.0]]
+    assert reorder_state(state, ("x", "y", "z"), ("x", "y", "z")) is state
 
 
 @pytest.fixture
 def trained(stage, tmp_path):
-    work(stage, tmp_path / "stage")
+    train_stage_in_process(stage, tmp_path / "stage")
     return tmp_path / "stage" / "model"
 
 
@@ -150,17 +150,17 @@ def test_a_policy_speaks_to_each_robot_that_it_was_trained_on(trained):
     observation = {"image": image[0], "wrist_image": image[1], "state": rng.normal(size=7), "instruction": TEXTS[0]}
     for name in ROBOTS:
         spec = ActionSpec.from_card(name)
-        policy = Policy.load(trained, spec=spec)
+        policy = load_policy(trained, spec=spec)
         assert policy.robot.spec == spec
         chunk = policy.predict_action_chunk([observation])[0]
         spec.check(np.clip(chunk, spec.low, spec.high))
         assert set(chunk[:, 6]) <= {spec.gripper_open, spec.gripper_close}
     stranger = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="stranger")
     with pytest.raises(SpecMismatch, match="gripper_open"):
-        Policy.load(trained, spec=stranger)
+        load_policy(trained, spec=stranger)
     other = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), rate_hz=5.0)
     with pytest.raises(SpecMismatch, match="rate_hz"):
-        Policy.load(trained, spec=other)
+        load_policy(trained, spec=other)
 
 
 def test_swapped_statistics_are_refused(trained, tmp_path):
@@ -183,26 +183,26 @@ def test_swapped_statistics_are_refused(trained, tmp_path):
 def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, tmp_path):
     alone = dataclasses.replace(stage, data=stage.data[1:2], init=str(trained), n_samples=8)
     with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
-        work(alone, tmp_path / "refused")
-    work(dataclasses.replace(alone, is_new_robot=True), tmp_path / "moved")
+        train_stage_in_process(alone, tmp_path / "refused")
+    train_stage_in_process(dataclasses.replace(alone, is_new_robot=True), tmp_path / "moved")
     before, after = load_vla(trained)[0], load_vla(tmp_path / "moved" / "model")[0]
     assert after.spec.dataset == ROBOTS[1] and set(after.robots) == {ROBOTS[0], ROBOTS[2]}
-    q99 = [m.robot(ActionSpec.from_card(ROBOTS[1])).stats["action"].q99 for m in (before, after)]
+    q99 = [m.embodiment(ActionSpec.from_card(ROBOTS[1])).stats["action"].q99 for m in (before, after)]
     assert np.array_equal(*q99), "what was learned was learned in these numbers"
 
 
 def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path):
     """Law 18 for mixtures."""
     named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "embodiment": "name"})
-    model, processor, data, _ = BUILDERS[ROBOT](named_stage)
+    model, processor, data, _ = STAGE_BUILDERS[ROBOT](named_stage)
     for i in range(8):
-        robot = model.robot(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
+        robot = model.embodiment(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
         assert data[i]["instruction"].startswith(f"{robot.spec.robot}: ")
     policy, asked = Policy(model.eval(), processor, spec=ActionSpec.from_card(ROBOTS[2])), []
     policy.memory.add = lambda images, state, told: asked.extend(told)
     image = np.zeros((48, 48, 3), np.uint8)
-    policy._see([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
-    assert asked == [named(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
+    policy._observe([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
+    assert asked == [with_embodiment_name(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
 
 
 WAYS = {
@@ -217,21 +217,23 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
     """What is seen, felt and told is the same; only the token differs, and it is what was learned."""
-    work(dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token", **way}), tmp_path / "stage")
+    train_stage_in_process(
+        dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token", **way}), tmp_path / "stage"
+    )
     model, processor = load_vla(tmp_path / "stage" / "model")
     assert model.robot_in.abs().sum(1).gt(0).tolist() == [True] * 2 + [False] * (MAX_ROBOTS - 2)
     image = np.random.default_rng(0).integers(0, 256, (1, 2, 48, 48, 3), np.uint8)
 
     def said(name):
         policy = Policy(model, processor, spec=ActionSpec.from_card(name))
-        slow = RecomputedSequence(model, policy.prompter)
+        slow = UncachedSequence(model, policy.prompter)
         for _ in range(2):
-            felt = torch.as_tensor(model.felt(policy.robot, np.zeros((1, 7), np.float32)))
+            felt = torch.as_tensor(model.align_state(policy.robot, np.zeros((1, 7), np.float32)))
             for memory in (policy.memory, slow):
                 memory.add(image, felt, [TEXTS[0]])
         assert model.config.structure != "interleaved" or torch.allclose(policy.memory.predict(), slow.predict(), atol=1e-4)
         told = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
-        return model.fused(felt[:, None], **told, **policy.prompter(image, [TEXTS[0]]))
+        return model.history_features(felt[:, None], **told, **policy.prompter(image, [TEXTS[0]]))
 
     with torch.inference_mode():
         one, other = map(said, ROBOTS[:2])
@@ -242,24 +244,26 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
 
 def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
     first = dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token"}, n_samples=8)
-    work(first, tmp_path / "first")
+    train_stage_in_process(first, tmp_path / "first")
     model = tmp_path / "first" / "model"
-    work(dataclasses.replace(first, data=(stage.data[2], stage.data[1]), init=str(model), policy={}), tmp_path / "second")
+    train_stage_in_process(
+        dataclasses.replace(first, data=(stage.data[2], stage.data[1]), init=str(model), policy={}), tmp_path / "second"
+    )
     before, after = (load_vla(folder)[0] for folder in (model, tmp_path / "second" / "model"))
     assert after.spec.dataset == ROBOTS[2] and after.config.met == list(ROBOTS)
     moved = ((after.robot_in - before.robot_in)[:3].norm(dim=1) / after.robot_in[:3].norm(dim=1)).tolist()
     assert moved[0] < 1e-3 < min(moved[1:]), "the first robot was not among the data; its token is only decayed"
-    assert [after.felt(after.robot(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
-    alone, _ = make_vla(stage.init, before.spec, before.stats, **ONE_STEP, embodiment="token")
-    alone.meet([after.robot(ActionSpec.from_card(ROBOTS[1]))])
+    assert [after.align_state(after.embodiment(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
+    alone, _ = make_policy(stage.init, before.spec, before.stats, **ONE_STEP, embodiment="token")
+    alone.register_embodiments([after.embodiment(ActionSpec.from_card(ROBOTS[1]))])
     assert alone.config.met == [before.spec.dataset, ROBOTS[1]], "whom it was made for comes first"
     with pytest.raises(ValueError, match=r"expected a state \(n, 8\), got one of 7"):
-        alone.offsets(1, torch.zeros(1, 7))
-    strangers = [Robot(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
+        alone.action_query_embeddings(1, torch.zeros(1, 7))
+    strangers = [Embodiment(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
     with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):
-        after.meet(strangers)
+        after.register_embodiments(strangers)
     with pytest.raises(ValueError, match="no embodiment 'tag'; there are None, name, token"):
-        BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment": "tag"}))
+        STAGE_BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment": "tag"}))
 
 
 # -- shots, wordings, co-training --------------------------------------------------------------------------------------
@@ -277,9 +281,9 @@ def test_shots_are_as_many_of_each_family(stage):
 def test_every_wording_of_a_family_means_the_same():
     for family in ALL_FAMILIES.values():
         all_of_them = tuple(t.format(a="red cube", b="blue ball") for t in family.templates)
-        assert {rewordings(wording) for wording in all_of_them} == {all_of_them}
+        assert {paraphrases(wording) for wording in all_of_them} == {all_of_them}
     with pytest.raises(ValueError, match="expected an instruction of the tabletop's families, got 'dance'"):
-        rewordings("dance")
+        paraphrases("dance")
 
 
 def test_wordings_are_varied_or_made_one(stage):
@@ -289,7 +293,7 @@ def test_wordings_are_varied_or_made_one(stage):
         for data in [drawn(dataclasses.replace(stage, data=stage.data[:1], wordings=how))]
     }
     assert said["recorded"] == set(TEXTS[:3]) and len(said["one"]) == 3 < len(said["varied"])
-    assert said["varied"] == {wording for text in TEXTS[:3] for wording in rewordings(text)}
+    assert said["varied"] == {wording for text in TEXTS[:3] for wording in paraphrases(text)}
 
 
 @pytest.fixture(scope="module")
@@ -304,14 +308,14 @@ def scenes(tmp_path_factory):
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_co_training_asks_and_acts(stage, scenes, tmp_path, n_processes):
     """Law 22: a batch of questions reaches the backbone, and the head learns from the others."""
-    from rvlm.training.launch import run
+    from rvlm.training.launch import train
 
     both = dataclasses.replace(stage, scenes=scenes, dialogue_share=0.5, n_samples=96, n_processes=n_processes)
-    model = run(both, show_progress=False, n_threads=1)
+    model = train(both, show_progress=False, n_threads=1)
     logged = log_history(model.parent)
     asked, acted = (sum(name in entry for entry in logged) for name in ("answer_loss", "arm_loss"))
     assert asked >= 2 and acted >= 2 and asked + acted >= 12
     alone = dataclasses.replace(stage, n_samples=96)
-    work(alone, tmp_path / "alone")
+    train_stage_in_process(alone, tmp_path / "alone")
     mixed, plain = load_file(model / "model.safetensors"), load_file(tmp_path / "alone" / "model" / "model.safetensors")
     assert not torch.equal(mixed["backbone.model.text_model.norm.weight"], plain["backbone.model.text_model.norm.weight"])

@@ -11,8 +11,8 @@ from toy_policies import ONE_STEP, POLICY_HEAD, build, observe
 
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.observations import ObservationError
-from rvlm.policy.policy import Policy
-from rvlm.training.stage_data import BUILDERS
+from rvlm.policy.policy import Policy, load_policy
+from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.vlm.backbones import SMALL_VLM
 
@@ -36,10 +36,10 @@ def given(**changes):
 def test_training_tells_the_policy_the_size_of_its_images(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     stage = Stage("sizes", ROBOT, (str(toy_demos),), str(toy_vlm), 8, policy=ONE_STEP, batch_size=8, n_processes=1)
-    model, *_ = BUILDERS[ROBOT](stage)
+    model, *_ = STAGE_BUILDERS[ROBOT](stage)
     assert list(model.config.image_size) == [48, 48]
     model.save_pretrained(tmp_path / "policy")
-    policy = Policy.load(tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
     assert policy.image_size == (48, 48)
     with pytest.raises(ObservationError, match=r"as in training; got \(96, 96, 3\)"):
         policy.select_action([given(image=np.zeros((96, 96, 3), np.uint8))])

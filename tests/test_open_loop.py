@@ -11,10 +11,10 @@ import torch
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.diagnosis import ladder
-from rvlm.diagnosis.cases import Case
+from rvlm.diagnosis.cases import DiagnosisInputs
 from rvlm.evaluation import open_loop
-from rvlm.policy.checkpoints import make_vla
-from rvlm.policy.mixtures import Robot
+from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.mixtures import Embodiment
 from rvlm.policy.observations import ObservationError
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import SMALL_VLM
@@ -59,14 +59,14 @@ def policy(request, dataset, tmp_path_factory):
         for part in small_vlm(train_tokenizer(["lift the red cube"], [])):
             part.save_pretrained(vlm)
     settings = {"structure": structure, "history": history, "n_obs_steps": n_obs_steps, "chunk_size": 3}
-    model, processor = make_vla(vlm, SPEC, dataset.stats(), embodiment=embodiment, **settings)
+    model, processor = make_policy(vlm, SPEC, dataset.stats(), embodiment=embodiment, **settings)
     if model.robot_in is not None:
         torch.nn.init.normal_(model.robot_in)
     return Policy(model, processor)
 
 
 def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, dataset):
-    errors = open_loop.errors_of(policy, dataset, [1], batch_size=4)
+    errors = open_loop.open_loop_errors(policy, dataset, [1], batch_size=4)
     assert errors.shape[0] == LENGTHS[1] * SPEC.n_dims and list(errors["dimension"].unique()) == list(SPEC.names)
     recorded, frames = dataset.column("action")[LENGTHS[0] :], dataset.frames_cache()
     state = dataset.column("observation.state")
@@ -84,7 +84,7 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
 
 
 def test_a_control_changes_what_the_policy_sees(policy, dataset):
-    plain, blind = (open_loop.errors_of(policy, dataset, control=control) for control in ("none", "blank_image"))
+    plain, blind = (open_loop.open_loop_errors(policy, dataset, control=control) for control in ("none", "blank_image"))
     assert not np.allclose(plain["first"], blind["first"])
 
 
@@ -114,13 +114,13 @@ def test_shuffled_language_changes_every_frame_to_another_family(told, batch_siz
 
 def test_shuffled_language_of_one_instruction_is_refused(policy, dataset):
     with pytest.raises(ValueError, match="all of 2 have the task 'lift the red cube', so nobody would be told anything else"):
-        open_loop.errors_of(policy, dataset, control="shuffled_language")
+        open_loop.open_loop_errors(policy, dataset, control="shuffled_language")
 
 
 def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):
     monkeypatch.setattr(dataset, "spec", dataclasses.replace(SPEC, gripper_open=-1.0, gripper_close=1.0))
     with pytest.raises(SpecMismatch, match="policy vs demonstrations: 2 convention"):
-        open_loop.errors_of(policy, dataset)
+        open_loop.open_loop_errors(policy, dataset)
 
 
 def recorded(folder, spec, action):
@@ -137,25 +137,25 @@ def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, mon
     rng = np.random.default_rng(3)
     action = second.set_gripper(rng.uniform(-0.3, 0.3, (5, 7)), rng.random(5) > 0.5)
     other = recorded(tmp_path / "ur6", second, action)
-    model, processor = make_vla(SMALL_VLM, SPEC, dataset.stats(), chunk_size=3)
-    model.meet([Robot(SPEC, dataset.stats()), Robot(second, other.stats(episodes=[0]))])
+    model, processor = make_policy(SMALL_VLM, SPEC, dataset.stats(), chunk_size=3)
+    model.register_embodiments([Embodiment(SPEC, dataset.stats()), Embodiment(second, other.stats(episodes=[0]))])
     model.save_pretrained(tmp_path / "policy", processor)
     policy = Policy(model, processor, spec=second)
-    errors = open_loop.errors_of(policy, other)
+    errors = open_loop.open_loop_errors(policy, other)
     image, wrist = (other.frames_cache()[c][0] for c in ("static", "wrist"))
     seen = {"image": image, "wrist_image": wrist, "state": other.column("observation.state")[0]}
     (chunk,) = policy.predict_action_chunk([{**seen, "instruction": "lift the red cube"}])
     by_hand = np.abs(second.to_si(chunk[0] - other.column("action")[0]))
     by_hand[6] = second.is_open(chunk[0]) != second.is_open(other.column("action")[0])
     np.testing.assert_allclose(errors[errors["frame_index"] == 0]["first"], by_hand, atol=2e-5)
-    of_folder = open_loop.errors_of(tmp_path / "policy", other)
+    of_folder = open_loop.open_loop_errors(tmp_path / "policy", other)
     np.testing.assert_allclose(of_folder["first"], errors["first"], atol=1e-6)
     with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
-        open_loop.errors_of(policy, dataset)
+        open_loop.open_loop_errors(policy, dataset)
     env = SimpleNamespace(unwrapped=SimpleNamespace(action_spec=second))
-    case = Case(policy, other, env)
+    case = DiagnosisInputs(policy, other, env)
     assert ladder.interface(case).fault is None
-    monkeypatch.setattr(Case, "train", lambda self: np.array([0]))
+    monkeypatch.setattr(DiagnosisInputs, "train", lambda self: np.array([0]))
     assert ladder.own_statistics(case).fault is None
     assert ladder.own_statistics(dataclasses.replace(case, policy=Policy(model, processor))).fault is not None
 
@@ -167,8 +167,8 @@ def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatc
     action = an_episode(5, 2)["action"]
     action[:, [0, 3]] = 0
     dataset = recorded(tmp_path / "lame", spec, action)
-    policy = Policy(*make_vla(SMALL_VLM, spec, dataset.stats(episodes=[0]), chunk_size=3))
-    errors, constant = open_loop.errors_of(policy, dataset), open_loop.constant_baseline(dataset, [0], [0])
+    policy = Policy(*make_policy(SMALL_VLM, spec, dataset.stats(episodes=[0]), chunk_size=3))
+    errors, constant = open_loop.open_loop_errors(policy, dataset), open_loop.constant_baseline(dataset, [0], [0])
     for table in (errors, constant):
         assert table["dimension"].unique().tolist() == ["dy", "dz", "dpitch", "dyaw", "gripper"] and len(table) == 5 * 5
         assert np.isfinite(table[["first", "chunk"]]).all(axis=None)
@@ -180,7 +180,7 @@ def test_recordings_of_another_size_are_refused(policy, dataset):
     other = Policy(policy.model, policy.prompter.processor)
     other.expected = expected
     with pytest.raises(ObservationError, match=r"expected \(48, 48\) \(h, w\), as in training, got \(96, 96\)"):
-        open_loop.errors_of(other, dataset)
+        open_loop.open_loop_errors(other, dataset)
 
 
 def test_position_error_is_a_distance_and_tables_have_intervals_over_episodes():

@@ -7,11 +7,11 @@ import torch
 from conftest import TEXTS
 from transformers import AutoConfig
 
-from rvlm.policy.inspection import probe
+from rvlm.policy.inspection import inspect_vlm
 from rvlm.training import cost
-from rvlm.training.memory_plan import CARDS, CONTEXT, _on_paper, plan, shapes
+from rvlm.training.memory_plan import CUDA_CONTEXT_BYTES, GPUS, _meta_policy, hub_configs, plan_memory
 from rvlm.training.stages import ROBOT, Stage
-from rvlm.training.trainer import rehearse
+from rvlm.training.trainer import profile_training_step
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.tiny import FAMILIES
 
@@ -24,7 +24,7 @@ PUBLISHED = {"SmolVLM2-2.2B": 2.246e9, "PaliGemma-3B": 2.923e9, "Qwen2.5-VL-3B":
 def small_plan(policy=ONE_STEP, b=8, **settings):
     config = AutoConfig.from_pretrained(SMALL_VLM)
     n_words = len(TEXTS[0].split()) + 1
-    return plan(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
+    return plan_memory(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
 
 
 CASES = [(policy, tuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HEAD) for tuning in ("full", "head", "lora")]
@@ -35,7 +35,7 @@ def test_a_step_needs_what_the_plan_says(toy_demos, policy, tuning, is_checkpoin
     """Parameters exactly, peak memory within a tenth."""
     told = small_plan(policy, tuning=tuning, is_checkpointed=is_checkpointed)
     how = {"tuning": tuning, "is_checkpointed": is_checkpointed, "batch_size": 8, "n_processes": 1}
-    used = rehearse(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
+    used = profile_training_step(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
     assert (told.parameters, told.trained) == (used["parameters"], used["trained"])
     assert told.peak == pytest.approx(used["peak"], rel=0.1)
 
@@ -51,22 +51,22 @@ def test_savers_save_in_the_plan_too():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_of_the_hub_have_their_published_size(name):
-    model, _ = _on_paper(shapes()[name][0], ONE_STEP, "full", 0)
+    model, _ = _meta_policy(hub_configs()[name][0], ONE_STEP, "full", 0)
     assert 0 < sum(p.numel() for p in model.parameters()) - PUBLISHED[name] < 20e6, "its head"
 
 
 @pytest.mark.parametrize("name", ["SmolVLM2-2.2B", "PaliGemma-3B"])
 def test_the_less_learns_and_in_fewer_bits_it_is_held_the_less_is_needed(name):
-    config, n_image_tokens = shapes()[name]
-    plans = {t: plan(config, n_image_tokens, ONE_STEP, tuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
+    config, n_image_tokens = hub_configs()[name]
+    plans = {t: plan_memory(config, n_image_tokens, ONE_STEP, tuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
     assert plans["full"].peak > plans["lora"].peak > plans["qlora"].peak
     assert plans["qlora"].weights < 0.65 * plans["lora"].weights
 
 
 def test_a_card_holds_what_is_smaller():
-    config, n_image_tokens = shapes()["SmolVLM2-2.2B"]
-    whole = plan(config, n_image_tokens, ONE_STEP, batch_size=1)
-    assert not whole.fits("L4") and whole.fits("A100") and whole.peak + CONTEXT < CARDS["A100"][0] * 1e9
+    config, n_image_tokens = hub_configs()["SmolVLM2-2.2B"]
+    whole = plan_memory(config, n_image_tokens, ONE_STEP, batch_size=1)
+    assert not whole.fits("L4") and whole.fits("A100") and whole.peak + CUDA_CONTEXT_BYTES < GPUS["A100"][0] * 1e9
     assert whole.seconds("L4") > whole.seconds("A100")
 
 
@@ -74,22 +74,22 @@ def test_a_card_holds_what_is_smaller():
 def test_every_family_is_planned_and_probed(name, tmp_path):
     torch.manual_seed(0)
     FAMILIES[name](tmp_path)
-    facts = probe(tmp_path)
+    facts = inspect_vlm(tmp_path)
     has_all = name not in ("kosmos2", "florence2")
     assert (facts["structures"], facts["several images"]) == (("all", "yes") if has_all else ("one_step, policy_head", "no"))
     asked = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens of an image"]), ONE_STEP)
     if name in ("idefics", "florence2"):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
-            plan(*asked, tuning="lora", rank=2)
+            plan_memory(*asked, tuning="lora", rank=2)
         return
-    told = plan(*asked, tuning="lora", rank=2)
+    told = plan_memory(*asked, tuning="lora", rank=2)
     assert told.parameters / 1e6 > facts["parameters [M]"] and told.flops > 0 and told.peak > 0
     assert ("token types" in facts["reads in order"]) == (name == "paligemma")
 
 
 def test_what_a_profiler_writes_past_python_stays_out_of_the_notebook(capfd):
     """The step is taken three times before it is profiled."""
-    cost.measure(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
+    cost.measure_step(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
     assert capfd.readouterr().err == "line\n" * 3
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard", "and the errors of others are heard again"

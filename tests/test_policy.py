@@ -9,26 +9,26 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_b
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.policy.checkpoints import load_vla
-from rvlm.policy.observation_history import CachedSequence, RecomputedSequence
+from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
 from rvlm.policy.observations import ObservationError
-from rvlm.policy.policy import Policy
+from rvlm.policy.policy import Policy, load_policy
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
 def test_a_policy_is_refused_where_actions_mean_something_else(saved):
     with pytest.raises(SpecMismatch, match=r"policy vs environment.*gripper_open: 1.0 against -1.0"):
-        Policy.load(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))
+        load_policy(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))
 
 
 @pytest.mark.parametrize("n", [0, 4])
 def test_more_actions_than_predicted_cannot_be_executed(saved, n):
     with pytest.raises(ValueError, match=rf"between 1 and the chunk of 3 predicted actions; got {n}"):
-        Policy.load(saved[0], n_action_steps=n)
+        load_policy(saved[0], n_action_steps=n)
 
 
 def test_a_missing_camera_and_a_missing_robot_are_named(saved):
-    policy, rng = Policy.load(saved[0]), np.random.default_rng(0)
+    policy, rng = load_policy(saved[0]), np.random.default_rng(0)
     observation = observe(rng)
     observation.pop("wrist_image")
     with pytest.raises(ObservationError, match=r"add \['wrist_image'\]"):
@@ -70,7 +70,7 @@ def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_
 @pytest.mark.parametrize("wrong", [{"ensemble": 0.1, "n_action_steps": 2}, {"ensemble": -1.0}])
 def test_an_ensemble_of_chunks_that_do_not_overlap_is_refused(saved, wrong):
     with pytest.raises(ValueError, match="expected n_action_steps=1 and ensemble of at least 0; got"):
-        Policy.load(saved[0], **wrong)
+        load_policy(saved[0], **wrong)
 
 
 def window_of(steps, now, settings):
@@ -130,10 +130,10 @@ def test_every_observation_passes_through_the_tower_once(toy_vlm, toy_stats):
 def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monkeypatch):
     """Where the fast way does not say what the slow way says, the slow way acts."""
     model, processor = build(toy_vlm, toy_stats, INTERLEAVED)
-    assert isinstance(Policy(model, processor).memory, CachedSequence)
-    monkeypatch.setattr(CachedSequence, "_append", lambda self: None)
+    assert isinstance(Policy(model, processor).memory, KVCachedSequence)
+    monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self: None)
     memory = Policy(model, processor).memory
-    assert type(memory) is RecomputedSequence
+    assert type(memory) is UncachedSequence
 
 
 @STRUCTURES

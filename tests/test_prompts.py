@@ -14,14 +14,14 @@ from toy_policies import SPEC
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
-from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.policy import Policy
 from rvlm.training.stage_data import RobotCollator
 from rvlm.vlm import prompts
 from rvlm.vlm.backbones import load_backbone
-from rvlm.vlm.causality import keep_order
+from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.processors import ACT, load_processor
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS
 
 TURNS = (
@@ -101,14 +101,14 @@ def test_a_prompt_is_what_the_library_makes_of_the_template(folders, with_templa
                 [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": instruction}]}],
                 add_generation_prompt=True,
             )
-            assert Prompter(processor, 2).text(instruction) == said + ACT
+            assert PromptBuilder(processor, 2).text(instruction) == said + ACT
         else:
-            assert Prompter(processor, 2).token_ids(instruction) == whole(processor, instruction)
+            assert PromptBuilder(processor, 2).token_ids(instruction) == whole(processor, instruction)
 
 
 def test_content_may_be_a_string(with_template):
     text = "{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}"
-    assert Prompter(load_processor(with_template("llava", text)), 2).text("lift") == f"[<image><image>lift]{ACT}"
+    assert PromptBuilder(load_processor(with_template("llava", text)), 2).text("lift") == f"[<image><image>lift]{ACT}"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_content_may_be_a_string(with_template):
 )
 def test_a_template_that_cannot_be_used_is_refused_with_the_reason(with_template, text, why):
     with pytest.raises(ValueError, match=rf"(?s)expected a chat template that writes 2 image.*({why}).*give the model another"):
-        Prompter(load_processor(with_template("llava", text)), 2)
+        PromptBuilder(load_processor(with_template("llava", text)), 2)
 
 
 def adding_bos(folder, **texts):
@@ -141,13 +141,13 @@ def test_a_prompt_begins_once(with_template, family, writes):
     words = {"qwen2_vl": QWEN, "internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<start_of_image>"}
     text = template(words.get(family, "<image>"), before="{{ bos_token }}" if writes else "")
     processor = adding_bos(with_template(family, text))
-    ids = Prompter(processor, 2, 1, "left", True).token_ids("lift it", 3)
+    ids = PromptBuilder(processor, 2, 1, "left", True).token_ids("lift it", 3)
     assert ids.count(processor.tokenizer.bos_token_id) == 1
 
 
 def test_images_are_numbered_through_a_prompt_as_the_library_numbers_them(folders):
     processor = load_processor(folders("qwen2_5_vl"))
-    text = Prompter(processor, 2, 1, "left", True).text("lift it", 3)
+    text = PromptBuilder(processor, 2, 1, "left", True).text("lift it", 3)
     assert [text.count(f"Picture {i}:") for i in range(1, 8)] == [1] * 6 + [0]
     parts = text.split(ACT)
     assert [part.count("Picture") for part in parts] == [2, 2, 2, 0]
@@ -158,9 +158,9 @@ def test_images_are_numbered_through_a_prompt_as_the_library_numbers_them(folder
 def test_a_template_that_counts_images_is_refused_where_more_follow(with_template):
     counting = "{{ messages[0]['content'] | selectattr('type', 'equalto', 'image') | list | length }} images: "
     processor = load_processor(with_template("llava", template("<image>", before=counting)))
-    assert Prompter(processor, 2).text("lift").startswith("2 images: <u><image><image>lift")
+    assert PromptBuilder(processor, 2).text("lift").startswith("2 images: <u><image><image>lift")
     with pytest.raises(ValueError, match=r"(?s)expected a chat template that writes an image more as a word more.*'one_step'"):
-        Prompter(processor, 2, 1, "left", True)
+        PromptBuilder(processor, 2, 1, "left", True)
 
 
 class Tomorrow(datetime.datetime):
@@ -175,13 +175,13 @@ class Tomorrow(datetime.datetime):
 def test_a_date_in_the_template_is_the_same_on_every_day(with_template, toy_stats, tmp_path, monkeypatch):
     dated = "{% set how = '%d %b %Y %A' %}{% if strftime_now is defined %}{{ strftime_now(how) }}{% endif %}"
     folder = with_template("llava", template("<image>", before=dated), weights=True)
-    model, processor = make_vla(folder, SPEC, toy_stats)
-    trained = model.prompter(processor).token_ids("lift it")
-    assert "01 Jan 2025 Wednesday" in model.prompter(processor).text("lift it")
+    model, processor = make_policy(folder, SPEC, toy_stats)
+    trained = model.prompt_builder(processor).token_ids("lift it")
+    assert "01 Jan 2025 Wednesday" in model.prompt_builder(processor).text("lift it")
     model.save_pretrained(tmp_path / "policy", processor)
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     again = load_vla(tmp_path / "policy")
-    assert again[0].prompter(again[1]).token_ids("lift it") == trained
+    assert again[0].prompt_builder(again[1]).token_ids("lift it") == trained
     assert whole(again[1], "lift it") == trained, "any other program that reads the folder says the same day"
 
 
@@ -207,25 +207,25 @@ def test_a_template_is_found_wherever_it_is_kept(with_template, where, family):
             load_processor(folder)
         return
     processor = load_processor(folder)
-    assert Prompter(processor, 1).text("lift").startswith("system: <u><image>lift</u>")
+    assert PromptBuilder(processor, 1).text("lift").startswith("system: <u><image>lift</u>")
     processor.save_pretrained(folder.parent / "again")
     shutil.copy(folder / "config.json", folder.parent / "again")
     assert load_processor(folder.parent / "again").chat_template == processor.chat_template
 
 
 def test_no_template_is_images_and_words(with_template):
-    assert Prompter(load_processor(with_template("llava", None)), 2).text("lift") == f"<image><image>lift{ACT}"
+    assert PromptBuilder(load_processor(with_template("llava", None)), 2).text("lift") == f"<image><image>lift{ACT}"
 
 
 @pytest.mark.parametrize("word", ["<|im_end|>", "<image>", ACT, "</s>"])
 def test_an_instruction_with_any_special_word_is_refused(folders, word):
     with pytest.raises(ValueError, match=r"expected an instruction in words.*take it out"):
-        Prompter(load_processor(folders("llava_onevision")), 1).token_ids(f"lift {word} it")
+        PromptBuilder(load_processor(folders("llava_onevision")), 1).token_ids(f"lift {word} it")
 
 
 def test_new_instructions_are_the_tokenizers_work_alone_and_old_ones_are_forgotten(folders, monkeypatch):
     processor = load_processor(folders("llava"))
-    prompter = Prompter(processor, 2)
+    prompter = PromptBuilder(processor, 2)
     prompter.token_ids(TEXTS[0])
     part = type(processor.image_processor)
     monkeypatch.setattr(part, "__call__", lambda *_, **__: pytest.fail("images were looked at again"))
@@ -245,24 +245,29 @@ def test_pictures_come_as_the_kind_that_every_processor_takes(folders, monkeypat
         return inner(self, images, *args, **options)
 
     monkeypatch.setattr(part, "__call__", picky)
-    assert Prompter(processor, 2)(np.zeros((1, 2, 30, 40, 3), np.uint8), ["lift"])["pixel_values"].shape == (2, 3, SIDE, SIDE)
+    assert PromptBuilder(processor, 2)(np.zeros((1, 2, 30, 40, 3), np.uint8), ["lift"])["pixel_values"].shape == (
+        2,
+        3,
+        SIDE,
+        SIDE,
+    )
 
 
 def test_the_images_side_is_that_of_a_tile(folders):
     processor = load_processor(folders("idefics3"))
     part = processor.image_processor
     part.size, part.max_image_size, part.do_image_splitting = {"longest_edge": 4 * SIDE}, {"longest_edge": SIDE}, True
-    prompter = Prompter(processor, 1)
+    prompter = PromptBuilder(processor, 1)
     seen = np.zeros((1, 1, SIDE, SIDE, 3), np.uint8)
-    assert prompter.image_size == SIDE and not prompter.is_plain(seen)
+    assert prompter.image_size == SIDE and not prompter.can_skip_processor(seen)
     batch = prompter(seen, ["lift"])
     assert batch["pixel_values"].shape[1] == 17 and torch.equal(batch["input_ids"], prompter.tokens(["lift"])["input_ids"])
 
 
 @pytest.mark.parametrize("family", ["idefics2", "internvl", "llava_next", "qwen2_vl", "mllama", "smolvlm"])
 def test_images_of_two_sizes_in_one_batch_are_each_what_they_are_alone(folders, toy_stats, family):
-    model, processor = make_vla(folders(family), SPEC, toy_stats, chunk_size=2)
-    collate, rng = RobotCollator(model.prompter(processor)), np.random.default_rng(0)
+    model, processor = make_policy(folders(family), SPEC, toy_stats, chunk_size=2)
+    collate, rng = RobotCollator(model.prompt_builder(processor)), np.random.default_rng(0)
 
     def sample(i, height, width):
         action = np.concatenate([rng.uniform(-1, 1, (1, 2, 6)), np.ones((1, 2, 1))], -1).astype(np.float32)
@@ -284,7 +289,7 @@ def test_images_of_two_sizes_in_one_batch_are_each_what_they_are_alone(folders, 
 
 def test_features_are_kept_only_of_images_that_the_text_does_not_depend_on(folders):
     """With a frozen tower: InternVL cuts wide images into tiles when a text goes along."""
-    apart, bound = (Prompter(load_processor(folders(family)), 1) for family in ("smolvlm", "internvl"))
+    apart, bound = (PromptBuilder(load_processor(folders(family)), 1) for family in ("smolvlm", "internvl"))
     wide = np.zeros((2, 1, 24, 40, 3), np.uint8)
     assert apart.is_separable(24, 40) and apart.pixels(wide).shape == (2, 1, 3, SIDE, SIDE)
     assert bound.is_separable(SIDE, SIDE) and not bound.is_separable(24, 40)
@@ -298,8 +303,8 @@ def test_reading_in_order_is_tried_without_dropout(folders):
     config = AutoConfig.from_pretrained(folder)
     config.text_config.dropout = 0.5
     model = type(load_backbone(folder, processor))(config).train()
-    prompter = Prompter(processor, 1, n_queries=3, padding_side="left")
-    assert keep_order(model, prompter, processor.tokenizer.convert_tokens_to_ids(ACT)) and model.training
+    prompter = PromptBuilder(processor, 1, n_queries=3, padding_side="left")
+    assert ensure_causal_attention(model, prompter, processor.tokenizer.convert_tokens_to_ids(ACT)) and model.training
     assert not load_backbone(folder, processor, is_pretrained=False).training
 
 
@@ -343,7 +348,7 @@ def chunks(model, processor, seen, states, structure):
 def test_acting_reads_what_training_read_square_and_wide(folders, toy_stats, family, structure):
     """Law 33, over families and the templates of their sisters on the Hub; three observations, as many as a window holds."""
     n = 3 if structure == "interleaved" else 1
-    model, processor = make_vla(folders(family), SPEC, toy_stats, structure=structure, n_obs_steps=n, chunk_size=2)
+    model, processor = make_policy(folders(family), SPEC, toy_stats, structure=structure, n_obs_steps=n, chunk_size=2)
     rng = np.random.default_rng(0)
     for height, width in ((SIDE, SIDE), (24, 40)):
         seen = rng.integers(0, 256, (3, 2, height, width, 3), np.uint8)
@@ -354,7 +359,7 @@ def test_acting_reads_what_training_read_square_and_wide(folders, toy_stats, fam
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("idefics", "kosmos2", "florence2")])
 def test_all_that_a_processor_gives_is_handed_on_and_ids_are_its_own(folders, family):
     processor = load_processor(folders(family))
-    prompter = Prompter(processor, 2)
+    prompter = PromptBuilder(processor, 2)
     seen = np.random.default_rng(0).integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
     ours = prompter(seen, TEXTS[:2])
     pictures = [[Image.fromarray(image) for image in images] for images in seen]

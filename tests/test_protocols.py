@@ -11,7 +11,7 @@ from rvlm import report
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.evaluation import protocols
 from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED
 
@@ -26,12 +26,12 @@ def test_every_setting_asks_for_the_same_scenes_and_unseen_targets_for_objects_a
     assert list(judged) == list(protocols.SETTINGS)
     assert len({tuple(seed for seed, _ in e.episodes()) for e in judged.values()}) == 1
     assert all(ALL_FAMILIES[family].n_objects for _, family in judged["unseen_target"].episodes())
-    assert {family for _, family in judged["simple"].episodes()} == set(MIX)
+    assert {family for _, family in judged["simple"].episodes()} == set(DEFAULT_TASKS)
 
 
 def test_a_probe_changes_one_thing():
     plain = protocols.Evaluation("folder", 10, max_steps=30)
-    for name, probe in protocols.probes("folder", 10, max_steps=30).items():
+    for name, probe in protocols.shortcut_probes("folder", 10, max_steps=30).items():
         changed = {f.name for f in dataclasses.fields(probe) if getattr(probe, f.name) != getattr(plain, f.name)}
         assert changed == set(protocols.PROBES[name]) and len(changed) == 1
 
@@ -56,7 +56,7 @@ def test_the_gap_is_newcombes_over_the_families_that_both_settings_ask_for():
         for _ in range(50)
     ]
     episodes = pd.DataFrame(rows)
-    (told,) = protocols.gap(episodes).to_dict("records")
+    (told,) = protocols.generalisation_gap(episodes).to_dict("records")
     seen, unseen = (
         episodes[(episodes["setting"] == s) & (episodes["family"] == "a")]["is_success"] for s in ("simple", "unseen_target")
     )
@@ -72,14 +72,14 @@ def evaluated(**changes):
 
 def test_what_is_held_out_travels_with_the_data_and_nothing_leaks(dataset):
     assert dataset.held_out == HELD_OUT
-    assert protocols.leaks(dataset, evaluated()) == []
+    assert protocols.train_test_leaks(dataset, evaluated()) == []
 
 
 def test_every_leak_is_named(dataset):
     seed = int(dataset.episodes["seed"].iloc[0])
-    assert protocols.leaks(dataset, evaluated(seed=seed)) == [f"1 seeds were trained on, the first is {seed}"]
+    assert protocols.train_test_leaks(dataset, evaluated(seed=seed)) == [f"1 seeds were trained on, the first is {seed}"]
     trained = dataset.tasks[0]
-    novel = protocols.leaks(dataset, evaluated(instruction=trained))
+    novel = protocols.train_test_leaks(dataset, evaluated(instruction=trained))
     assert novel == ["1 instructions of the setting novel_description were trained on"]
     for task, said in (
         ("take the red cube off the table", "held-out wordings, the first is 'take the red cube off the table'"),
@@ -87,7 +87,9 @@ def test_every_leak_is_named(dataset):
     ):
         leaky = EpisodeDataset(dataset.root)
         leaky.tasks = [*dataset.tasks, task]
-        assert protocols.leaks(leaky, evaluated(instruction="")) == [f"1 instructions {'have ' if 'word' in said else ''}{said}"]
+        assert protocols.train_test_leaks(leaky, evaluated(instruction="")) == [
+            f"1 instructions {'have ' if 'word' in said else ''}{said}"
+        ]
 
 
 def test_the_store_is_one_tidy_table(tmp_path, monkeypatch):

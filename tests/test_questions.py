@@ -15,11 +15,11 @@ from rvlm.envs.tabletop.questions import (
     SIDE_MARGIN,
     Scenes,
     collect_scenes,
-    draw,
+    generate_scenes,
     location_token,
     make_scenes,
     paraphrase,
-    play,
+    sample_questions,
     vocabulary,
 )
 from rvlm.envs.tabletop.tasks import FAMILIES
@@ -140,11 +140,11 @@ def test_paraphrases_never_use_a_held_out_wording():
 
 def test_questions_are_drawn_by_weight_and_kind():
     rng = np.random.default_rng(0)
-    drawn = draw(SCENE, rng, 400)
+    drawn = sample_questions(SCENE, rng, 400)
     n_where = sum(q.startswith("where is the") for q, _ in drawn)
     weights = {kind: weight for kind, (_, weight) in KINDS.items()}
     assert n_where / 400 == pytest.approx((weights["where"] + weights["where_wrist"]) / sum(weights.values()), abs=0.08)
-    assert all(q == "is the light on ?" for q, _ in draw(SCENE, rng, 10, ("light",)))
+    assert all(q == "is the light on ?" for q, _ in sample_questions(SCENE, rng, 10, ("light",)))
 
 
 def test_the_vocabulary_is_the_same_every_time_and_holds_every_instruction():
@@ -189,7 +189,7 @@ def test_a_part_exists_only_when_whole(home, monkeypatch):
         yield np.zeros((2, 8, 8, 3), np.uint8), SCENE
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(questions, "play", break_off)
+    monkeypatch.setattr(questions, "generate_scenes", break_off)
     with pytest.raises(KeyboardInterrupt):
         make_scenes(home / "part", "franka7", 0, 2, 8)
     assert not (home / "part").exists()
@@ -200,7 +200,7 @@ def test_play_shows_what_the_record_says():
     from rvlm.envs.tabletop.scene import COLORS
 
     hits = []
-    for images, scene in play("franka7", 0, 6, image_size=96):
+    for images, scene in generate_scenes("franka7", 0, 6, image_size=96):
         for name, (column, row) in zip(scene["names"][:3], scene["static"], strict=False):
             if 0 < column < 1 and 0 < row < 1:
                 seen = images[0][int(row * 96), int(column * 96)].astype(float)

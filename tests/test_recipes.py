@@ -12,18 +12,18 @@ import pytest
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.demonstrations import Collection
-from rvlm.experiments.dagger import FIRST_SEED, Corrections, collect_corrections
-from rvlm.experiments.few_shot import FewShot, adapt, one_after_another
+from rvlm.experiments.dagger import FIRST_SEED, DAggerCollection, collect_corrections
+from rvlm.experiments.few_shot import FewShot, continual_learning, few_shot_experiment
 from rvlm.experiments.recipes import (
     POLICY,
     RECIPES,
     SCRATCH,
-    Course,
-    follow,
-    follow_side_by_side,
-    little_of_target,
+    ExperimentSetup,
+    low_data_target,
     random_backbone_policy,
-    ship,
+    release,
+    train_recipe,
+    train_recipes_parallel,
 )
 from rvlm.policy.model import VLAConfig
 from rvlm.training.stages import DETECTION, Stage
@@ -36,7 +36,7 @@ SHORT = {"batch_size": 8, "n_processes": 1}
 @pytest.fixture(scope="module")
 def course(home):
     """Ten demonstrations each of two robots."""
-    return Course(Collection(**TINY), (Collection("ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
+    return ExperimentSetup(Collection(**TINY), (Collection("ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
 
 
 def stage_of(model):
@@ -52,7 +52,7 @@ def test_a_recipe_is_its_stages_in_order_at_one_budget():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_followed(course, recipe):
-    models = follow(recipe, course, n_threads=1)
+    models = train_recipe(recipe, course, n_threads=1)
     assert len(models) == len(RECIPES[recipe])
     for step, model in zip(RECIPES[recipe], models, strict=True):
         stage = stage_of(model)
@@ -72,7 +72,7 @@ def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
     monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
     monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
     monkeypatch.setattr("rvlm.experiments.recipes.run", lambda stage, n_threads=None: built.append(stage) or Path("model"))
-    follow(recipe, little_of_target(10, 10, 64))
+    train_recipe(recipe, low_data_target(10, 10, 64))
     assert [stage.freeze_vision for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
     assert [stage.is_pretrained for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
 
@@ -80,7 +80,7 @@ def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
 def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing_but_its_head(monkeypatch):
     monkeypatch.setattr("rvlm.experiments.few_shot.collect_demonstrations", lambda collection: Path("demos"))
     monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path("demos"))
-    few = FewShot(("close_drawer",), changes=little_of_target(10, 10, 64).changes)
+    few = FewShot(("close_drawer",), changes=low_data_target(10, 10, 64).changes)
     starts = {"scratch": {"init": SMALL_VLM, **SCRATCH}, "vision-language": {"init": SMALL_VLM}}
     built = {name: few.stage(shots=1, seed=0, **start) for name, start in starts.items()}
     assert {name: (s.freeze_vision, s.is_pretrained) for name, s in built.items()} == {
@@ -93,19 +93,19 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
 
 def test_what_recipes_share_is_trained_once(course):
     """Two halves that begin alike are one stage; followed again, nothing is trained."""
-    made = follow_side_by_side(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    made = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
     stamp = {path: path.stat().st_mtime_ns for models in made.values() for path in models}
-    again = follow_side_by_side(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    again = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
     assert again == made and {path: path.stat().st_mtime_ns for path in stamp} == stamp
     half = dataclasses.replace(course, n_samples=32)
-    assert follow("vl -> in_domain -> cross_embodiment", half, n_threads=1)[0] == made["vl -> in_domain", 0][0]
+    assert train_recipe("vl -> in_domain -> cross_embodiment", half, n_threads=1)[0] == made["vl -> in_domain", 0][0]
 
 
 def test_recipes_that_mean_nothing_are_refused(course):
     with pytest.raises(ValueError, match="no recipe 'vl'; there are scratch, vl -> in_domain"):
-        follow("vl", course)
+        train_recipe("vl", course)
     with pytest.raises(ValueError, match="learns from other robots too; expected others with demonstrations, got none"):
-        follow("vl -> co_train", dataclasses.replace(course, others=()))
+        train_recipe("vl -> co_train", dataclasses.replace(course, others=()))
 
 
 def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
@@ -113,7 +113,7 @@ def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
         ("move_slider_left",), shots=(1, 2), n_query=2, n_samples=16, seeds=(0,), changes={**SHORT, "freeze_vision": True}
     )
     starts = {"policy": {"init": POLICY}, "policy, head": {"init": POLICY, "tuning": "head"}, "VL": {"init": SMALL_VLM}}
-    episodes = adapt(starts, few, n_workers=1)
+    episodes = few_shot_experiment(starts, few, n_workers=1)
     assert len(episodes) == 3 * 2 * 2 and set(episodes["start"]) == set(starts) and set(episodes["shots"]) == {1, 2}
     assert episodes["seed"].min() >= FIRST_HELD_OUT_SEED, "the query set is of scenes that no support shows"
     held = EpisodeDataset(few.stage(POLICY, 1, 0).data[0])
@@ -124,24 +124,24 @@ def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
 def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
     tasks = {name: Collection(n_episodes=10, families=(name,)) for name in ("open_drawer", "close_drawer")}
     for replay, seen in ((0.0, 1), (0.5, 2)):
-        models = one_after_another(POLICY, tasks, 16, replay, **SHORT)
+        models = continual_learning(POLICY, tasks, 16, replay, **SHORT)
         assert list(models) == list(tasks)
         first, second = (stage_of(model) for model in models.values())
         assert first["init"] == str(POLICY) and second["init"] == str(models["open_drawer"])
         assert len(first["data"]) == 1 and len(second["data"]) == seen
         assert second["weights"] == ([0.5, 0.5] if replay else [])
     with pytest.raises(ValueError, match=r"expected replay as a share from 0 to below 1, got 1\.5"):
-        one_after_another(POLICY, tasks, 16, 1.5)
+        continual_learning(POLICY, tasks, 16, 1.5)
 
 
 def test_corrections_say_what_the_expert_would_have_done_where_the_policy_went(home):
     like = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
-    data = EpisodeDataset(collect_corrections(Corrections(str(POLICY), like), n_workers=1))
+    data = EpisodeDataset(collect_corrections(DAggerCollection(str(POLICY), like), n_workers=1))
     assert data.n_episodes == 3 and sorted(data.episodes["seed"]) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert FIRST_SEED + 100_000 < FIRST_HELD_OUT_SEED
     said, done = data.column("action"), data.column("action_executed")
     assert not np.allclose(said, done) and said.shape == done.shape
-    assert Corrections(str(SMALL_VLM), like).folder != Corrections(str(POLICY), like).folder
+    assert DAggerCollection(str(SMALL_VLM), like).folder != DAggerCollection(str(POLICY), like).folder
 
 
 def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch):
@@ -164,11 +164,11 @@ def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch
 
     monkeypatch.setattr("rvlm.experiments.recipes.run", trained)
     stage = Stage("toy", DETECTION, ("scenes",), "vlm", 64)
-    ship(stage, target, "a command")
+    release(stage, target, "a command")
     looking = threading.Thread(target=look)
     looking.start()
     for _ in range(30):
-        ship(stage, target, "a command")
+        release(stage, target, "a command")
     is_over.set()
     looking.join()
     assert "missing" not in seen and len(seen) > 2

@@ -15,7 +15,7 @@ import pytest
 from conftest import toy_frames
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, collect
+from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, record_dataset
 from rvlm.data.writer import partial_folder
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
@@ -67,7 +67,7 @@ def test_killed_again_and_again_a_recording_is_as_if_it_had_not_been(tmp_path, u
     assert n_kills > 2
     for expected, got in zip(actions_of(unbroken), actions_of(root), strict=True):
         assert np.array_equal(expected, got)
-    collect(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False)
+    record_dataset(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False)
     assert not partial_folder(root).exists()
 
 
@@ -217,8 +217,8 @@ def test_a_shard_that_a_worker_could_not_rename_is_not_made_again(tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(EpisodeError, match=r"shard-00000\.\w+: what was recorded is whole"):
         patch.setattr(Path, "rename", fails)
-        collect(tmp_path / "d", SPEC, make, 2, progress=False)
-    assert EpisodeDataset(collect(tmp_path / "d", SPEC, make, 2, progress=False)).n_episodes == 2 and made == [0, 1]
+        record_dataset(tmp_path / "d", SPEC, make, 2, progress=False)
+    assert EpisodeDataset(record_dataset(tmp_path / "d", SPEC, make, 2, progress=False)).n_episodes == 2 and made == [0, 1]
 
 
 def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
@@ -230,7 +230,7 @@ def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
     with pytest.raises(EpisodeError, match="an unfinished recording with other features"):
         EpisodeWriter(tmp_path / "d", SPEC, features={"action": {}})
     with pytest.raises(EpisodeError, match=r"differs in \['n_shards'\]"):
-        collect(tmp_path / "d", SPEC, lambda i: [], 3, progress=False)
+        record_dataset(tmp_path / "d", SPEC, lambda i: [], 3, progress=False)
 
 
 def test_files_of_many_hold_the_frames_of_single_ones_bit_for_bit(tmp_path):

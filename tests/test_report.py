@@ -15,7 +15,7 @@ from nbconvert.filters import markdown2html
 from PIL import Image
 
 from rvlm import report
-from rvlm.files import ROOT, artifacts_dir, results_dir, write_whole
+from rvlm.files import ROOT, artifacts_dir, atomic_write, results_dir
 from rvlm.report import plots
 from rvlm.report.page import chapters, html_report
 from rvlm.report.readme import BOARD, PARTS, board, update_readme, updated_readme
@@ -132,12 +132,14 @@ def test_level_counts_only_where_there_is_an_interval(results):
 def test_interval_may_be_a_pair_a_difference_or_a_dict_of_them(results):
     difference = newcombe(wilson(94, 200), wilson(60, 200))
     for interval in [(0.1, 0.2), difference, {"mlp": wilson(1, 9), "lstm": (0.1, 0.2)}, None]:
-        assert report.fine_print(find(interval=interval).record)
+        assert report.provenance_line(find(interval=interval).record)
 
 
 def test_an_interval_of_fewer_than_the_findings_count_says_so(results):
-    assert "[0.402, 0.539] · seeds" in report.fine_print(find().record)
-    shown = report.fine_print(find(interval={"ours": wilson(94, 200), "control": wilson(0, 1200), "pair": (0.1, 0.2)}).record)
+    assert "[0.402, 0.539] · seeds" in report.provenance_line(find().record)
+    shown = report.provenance_line(
+        find(interval={"ours": wilson(94, 200), "control": wilson(0, 1200), "pair": (0.1, 0.2)}).record
+    )
     assert "ours [0.402, 0.539]; control [0, 0.00319] (n = 1,200); pair [0.1, 0.2] · seeds" in shown
 
 
@@ -184,10 +186,10 @@ def test_save_table_writes_csv_and_booktabs(results):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write_whole(tmp_path / "deep" / "a.txt", "old")
+    path = atomic_write(tmp_path / "deep" / "a.txt", "old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
-        write_whole(path, "new")
+        atomic_write(path, "new")
     assert path.read_text() == "old"
 
 

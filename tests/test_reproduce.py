@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rvlm import report
 from rvlm.cli import reproduce
-from rvlm.cli.reproduce import Places, Refused
+from rvlm.cli.reproduce import InvalidRun, RunPaths
 from rvlm.files import ROOT
 from rvlm.report.notebooks import parameters_of, read_profiles
 
@@ -39,7 +39,7 @@ def log_line(stem, line="'{stem}', n"):
 
 @pytest.fixture
 def places(tmp_path):
-    made = Places(tmp_path, tmp_path / "notebooks", tmp_path / "results", tmp_path / "artifacts")
+    made = RunPaths(tmp_path, tmp_path / "notebooks", tmp_path / "results", tmp_path / "artifacts")
     for folder in (made.notebooks, tmp_path / "data_cards"):
         folder.mkdir()
     (made.notebooks / "profiles.yaml").write_text("smoke:\n  00_a: {n: 3}\n  01_b:\ncpu: {}\n")
@@ -195,7 +195,7 @@ def test_a_kernel_that_dies_is_a_failed_notebook(places):
 )
 def test_the_unknown_is_refused_before_anything_runs(places, profiles, profile, only, message):
     (places.notebooks / "profiles.yaml").write_text(profiles)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(InvalidRun, match=message):
         reproduce.reproduce(places, profile, only)
     assert not places.results.exists() and log(places) == []
 
@@ -204,7 +204,7 @@ def test_two_runs_do_not_write_the_same_results(places):
     places.results.mkdir()
     with (
         FileLock(places.results / ".reproduce.lock"),
-        pytest.raises(Refused, match=r"another run writes .*results at this moment"),
+        pytest.raises(InvalidRun, match=r"another run writes .*results at this moment"),
     ):
         reproduce.reproduce(places, "cpu")
     assert log(places) == []
@@ -243,21 +243,21 @@ def test_a_finding_bears_the_profile_only_with_the_profiles_parameters(places):
     write(places, "00_a", FINDING.format(stem="00_a"), "n = 9", FINDING.format(stem="00_b"))
     reproduce.reproduce(places, "cpu", only=["00"])
     assert [(f["numbers"]["n"], f["profile"]) for f in report.load_findings(places.results)] == [(1, "cpu"), (9, None)]
-    assert "tried, at no profile's parameters" in report.fine_print(report.load_findings(places.results)[1])
+    assert "tried, at no profile's parameters" in report.provenance_line(report.load_findings(places.results)[1])
 
 
 def test_only_profile_cpu_writes_to_the_results_in_git(monkeypatch, tmp_path):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     monkeypatch.delenv("RVLM_RESULTS", raising=False)
-    assert Places.of_profile("cpu").results == ROOT / "results"
-    assert Places.of_profile("smoke").results == tmp_path / "smoke/results"
+    assert RunPaths.of_profile("cpu").results == ROOT / "results"
+    assert RunPaths.of_profile("smoke").results == tmp_path / "smoke/results"
     monkeypatch.setenv("RVLM_RESULTS", str(tmp_path / "mine"))
-    assert Places.of_profile("smoke").results == Places.of_profile("cpu").results == tmp_path / "mine"
+    assert RunPaths.of_profile("smoke").results == RunPaths.of_profile("cpu").results == tmp_path / "mine"
 
 
 def test_the_repositorys_profiles_fit_its_notebooks():
     assert set(read_profiles(ROOT / "notebooks")) == {"smoke", "cpu", "gpu", "full"}
-    reproduce.plan(Places.of_profile("cpu"), "cpu")
+    reproduce.plan(RunPaths.of_profile("cpu"), "cpu")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

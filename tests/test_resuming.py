@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeWriter
-from rvlm.training.launch import _fork, prepare, run
+from rvlm.training.launch import _fork, prepare, train
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import log_history
 from rvlm.training.trainer_checkpoints import last_checkpoint
@@ -56,7 +56,7 @@ def test_a_stage_that_is_killed_again_and_again_ends_where_an_unbroken_one_does(
     """SIGKILL to the trainer: once behind its first checkpoint, then at random."""
     stage, rng = stages[kind], np.random.default_rng(16)
     started = time.monotonic()
-    unbroken = run(stage, show_progress=False, n_threads=1)
+    unbroken = train(stage, show_progress=False, n_threads=1)
     seconds = time.monotonic() - started
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     partial = prepare(stage)
@@ -70,7 +70,7 @@ def test_a_stage_that_is_killed_again_and_again_ends_where_an_unbroken_one_does(
         trainer.stop()
         trainer.wait()
         assert trainer.poll() in (0, -signal.SIGKILL), (partial / "output.txt").read_text()[-2000:]
-    model = run(stage, show_progress=False, n_threads=1)
+    model = train(stage, show_progress=False, n_threads=1)
     for path in sorted(unbroken.rglob("*.safetensors")):
         expected, got = load_file(path), load_file(model / path.relative_to(unbroken))
         assert expected.keys() == got.keys() and all(torch.equal(got[k], expected[k]) for k in expected)

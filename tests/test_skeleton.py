@@ -185,6 +185,27 @@ def test_import_is_light():
     assert loaded.returncode == 0, f"import rvlm also loads {loaded.stderr.strip()}"
 
 
+def test_the_front_door_offers_what_it_lists_and_names_it():
+    import rvlm
+
+    for name, where in rvlm._OFFERED.items():
+        offered = getattr(rvlm, name)
+        home = sys.modules[f"rvlm.{where}"]
+        assert offered is getattr(home, name) and offered.__doc__, name
+        assert getattr(offered, "__module__", offered.__name__).startswith("rvlm."), name
+    assert set(rvlm._OFFERED) <= set(dir(rvlm))
+    with pytest.raises(AttributeError, match=r"module 'rvlm' has no 'trainn'; it offers .*train"):
+        _ = rvlm.trainn
+
+
+def test_type_checkers_see_the_front_door():
+    import rvlm
+
+    (guarded,) = [node for node in tree("rvlm/__init__.py").body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in guarded.body for alias in node.names}
+    assert seen == {name: f"rvlm.{where}" for name, where in rvlm._OFFERED.items()}
+
+
 def test_headless_opengl_names_packages_when_nothing_draws(monkeypatch):
     from rvlm.envs import gl
 

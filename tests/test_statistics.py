@@ -22,7 +22,7 @@ from rvlm.statistics import (
     paired_difference,
     r_squared,
     ridge_probe,
-    spread_of_trainings,
+    seed_variance,
     success_rate,
     verdict,
     wilson,
@@ -318,7 +318,7 @@ def test_the_spread_of_trainings_is_taken_apart(between):
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
         true = np.clip(rng.normal(0.5, between, 5), 0, 1)
-        spread = spread_of_trainings([wilson(int(rng.binomial(50, p)), 50) for p in true])
+        spread = seed_variance([wilson(int(rng.binomial(50, p)), 50) for p in true])
         found.append(spread.observed**2 - spread.evaluation**2)
         assert spread.training**2 == pytest.approx(max(found[-1], 0), abs=1e-12) and spread.n == 5
     assert np.mean(found) == pytest.approx(between**2, abs=0.002)
@@ -326,4 +326,4 @@ def test_the_spread_of_trainings_is_taken_apart(between):
 
 def test_one_training_has_no_spread():
     with pytest.raises(ValueError, match="expected at least two trainings, got 1; train with more seeds"):
-        spread_of_trainings([wilson(3, 5)])
+        seed_variance([wilson(3, 5)])

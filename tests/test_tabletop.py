@@ -18,7 +18,7 @@ from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import COLORS, SETTINGS, UNSEEN_COLORS
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, CUE_STEPS, FAMILIES, MEMORY_FAMILIES, MIX, Task
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, CUE_STEPS, DEFAULT_TASKS, FAMILIES, MEMORY_FAMILIES, Task
 from rvlm.envs.tabletop.world import axis_angle, rotation_matrix
 
 ROBOTS = tuple(ARMS)
@@ -158,7 +158,7 @@ def test_held_out_wordings_are_never_templates():
 
 
 def test_at_least_twelve_families_and_a_mix_of_six():
-    assert len(FAMILIES) >= 12 and len(MIX) >= 6 and set(MIX) <= set(FAMILIES)
+    assert len(FAMILIES) >= 12 and len(DEFAULT_TASKS) >= 6 and set(DEFAULT_TASKS) <= set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
@@ -225,7 +225,9 @@ def test_only_a_cue_holds_the_arm(unseen):
 
 def without_memory(env):
     """The expert that sees the present alone: left first, and right where the slider is on the left already."""
-    has_tried_left = env.world.travel("slider") < -0.052 or env.world.pos_tcp_world[1] < env.world.pos_fixture("slider")[1] - 0.02
+    has_tried_left = (
+        env.world.joint_position("slider") < -0.052 or env.world.pos_tcp_world[1] < env.world.pos_fixture("slider")[1] - 0.02
+    )
     env.task = dataclasses.replace(env.task, was_light_on=not has_tried_left)
     return env.expert_action()
 
@@ -278,7 +280,7 @@ def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):
 def test_families_that_need_memory_are_not_chained_and_not_in_the_mix(unseen):
     env = unseen["franka7"]
     env.reset(seed=0)
-    assert not set(MEMORY_FAMILIES) & (set(env.feasible()) | set(MIX))
+    assert not set(MEMORY_FAMILIES) & (set(env.feasible()) | set(DEFAULT_TASKS))
 
 
 def test_a_task_about_a_fixture_has_no_object():

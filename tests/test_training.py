@@ -24,12 +24,20 @@ from transformers import TrainingArguments
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.windows import EpisodeWriter
-from rvlm.files import write_whole
-from rvlm.policy.checkpoints import merge_vla
-from rvlm.training.launch import by_hand, prepare, run
-from rvlm.training.stage_data import BUILDERS, Budget, DialogueCollator, augment
+from rvlm.files import atomic_write
+from rvlm.policy.checkpoints import merge_policy
+from rvlm.training.launch import distributed_worker, prepare, train
+from rvlm.training.stage_data import STAGE_BUILDERS, DialogueCollator, FixedBudgetDataset, augment
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training.trainer import LogFile, StageTrainer, arguments, log_history, seconds_of, step_decay, work
+from rvlm.training.trainer import (
+    JsonlLogger,
+    StageTrainer,
+    arguments,
+    log_history,
+    step_decay,
+    train_stage_in_process,
+    training_seconds,
+)
 from rvlm.training.trainer_checkpoints import last_checkpoint, seal
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.processors import load_processor
@@ -47,7 +55,7 @@ def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
 
 def trained(stage, folder):
     """The stage in this process; its weights."""
-    work(stage, folder)
+    train_stage_in_process(stage, folder)
     return load_file(folder / "model" / "model.safetensors")
 
 
@@ -65,7 +73,7 @@ def distance(weights, others):
 
 # -- order and augmentation --------------------------------------------------------------------------------------------
 def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
-    budget = Budget(7, 20, seed=3, make=lambda i, rng: (i, rng.random()))
+    budget = FixedBudgetDataset(7, 20, seed=3, make=lambda i, rng: (i, rng.random()))
     order = [budget.item(i) for i in range(20)]
     assert len(budget) == 20
     assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
@@ -74,11 +82,11 @@ def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
 
 def test_a_sample_depends_on_its_place_alone():
     make = lambda i, rng: (i, rng.random())  # noqa: E731
-    whole, again = Budget(7, 20, 3, make), Budget(7, 20, 3, make)
+    whole, again = FixedBudgetDataset(7, 20, 3, make), FixedBudgetDataset(7, 20, 3, make)
     forwards = [whole[i] for i in range(20)]
     assert [again[i] for i in reversed(range(20))] == forwards[::-1]
     assert len({value for _, value in forwards}) == 20
-    assert [Budget(7, 20, 4, make)[i] for i in range(20)] != forwards
+    assert [FixedBudgetDataset(7, 20, 4, make)[i] for i in range(20)] != forwards
 
 
 VARIED = {"shift": {"shift": 3}, "crop": {"crop": 0.3}, "color": {"color": 0.2}, "all": {"shift": 3, "crop": 0.3, "color": 0.2}}
@@ -211,8 +219,8 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
 def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
     before = load_file(Path(stage.init) / "model.safetensors")
     for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"tuning": "head"}, "model")):
-        work(few(stage, **frozen), tmp_path / still)
-        after = merge_vla(tmp_path / still / "model")[0].state_dict()
+        train_stage_in_process(few(stage, **frozen), tmp_path / still)
+        after = merge_policy(tmp_path / still / "model")[0].state_dict()
         kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
         assert {name for name in before if still in name} <= kept
         assert (kept == set(before)) == (still == "model")
@@ -245,7 +253,7 @@ def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
     expected = [0, 0.25, 0.5, 0.75, *[1] * 16, *[0.1] * 10, *[0.01] * 10]
     assert [step_decay(i, 4, 40) for i in range(40)] == pytest.approx(expected)
     for _ in range(2):  # the second time from the checkpoint in the middle
-        work(decayed, tmp_path)
+        train_stage_in_process(decayed, tmp_path)
         rates = [entry["learning_rate"] / stage.learning_rate for entry in log_history(tmp_path) if "learning_rate" in entry]
         assert rates == pytest.approx(expected)
         shutil.rmtree(tmp_path / "trainer" / "checkpoint-40")
@@ -254,7 +262,7 @@ def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
 def test_a_training_that_explodes_says_so(stage, tmp_path):
     """The library would log a loss of 0, and a policy of no numbers would be saved."""
     with pytest.raises(FloatingPointError, match="'toy': its weights are no numbers any more; take a smaller learning_rate"):
-        work(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
+        train_stage_in_process(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
     assert not (tmp_path / "model").exists() and not np.isfinite(log_history(tmp_path)[-2]["loss"])
 
 
@@ -279,7 +287,7 @@ def test_accumulated_batches_equal_one_large_batch(stage, tmp_path):
 def a_step(stage, folder, **options):
     """Weights before and after training with options of the Trainer, on one fixed order of full windows."""
     torch.manual_seed(0)
-    model, _, data, collate = BUILDERS[ROBOT](stage)
+    model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     full = [sample for i in range(60) if (sample := data[i])["action_mask"].all()][:8]
     common = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(str(folder), train_sampling_strategy="sequential", **common, **options)
@@ -296,8 +304,8 @@ def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
 
 def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
     one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, schedule="constant")
-    monkeypatch.setattr(Budget, "item", lambda self, i: i % 8)
-    work(one, tmp_path)
+    monkeypatch.setattr(FixedBudgetDataset, "item", lambda self, i: i % 8)
+    train_stage_in_process(one, tmp_path)
     logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
     assert np.mean(logged[-5:]) < 0.3 * logged[0]
     assert {"arm_loss", "gripper_loss", "grad_norm", "learning_rate"} <= log_history(tmp_path)[0].keys()
@@ -305,7 +313,7 @@ def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
 
 def test_the_log_holds_the_mean_of_each_part_of_the_loss(stage, tmp_path):
     """Over the steps since the last entry and the parts of each: so they add up to the loss, which is such a mean."""
-    model, _, data, collate = BUILDERS[ROBOT](stage)
+    model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     common = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     steps = {"max_steps": 6, "logging_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = StageTrainer(model, TrainingArguments(str(tmp_path), **common, **steps), train_dataset=data, data_collator=collate)
@@ -361,7 +369,7 @@ def plain_start(stage, tmp_path):
 
 def test_half_precision_computes_in_half_and_keeps_what_learns_in_full(stage, tmp_path, toy_vlm, toy_stats):
     seen = set()
-    model, _, data, collate = BUILDERS[ROBOT](stage)
+    model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     layer = model.backbone.model.get_decoder().layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     args = arguments(few(stage, precision="bf16"), tmp_path, 1)
@@ -374,7 +382,7 @@ def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
     sizes = {}
     for name in ("adamw_torch", "adamw_8bit"):
         shipped = few(stage, 2, init=str(SMALL_VLM), optimizer=name, batch_size=2)
-        work(shipped, tmp_path / name)
+        train_stage_in_process(shipped, tmp_path / name)
         kept = torch.load(next((tmp_path / name / "trainer").glob("*/optimizer.pt")), weights_only=True)
         tensors = [v for entry in kept["state"].values() for v in entry.values() if isinstance(v, torch.Tensor)]
         sizes[name] = sum(v.numel() * v.element_size() for v in tensors)
@@ -384,9 +392,9 @@ def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
 def test_a_stage_with_adapters_goes_on_where_it_was(stage, tmp_path):
     """Adapters are saved in a file of their own, which the Trainer alone would pass over."""
     adapted = few(stage, 40, tuning="lora", rank=2)
-    work(adapted, tmp_path / "unbroken")
+    train_stage_in_process(adapted, tmp_path / "unbroken")
     shutil.copytree(tmp_path / "unbroken" / "trainer" / "checkpoint-20", tmp_path / "broken" / "trainer" / "checkpoint-20")
-    work(adapted, tmp_path / "broken")
+    train_stage_in_process(adapted, tmp_path / "broken")
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         unbroken, resumed = (load_file(tmp_path / name / "model" / file) for name in ("unbroken", "broken"))
         assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
@@ -399,8 +407,8 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     unbroken = trained(stage, tmp_path / "unbroken")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     n_threads = torch.get_num_threads()  # sums in another order end another way
-    ask = "from rvlm.training.stages import Stage; from rvlm.training.launch import run; "
-    ask += f"run(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
+    ask = "from rvlm.training.stages import Stage; from rvlm.training.launch import train; "
+    ask += f"train(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
     asking = subprocess.Popen([sys.executable, "-c", ask])
     wait_for(lambda: last_checkpoint(partial / "trainer"))
     asking.send_signal(signal.SIGKILL)
@@ -408,7 +416,7 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     assert partial.exists() and not stage.folder.exists()
     wait_for(lambda: not trainers_of(partial))
     first = Path(last_checkpoint(partial / "trainer")).name
-    model = run(stage, show_progress=False, n_threads=n_threads)
+    model = train(stage, show_progress=False, n_threads=n_threads)
     assert model == stage.folder / "model" and not partial.exists()
     assert first in ("checkpoint-20", "checkpoint-40", "checkpoint-60", "checkpoint-80")
     resumed = load_file(model / "model.safetensors")
@@ -416,7 +424,7 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     steps = [entry["step"] for entry in log_history(stage.folder)]
     assert steps == sorted(steps) and steps[-1] == 100
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
-    assert run(stage, show_progress=False) == model, "nothing is trained twice"
+    assert train(stage, show_progress=False) == model, "nothing is trained twice"
 
 
 def wait_for(condition, timeout_s=300):
@@ -466,7 +474,7 @@ def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(folder / "home"))
         forty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 320, policy=ONE_STEP, batch_size=8, n_processes=1)
-        work(forty, folder)
+        train_stage_in_process(forty, folder)
     return forty, folder
 
 
@@ -499,7 +507,7 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     lines.append({"step": 3, "train_runtime": 1.0})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
     assert log_history(tmp_path) == [lines[0], *lines[3:]]
-    an_entry(LogFile(tmp_path), 4)
+    an_entry(JsonlLogger(tmp_path), 4)
     assert [entry["step"] for entry in log_history(tmp_path)] == [1, 2, 3, 3, 4], "what follows it counts"
     assert log_history(tmp_path / "none") == []
 
@@ -508,8 +516,8 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
 def test_two_processes_have_the_loss_of_one(stage, tmp_path, tuning):
     """Over gloo, half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
     twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, tuning=tuning)
-    work(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
-    run(twenty, show_progress=False, n_threads=1)
+    train_stage_in_process(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
+    train(twenty, show_progress=False, n_threads=1)
     for part in ("loss", "arm_loss", "gripper_loss"):
         one, two = ([e[part] for e in log_history(folder) if part in e] for folder in (tmp_path / "one", twenty.folder))
         assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
@@ -529,7 +537,7 @@ TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def test_two_processes_by_hand_go_on_after_a_kill(stage):
     """The launcher and its workers are killed at the first checkpoint; launched again they end with the loss of no kill."""
     stage = few(stage, 60, n_processes=2)
-    unbroken = run(dataclasses.replace(stage, name="unbroken"), show_progress=False, n_threads=1)
+    unbroken = train(dataclasses.replace(stage, name="unbroken"), show_progress=False, n_threads=1)
     first = launched(TWO, stage)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     wait_for(lambda: last_checkpoint(partial / "trainer"))
@@ -544,7 +552,7 @@ def test_two_processes_by_hand_go_on_after_a_kill(stage):
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
     losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken.parent)]
     assert losses[0] == losses[1]
-    assert run(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
+    assert train(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
 
 
 def test_the_shipped_configuration_is_read_by_the_launcher():
@@ -595,7 +603,7 @@ def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     environment = dict(os.environ)
     with ThreadPoolExecutor(2) as pool:
-        models = list(pool.map(lambda _: run(short, show_progress=False, n_threads=1), range(2)))
+        models = list(pool.map(lambda _: train(short, show_progress=False, n_threads=1), range(2)))
     assert not list(short.folder.rglob("checkpoint-*")), "what is finished needs nothing to go on from"
     assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
     assert dict(os.environ) == environment
@@ -608,9 +616,9 @@ def test_by_hand_nothing_is_trained_twice_nor_by_two_at_once(stage, monkeypatch)
         FileLock(f"{stage.folder}.lock"),
         pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),
     ):
-        by_hand(folder)
+        distributed_worker(folder)
     stage.folder.mkdir()
-    by_hand(folder)
+    distributed_worker(folder)
     assert not (folder / "log.jsonl").exists() and not list(stage.folder.iterdir())
 
 
@@ -620,17 +628,17 @@ def an_entry(log, step):
 
 def test_seconds_count_on_after_a_kill(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 8, "loss": 1.0, "seconds": 40.0}\n')
-    log = LogFile(tmp_path)
+    log = JsonlLogger(tmp_path)
     log.started -= 2.0
     an_entry(log, 9)
-    assert 42.0 <= seconds_of(tmp_path) < 60.0 and seconds_of(tmp_path / "none") == 0.0
+    assert 42.0 <= training_seconds(tmp_path) < 60.0 and training_seconds(tmp_path / "none") == 0.0
 
 
 def test_a_stage_that_fails_says_why(stage, tmp_path):
-    write_whole(tmp_path / "nowhere" / "notes.txt", "no dataset")
+    atomic_write(tmp_path / "nowhere" / "notes.txt", "no dataset")
     broken = dataclasses.replace(stage, data=(str(tmp_path / "nowhere"),))
     with pytest.raises(RuntimeError, match=r"(?s)stage 'toy' failed.*expected a LeRobot dataset with meta/info.json") as raised:
-        run(broken, show_progress=False, n_threads=1)
+        train(broken, show_progress=False, n_threads=1)
     assert "nowhere" in str(raised.value) and not broken.folder.exists()
 
 
@@ -641,7 +649,7 @@ def test_a_policy_goes_on_with_its_own_settings_and_statistics(stage, tmp_path):
     before, after = (json.loads((trained_config(s, tmp_path / n)).read_text()) for s, n in ((onwards, "a"), (few(stage), "b")))
     assert before["stats"] == after["stats"]
     with pytest.raises(ValueError, match="expected is_pretrained=True, got False; leave it out, or start from a vision"):
-        work(dataclasses.replace(onwards, is_pretrained=False), tmp_path / "d")
+        train_stage_in_process(dataclasses.replace(onwards, is_pretrained=False), tmp_path / "d")
 
 
 def test_a_policy_is_given_a_memory_and_keeps_what_it_can(stage, tmp_path):
@@ -656,7 +664,7 @@ def test_a_policy_is_given_a_memory_and_keeps_what_it_can(stage, tmp_path):
 
 
 def trained_config(stage, folder):
-    work(stage, folder)
+    train_stage_in_process(stage, folder)
     return folder / "model" / "config.json"
 
 
@@ -668,4 +676,4 @@ def test_a_policy_is_refused_on_demonstrations_of_another_robot(stage, tmp_path)
         writer.add_episode(toy_frames(spec, 5, seed), TEXTS[0])
     other = few(stage, init=str(tmp_path / "first" / "model"), data=(str(writer.finalize()),))
     with pytest.raises(SpecMismatch, match=r"policy vs demonstrations.*gripper_open"):
-        work(other, tmp_path / "second")
+        train_stage_in_process(other, tmp_path / "second")

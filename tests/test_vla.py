@@ -12,7 +12,7 @@ from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOKENS, a_batch, build, collate, inputs, windows_like
 
-from rvlm.policy.checkpoints import load_vla, make_vla
+from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.heads import HISTORIES, FlowHead, MLPHead, TokensHead
 from rvlm.training.stage_data import DialogueCollator
 from rvlm.vlm.backbones import load_backbone
@@ -51,19 +51,19 @@ THERE_ARE = (
 )
 def test_a_combination_that_means_nothing_is_refused(toy_vlm, toy_stats, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make_vla(toy_vlm, SPEC, toy_stats, **{**ONE_STEP, **wrong})
+        make_policy(toy_vlm, SPEC, toy_stats, **{**ONE_STEP, **wrong})
 
 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
     """Law 24."""
     with pytest.raises(TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment, has_state"):
-        make_vla(toy_vlm, SPEC, toy_stats, **{name: 1})
+        make_policy(toy_vlm, SPEC, toy_stats, **{name: 1})
 
 
 def test_an_unknown_option_of_the_head_is_an_error(toy_vlm, toy_stats):
     with pytest.raises(TypeError, match="depth"):
-        make_vla(toy_vlm, SPEC, toy_stats, head_options={"depth": 3})
+        make_policy(toy_vlm, SPEC, toy_stats, head_options={"depth": 3})
 
 
 @STRUCTURES
@@ -133,7 +133,7 @@ def fused(model, batch):
     """All that the head reads, action tokens told where there are some."""
     tokens = model.head.encode(batch["action"]).flatten(0, 1) if model.is_autoregressive else None
     with torch.inference_mode():
-        return model.fused(tokens=tokens, **inputs(batch))
+        return model.history_features(tokens=tokens, **inputs(batch))
 
 
 @STRUCTURES
@@ -159,8 +159,8 @@ def test_state_is_required_where_the_policy_has_one(toy_vlm, toy_stats):
     batch = inputs(a_batch(model, processor))
     batch.pop("obs_mask")
     batch.pop("state")
-    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; `VLA.felt` makes it"):
-        model.features(**batch)
+    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; `VLA.align_state` makes it"):
+        model.observation_features(**batch)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
@@ -232,7 +232,7 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
     said = model.head.encode(model.predict(**batch))
     state = batch.pop("state")
     with torch.inference_mode():
-        again = model.head.choose(model.fused(state, tokens=said, **batch))
+        again = model.head.choose(model.history_features(state, tokens=said, **batch))
     assert torch.equal(again[:, 0], said)
 
 

@@ -24,12 +24,12 @@ def test_a_word_is_an_action_in_the_cards_convention(robot):
 
 def test_driving_by_hand_and_by_script():
     env = Tabletop(image_size=32)
-    told = widgets.scripted_drive(env, ["down", "left", "left"], seed=3)
+    told = widgets.scripted_teleop(env, ["down", "left", "left"], seed=3)
     assert told["image"].shape == (4, 32, 32, 3) and told["action"].shape == (3, 7)
     moved = told["state"][-1] - told["state"][0]
     assert moved[1] < -0.02 and moved[2] < -0.01  # [m]
 
-    box = widgets.drive(env, seed=3, size=32)
+    box = widgets.teleoperate(env, seed=3, size=32)
     label, screens, felt, keys, *_ = box.children
     before, picture = felt.value, screens.children[0].value
     button(keys, "left").click()
@@ -46,7 +46,7 @@ def button(box, word):
 def driven():
     env = Tabletop(image_size=32, max_steps=50)
     env.reset(seed=7, options={"family": "lift"})
-    return env, widgets.drive(env, seed=3, size=32, family="open_drawer")
+    return env, widgets.teleoperate(env, seed=3, size=32, family="open_drawer")
 
 
 def test_toggles_and_buttons_may_come_from_any_thread(driven):

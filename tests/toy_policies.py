@@ -5,7 +5,7 @@ import torch
 from conftest import TEXTS
 
 from rvlm.data.actions import ActionSpec
-from rvlm.policy.checkpoints import make_vla
+from rvlm.policy.checkpoints import make_policy
 from rvlm.training.stage_data import RobotCollator
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
@@ -30,7 +30,7 @@ SETTINGS = {
 
 def build(vlm, stats, settings):
     torch.manual_seed(0)
-    model, processor = make_vla(vlm, SPEC, stats, **settings)
+    model, processor = make_policy(vlm, SPEC, stats, **settings)
     return model.eval(), processor
 
 
@@ -51,7 +51,7 @@ def windows_like(config, b=3, seed=0, texts=TEXTS, n_cameras=2):
 
 
 def collate(model, processor, samples):
-    return RobotCollator(model.prompter(processor))(samples)
+    return RobotCollator(model.prompt_builder(processor))(samples)
 
 
 def a_batch(model, processor, b=3, **options):

@@ -7,7 +7,7 @@ from typing import Any
 from rvlm.caches import KINDS, Entry, entries, prune
 from rvlm.cli import add_command
 from rvlm.files import artifacts_dir
-from rvlm.report.notebooks import Refused
+from rvlm.report.notebooks import InvalidRun
 
 ABOUT = "list what is kept between runs, and delete what is not needed"
 MORE = """State: current (today's code would use it), stale (other code made it), unknown (it does not say), unfinished.
@@ -26,7 +26,7 @@ def _cache(arguments: argparse.Namespace) -> int:
     if arguments.prune:
         return _prune(arguments)
     if arguments.stale or arguments.unknown or arguments.older_than is not None or arguments.max_gb is not None:
-        raise Refused("expected --prune with --stale, --older-than or --max-gb; without it nothing is deleted")
+        raise InvalidRun("expected --prune with --stale, --older-than or --max-gb; without it nothing is deleted")
     found = entries(arguments.kind)
     for entry in found:
         print(_line(entry))
@@ -37,7 +37,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 def _prune(arguments: argparse.Namespace) -> int:
     if not arguments.stale and arguments.older_than is None and arguments.max_gb is None:
-        raise Refused("expected with --prune what is to go: --stale, --older-than 30d or --max-gb 20; got none of them")
+        raise InvalidRun("expected with --prune what is to go: --stale, --older-than 30d or --max-gb 20; got none of them")
     n_bytes = None if arguments.max_gb is None else 1e9 * arguments.max_gb
     freed = 0
     for entry, has_gone in prune(arguments.kind, arguments.stale, arguments.older_than, n_bytes, arguments.unknown):

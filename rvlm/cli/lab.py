@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.cli import add_command
-from rvlm.files import ROOT, artifacts_dir, write_whole
-from rvlm.report.notebooks import Refused
+from rvlm.files import ROOT, artifacts_dir, atomic_write
+from rvlm.report.notebooks import InvalidRun
 
 ORIGINS = ".origins.json"  # notebook -> hash of the cells that were copied
 SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
@@ -36,7 +36,7 @@ def _lab(arguments: argparse.Namespace) -> int:
     folder = artifacts_dir().resolve() / "lab"
     for line in copy_notebooks(ROOT / "notebooks", folder / "notebooks"):
         print(line)
-    settings = write_whole(folder / "settings" / "overrides.json", json.dumps(SETTINGS)).parent
+    settings = atomic_write(folder / "settings" / "overrides.json", json.dumps(SETTINGS)).parent
     choose_gl()  # kernels inherit the answer
     command = [sys.executable, "-m", "jupyterlab", str(folder / "notebooks"), f"--LabApp.app_settings_dir={settings}"]
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
@@ -62,7 +62,7 @@ def copy_notebooks(source: Path, target: Path) -> list[str]:
     """
     notebooks = sorted(source.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
-        raise Refused(f"no notebooks in {source}; an installed package has none: they stand in a clone of the repository")
+        raise InvalidRun(f"no notebooks in {source}; an installed package has none: they stand in a clone of the repository")
     record = target / ORIGINS
     origins = json.loads(record.read_text()) if record.exists() else {}
     target.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def copy_notebooks(source: Path, target: Path) -> list[str]:
             origins[notebook.name] = now
         elif now != origins.get(notebook.name):
             lines.append(f"{copy.name}: you have changed this copy, so it is kept; the repository's is another by now")
-    write_whole(record, json.dumps(origins, indent=1))
+    atomic_write(record, json.dumps(origins, indent=1))
     return lines
 
 

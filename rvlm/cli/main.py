@@ -12,8 +12,8 @@ from pathlib import Path
 import rvlm
 from rvlm.cli import add_command, cache, lab, run, ship
 from rvlm.files import RESULTS
-from rvlm.report.findings import fine_print, load_findings
-from rvlm.report.notebooks import GIT_PROFILE, Refused
+from rvlm.report.findings import load_findings, provenance_line
+from rvlm.report.notebooks import GIT_PROFILE, InvalidRun
 
 EXAMPLES = """examples:
   rvlm reproduce --profile smoke         every notebook, does it run at all? minutes
@@ -37,11 +37,11 @@ examples:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from rvlm.cli.reproduce import Places, plan, reproduce
+    from rvlm.cli.reproduce import RunPaths, plan, reproduce
     from rvlm.envs.gl import choose_gl
     from rvlm.report.readme import update_readme
 
-    places = Places.of_profile(arguments.profile)
+    places = RunPaths.of_profile(arguments.profile)
     plan(places, arguments.profile, arguments.only)  # what is asked in vain is refused before OpenGL is looked for
     choose_gl()  # kernels inherit the answer
     status = reproduce(places, arguments.profile, arguments.only, arguments.force)
@@ -71,7 +71,7 @@ def _findings(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return 0
     for record in found:
-        print(f"{record['name']}: {record['sentence']}\n    {fine_print(record).replace('**', '')}")
+        print(f"{record['name']}: {record['sentence']}\n    {provenance_line(record).replace('**', '')}")
     if not found:
         print(f"no findings in {folder}; 'rvlm reproduce' makes them")
     return 0
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.run(arguments)
         sys.stdout.flush()
         return status
-    except (Refused, NoHeadlessOpenGL) as error:
+    except (InvalidRun, NoHeadlessOpenGL) as error:
         print(f"rvlm: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads has enough, as `rvlm findings | head -1`

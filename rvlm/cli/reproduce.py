@@ -23,12 +23,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rvlm.files import RESULTS, ROOT, artifacts_dir, write_whole
+from rvlm.files import RESULTS, ROOT, artifacts_dir, atomic_write
 from rvlm.report.copies import cleaned
 from rvlm.report.notebooks import (
     GIT_PROFILE,
     PROFILES,
-    Refused,
+    InvalidRun,
     check_parameters,
     find_notebook,
     parameters_in,
@@ -43,7 +43,7 @@ class NotebookFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where a run reads and writes.
 
     Attributes:
@@ -59,7 +59,7 @@ class Places:
     artifacts: Path
 
     @classmethod
-    def of_profile(cls, profile: str) -> Places:
+    def of_profile(cls, profile: str) -> RunPaths:
         """The repository's places; only profile cpu writes to the results in git, unless ``RVLM_RESULTS`` says where."""
         artifacts = artifacts_dir().resolve()
         own = RESULTS if profile == GIT_PROFILE else artifacts / profile / "results"
@@ -83,7 +83,7 @@ class Job:
 # --- planning -----------------------------------------------------------------------------------------------------------
 
 
-def plan(places: Places, profile: str, only: Sequence[str] = ()) -> list[Job]:
+def plan(places: RunPaths, profile: str, only: Sequence[str] = ()) -> list[Job]:
     """The jobs of a profile, in order.
 
     Args:
@@ -97,7 +97,7 @@ def plan(places: Places, profile: str, only: Sequence[str] = ()) -> list[Job]:
     notebooks = sorted(places.notebooks.glob("[0-9][0-9]_*.ipynb"))
     profiles = read_profiles(places.notebooks)
     if profile not in profiles:
-        raise Refused(f"no profile {profile!r}; those in {PROFILES}: {', '.join(profiles)}")
+        raise InvalidRun(f"no profile {profile!r}; those in {PROFILES}: {', '.join(profiles)}")
     for name, table in profiles.items():
         for stem, values in table.items():
             mend = f"mend {PROFILES} or the notebook's parameters cell"
@@ -128,7 +128,7 @@ def hash_of_code(root: Path) -> str:
 # --- running ------------------------------------------------------------------------------------------------------------
 
 
-def reproduce(places: Places, profile: str, only: Sequence[str] = (), force: bool = False) -> int:
+def reproduce(places: RunPaths, profile: str, only: Sequence[str] = (), force: bool = False) -> int:
     """Run a profile's notebooks in order, skipping what is finished; then write the report.
 
     Returns:
@@ -144,10 +144,10 @@ def reproduce(places: Places, profile: str, only: Sequence[str] = (), force: boo
             return _reproduce(jobs, places, profile, force)
     except Timeout:
         problem = f"another run writes {places.results} at this moment; wait for it, or name another folder in RVLM_RESULTS"
-        raise Refused(problem) from None
+        raise InvalidRun(problem) from None
 
 
-def _reproduce(jobs: Sequence[Job], places: Places, profile: str, force: bool) -> int:
+def _reproduce(jobs: Sequence[Job], places: RunPaths, profile: str, force: bool) -> int:
     from tqdm.auto import tqdm
 
     status = 0
@@ -174,17 +174,17 @@ def _reproduce(jobs: Sequence[Job], places: Places, profile: str, force: bool) -
     return status
 
 
-def _receipt(job: Job, places: Places, profile: str) -> Path:
+def _done_marker(job: Job, places: RunPaths, profile: str) -> Path:
     return places.artifacts / "reproduce" / profile / f"{job.stem}.json"
 
 
-def _executed(job: Job, places: Places, state: str = "") -> Path:
+def _executed(job: Job, places: RunPaths, state: str = "") -> Path:
     return places.results / "notebooks" / f"{job.stem}{state}.ipynb"
 
 
-def is_finished(job: Job, places: Places, profile: str) -> bool:
+def is_finished(job: Job, places: RunPaths, profile: str) -> bool:
     """Do receipt and executed copy carry this key, and does everything that the notebook wrote still exist?"""
-    receipt, executed = _receipt(job, places, profile), _executed(job, places)
+    receipt, executed = _done_marker(job, places, profile), _executed(job, places)
     if not receipt.exists() or not executed.exists():
         return False
     told, copy = json.loads(receipt.read_text()), json.loads(executed.read_text())
@@ -200,7 +200,7 @@ def ignored_edits(job: Job) -> str:
     return f"try it with: rvlm run {job.stem[:2]} {words}" if own else ""
 
 
-def run(job: Job, places: Places, profile: str, is_quiet: bool = False) -> float:
+def run(job: Job, places: RunPaths, profile: str, is_quiet: bool = False) -> float:
     """Execute a profile's notebook, keep its copy, and leave a receipt by which `is_finished` knows it.
 
     Returns:
@@ -212,11 +212,11 @@ def run(job: Job, places: Places, profile: str, is_quiet: bool = False) -> float
     started = time.time()
     execute(job, places, profile, is_quiet)
     written = {"key": job.key, "files": _written_since(started - 1, places.results)}
-    write_whole(_receipt(job, places, profile), json.dumps(written, indent=1))
+    atomic_write(_done_marker(job, places, profile), json.dumps(written, indent=1))
     return time.time() - started
 
 
-def execute(job: Job, places: Places, profile: str | None, is_quiet: bool = False) -> Path:
+def execute(job: Job, places: RunPaths, profile: str | None, is_quiet: bool = False) -> Path:
     """Execute one notebook and keep its copy.
 
     Args:
@@ -237,15 +237,15 @@ def execute(job: Job, places: Places, profile: str | None, is_quiet: bool = Fals
     try:
         _execute(job, part, places, profile, is_quiet)
     except Exception as error:  # whatever ends a notebook: its own error, a dead kernel, a full disk
-        _keep(part, failed, job, profile, time.time() - started, error)
+        _save_executed(part, failed, job, profile, time.time() - started, error)
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise NotebookFailed(f"{job.stem}: failed ({last[0]}); its copy with the traceback: {failed}") from error
-    _keep(part, _executed(job, places), job, profile, time.time() - started)
+    _save_executed(part, _executed(job, places), job, profile, time.time() - started)
     failed.unlink(missing_ok=True)
     return _executed(job, places)
 
 
-def _execute(job: Job, part: Path, places: Places, profile: str | None, is_quiet: bool) -> None:
+def _execute(job: Job, part: Path, places: RunPaths, profile: str | None, is_quiet: bool) -> None:
     import papermill
 
     from rvlm.cli.kernels import kernel_manager
@@ -263,7 +263,7 @@ def _execute(job: Job, part: Path, places: Places, profile: str | None, is_quiet
     )
 
 
-def kernel_environment(job: Job, places: Places, profile: str | None) -> dict[str, str]:
+def kernel_environment(job: Job, places: RunPaths, profile: str | None) -> dict[str, str]:
     """What a notebook reads of the run that executes it."""
     return {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -274,7 +274,9 @@ def kernel_environment(job: Job, places: Places, profile: str | None) -> dict[st
     }
 
 
-def _keep(part: Path, final: Path, job: Job, profile: str | None, seconds: float, error: Exception | None = None) -> None:
+def _save_executed(
+    part: Path, final: Path, job: Job, profile: str | None, seconds: float, error: Exception | None = None
+) -> None:
     """Give an executed copy its final name, with its key and without this machine's paths in the metadata."""
     source = part if part.exists() else job.notebook  # a kernel that never started leaves no copy
     notebook = json.loads(source.read_text())
@@ -283,7 +285,7 @@ def _keep(part: Path, final: Path, job: Job, profile: str | None, seconds: float
         notebook["metadata"]["rvlm"]["error"] = f"{type(error).__name__}: {error}"
     if "papermill" in notebook["metadata"]:
         notebook["metadata"]["papermill"] |= {"input_path": f"notebooks/{job.notebook.name}", "output_path": final.name}
-    write_whole(final, json.dumps(cleaned(notebook), indent=1, ensure_ascii=False) + "\n")
+    atomic_write(final, json.dumps(cleaned(notebook), indent=1, ensure_ascii=False) + "\n")
     part.unlink(missing_ok=True)
 
 

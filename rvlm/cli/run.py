@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rvlm.cli import add_command
-from rvlm.cli.reproduce import Job, NotebookFailed, Places, execute
-from rvlm.files import ROOT, artifacts_dir, digest, key_of
-from rvlm.report.findings import fine_print, load_findings
-from rvlm.report.notebooks import Refused, find_notebook, parse_parameters
+from rvlm.cli.reproduce import Job, NotebookFailed, RunPaths, execute
+from rvlm.files import ROOT, artifacts_dir, config_hash, file_hash
+from rvlm.report.findings import load_findings, provenance_line
+from rvlm.report.notebooks import InvalidRun, find_notebook, parse_parameters
 
 EXAMPLES = """examples:
   rvlm run 00 -p seed 11 -p family open_drawer
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(error)
         return 1
     for record in load_findings(places.results):
-        print(f"{record['name']}: {record['sentence']}\n    {fine_print(record).replace('**', '')}")
+        print(f"{record['name']}: {record['sentence']}\n    {provenance_line(record).replace('**', '')}")
     print(f"executed copy: {copy}\nfigures, tables, findings: {places.results}")
     return 0
 
@@ -53,7 +53,7 @@ def _in_words(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {value!r}" for name, value in parameters.items()) or "its own parameters"
 
 
-def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, Places]:
+def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, RunPaths]:
     """The job of `rvlm run`, and where it reads and writes.
 
     Args:
@@ -65,8 +65,8 @@ def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, Places]:
     """
     notebook = _notebook(name)
     parameters = {key: _settled(key, value) for key, value in parse_parameters(notebook, pairs).items()}
-    key, artifacts = key_of(parameters | {"": digest(notebook)}), artifacts_dir().resolve()
-    places = Places(ROOT, notebook.parent, artifacts / "tried" / f"{notebook.stem}-{key}", artifacts)
+    key, artifacts = config_hash(parameters | {"": file_hash(notebook)}), artifacts_dir().resolve()
+    places = RunPaths(ROOT, notebook.parent, artifacts / "tried" / f"{notebook.stem}-{key}", artifacts)
     return Job(notebook, parameters, key), places
 
 
@@ -83,9 +83,9 @@ def _settled(name: str, value: Any) -> Any:
         from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 
         if value not in ALL_FAMILIES:
-            raise Refused(f"no task family {value!r}; there are {', '.join(ALL_FAMILIES)}")
+            raise InvalidRun(f"no task family {value!r}; there are {', '.join(ALL_FAMILIES)}")
     folder = Path(str(value)).expanduser().resolve()
     if name.endswith("_folder") and value and not folder.is_dir():
-        raise Refused(f"{name}: no folder {folder}")
+        raise InvalidRun(f"{name}: no folder {folder}")
     is_folder = isinstance(value, str) and value and name.endswith(("folder", "vlm")) and folder.is_dir()
     return str(folder) if is_folder else value

@@ -7,7 +7,7 @@ from typing import Any
 
 from rvlm.cli import add_command
 from rvlm.files import ROOT, artifacts_dir
-from rvlm.report.notebooks import Refused, parameters_in, read_profiles
+from rvlm.report.notebooks import InvalidRun, parameters_in, read_profiles
 
 SHIPPED = "full"  # the profile whose sizes the shipped models have
 NOTEBOOKS = {"vlm": "01_load_a_vlm", "policy": "05_train_in_stages"}  # whose parameters are the sizes
@@ -36,7 +36,9 @@ def _ship(arguments: argparse.Namespace) -> int:
     name, profile = arguments.name, arguments.profile
     sizes = _sizes(profile, NOTEBOOKS[name])
     if arguments.install and profile != SHIPPED:
-        raise Refused(f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}")
+        raise InvalidRun(
+            f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}"
+        )
     from rvlm.experiments import recipes
 
     target = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name]
@@ -47,12 +49,12 @@ def _ship(arguments: argparse.Namespace) -> int:
         "vlm": lambda: recipes.vision_language(sizes["n_scenes"], sizes["n_samples"]),
         "policy": lambda: recipes.main_policy(sizes["n_episodes"], sizes["n_samples"]),
     }
-    print(recipes.ship(stages[name](), target, f"rvlm {name} --profile {profile}"))
+    print(recipes.release(stages[name](), target, f"rvlm {name} --profile {profile}"))
     return 0
 
 
 def _sizes(profile: str, stem: str) -> dict[str, Any]:
     profiles = read_profiles(ROOT / "notebooks")
     if profile not in profiles:
-        raise Refused(f"no profile {profile!r}; those in notebooks/profiles.yaml: {', '.join(profiles)}")
+        raise InvalidRun(f"no profile {profile!r}; those in notebooks/profiles.yaml: {', '.join(profiles)}")
     return parameters_in(profiles, profile, stem)

@@ -17,7 +17,7 @@ from rvlm.data.frame_placement import place
 from rvlm.data.meta import file_path
 from rvlm.data.tables import read_rows
 from rvlm.data.video import EpisodeError, decode_frames, decode_image, frame_times
-from rvlm.files import digest, hash_of_code
+from rvlm.files import file_hash, hash_of_code
 
 CODE = (
     "rvlm.data.cameras",
@@ -64,7 +64,7 @@ class Camera:
             if not path.is_file():
                 raise EpisodeError(f"{data.root}: expected a video at {path}, got none; fetch or record it again")
         made_from = {
-            "files": [digest(path) for path in files],
+            "files": [file_hash(path) for path in files],
             "rows": _hash(*files.values(), *([self._stamps(), *self._spans().values()] if self.is_video else ())),
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
             "code": hash_of_code(*CODE),

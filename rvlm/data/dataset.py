@@ -87,7 +87,7 @@ class EpisodeDataset:
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """What the dataset promises not to hold (`rvlm.evaluation.protocols.leaks`); empty where nothing was promised."""
+        """What the dataset promises not to hold (`rvlm.evaluation.protocols`); empty where nothing was promised."""
         path = self.root / "meta/held_out.json"
         return read_json(path) if path.is_file() else {}
 
@@ -204,9 +204,9 @@ class EpisodeDataset:
 
         The gripper of "action" is passed through; `ActionSpec.normalize` maps it to {0, 1}.
         """
-        return pooled_stats([(self, self.checked_episodes(episodes))], kind)
+        return pooled_stats([(self, self.validate_episodes(episodes))], kind)
 
-    def checked_episodes(self, episodes: Episodes | None) -> np.ndarray:
+    def validate_episodes(self, episodes: Episodes | None) -> np.ndarray:
         """Episode indices, sorted; all of them for None; those that don't exist are refused."""
         chosen = np.arange(self.n_episodes) if episodes is None else episode_numbers(episodes)
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= self.n_episodes:

@@ -8,10 +8,10 @@ import numpy as np
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.cards import CAMERA
-from rvlm.data.lerobot_format import AUTOMATIC, IMAGES, RESERVED, Frames
+from rvlm.data.lerobot_format import DEFAULT_FEATURES, IMAGES, RESERVED_COLUMNS, Frames
 from rvlm.data.video import EpisodeError
 
-OWN = {*AUTOMATIC, "instruction"}  # columns that the format, or a reader, adds itself
+OWN = {*DEFAULT_FEATURES, "instruction"}  # columns that the format, or a reader, adds itself
 
 
 def check_arrays(frames: Any) -> None:
@@ -89,8 +89,8 @@ def check_extra(extra: dict[Any, Any] | None, before: dict[str, Any] | None = No
         plain[name] = value.item() if isinstance(value, np.generic) else value
         if not _is_column(name) or not _is_scalar(plain[name]):
             raise EpisodeError(
-                f"extra: expected scalars under names other than {sorted(RESERVED)}, got {name!r}: {value!r}; whole numbers have "
-                "64 bits at most; put what changes from frame to frame into the frames"
+                f"extra: expected scalars under names other than {sorted(RESERVED_COLUMNS)}, got {name!r}: {value!r}; "
+                "whole numbers have 64 bits at most; put what changes from frame to frame into the frames"
             )
         if name in (before or {}) and (is_kind := kind_of(plain[name])) != (was_kind := kind_of((before or {})[name])):
             raise EpisodeError(
@@ -100,7 +100,9 @@ def check_extra(extra: dict[Any, Any] | None, before: dict[str, Any] | None = No
 
 
 def _is_column(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and bool(name.strip()) and "/" not in name and name not in RESERVED
+    return (
+        isinstance(name, str) and name.isprintable() and bool(name.strip()) and "/" not in name and name not in RESERVED_COLUMNS
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rvlm.data.video import EpisodeError
-from rvlm.files import artifacts_dir, key_of, reserve
+from rvlm.files import artifacts_dir, config_hash, reserve
 
 
 def limit_bytes() -> float:
@@ -51,7 +51,7 @@ def cached_frames(
         shape: called where they are made; gives (n_frames, h, w, 3).
         fill: called with the array to write to.
     """
-    folder = artifacts_dir() / "frames" / key_of(made_from)
+    folder = artifacts_dir() / "frames" / config_hash(made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock(folder)):  # who asks for the same frames meanwhile waits for them
         if not _is_whole(folder):

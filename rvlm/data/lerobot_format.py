@@ -32,8 +32,17 @@ IMAGES = "observation.images."
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-RESERVED = {"episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index", "instruction", "digest", "extra"}
-AUTOMATIC = {
+RESERVED_COLUMNS = {
+    "episode_index",
+    "tasks",
+    "length",
+    "dataset_from_index",
+    "dataset_to_index",
+    "instruction",
+    "digest",
+    "extra",
+}
+DEFAULT_FEATURES = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
     "episode_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -67,15 +76,15 @@ def _whole(fps: float) -> float | int:
     return int(fps) if float(fps).is_integer() else fps
 
 
-def assemble(shards: Sequence[Path], whole: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:
+def finalize_dataset(shards: Sequence[Path], whole: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:
     """Write one dataset of finished shards into the folder `whole`."""
     shards = [s for s in shards if pq.read_metadata(s / "episodes.parquet").num_rows]
     if not shards:
         raise EpisodeError(f"expected at least one episode in {whole.parent}, got none; add episodes before finalize")
     features = common_features(shards)
     episodes = pd.concat([_episode_rows(s, i, spec) for i, s in enumerate(shards)], ignore_index=True)
-    _number(episodes)
-    _refuse_twins(episodes)
+    _assign_indices(episodes)
+    _reject_duplicates(episodes)
     tasks = list(dict.fromkeys(episodes.pop("instruction")))
     tables = _write_data(whole, shards, episodes, features, tasks, spec)
     episodes, stats = _all_stats(tables, episodes)
@@ -109,14 +118,14 @@ def _episode_rows(shard: Path, i: int, spec: ActionSpec) -> pd.DataFrame:
     return pd.concat([rows, extra], axis=1)
 
 
-def _number(episodes: pd.DataFrame) -> None:
+def _assign_indices(episodes: pd.DataFrame) -> None:
     episodes.insert(0, "episode_index", np.arange(len(episodes)))
     episodes["dataset_to_index"] = episodes["length"].cumsum()
     episodes["dataset_from_index"] = episodes["dataset_to_index"] - episodes["length"]
     episodes["meta/episodes/chunk_index"], episodes["meta/episodes/file_index"] = 0, 0
 
 
-def _refuse_twins(episodes: pd.DataFrame) -> None:
+def _reject_duplicates(episodes: pd.DataFrame) -> None:
     """Two equal episodes mean one seed twice: a held-out copy of a training episode measures nothing."""
     digest = episodes.pop("digest")
     if digest.duplicated().any():
@@ -210,7 +219,7 @@ def _write_meta(
 
 def _info(episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec) -> dict[str, Any]:
     fps = _whole(spec.rate_hz)
-    plain = {k: f if f["dtype"] == "video" else f | {"fps": fps} for k, f in (features | AUTOMATIC).items()}
+    plain = {k: f if f["dtype"] == "video" else f | {"fps": fps} for k, f in (features | DEFAULT_FEATURES).items()}
     counts = {
         "total_episodes": len(episodes),
         "total_frames": int(episodes["length"].to_numpy().sum()),

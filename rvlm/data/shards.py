@@ -29,7 +29,7 @@ from rvlm.data.episode_checks import check_arrays, check_extra, check_frames
 from rvlm.data.instructions import flaw_of
 from rvlm.data.lerobot_format import IMAGES, Frames, ImageHistogram, common_features, infer_features, link
 from rvlm.data.video import EpisodeError, VideoWriter, concatenate
-from rvlm.files import write_whole
+from rvlm.files import atomic_write
 
 LAST = "features.json"  # what is written last: a folder that has it is whole
 
@@ -114,7 +114,7 @@ def _write_tables(folder: Path, data: pa.Table | None, rows: list[dict[str, Any]
 def _finish(folder: Path, features: dict[str, Any] | None) -> None:
     """Put all that was written onto the disk, then say that it is whole: a power cut may not change the order."""
     _settle([path for path in folder.iterdir() if path.is_file()])
-    _settle([write_whole(folder / LAST, json.dumps(features))])
+    _settle([atomic_write(folder / LAST, json.dumps(features))])
 
 
 def _settle(paths: Sequence[Path]) -> None:

@@ -1,6 +1,6 @@
 """Demonstrations as training samples: windows of observations and of the actions that follow.
 
-The front door to data: `EpisodeWriter` and `collect` record a LeRobotDataset v3.0, `EpisodeDataset` reads one (or a v2.1),
+The front door to data: `EpisodeWriter` and `record_dataset` record a LeRobotDataset v3.0, `EpisodeDataset` reads one (or a v2.1),
 `Windows` cuts it into samples, `split` keeps whole episodes apart.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 from rvlm.data.actions import NormStats, SpecMismatch
 from rvlm.data.dataset import EpisodeDataset, Episodes, Index
 from rvlm.data.video import EpisodeError
-from rvlm.data.writer import EpisodeWriter, collect
+from rvlm.data.writer import EpisodeWriter, record_dataset
 
-__all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "collect", "split"]
+__all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "record_dataset", "split"]
 
 Paraphrase = Callable[[str, np.random.Generator], str]
 
@@ -79,7 +79,7 @@ class Windows:
                 raise EpisodeError(f"expected {name} as a whole number from 1 on, got {value!r}")
         self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
         self.cameras = tuple(cameras or dataset.cameras)
-        self.episodes = dataset.checked_episodes(episodes)
+        self.episodes = dataset.validate_episodes(episodes)
         self.stats = stats or dataset.stats(episodes=self.episodes)
         self.paraphrase, self.seed, self.dataset_index, self.epoch = paraphrase, seed, dataset_index, 0
         self._load_columns()

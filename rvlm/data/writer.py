@@ -27,10 +27,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.lerobot_format import Frames, assemble
+from rvlm.data.lerobot_format import Frames, finalize_dataset
 from rvlm.data.shards import LAST, Shard, extra_of, finished, joined, n_episodes, number_of, place, place_next, take_up
 from rvlm.data.video import EpisodeError
-from rvlm.files import write_whole
+from rvlm.files import atomic_write
 from rvlm.processes import in_parallel
 
 Episode = tuple[Frames, str, dict[str, Any] | None]
@@ -159,7 +159,7 @@ def partial_folder(root: Path) -> Path:
 
 def _open_partial(partial: Path, header: dict[str, Any]) -> None:
     if not (partial / "header.json").exists():
-        write_whole(partial / "header.json", json.dumps(header))
+        atomic_write(partial / "header.json", json.dumps(header))
     _refuse_other(partial, header)
 
 
@@ -181,7 +181,7 @@ def _refuse_other(partial: Path, header: dict[str, Any]) -> None:
 def _assemble(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
     """Make the dataset, under a temporary name; then what it was made of is no longer needed."""
     whole, mark = partial_folder(root) / f"whole.{uuid.uuid4().hex}", partial_folder(root) / ASSEMBLED
-    assemble(shards, whole, spec, held_out)
+    finalize_dataset(shards, whole, spec, held_out)
     mark.write_text(str(whole.stat().st_ino))
     try:
         whole.rename(root)
@@ -216,7 +216,7 @@ def record_shard(partial: str, index: int, spec: ActionSpec, make_shard: Callabl
     return index
 
 
-def collect(
+def record_dataset(
     root: str | Path,
     spec: ActionSpec,
     make_shard: Callable[[int], Iterable[Episode]],

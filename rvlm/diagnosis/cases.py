@@ -10,7 +10,7 @@ import pandas as pd
 from rvlm.data.windows import EpisodeDataset, split
 from rvlm.policy.policy import Policy
 
-MENDS = {  # fault -> what to do about it
+FIXES = {  # fault -> what to do about it
     "actions outside of the card": "give actions in the card's raw units, or mend the card",
     "control rate": "resample the data, or set rate_hz of card and environment to the data's",
     "quaternion order": "reorder the state's quaternion to what the card says (state_rotation), or mend the card",
@@ -40,13 +40,13 @@ MENDS = {  # fault -> what to do about it
 
 
 @dataclasses.dataclass(frozen=True)
-class Rung:
+class Check:
     """One question of the ladder and its answer.
 
     Attributes:
         name: Of the rung.
         measured: What was found, in words.
-        fault: Key of `MENDS`, or None where the rung holds.
+        fault: Key of `FIXES`, or None where the rung holds.
         evidence: What the answer rests on, as a table to draw: `candidate` or other columns, and the number that decided.
     """
 
@@ -58,15 +58,15 @@ class Rung:
     @property
     def mend(self) -> str:
         """What to do, or nothing where the rung holds."""
-        return MENDS[self.fault] if self.fault else ""
+        return FIXES[self.fault] if self.fault else ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class DiagnosisInputs:
     """What is diagnosed: a policy, the demonstrations that it was trained on, and the environment that it fails in.
 
     Attributes:
-        policy: As `Policy.load` gives it.
+        policy: As `load_policy` gives it.
         dataset: With columns `seed` and `family` per episode where the environment can be started as it was recorded;
             without them the rungs that need this say so and hold.
         env: A `gymnasium.Env` with an `action_spec`.

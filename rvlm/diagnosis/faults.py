@@ -13,12 +13,12 @@ from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import NormStats
 from rvlm.data.windows import EpisodeDataset
-from rvlm.diagnosis.cases import Case
-from rvlm.diagnosis.ladder import TURNS, enveloped
+from rvlm.diagnosis.cases import DiagnosisInputs
+from rvlm.diagnosis.ladder import IMAGE_ERRORS, widest_quantiles
 from rvlm.policy.policy import Policy
 
 
-class AlteredDataset(EpisodeDataset):
+class PerturbedDataset(EpisodeDataset):
     """Demonstrations of which something was changed on the way.
 
     Args:
@@ -54,7 +54,7 @@ class AlteredDataset(EpisodeDataset):
         return {camera: self._turn(images) for camera, images in super().frames_cache(cameras).items()}
 
 
-class AlteredEnv:
+class PerturbedEnv:
     """An environment that shows or does something else than it should.
 
     Args:
@@ -92,23 +92,23 @@ class AlteredEnv:
         return self._observe(observation), *rest
 
 
-def _data(case: Case, **changes: Any) -> Case:
-    return dataclasses.replace(case, dataset=AlteredDataset(case.dataset, **changes))
+def _data(case: DiagnosisInputs, **changes: Any) -> DiagnosisInputs:
+    return dataclasses.replace(case, dataset=PerturbedDataset(case.dataset, **changes))
 
 
-def _actions(case: Case, change: Callable[[np.ndarray], np.ndarray]) -> Case:
+def _actions(case: DiagnosisInputs, change: Callable[[np.ndarray], np.ndarray]) -> DiagnosisInputs:
     return _data(case, columns={"action": change, "action_executed": change})
 
 
-def _env(case: Case, **changes: Any) -> Case:
-    return dataclasses.replace(case, env=AlteredEnv(case.env, **changes))
+def _env(case: DiagnosisInputs, **changes: Any) -> DiagnosisInputs:
+    return dataclasses.replace(case, env=PerturbedEnv(case.env, **changes))
 
 
 def _images(turn: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict], dict]:
     return lambda observation: {k: turn(v) if "image" in k else v for k, v in observation.items()}
 
 
-def _stats(case: Case, change: Callable[[NormStats], NormStats]) -> Case:
+def _stats(case: DiagnosisInputs, change: Callable[[NormStats], NormStats]) -> DiagnosisInputs:
     model = copy.copy(case.policy.model)
     model.stats = {**model.stats, "action": change(model.stats["action"])}
     return dataclasses.replace(case, policy=Policy(model, case.policy.prompter.processor))
@@ -128,7 +128,7 @@ def _flipped_gripper(actions: np.ndarray) -> np.ndarray:
     return np.concatenate([actions[..., :6], -actions[..., 6:]], axis=-1)
 
 
-def _twice(case: Case) -> Case:
+def _twice(case: DiagnosisInputs) -> DiagnosisInputs:
     """Differences of displacements, episode by episode."""
     firsts = case.dataset.episodes["dataset_from_index"].to_numpy()
 
@@ -140,7 +140,7 @@ def _twice(case: Case) -> Case:
     return _actions(case, lambda actions: _arm(actions, change))
 
 
-def _absolute(case: Case) -> Case:
+def _absolute(case: DiagnosisInputs) -> DiagnosisInputs:
     """Target positions, squeezed into the card's range."""
     spec, state = case.dataset.require_spec(), case.dataset.column("observation.state")
 
@@ -151,14 +151,14 @@ def _absolute(case: Case) -> Case:
     return _actions(case, change)
 
 
-def _euler(case: Case) -> Case:
+def _euler(case: DiagnosisInputs) -> DiagnosisInputs:
     """Turns stored as Euler angles where the card says axis angle."""
     scale = case.dataset.require_spec().scale[3]
     to_euler = lambda vector: np.clip(Rotation.from_rotvec(vector).as_euler("xyz"), -scale, scale)  # noqa: E731
     return _actions(case, lambda actions: _turned(actions, scale, to_euler))
 
 
-def _quaternions(case: Case, scalar_first: bool = False, jumps: bool = False) -> Case:
+def _quaternions(case: DiagnosisInputs, scalar_first: bool = False, jumps: bool = False) -> DiagnosisInputs:
     """The state's turn as a quaternion, said by the card to be (x, y, z, w)."""
     spec, state = case.dataset.require_spec(), case.dataset.column("observation.state")
     q = Rotation.from_rotvec(state[:, 3:6]).as_quat(canonical=True, scalar_first=scalar_first)
@@ -170,34 +170,34 @@ def _quaternions(case: Case, scalar_first: bool = False, jumps: bool = False) ->
     return _data(case, columns={"observation.state": lambda _: values}, spec=card)
 
 
-def _all_episodes(case: Case) -> Case:
+def _all_episodes(case: DiagnosisInputs) -> DiagnosisInputs:
     every = case.dataset.stats(episodes=range(case.dataset.n_episodes))["action"]
     return _stats(case, lambda _: every)
 
 
-def _envelopes(case: Case) -> Case:
+def _envelopes(case: DiagnosisInputs) -> DiagnosisInputs:
     """Quantiles of the whole as the widest of the episodes' own."""
-    return _stats(case, lambda stats: enveloped(stats, case))
+    return _stats(case, lambda stats: widest_quantiles(stats, case))
 
 
-def _another_dataset(case: Case) -> Case:
+def _another_dataset(case: DiagnosisInputs) -> DiagnosisInputs:
     """Statistics as of a robot whose actions have another scale."""
     return _stats(case, lambda s: dataclasses.replace(s, q01=3 * s.q01, q99=3 * s.q99))
 
 
-def _short(case: Case) -> Case:
+def _short(case: DiagnosisInputs) -> DiagnosisInputs:
     env = copy.copy(case.env)
     env.max_steps = 8
     return dataclasses.replace(case, env=env)
 
 
-def _whole_chunks(case: Case) -> Case:
+def _whole_chunks(case: DiagnosisInputs) -> DiagnosisInputs:
     model = case.policy.model
     policy = Policy(model, case.policy.prompter.processor, n_action_steps=model.config.chunk_size)
     return dataclasses.replace(case, policy=policy)
 
 
-def _kind(case: Case) -> Case:
+def _kind(case: DiagnosisInputs) -> DiagnosisInputs:
     return _stats(case, lambda stats: dataclasses.replace(stats, kind="min_max"))
 
 
@@ -220,14 +220,14 @@ class Fault:
     Attributes:
         where: "data", "policy" or "environment".
         how: In words.
-        named: What the ladder must call it, a key of `rvlm.diagnosis.cases.MENDS`.
+        named: What the ladder must call it, a key of `rvlm.diagnosis.cases.FIXES`.
         plant: A sound case to one with the fault.
     """
 
     where: str
     how: str
     named: str
-    plant: Callable[[Case], Case]
+    plant: Callable[[DiagnosisInputs], DiagnosisInputs]
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -241,7 +241,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("data", "quaternions jump to the antipode", "quaternion sign", lambda case: _quaternions(case, jumps=True)),
     *(
         Fault(where, name, name, plant)
-        for name, turn in TURNS.items()
+        for name, turn in IMAGE_ERRORS.items()
         for where, plant in (
             ("data", lambda case, turn=turn: _data(case, frames=turn)),
             ("environment", lambda case, turn=turn: _env(case, observe=_images(turn))),

@@ -18,14 +18,14 @@ from scipy.spatial.transform import Rotation
 from rvlm.data.actions import ARM_DIMS, ActionSpec, SpecMismatch
 from rvlm.data.cards import IMAGE_KEYS
 
-LAYOUTS: dict[str, tuple[Callable, Callable]] = {  # of a rotation [rad] -> what reads three numbers, and what writes them
+ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # of a rotation [rad] -> what reads three numbers, and what writes them
     "axis_angle": (Rotation.from_rotvec, Rotation.as_rotvec),
     "euler_xyz": (partial(Rotation.from_euler, "xyz"), partial(Rotation.as_euler, seq="xyz")),  # about fixed axes, x first
 }
-WORKS: dict[str, tuple] = {
+SUPPORTED: dict[str, tuple] = {
     "frame": ("world", "base"),
-    "rotation": tuple(LAYOUTS),
-    "state_rotation": tuple(LAYOUTS),
+    "rotation": tuple(ROTATION_CODECS),
+    "state_rotation": tuple(ROTATION_CODECS),
     "image_rotation_deg": (0.0,),
 }
 POSE_UNITS = ("m", "m", "m", "rad", "rad", "rad")
@@ -163,7 +163,7 @@ class HardwareEnv(gymnasium.Env):
         try:
             is_over = bool(self.is_stopped())
             if not is_over:
-                info |= self._carry_out(within)
+                info |= self._execute(within)
                 is_over = self.n_steps >= self.max_steps
             if is_over:
                 self._halt = "the episode is over; arrange the scene, then call reset()"
@@ -183,7 +183,7 @@ class HardwareEnv(gymnasium.Env):
             )
         return np.clip(got, spec.low, spec.high)
 
-    def _carry_out(self, action: np.ndarray) -> dict[str, Any]:
+    def _execute(self, action: np.ndarray) -> dict[str, Any]:
         started = self.clock()
         if not self.robot.is_connected:
             raise ConnectionError("expected a connected robot, got one that is not; check power and cables")
@@ -198,17 +198,17 @@ class HardwareEnv(gymnasium.Env):
         """What to send for an action within range, and whether the workspace limited it."""
         spec, (low, high) = self.action_spec, self.workspace
         si = spec.to_si(action, *spec.names[:ARM_DIMS])
-        pos, turn = si[:3], LAYOUTS[spec.rotation][0](si[3:])
-        read, write = LAYOUTS[spec.state_rotation]
+        pos, turn = si[:3], ROTATION_CODECS[spec.rotation][0](si[3:])
+        read, write = ROTATION_CODECS[spec.state_rotation]
         if spec.is_delta:
-            self._require_near()
+            self._check_within_reach()
             pos, turn = self._pose[:3] + pos, turn * read(self._pose[3:ARM_DIMS])
         inside = np.clip(pos, low, high)
         gripper = spec.set_gripper(action, spec.is_open(action))[spec.gripper_index]
         values = map(float, (*inside, *write(turn), gripper))
         return dict(zip(self.keys, values, strict=True)), bool((inside != pos).any())
 
-    def _require_near(self) -> None:
+    def _check_within_reach(self) -> None:
         """So that no more than a step is ever needed to come back into the workspace."""
         spec, pos = self.action_spec, self._pose[:3]
         reach = spec.to_si(np.abs([spec.low, spec.high]).max(0), *spec.names[:3])
@@ -238,8 +238,8 @@ class HardwareEnv(gymnasium.Env):
 
 
 def _require_conventions(spec: ActionSpec) -> None:
-    got = {name: getattr(spec, name) for name in WORKS}
-    wrong = [f"{name} {value!r} (works: {WORKS[name]})" for name, value in got.items() if value not in WORKS[name]]
+    got = {name: getattr(spec, name) for name in SUPPORTED}
+    wrong = [f"{name} {value!r} (works: {SUPPORTED[name]})" for name, value in got.items() if value not in SUPPORTED[name]]
     wrong += [f"camera {camera!r} (works: {tuple(IMAGE_KEYS)})" for camera in spec.cameras if camera not in IMAGE_KEYS]
     for name in ("units", "state_units"):
         units = getattr(spec, name)

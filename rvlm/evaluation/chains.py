@@ -18,26 +18,26 @@ from gymnasium.utils.seeding import np_random
 
 from rvlm.caches import Code
 from rvlm.envs.tabletop.scene import DRAWER_RANGE, N_OBJECTS, SETTINGS, SLIDER_RANGE, Setting
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.envs.tabletop.world import World
-from rvlm.evaluation.closed_loop import BATCH, Evaluation, cast_of, success_table
+from rvlm.evaluation.closed_loop import BATCH, Evaluation, policy_and_envs, success_table
 from rvlm.evaluation.rollouts import rollout
 from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
 N_DRAWS = 1000  # of whole chains, before one is put together task by task
-PER_LINK = 1_000_000  # seeds of two links of a chain are this far apart
+SEED_STRIDE = 1_000_000  # seeds of two links of a chain are this far apart
 _CATEGORY = {"open": "drawer", "close": "drawer", "turn": "light", "move": "slider"}
 
 
-class Symbols:
+class SymbolicState:
     """What is known of a scene without simulating it; families ask it what they ask a `World`."""
 
     def __init__(self, world: World) -> None:
-        self._travels = {name: world.travel(name) for name in ("drawer", "slider")}
+        self._travels = {name: world.joint_position(name) for name in ("drawer", "slider")}
         self.is_light_on, self.objects, self.n_taken = world.is_light_on, list(world.objects), 0
 
-    def travel(self, name: str) -> float:
+    def joint_position(self, name: str) -> float:
         """Joint position of "drawer" or "slider" [m]."""
         return self._travels[name]
 
@@ -49,7 +49,7 @@ class Symbols:
         """Switch the light."""
         self.is_light_on = is_on
 
-    def _dress(self, i: int, color: str, shape: str) -> None:
+    def set_appearance(self, i: int, color: str, shape: str) -> None:
         """A world redraws its object here."""
 
     def take(self, n: int) -> None:
@@ -57,10 +57,10 @@ class Symbols:
         self.n_taken += n
 
     def state(self) -> tuple:
-        """All that `can_ask` looks at."""
+        """All that `is_feasible` looks at."""
         return (*self._travels.values(), self.is_light_on, self.n_taken, tuple(self.objects))
 
-    def can_ask(self, family: str) -> bool:
+    def is_feasible(self, family: str) -> bool:
         """Whether a task of `family` can surely be asked: its fixtures are right, and objects that it needs are left."""
         kind, scene = ALL_FAMILIES[family], cast(Any, self)
         n_cubes = sum(shape == "cube" for _, shape in self.objects)
@@ -69,7 +69,7 @@ class Symbols:
         return kind.can_start(scene) and (kind.n_objects == 0 or is_left)
 
 
-EFFECTS: dict[str, Callable[[Symbols], None]] = {
+EFFECTS: dict[str, Callable[[SymbolicState], None]] = {
     "open_drawer": lambda scene: scene.set_travel("drawer", DRAWER_RANGE),
     "close_drawer": lambda scene: scene.set_travel("drawer", 0.0),
     "turn_on_light": lambda scene: scene.set_light(True),
@@ -88,7 +88,9 @@ def category(family: str) -> str:
     return _CATEGORY.get(word, word)
 
 
-def draw(seeds: Sequence[int], families: Sequence[str], robot: str, setting: Setting, length: int = LENGTH) -> list[tuple]:
+def sample_chains(
+    seeds: Sequence[int], families: Sequence[str], robot: str, setting: Setting, length: int = LENGTH
+) -> list[tuple]:
     """The tasks of one chain per seed, as tuples of families; a scene is drawn, nothing is simulated.
 
     Args:
@@ -113,7 +115,7 @@ def draw(seeds: Sequence[int], families: Sequence[str], robot: str, setting: Set
         rng = np.random.default_rng((seed, 5))
         drawn = (tuple(map(str, rng.choice(list(families), length, replace=False))) for _ in range(N_DRAWS))
         chain = next((chain for chain in drawn if _is_feasible(world, chain, length)), None)
-        chain = chain or _find(Symbols(world), list(families), length, (), rng, set())
+        chain = chain or _find(SymbolicState(world), list(families), length, (), rng, set())
         if chain is None:
             raise ValueError(
                 f"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed {seed}: objects are used "
@@ -123,7 +125,7 @@ def draw(seeds: Sequence[int], families: Sequence[str], robot: str, setting: Set
     return chains
 
 
-def _find(scene: Symbols, families: list[str], length: int, so_far: tuple, rng: Any, dead: set) -> tuple | None:
+def _find(scene: SymbolicState, families: list[str], length: int, so_far: tuple, rng: Any, dead: set) -> tuple | None:
     """A chain that goes on from here, in a random order of search; None if there is none."""
     if len(so_far) == length:
         return so_far
@@ -134,7 +136,7 @@ def _find(scene: Symbols, families: list[str], length: int, so_far: tuple, rng: 
         after: Any = copy.deepcopy(scene)
         if not so_far:
             ALL_FAMILIES[family].prepare(after)
-        if after.can_ask(family):
+        if after.is_feasible(family):
             EFFECTS.get(family, lambda scene: None)(after)
             if found := _find(after, families, length, (*so_far, family), rng, dead):
                 return found
@@ -145,16 +147,16 @@ def _find(scene: Symbols, families: list[str], length: int, so_far: tuple, rng: 
 def _is_feasible(world: World, chain: tuple, length: int) -> bool:
     if len({category(family) for family in chain}) < length:
         return False
-    scene: Any = Symbols(world)
+    scene: Any = SymbolicState(world)
     ALL_FAMILIES[chain[0]].prepare(scene)
     for family in chain:
-        if not scene.can_ask(family):
+        if not scene.is_feasible(family):
             return False
         EFFECTS.get(family, lambda scene: None)(scene)
     return True
 
 
-def roll_out(
+def rollout_chains(
     policy: Any, envs: Sequence[Any], seeds: Sequence[int], chains: Sequence[tuple], control: str = "none"
 ) -> list[dict]:
     """Run one chain in each environment, link by link; those that failed stand still.
@@ -171,7 +173,7 @@ def roll_out(
             running = [i for i in running if i not in impossible]
         if not running:
             break
-        episodes = [(seeds[i] + link * PER_LINK, chains[i][link]) for i in running]
+        episodes = [(seeds[i] + link * SEED_STRIDE, chains[i][link]) for i in running]
         part = rollout(policy, [envs[i] for i in running], episodes, control, keep_state=link > 0)
         rows += [{**row, "seed": seeds[i], "link": link} for i, row in zip(running, part, strict=True)]
         running = [i for i, row in zip(running, part, strict=True) if row["is_success"]]
@@ -197,36 +199,36 @@ class ChainEvaluation(Evaluation):
         )
 
     def run(self, batch: int) -> list[dict]:
-        """Roll out one of its batches in this process; rows as `roll_out` gives them."""
+        """Roll out one of its batches in this process; rows as `rollout_chains` gives them."""
         first = self.first_seed + batch * BATCH
         seeds = range(first, first + self.batch_size(batch))
-        policy, envs = cast_of(self)
-        chains = draw(seeds, self.families or MIX, self.robot, SETTINGS[self.setting], self.length)
-        return roll_out(policy, envs[: len(seeds)], seeds, chains, self.control)
+        policy, envs = policy_and_envs(self)
+        chains = sample_chains(seeds, self.families or DEFAULT_TASKS, self.robot, SETTINGS[self.setting], self.length)
+        return rollout_chains(policy, envs[: len(seeds)], seeds, chains, self.control)
 
 
-def lengths(episodes: pd.DataFrame) -> pd.Series:
+def chain_lengths(episodes: pd.DataFrame) -> pd.Series:
     """Tasks solved in a row, by chain (its seed); of the rows of one policy."""
     solved: Any = episodes.groupby("seed")["is_success"].sum()
     return solved.astype(int)
 
 
-def in_a_row(episodes: pd.DataFrame, length: int = LENGTH) -> pd.DataFrame:
+def success_at_k(episodes: pd.DataFrame, length: int = LENGTH) -> pd.DataFrame:
     """Shares of chains with at least k tasks solved in a row, with 95 % Wilson intervals.
 
     Args:
-        episodes: Rows of `roll_out`, with `name`.
+        episodes: Rows of `rollout_chains`, with `name`.
         length: Tasks of a chain.
 
     Returns:
         One row per name and k (1 to length): name, in_a_row, successes, n, rate, low, high.
     """
-    solved = [(name, n) for name, group in episodes.groupby("name", sort=False) for n in lengths(group)]
+    solved = [(name, n) for name, group in episodes.groupby("name", sort=False) for n in chain_lengths(group)]
     rows = [{"name": name, "in_a_row": k, "is_success": n >= k} for name, n in solved for k in range(1, length + 1)]
     return success_table(pd.DataFrame(rows), ("name", "in_a_row"))
 
 
 def avg_len(episodes: pd.DataFrame, length: int = LENGTH) -> dict[str, Mean]:
     """CALVIN's mean number of tasks solved in a row (0 to `length`), by name, with a 95 % interval over chains."""
-    solved = {str(name): lengths(group) for name, group in episodes.groupby("name", sort=False)}
+    solved = {str(name): chain_lengths(group) for name, group in episodes.groupby("name", sort=False)}
     return {name: mean_interval(n, bounds=(0, length)) for name, n in solved.items()}

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from rvlm.caches import Code, keep
 from rvlm.data.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.evaluation.rollouts import CONTROLS, RandomPolicy, rollout
-from rvlm.files import artifacts_dir, commit_on_hub, hash_of_model, key_of, weights_of, write_whole
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
+from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, hash_of_model, weights_hash
 from rvlm.processes import in_parallel
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
 BATCH = 10  # episodes that run side by side
-_OWN = ("BATCH", "Evaluation", "run_batch", "cast_of", "make_envs", "_judged", "_one_thread", "_run_batch", "_spec")
+_OWN = ("BATCH", "Evaluation", "run_batch", "policy_and_envs", "make_envs", "_judged", "_one_thread", "_run_batch", "_spec")
 EPISODES = (
     "rvlm.evaluation.rollouts",
     "rvlm.envs.tabletop.env",
@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
         policy: Folder of a trained model, or "random" or "expert".
-        control: What is taken from the policy, a name in `CONTROLS`.
+        control: What is taken from the policy, a name in `INPUT_ABLATIONS`.
         robot, families, setting, max_steps: Of the tabletop.
         n_episodes: Episodes; families take turns.
         first_seed: Seed of the first episode; they count up.
@@ -59,8 +59,8 @@ class Evaluation:
     ensemble: float | None = None
 
     def __post_init__(self) -> None:
-        if self.control not in CONTROLS:
-            raise ValueError(f"no control {self.control!r}; there are {', '.join(CONTROLS)}")
+        if self.control not in INPUT_ABLATIONS:
+            raise ValueError(f"no control {self.control!r}; there are {', '.join(INPUT_ABLATIONS)}")
         if self.first_seed < FIRST_HELD_OUT_SEED:
             raise ValueError(
                 f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are trained on; got {self.first_seed}"
@@ -72,9 +72,9 @@ class Evaluation:
 
     def episodes(self) -> list[tuple[int, str]]:
         """(seed, family) of every episode, all seeds distinct."""
-        from rvlm.envs.tabletop.tasks import MIX
+        from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 
-        families = self.families or MIX
+        families = self.families or DEFAULT_TASKS
         return [(self.first_seed + i, families[i % len(families)]) for i in range(self.n_episodes)]
 
     @property
@@ -98,7 +98,7 @@ class Evaluation:
     @property
     def weights(self) -> str | None:
         """Hash of the policy's weights, or None where it has none."""
-        return weights_of(self.policy)
+        return weights_hash(self.policy)
 
     @property
     def code(self) -> Code:
@@ -112,7 +112,7 @@ class Evaluation:
         """Where finished batches are kept: named by these settings, the robot's card, the policy's content, and the code."""
         content = {**dataclasses.asdict(self), "n_episodes": None, "spec": dataclasses.asdict(_spec(self.robot))}
         content["policy"] = self.policy if self.policy in ("random", "expert") else hash_of_model(self.policy)
-        return artifacts_dir() / "evaluations" / key_of({**content, "code": self.code.hash})
+        return artifacts_dir() / "evaluations" / config_hash({**content, "code": self.code.hash})
 
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `rollout` gives them."""
@@ -142,9 +142,9 @@ def _judged(evaluation: Evaluation) -> Any:
 @functools.lru_cache(maxsize=4)
 def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float | None, robot: str) -> Any:
     """A trained policy, loaded once as long as its content is the same."""
-    from rvlm.policy.policy import Policy
+    from rvlm.policy.policy import load_policy
 
-    return Policy.load(
+    return load_policy(
         policy, revision=commit_on_hub(policy), n_action_steps=n_action_steps, ensemble=ensemble, spec=_spec(robot)
     )
 
@@ -168,18 +168,18 @@ def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
     with _one_thread():
         rows = evaluation.run(batch)
     table = pd.DataFrame(rows).assign(wall_s=(time.time() - started) / len(rows))
-    write_whole(folder / f"{batch:05d}.parquet", table.to_parquet())
+    atomic_write(folder / f"{batch:05d}.parquet", table.to_parquet())
     return len(rows)
 
 
 def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> list[dict]:
     """Roll out one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
     episodes = evaluation.episodes()[batch * BATCH : (batch + 1) * BATCH]
-    policy, envs = cast_of(evaluation)
+    policy, envs = policy_and_envs(evaluation)
     return rollout(policy, envs[: len(episodes)], episodes, evaluation.control, keep_frames)
 
 
-def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
+def policy_and_envs(evaluation: Evaluation) -> tuple[Any, tuple]:
     """The policy that is judged, and the environments of a batch, at the image size that it takes."""
     policy = _judged(evaluation)
     size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.image_size[0]
@@ -187,12 +187,12 @@ def cast_of(evaluation: Evaluation) -> tuple[Any, tuple]:
 
 
 @functools.lru_cache(maxsize=4)
-def _filmed(evaluation: Evaluation, batch: int, folder: Path) -> list[dict]:
+def _replayed_batch(evaluation: Evaluation, batch: int, folder: Path) -> list[dict]:
     with _one_thread():  # as when it was evaluated
         return run_batch(evaluation, batch, keep_frames=True)
 
 
-def film(evaluation: Evaluation, seed: int) -> dict:
+def replay_episode(evaluation: Evaluation, seed: int) -> dict:
     """Run an evaluated episode again, among the episodes it was run with, and keep its frames.
 
     Returns:
@@ -205,7 +205,7 @@ def film(evaluation: Evaluation, seed: int) -> dict:
     if not 0 <= place < evaluation.n_episodes:
         last = evaluation.first_seed + evaluation.n_episodes - 1
         raise ValueError(f"this evaluation has episodes with seeds {evaluation.first_seed} to {last}; got {seed}")
-    return _filmed(evaluation, place // BATCH, evaluation.folder)[place % BATCH]
+    return _replayed_batch(evaluation, place // BATCH, evaluation.folder)[place % BATCH]
 
 
 def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:
@@ -271,7 +271,7 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
     return pd.DataFrame(rows)
 
 
-def gains(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]]) -> dict[str, Difference]:
+def success_differences(episodes: pd.DataFrame, claims: Mapping[str, tuple[str, str]]) -> dict[str, Difference]:
     """How many more of the same episodes one policy solves than another, by `rvlm.statistics.paired_difference`.
 
     Several claims of one notebook are judged together by `rvlm.statistics.holm`.

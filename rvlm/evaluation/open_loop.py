@@ -10,19 +10,21 @@ import numpy as np
 import pandas as pd
 
 from rvlm.data.windows import Windows
-from rvlm.evaluation.rollouts import CONTROLS, Control, others_instructions, tell
-from rvlm.policy.policy import Policy
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, others_instructions, tell
+from rvlm.policy.policy import Policy, load_policy
 from rvlm.statistics import mean_interval
 from rvlm.training.stage_data import RobotCollator
 
 
-def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", batch_size: int = 64) -> dict[str, np.ndarray]:
+def predict_chunks(
+    policy: Any, windows: Any, control: str | InputAblation = "none", batch_size: int = 64
+) -> dict[str, np.ndarray]:
     """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
 
     Args:
         policy: A `Policy`.
         windows: As `policy_windows` cuts them.
-        control: What is taken from the policy, a name in `CONTROLS`, or what else is done to a batch of samples. Language
+        control: What is taken from the policy, a name in `INPUT_ABLATIONS`, or what else is done to a batch of samples. Language
             is shuffled by episode: all frames of one are told what another one was told.
         batch_size: Frames per forward pass.
 
@@ -37,7 +39,7 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
-        batch = collate([model.addressed(robot, sample) for sample in change(samples)])
+        batch = collate([model.condition_on_embodiment(robot, sample) for sample in change(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)
@@ -46,11 +48,11 @@ def predict_chunks(policy: Any, windows: Any, control: str | Control = "none", b
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def _control(control: str | Control, windows: Any) -> Control:
+def _control(control: str | InputAblation, windows: Any) -> InputAblation:
     if not isinstance(control, str):
         return control
     if control != "shuffled_language":
-        return CONTROLS[control]
+        return INPUT_ABLATIONS[control]
     said = _others_instructions(windows.dataset, [int(episode) for episode in windows.episodes])
     return lambda samples: tell(samples, [said[int(sample["episode_index"])] for sample in samples])
 
@@ -74,7 +76,7 @@ def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = N
     return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, policy.robot.stats, config.cameras)
 
 
-def errors_of(
+def open_loop_errors(
     policy: Any, dataset: Any, episodes: Iterable[int] | None = None, control: str = "none", batch_size: int = 64
 ) -> pd.DataFrame:
     """How far a policy's actions are from recorded ones, frame by frame, when the recording alone decides what it sees.
@@ -83,7 +85,7 @@ def errors_of(
         policy: A `Policy`, or the folder of a trained model.
         dataset: `EpisodeDataset` of the robot that the policy acts for; of a folder's, one that it was trained on.
         episodes: Held-out ones; all if left out.
-        control: What is taken from the policy, a name in `CONTROLS`.
+        control: What is taken from the policy, a name in `INPUT_ABLATIONS`.
         batch_size: Frames per forward pass.
 
     Returns:
@@ -95,7 +97,7 @@ def errors_of(
         SpecMismatch: The demonstrations are of another robot.
     """
     asked = dataset.require_spec()
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy, spec=asked)
+    policy = policy if isinstance(policy, Policy) else load_policy(policy, spec=asked)
     spec = policy.robot.spec
     spec.require_same(asked, "policy vs demonstrations")
     told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
@@ -103,7 +105,7 @@ def errors_of(
 
 
 def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
-    """`errors_of` a policy that always does the mean of the training actions and what the gripper mostly does."""
+    """`open_loop_errors` a policy that always does the mean of the training actions and what the gripper mostly does."""
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
     seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
     constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
@@ -139,7 +141,7 @@ def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.
 
 
 def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
-    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `errors_of`."""
+    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `open_loop_errors`."""
     moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
     squared: Any = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
     return np.sqrt(squared).groupby("episode_index").mean()
@@ -149,7 +151,7 @@ def error_table(errors: dict[str, pd.DataFrame], column: str = "first") -> pd.Da
     """Open-loop error per dimension with a 95 % interval over episodes; NaN where all are equal.
 
     Args:
-        errors: Name in tables and figures -> a table from `errors_of`.
+        errors: Name in tables and figures -> a table from `open_loop_errors`.
         column: "first" or "chunk".
 
     Returns:

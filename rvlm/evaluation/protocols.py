@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.evaluation.closed_loop import Evaluation
 from rvlm.statistics import Rate, newcombe, wilson
 
@@ -22,7 +22,7 @@ PROBES = {  # name -> what of `Evaluation` it changes; a policy that does as wel
 }
 
 
-def settings(policy: str, n_episodes: int, families: tuple[str, ...] = MIX, **options: Any) -> dict[str, Evaluation]:
+def settings(policy: str, n_episodes: int, families: tuple[str, ...] = DEFAULT_TASKS, **options: Any) -> dict[str, Evaluation]:
     """A policy in each setting of the real-robot protocol, on the same seeds.
 
     With unseen targets only families whose instruction names an object are asked, for the others nothing would be unseen.
@@ -38,12 +38,12 @@ def settings(policy: str, n_episodes: int, families: tuple[str, ...] = MIX, **op
     return {s: Evaluation(policy, n_episodes, setting=s, families=asked[s], **options) for s in SETTINGS}
 
 
-def probes(policy: str, n_episodes: int, **options: Any) -> dict[str, Evaluation]:
+def shortcut_probes(policy: str, n_episodes: int, **options: Any) -> dict[str, Evaluation]:
     """A policy with each thing taken away, and chance: what its success rests on."""
     return {name: Evaluation(**{"policy": policy, "n_episodes": n_episodes, **options, **p}) for name, p in PROBES.items()}
 
 
-def gap(episodes: pd.DataFrame, seen: str = "simple") -> pd.DataFrame:
+def generalisation_gap(episodes: pd.DataFrame, seen: str = "simple") -> pd.DataFrame:
     """How much success is lost from the seen setting to each other one, with 95 % Newcombe intervals.
 
     Args:
@@ -66,7 +66,7 @@ def _rate(episodes: Any) -> Rate:
     return wilson(int(episodes["is_success"].to_numpy().sum()), len(episodes))
 
 
-def leaks(dataset: Any, episodes: pd.DataFrame) -> list[str]:
+def train_test_leaks(dataset: Any, episodes: pd.DataFrame) -> list[str]:
     """What of an evaluation the demonstrations have already shown; empty where nothing leaks.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-Control = Callable[[Sequence[dict]], list[dict]]  # what a batch of observations becomes
+InputAblation = Callable[[Sequence[dict]], list[dict]]  # what a batch of observations becomes
 
 
 def no_language(observations: Sequence[dict]) -> list[dict]:
@@ -73,7 +73,7 @@ def blank_image(observations: Sequence[dict]) -> list[dict]:
     return [{k: np.zeros_like(v) if "image" in k else v for k, v in o.items()} for o in observations]
 
 
-CONTROLS: dict[str, Control] = {
+INPUT_ABLATIONS: dict[str, InputAblation] = {
     "none": list,
     "no_language": no_language,
     "shuffled_language": shuffled_language,
@@ -125,7 +125,7 @@ def rollout(
             observation of ended episodes until all have ended); None lets the scripted expert act.
         envs: One per episode.
         episodes: (seed, family) of each.
-        control: What is taken from the policy, a name in `CONTROLS`.
+        control: What is taken from the policy, a name in `INPUT_ABLATIONS`.
         keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
         keep_state: Begin in the scene as it is, where the last task ended.
 
@@ -172,10 +172,10 @@ def _begin(policy: Any, rows: Sequence[dict]) -> None:
             policy.seed_episodes([row["seed"] for row in rows])
 
 
-def _control(control: str, envs: Sequence[Any], rows: Sequence[dict]) -> Control:
+def _control(control: str, envs: Sequence[Any], rows: Sequence[dict]) -> InputAblation:
     """The control of this batch, over all of its episodes; who tells whom is settled at their beginning."""
     if control != "shuffled_language":
-        return CONTROLS[control]
+        return INPUT_ABLATIONS[control]
 
     def spare(i: int) -> str | None:
         other = getattr(envs[i].unwrapped, "other_instruction", None)

@@ -20,15 +20,15 @@ import torch
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
 from rvlm.statistics import Rate, wilson
 from rvlm.training.stage_data import DialogueCollator, encode_dialogue
-from rvlm.vlm.prompts import Prompter, pad
+from rvlm.vlm.prompts import PromptBuilder, pad
 
 LOCATION = re.compile(r"<loc(\d+)>")
 GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens
-MEANT = {"color": "what color", "point_wrist": "wrist"}  # where these can't be asked, their makers ask something else
+QUESTION_PREFIX = {"color": "what color", "point_wrist": "wrist"}  # where these can't be asked, their makers ask something else
 QUESTIONS = ("side", "color", "shape", "count", "held", "drawer", "light", "gripper")  # ... in a word
 
 
-class Asked(NamedTuple):
+class VQAItem(NamedTuple):
     """One question of an exam: which scene it is about, its kind, and the true answer."""
 
     scene: int
@@ -37,22 +37,24 @@ class Asked(NamedTuple):
     answer: str
 
 
-def draw_exam(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[Asked]:
+def sample_questions(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[VQAItem]:
     """`n_per_kind` questions of each kind, each about a scene drawn at random; all places that are asked for are in view."""
     rng, exam = np.random.default_rng(seed), []
     for kind in kinds:
         n_wanted = len(exam) + n_per_kind
         while len(exam) < n_wanted:
             scene = int(rng.integers(len(scenes)))
-            asked = Asked(scene, kind, *KINDS[kind][0](scenes[scene][1], rng))
-            if asked.question.startswith(MEANT.get(kind, "")) and (kind not in GROUNDING or LOCATION.search(asked.answer)):
+            asked = VQAItem(scene, kind, *KINDS[kind][0](scenes[scene][1], rng))
+            if asked.question.startswith(QUESTION_PREFIX.get(kind, "")) and (
+                kind not in GROUNDING or LOCATION.search(asked.answer)
+            ):
                 exam.append(asked)
     return exam
 
 
 @torch.inference_mode()
-def take_exam(
-    model: Any, processor: Any, scenes: Any, exam: Sequence[Asked], is_blind: bool = False, batch_size: int = 64
+def evaluate_vqa(
+    model: Any, processor: Any, scenes: Any, exam: Sequence[VQAItem], is_blind: bool = False, batch_size: int = 64
 ) -> pd.DataFrame:
     """Let a model answer an exam.
 
@@ -60,7 +62,7 @@ def take_exam(
         model: as `load_backbone` gives it.
         processor: as `load_processor` gives it.
         scenes: `Scenes`.
-        exam: from `draw_exam`.
+        exam: from `sample_questions`.
         is_blind: black images: what language alone can answer.
         batch_size: questions in one pass.
 
@@ -80,7 +82,7 @@ def take_exam(
     return pd.DataFrame(rows)
 
 
-def _judge(tokenizer: Any, asked: Asked, said: torch.Tensor, true: torch.Tensor) -> dict[str, Any]:
+def _judge(tokenizer: Any, asked: VQAItem, said: torch.Tensor, true: torch.Tensor) -> dict[str, Any]:
     """One answer against the truth, both as token ids ``(l,)``; truth is -100 outside the answer."""
     said, true = said[true >= 0], true[true >= 0]
     pairs = zip(*(map(_bin, tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (said, true)), strict=True)
@@ -95,7 +97,7 @@ def _bin(token: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def constant_guess(answers: pd.DataFrame) -> pd.DataFrame:
+def majority_baseline(answers: pd.DataFrame) -> pd.DataFrame:
     """The same exam, had each kind's commonest answer (the commonest bin of each coordinate) always been given."""
     return pd.concat([_guess(group) for _, group in answers.groupby("kind", sort=False)])
 
@@ -145,9 +147,11 @@ def summary(answers: pd.DataFrame) -> dict[str, Rate]:
 
 
 @torch.inference_mode()
-def say(model: Any, processor: Any, images: np.ndarray, questions: Sequence[str], max_new_tokens: int = 48) -> list[str]:
+def generate_answers(
+    model: Any, processor: Any, images: np.ndarray, questions: Sequence[str], max_new_tokens: int = 48
+) -> list[str]:
     """What the model answers by itself, greedily, to questions about one scene's images ``(n, h, w, 3)`` uint8."""
-    prompter, tokenizer, said = Prompter(processor, len(images)), processor.tokenizer, []
+    prompter, tokenizer, said = PromptBuilder(processor, len(images)), processor.tokenizer, []
     pixels = prompter.pixels(images[None]).to(model.device)
     for question in questions:
         ids, _ = encode_dialogue(prompter, [(question, "")])
@@ -160,7 +164,7 @@ def say(model: Any, processor: Any, images: np.ndarray, questions: Sequence[str]
     return said
 
 
-def places(texts: Sequence[str]) -> np.ndarray:
+def decode_locations(texts: Sequence[str]) -> np.ndarray:
     """Answers in location tokens -> centres of their bins ``(n, 2)`` in [0, 1] (column, row); NaN where one names no place."""
     found = [[int(b) for b in LOCATION.findall(text)] for text in texts]
     return np.array([[(b + 0.5) / N_LOCATIONS for b in bins] if len(bins) == 2 else [np.nan] * 2 for bins in found])

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from rvlm.caches import Code, keep, use_inputs
-from rvlm.data.writer import collect
-from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, act_out
+from rvlm.data.writer import record_dataset
+from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, rollout_expert
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.files import artifacts_dir, commit_on_hub, hash_of_model, key_of
-from rvlm.policy.policy import Policy
+from rvlm.files import artifacts_dir, commit_on_hub, config_hash, hash_of_model
+from rvlm.policy.policy import Policy, load_policy
 
 CODE = Code(("rvlm.experiments.dagger",))
 FIRST_SEED = 700_000  # of scenes that no demonstration has shown, below those that are held out
 
 
 @dataclass(frozen=True)
-class Corrections:
+class DAggerCollection:
     """Episodes that a policy acts in and the expert corrects.
 
     Attributes:
@@ -39,34 +39,34 @@ class Corrections:
     def folder(self) -> Path:
         """Where the dataset is: the robot, and the hash of these settings, the robot's card, the policy and the code."""
         made_by = {"spec": asdict(self.like.spec), "policy": hash_of_model(self.policy), "code": CODE.hash}
-        key = key_of({**asdict(self.like), **made_by})
+        key = config_hash({**asdict(self.like), **made_by})
         return artifacts_dir() / "datasets" / f"dagger_{self.like.robot}-{key}"
 
 
-def correct(policy: Policy, env: Tabletop, seed: int, family: str) -> dict[str, np.ndarray]:
+def rollout_with_expert_labels(policy: Policy, env: Tabletop, seed: int, family: str) -> dict[str, np.ndarray]:
     """One episode in which the policy acts; `action` is the expert's, at what the policy has come to.
 
     Returns:
-        Columns as `act_out` gives them, whether solved or not.
+        Columns as `rollout_expert` gives them, whether solved or not.
     """
     policy.reset()
-    frames, _ = act_out(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
+    frames, _ = rollout_expert(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
     return frames
 
 
-def make_shard(index: int, corrections: Corrections) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
+def make_shard(index: int, corrections: DAggerCollection) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
     """The episodes of one shard."""
     like = corrections.like
     env = Tabletop(like.robot, like.image_size, like.families, max_steps=like.max_steps)
-    policy = Policy.load(corrections.policy, revision=commit_on_hub(corrections.policy), spec=env.action_spec)
+    policy = load_policy(corrections.policy, revision=commit_on_hub(corrections.policy), spec=env.action_spec)
     for i in range(index * PER_SHARD, min((index + 1) * PER_SHARD, like.n_episodes)):
         family, seed = like.families[i % len(like.families)], FIRST_SEED + like.first_seed + i
-        frames = correct(policy, env, seed, family)
+        frames = rollout_with_expert_labels(policy, env, seed, family)
         yield frames, env.task.instruction, {"family": family, "seed": seed}
     env.close()
 
 
-def collect_corrections(corrections: Corrections, n_workers: int = 2, progress: bool = True) -> Path:
+def collect_corrections(corrections: DAggerCollection, n_workers: int = 2, progress: bool = True) -> Path:
     """Record the episodes unless they are there; killed, it goes on where it was.
 
     Returns:
@@ -77,5 +77,5 @@ def collect_corrections(corrections: Corrections, n_workers: int = 2, progress: 
         CODE.refuse_changed()
     use_inputs([corrections.policy])
     make, n_shards = functools.partial(make_shard, corrections=corrections), -(-like.n_episodes // PER_SHARD)
-    collect(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
+    record_dataset(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
     return keep(folder, CODE, asdict(corrections), [corrections.policy])

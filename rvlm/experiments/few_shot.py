@@ -10,7 +10,7 @@ import pandas as pd
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.experiments.recipes import ONE_STEP
-from rvlm.training.launch import run, run_side_by_side
+from rvlm.training.launch import train, train_parallel
 from rvlm.training.stages import ROBOT, Stage
 
 
@@ -53,7 +53,7 @@ class FewShot:
         return Evaluation(str(policy), self.n_query, robot=self.robot, families=self.families)
 
 
-def adapt(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_workers: int = 2) -> pd.DataFrame:
+def few_shot_experiment(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_workers: int = 2) -> pd.DataFrame:
     """Adapt every start to every number of shots with every seed, and judge each on the query set.
 
     Args:
@@ -70,13 +70,13 @@ def adapt(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_worker
         for name, start in starts.items()
         for shots in experiment.shots
     }
-    models = run_side_by_side(stages)
+    models = train_parallel(stages)
     episodes = evaluate({name: experiment.query(model) for name, model in models.items()}, n_workers)
     episodes[["start", "shots", "training"]] = episodes["name"].str.split("|", expand=True).to_numpy()
     return episodes.assign(shots=episodes["shots"].astype(int))
 
 
-def one_after_another(
+def continual_learning(
     init: str | Path, tasks: Mapping[str, Collection], n_samples: int, replay: float, seed: int = 0, **changes: Any
 ) -> dict[str, Path]:
     """Continual learning: the tasks of each collection after those before it.
@@ -102,6 +102,6 @@ def one_after_another(
         if replay and before:
             data, weights = (new, *before), (1 - replay, *[replay / len(before)] * len(before))
         fixed = {"seed": seed, "n_processes": 1, "weights": weights, **changes}
-        model = run(Stage("continual", ROBOT, data, str(model), n_samples, **fixed), n_threads=1)
+        model = train(Stage("continual", ROBOT, data, str(model), n_samples, **fixed), n_threads=1)
         models[name], before = model, [*before, new]
     return models

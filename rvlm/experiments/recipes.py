@@ -22,9 +22,9 @@ from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
 from rvlm.files import artifacts_dir, make_folder, replace_folder, temporary
 from rvlm.provenance import provenance
-from rvlm.training.launch import run
+from rvlm.training.launch import train
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
-from rvlm.training.trainer import seconds_of
+from rvlm.training.trainer import training_seconds
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
@@ -32,8 +32,8 @@ POLICY = SMALL_VLM.parent / "policy"  # the shipped policy
 SCENE_SEED, FRESH_SCENE_SEED, HELD_OUT_SCENE_SEED = 1_000, 2_000, 500_000  # of the scenes of stage 1: training, its end, exam
 UNSEEN_SEED = 850_000  # first seed of demonstrations that are kept for measuring
 UNTRAINED = Code(("rvlm.vlm.small", "rvlm.envs.tabletop.questions", "rvlm.experiments.recipes:untrained_vlm"))
-HARD = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
-LOOKS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
+HARD_QUESTIONS = ("where", "offset", "side", "color", "count")  # kinds of questions that are learned last
+APPEARANCE_QUESTIONS = ("color", "shape", "count")  # ... and those that hang on an object of six pixels
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 4}
 DISCRETE = {"structure": "one_step", "head": "tokens", "chunk_size": 4}
 INTERLEAVED = {"structure": "interleaved", "head": "mlp", "n_obs_steps": 4, "chunk_size": 4}
@@ -76,15 +76,15 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
         batch_size=32, learning_rate=1.5e-3, **shared,
     )  # fmt: skip
     point = {"n": 10, "kinds": ("point", "point_wrist")}
-    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(run(tower)), 8 * n_samples, dialogue=point, **frozen)
-    answering = Stage("answering", VISION_LANGUAGE, scenes, str(run(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
-    hard = {"n": 8, "kinds": HARD}
-    drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(run(answering)), 6 * n_samples, dialogue=hard, **frozen)
+    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(train(tower)), 8 * n_samples, dialogue=point, **frozen)
+    answering = Stage("answering", VISION_LANGUAGE, scenes, str(train(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
+    hard = {"n": 8, "kinds": HARD_QUESTIONS}
+    drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(train(answering)), 6 * n_samples, dialogue=hard, **frozen)
     whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
-    together = Stage("together", VISION_LANGUAGE, scenes, str(run(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
+    together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
-    looks = {"n": 8, "kinds": (*KINDS, *LOOKS, *LOOKS)}
-    return Stage("vision_language", VISION_LANGUAGE, fresh, str(run(together)), 5 * n_samples, dialogue=looks, **whole)
+    looks = {"n": 8, "kinds": (*KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
+    return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, dialogue=looks, **whole)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
@@ -119,7 +119,7 @@ def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class RecipeStage:
     """One stage of a recipe.
 
     Attributes:
@@ -135,21 +135,21 @@ class Step:
     asks: bool = False
 
 
-_CROSS, _OWN = Step("cross_embodiment", "all", 0.5), Step("in_domain", "target", 0.5)
+_CROSS, _OWN = RecipeStage("cross_embodiment", "all", 0.5), RecipeStage("in_domain", "target", 0.5)
 # Orders of stages after vision-language pre-training ("vl"), all at one budget. Source: RoboVLMs (arXiv 2412.14058), section on
 # cross-embodiment data: in-domain alone, cross-embodiment, and both ("post-train").
-RECIPES: dict[str, tuple[Step, ...]] = {
-    "scratch": (Step("in_domain", "target", 1.0),),
-    "vl -> in_domain": (Step("in_domain", "target", 1.0),),
-    "vl -> cross_embodiment": (Step("cross_embodiment", "all", 1.0),),
+RECIPES: dict[str, tuple[RecipeStage, ...]] = {
+    "scratch": (RecipeStage("in_domain", "target", 1.0),),
+    "vl -> in_domain": (RecipeStage("in_domain", "target", 1.0),),
+    "vl -> cross_embodiment": (RecipeStage("cross_embodiment", "all", 1.0),),
     "vl -> cross_embodiment -> in_domain": (_CROSS, _OWN),
     "vl -> in_domain -> cross_embodiment": (_OWN, _CROSS),
-    "vl -> co_train": (Step("co_train", "all", 1.0, asks=True),),
+    "vl -> co_train": (RecipeStage("co_train", "all", 1.0, asks=True),),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
+class ExperimentSetup:
     """What a recipe is followed with; the same for all that are compared.
 
     Attributes:
@@ -168,20 +168,20 @@ class Course:
 
 
 SCRATCH: dict[str, Any] = {"is_pretrained": False, "freeze_vision": False}  # random weights, of which none may be frozen
-COMMON = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on_light", "push_left", "push_right")
+SHARED_TASKS = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on_light", "push_left", "push_right")
 
 
-def little_of_target(n_target: int, n_others: int, n_samples: int) -> Course:
+def low_data_target(n_target: int, n_others: int, n_samples: int) -> ExperimentSetup:
     """The course of notebooks 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
 
     Vision tower and connector are frozen, except for the recipe `scratch` (see `follow`).
     """
     changes = {"freeze_vision": True, "batch_size": 8}
-    others = tuple(Collection(robot, n_others, COMMON) for robot in ("ur6", "small5"))
-    return Course(Collection(n_episodes=n_target, families=COMMON), others, n_samples, changes=changes)
+    others = tuple(Collection(robot, n_others, SHARED_TASKS) for robot in ("ur6", "small5"))
+    return ExperimentSetup(Collection(n_episodes=n_target, families=SHARED_TASKS), others, n_samples, changes=changes)
 
 
-def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = None) -> list[Path]:
+def train_recipe(recipe: str, course: ExperimentSetup, seed: int = 0, n_threads: int | None = None) -> list[Path]:
     """Train a recipe's stages one after another; what another recipe has begun alike is not trained again.
 
     In `scratch` every weight learns, whatever the course freezes: a frozen vision tower of random weights would see nothing.
@@ -209,47 +209,51 @@ def follow(recipe: str, course: Course, seed: int = 0, n_threads: int | None = N
         asked = {"scenes": tuple(map(str, collect_scenes(course.n_scenes, SCENE_SEED)))} if step.asks else {}
         fixed = {"policy": ONE_STEP, "seed": seed, **asked, **course.changes, **(SCRATCH if recipe == "scratch" else {})}
         data = everyone if step.robots == "all" else (target,)
-        model = run(Stage(step.name, ROBOT, data, str(model), round(step.share * course.n_samples), **fixed), n_threads=n_threads)
+        model = train(
+            Stage(step.name, ROBOT, data, str(model), round(step.share * course.n_samples), **fixed), n_threads=n_threads
+        )
         models.append(model)
     return models
 
 
-def follow_side_by_side(recipes: Sequence[str], course: Course, seeds: Sequence[int]) -> dict[tuple[str, int], list[Path]]:
+def train_recipes_parallel(
+    recipes: Sequence[str], course: ExperimentSetup, seeds: Sequence[int]
+) -> dict[tuple[str, int], list[Path]]:
     """Follow recipes with several seeds at the same time, one process each on the cores that there are."""
     alone = dataclasses.replace(course, changes={"n_processes": 1, **course.changes})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = {(recipe, seed): pool.submit(follow, recipe, alone, seed, 1) for seed in seeds for recipe in recipes}
+        made = {(recipe, seed): pool.submit(train_recipe, recipe, alone, seed, 1) for seed in seeds for recipe in recipes}
         return {key: models.result() for key, models in made.items()}
 
 
-def ship(stage: Stage, target: Path, command: str) -> Path:
+def release(stage: Stage, target: Path, command: str) -> Path:
     """Train `stage` and put its model where the package ships it, with a card of how it and what it started from were made.
 
     One after another, where several do; at any moment one whole model is there.
     """
-    model = run(stage)
+    model = train(stage)
     with FileLock(target.with_name(f".{target.name}.lock")):
         for left in target.parent.glob(f".{target.name}.*.part"):  # by one that was killed
             shutil.rmtree(left)
         part = temporary(target)
         shutil.copytree(model, part)
-        card = {"command": command, "stages": [_told(folder) for folder in lineage(model)], **provenance()}
+        card = {"command": command, "stages": [_told(folder) for folder in stage_lineage(model)], **provenance()}
         (part / "made.json").write_text(json.dumps(card, indent=1))
         replace_folder(part, target)
         shutil.rmtree(part, ignore_errors=True)
     return target
 
 
-def lineage(model: str | Path) -> list[Path]:
+def stage_lineage(model: str | Path) -> list[Path]:
     """Folders of the stages that made a model, the first first."""
     folder = Path(model).parent
     if not (folder / "stage.json").exists():
         return []
-    return [*lineage(json.loads((folder / "stage.json").read_text())["init"]), folder]
+    return [*stage_lineage(json.loads((folder / "stage.json").read_text())["init"]), folder]
 
 
 def _told(folder: Path) -> dict[str, Any]:
     """A stage's settings, with how many folders of data it read, what it started from, and how long it took."""
     stage = json.loads((folder / "stage.json").read_text())
     start = "/".join(Path(stage["init"]).parts[-2:])
-    return {**stage, "data": len(stage["data"]), "init": start, "seconds": seconds_of(folder)}
+    return {**stage, "data": len(stage["data"]), "init": start, "seconds": training_seconds(folder)}

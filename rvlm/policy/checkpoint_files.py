@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rvlm.files import key_of
+from rvlm.files import config_hash
 from rvlm.policy.config import VLAConfig, check_structure
-from rvlm.policy.mixtures import robots_of
+from rvlm.policy.mixtures import embodiments_of
 from rvlm.vlm.processors import ACT, load_processor
 
 CONFIG = "config.json"
@@ -103,7 +103,7 @@ def weights_hash(folder: Path) -> str:
     paths = [*weights_in(folder), *sorted(folder.glob("adapter/*.safetensors"))]
     stamps = ((path, path.stat()) for path in paths)
     parts = [_tensors(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for p, s in stamps]
-    return key_of({name: told for part in parts for name, told in part.items()})
+    return config_hash({name: told for part in parts for name, told in part.items()})
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,7 +157,7 @@ def checked(folder: Path, config: Any) -> Any:
         )
     with naming(folder / CONFIG):
         check_structure(config)
-        robots_of(config)
+        embodiments_of(config)
         if not config.stats:
             raise ValueError("expected statistics of 'action' and 'observation.state', got none; save a policy that was trained")
     return config

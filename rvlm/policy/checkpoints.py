@@ -9,15 +9,15 @@ from transformers import ProcessorMixin
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.policy import hub
-from rvlm.policy.config import TUNINGS, VLAConfig, check_settings
+from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
 from rvlm.policy.model import VLA
-from rvlm.policy.pretrained import held, own_weights
+from rvlm.policy.pretrained import held, non_backbone_weights
 from rvlm.vlm import adapters
-from rvlm.vlm.backbones import freeze_unread, load_backbone
+from rvlm.vlm.backbones import freeze_unused, load_backbone
 from rvlm.vlm.processors import ACT, load_processor
 
 
-def make_vla(
+def make_policy(
     vlm: str | Path,
     spec: ActionSpec,
     stats: dict[str, NormStats],
@@ -68,20 +68,20 @@ def make_vla(
     )
     model = VLA(config, backbone)
     model.processor = processor
-    _read_once(model, processor)
+    _smoke_forward(model, processor)
     base = hub.origin(vlm, folder) if is_pretrained and tuning != "full" else None
-    return tune(model, tuning, rank, base, precision), processor
+    return set_trainable(model, tuning, rank, base, precision), processor
 
 
 @torch.inference_mode()
-def _read_once(model: VLA, processor: ProcessorMixin) -> None:
+def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
     """Read a blank prompt, so that a family in which `<act>` has no place is refused before anything is trained."""
-    prompter = model.prompter(processor)
+    prompter = model.prompt_builder(processor)
     blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
-    model.read(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
+    model.backbone_forward(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
 
 
-def tune(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
+def set_trainable(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
     """Say what of the backbone learns; history, head, state and robots' tokens always do.
 
     Args:
@@ -95,22 +95,22 @@ def tune(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precis
     Raises:
         ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
     """
-    if tuning not in TUNINGS:
-        raise ValueError(f"no tuning {tuning!r}; there are {', '.join(TUNINGS)}")
+    if tuning not in FINETUNING_MODES:
+        raise ValueError(f"no tuning {tuning!r}; there are {', '.join(FINETUNING_MODES)}")
     if tuning == "full":
-        freeze_unread(model.backbone)
+        freeze_unused(model.backbone)
         return model
     model.backbone.requires_grad_(False)
     if base is None and tuning != "head":
         raise ValueError(f"expected weights under adapters that can be loaded again, got random ones with tuning={tuning!r}")
     if tuning != "head":
-        model.put_adapters(adapters.attach(model.backbone, tuning, rank, model.config.act_id))
+        model.register_adapters(adapters.add_lora(model.backbone, tuning, rank, model.config.act_id))
     if base is not None:
         model.config.base = {**base, "tuning": tuning, "precision": precision}
     return model
 
 
-def remake_vla(
+def modify_policy(
     folder: str | Path,
     *,
     revision: str | None = None,
@@ -126,8 +126,8 @@ def remake_vla(
         revision: Commit, branch or tag of a name on the Hub.
         tuning: What of the backbone learns (`tune`).
         rank: Of adapters.
-        precision: As `make_vla` takes it.
-        settings: Fields of `VLAConfig`, as `make_vla` takes them; what is left out stays as it is.
+        precision: As `make_policy` takes it.
+        settings: Fields of `VLAConfig`, as `make_policy` takes them; what is left out stays as it is.
 
     Returns:
         The policy's model, with the old one's spec and statistics, and its processor.
@@ -147,11 +147,11 @@ def remake_vla(
     own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
     changed = VLA(VLAConfig(**{**own, **settings, "base": None}), model.backbone)
     changed.processor = model.processor
-    shapes = {name: value.shape for name, value in own_weights(changed.state_dict()).items()}
+    shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
     changed.load_state_dict(fitting, strict=False)
     base = hub.origin(folder, where) if tuning != "full" else None
-    return tune(changed, tuning, rank, base, precision), model.processor
+    return set_trainable(changed, tuning, rank, base, precision), model.processor
 
 
 def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
@@ -168,7 +168,7 @@ def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
     return model, model.processor
 
 
-def merge_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
+def merge_policy(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
     """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
 
     What was trained over 4 bits is merged into the full weights, whose rounding it then no longer answers for.

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from rvlm.policy.heads import HEADS, HISTORIES, LONGEST_MEMORY
+from rvlm.policy.heads import HEADS, HISTORIES, MAX_OBS_STEPS
 
-TUNINGS = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
-EMBODIMENTS = (None, "name", "token")
+FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
+EMBODIMENT_CONDITIONING = (None, "name", "token")
 MAX_ROBOTS = 32  # that have tokens
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
@@ -75,7 +75,7 @@ class VLAConfig(PreTrainedConfig):
 
 OF_DATA = {"image_size", "spec", "stats", "robots", "met"}
 MADE = {"model_type", "backbone", "act_id", "vlm", "base", *OF_DATA}  # no settings: they come of the data and the backbone
-SETTINGS = sorted(set(VLAConfig.__annotations__) - MADE)
+POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - MADE)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
 
 
@@ -85,9 +85,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         TypeError: An unknown setting, with those that exist.
     """
-    unknown = sorted(set(settings) - set(SETTINGS))
+    unknown = sorted(set(settings) - set(POLICY_FIELDS))
     if unknown:
-        raise TypeError(f"unknown settings {unknown}; there are {', '.join(SETTINGS)}")
+        raise TypeError(f"unknown settings {unknown}; there are {', '.join(POLICY_FIELDS)}")
 
 
 def check_structure(config: VLAConfig) -> None:
@@ -97,14 +97,19 @@ def check_structure(config: VLAConfig) -> None:
         ValueError: Unknown or contradicting structure, head, history, window or embodiment, with what is possible.
     """
     histories = (None, *HISTORIES)
-    for name, table in (("structure", STRUCTURES), ("head", HEADS), ("history", histories), ("embodiment", EMBODIMENTS)):
+    for name, table in (
+        ("structure", STRUCTURES),
+        ("head", HEADS),
+        ("history", histories),
+        ("embodiment", EMBODIMENT_CONDITIONING),
+    ):
         if getattr(config, name) not in table:
             raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")
     for name in ("n_obs_steps", "chunk_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is expected to be at least 1; got {getattr(config, name)}")
-    if config.history == "gpt" and config.n_obs_steps > LONGEST_MEMORY:
-        raise ValueError(f"history 'gpt' is expected to hold at most {LONGEST_MEMORY} observations; got {config.n_obs_steps}")
+    if config.history == "gpt" and config.n_obs_steps > MAX_OBS_STEPS:
+        raise ValueError(f"history 'gpt' is expected to hold at most {MAX_OBS_STEPS} observations; got {config.n_obs_steps}")
     if not 1 <= config.n_action_steps <= config.chunk_size:
         raise ValueError(
             f"n_action_steps is expected between 1 and the chunk of {config.chunk_size} predicted actions; "
@@ -115,11 +120,11 @@ def check_structure(config: VLAConfig) -> None:
     if config.head not in heads or config.history not in histories or not is_window_right:
         raise ValueError(
             f"structure={config.structure!r}, head={config.head!r}, history={config.history!r}, "
-            f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(combinations())}"
+            f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(supported_combinations())}"
         )
 
 
-def combinations() -> list[str]:
+def supported_combinations() -> list[str]:
     """Every valid combination of structure, heads, histories and window, in words."""
     return [
         f"{structure} with {' or '.join(heads)}, "

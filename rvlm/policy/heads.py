@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2Model
 
 from rvlm.data.actions import ActionTokenizer
 
-LONGEST_MEMORY = 256  # observations that the GPT history can hold
+MAX_OBS_STEPS = 256  # observations that the GPT history can hold
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
 
 
@@ -30,7 +30,7 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def arm_and_gripper(
+def continuous_action_loss(
     arm: torch.Tensor, logit: torch.Tensor, is_open: torch.Tensor, mask: torch.Tensor, gripper_weight: float
 ) -> dict[str, torch.Tensor]:
     """The loss of continuous actions: the arm's errors (..., k, a - 1) and the gripper's cross entropy, where `mask` is true.
@@ -78,7 +78,7 @@ class MLPHead(nn.Module):
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
         predicted = self(features)
         arm = self.arm_loss(predicted[..., :-1], action[..., :-1], reduction="none")
-        return arm_and_gripper(arm, predicted[..., -1], action[..., -1], mask, self.gripper_weight)
+        return continuous_action_loss(arm, predicted[..., -1], action[..., -1], mask, self.gripper_weight)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised actions (..., k, a); the gripper is the probability of being open."""
@@ -134,7 +134,7 @@ class FlowHead(nn.Module):
         noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
         between = (1 - time[..., None]) * noise + time[..., None] * arm
         error = ((self.clean(features.expand(self.n_draws, *features.shape), between, time) - arm) ** 2).mean(0)
-        return arm_and_gripper(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
+        return continuous_action_loss(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised actions (..., k, a); the gripper is the probability of being open."""
@@ -232,7 +232,7 @@ class GPTHistory(nn.Module):
     def __init__(self, width: int, n_layers: int = 2) -> None:
         super().__init__()
         n_heads = next(n for n in (8, 4, 2, 1) if width % n == 0)
-        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": LONGEST_MEMORY}
+        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": MAX_OBS_STEPS}
         plain: dict[str, Any] = {"vocab_size": 1, **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}}
         self.norm = nn.LayerNorm(width)
         self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))

@@ -7,34 +7,34 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from rvlm.data.actions import ActionSpec
-from rvlm.vlm.adapters import linear_layers
+from rvlm.vlm.adapters import lora_target_pattern
 from rvlm.vlm.backbones import load_backbone, vision_modules
-from rvlm.vlm.causality import keep_order
+from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.processors import ACT, load_processor
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 
 
 def appends(model: PreTrainedModel, processor: Any) -> bool:
     """Whether an interleaved policy of this model passes each observation through it once, tried with three.
 
-    Else the whole window is computed again at every step (`rvlm.policy.observation_history.RecomputedSequence`).
+    Else the whole window is computed again at every step (`rvlm.policy.observation_history.UncachedSequence`).
 
     Raises:
         ValueError: The family takes one image a prompt, or does not read in order.
     """
     from rvlm.policy.config import VLAConfig
     from rvlm.policy.model import VLA
-    from rvlm.policy.observation_history import CachedSequence
+    from rvlm.policy.observation_history import KVCachedSequence
 
     spec = ActionSpec.from_card("tabletop_franka7")
     policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras[:1], "has_state": False}
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     config = VLAConfig(backbone=model.config.to_dict(), act_id=act_id, spec=spec.to_dict(), stats={}, **policy)
     vla = VLA(config, model).eval()
-    return CachedSequence.is_exact(vla, vla.prompter(processor))
+    return KVCachedSequence.matches_uncached(vla, vla.prompt_builder(processor))
 
 
-def probe(vlm: str | Path) -> pd.Series:
+def inspect_vlm(vlm: str | Path) -> pd.Series:
     """What a vision-language model is and needs, each found by trying.
 
     Args:
@@ -49,8 +49,8 @@ def probe(vlm: str | Path) -> pd.Series:
     facts: dict[str, Any] = {"class": type(model).__name__}
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     try:
-        prompter = Prompter(processor, 1, n_queries=2)
-        is_in_order = keep_order(model, prompter, act_id)
+        prompter = PromptBuilder(processor, 1, n_queries=2)
+        is_in_order = ensure_causal_attention(model, prompter, act_id)
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
     tower, has_several = vision_modules(model), prompter.layout != "first"
@@ -70,7 +70,7 @@ def probe(vlm: str | Path) -> pd.Series:
         "pads on the": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,
         "type": str(model.dtype).removeprefix("torch."),
-        "adapters on": linear_layers(model).split("(")[-1].strip(")").replace("|", ", "),
+        "adapters on": lora_target_pattern(model).split("(")[-1].strip(")").replace("|", ", "),
         "freezable": ", ".join(name for name, part in model.base_model.named_children() if any(part is t for t in tower)),
         "structures": "all" if is_in_order and has_several else "one_step, policy_head",
     })  # fmt: skip

@@ -14,11 +14,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from rvlm.data.actions import ActionSpec, NormStats
-from rvlm.files import key_of
+from rvlm.files import config_hash
 
 
 @dataclasses.dataclass(frozen=True)
-class Robot:
+class Embodiment:
     """A robot as a policy knows it.
 
     Attributes:
@@ -32,10 +32,10 @@ class Robot:
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint, sealed: spec and statistics that were not saved together are refused when they are read."""
         content = {"spec": self.spec.to_dict(), "stats": {name: s.to_dict() for name, s in self.stats.items()}}
-        return {**content, "seal": key_of(content)}
+        return {**content, "seal": config_hash(content)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], dataset: str) -> Robot:
+    def from_dict(cls, values: dict[str, Any], dataset: str) -> Embodiment:
         """As `to_dict` gave it for `dataset`.
 
         Raises:
@@ -52,7 +52,7 @@ class Robot:
         return robot
 
 
-def robots_of(config: Any) -> tuple[Robot, dict[str, Robot]]:
+def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
     """The robot that a policy is for, and the others that it was trained on, by dataset, from its `VLAConfig`.
 
     Raises:
@@ -68,15 +68,15 @@ def robots_of(config: Any) -> tuple[Robot, dict[str, Robot]]:
     unknown = [c for c in config.cameras if c not in spec.cameras]
     if unknown or not config.cameras:
         raise ValueError(f"expected cameras of card {spec.dataset!r}, {', '.join(spec.cameras)}; got {list(config.cameras)}")
-    return Robot(spec, stats), {name: Robot.from_dict(values, name) for name, values in (config.robots or {}).items()}
+    return Embodiment(spec, stats), {name: Embodiment.from_dict(values, name) for name, values in (config.robots or {}).items()}
 
 
-def named(spec: ActionSpec, instruction: str) -> str:
+def with_embodiment_name(spec: ActionSpec, instruction: str) -> str:
     """The instruction with the robot's name before it."""
     return f"{spec.robot}: {instruction}"
 
 
-def arranged(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+def reorder_state(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
     """A state (..., s) of one robot in the order of another's: by name, zero where the robot has no such quantity."""
     if tuple(names) == tuple(wanted):
         return state
@@ -87,7 +87,7 @@ def arranged(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> 
     return out
 
 
-class Budget(Dataset):
+class FixedBudgetDataset(Dataset):
     """Exactly `n_samples` samples in a fixed order: epoch after epoch of shuffled data, each with a seed of its own.
 
     What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
@@ -121,14 +121,16 @@ class Mixture(Dataset):
     """A budget over several parts of the data, drawn by weight; each part has epochs of its own.
 
     Args:
-        parts: One `Budget` a part, over its own items and as long as this one.
+        parts: One `FixedBudgetDataset` a part, over its own items and as long as this one.
         weights: Share of each part, above 0; equal if left out. They need not sum to 1.
         n_samples: Budget.
         seed: Of the order of parts.
         block: As many samples in a row are of one part.
     """
 
-    def __init__(self, parts: Sequence[Budget], weights: Sequence[float], n_samples: int, seed: int, block: int = 1) -> None:
+    def __init__(
+        self, parts: Sequence[FixedBudgetDataset], weights: Sequence[float], n_samples: int, seed: int, block: int = 1
+    ) -> None:
         share = np.array(weights or [1.0] * len(parts), float)
         if len(share) != len(parts) or share.min() <= 0:
             raise ValueError(f"expected a weight above 0 for each of {len(parts)} parts of the data, got {list(weights)}")

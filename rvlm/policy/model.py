@@ -17,11 +17,11 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.config import MAX_ROBOTS, VLAConfig, check_structure
 from rvlm.policy.heads import HEADS, HISTORIES, TokensHead
-from rvlm.policy.mixtures import Robot, arranged, named, robots_of
+from rvlm.policy.mixtures import Embodiment, embodiments_of, reorder_state, with_embodiment_name
 from rvlm.policy.pretrained import SavedPolicy
-from rvlm.vlm.backbones import read_act
-from rvlm.vlm.causality import keep_order
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.backbones import action_query_states
+from rvlm.vlm.causality import ensure_causal_attention
+from rvlm.vlm.prompts import PromptBuilder
 
 
 class VLA(SavedPolicy):
@@ -39,7 +39,7 @@ class VLA(SavedPolicy):
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_structure(config)
-        own, self.robots = robots_of(config)
+        own, self.robots = embodiments_of(config)
         self.spec, self.stats = own.spec, own.stats
         if backbone is None and config.base is not None:
             raise ValueError(
@@ -50,7 +50,7 @@ class VLA(SavedPolicy):
             settings: dict[str, Any] = dict(cast(dict, config.backbone))
             backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
         self.backbone: Any = backbone
-        self.put_adapters(None)
+        self.register_adapters(None)
         width = self.backbone.config.get_text_config().hidden_size
         self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
@@ -59,12 +59,12 @@ class VLA(SavedPolicy):
         self.robot_in = nn.Parameter(torch.zeros(MAX_ROBOTS, width)) if config.embodiment == "token" else None
         self.post_init()
 
-    def meet(self, robots: Sequence[Robot]) -> None:
+    def register_embodiments(self, robots: Sequence[Embodiment]) -> None:
         """Know these robots from now on; the first is the one that the policy is for.
 
         Statistics that it knows already stay as they are: what was learned was learned in them.
         """
-        known = {self.spec.dataset: Robot(self.spec, self.stats), **self.robots}
+        known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.robots}
         met = list(dict.fromkeys([*self._met(), *(robot.spec.dataset for robot in robots)]))
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
         if self.robot_in is not None and len(met) > MAX_ROBOTS:
@@ -74,12 +74,12 @@ class VLA(SavedPolicy):
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.robots = {name: robot.to_dict() for name, robot in known.items()} or None
 
-    def felt(self, robot: Robot, state: np.ndarray) -> np.ndarray:
+    def align_state(self, robot: Embodiment, state: np.ndarray) -> np.ndarray:
         """A robot's normalised state (..., s) as the policy takes it: in the order of the robot that it is for, by name.
 
         Where each robot has a token of its own, the number of this one stands behind it: (..., s + 1).
         """
-        state = arranged(state, robot.spec.state_names, self.spec.state_names)
+        state = reorder_state(state, robot.spec.state_names, self.spec.state_names)
         if self.robot_in is None:
             return state
         number = self._met().index(robot.spec.dataset)
@@ -88,26 +88,26 @@ class VLA(SavedPolicy):
     def _met(self) -> list[str]:
         return self.config.met or [self.spec.dataset, *self.robots]
 
-    def addressed(self, robot: Robot, sample: dict[str, Any]) -> dict[str, Any]:
+    def condition_on_embodiment(self, robot: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
         """A sample of a robot as the policy takes it: its state by `felt`, and the robot's name where orders begin with it."""
         told = sample["instruction"]
-        told = named(robot.spec, told) if self.config.embodiment == "name" else told
-        return {**sample, "state": self.felt(robot, sample["state"]), "instruction": told}
+        told = with_embodiment_name(robot.spec, told) if self.config.embodiment == "name" else told
+        return {**sample, "state": self.align_state(robot, sample["state"]), "instruction": told}
 
-    def robot(self, spec: ActionSpec) -> Robot:
+    def embodiment(self, spec: ActionSpec) -> Embodiment:
         """The robot of this spec, as it was when the policy was trained.
 
         Raises:
             SpecMismatch: The policy knows no such robot, or knows it by other conventions.
         """
-        known = self.robots.get(spec.dataset, Robot(self.spec, self.stats))
+        known = self.robots.get(spec.dataset, Embodiment(self.spec, self.stats))
         known.spec.require_same(spec)
         return known
 
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
-    def prompter(self, processor: ProcessorMixin) -> Prompter:
+    def prompt_builder(self, processor: ProcessorMixin) -> PromptBuilder:
         """What makes this policy's prompts, in training and in evaluation.
 
         Where a sequence is continued (several observations, or token after token), shorter prompts are filled up on the
@@ -115,8 +115,8 @@ class VLA(SavedPolicy):
         """
         is_interleaved = self.config.structure == "interleaved"
         side = "left" if is_interleaved or self.is_autoregressive else "right"
-        prompter = Prompter(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
-        if side == "left" and not keep_order(self.backbone, prompter, self.config.act_id):
+        prompter = PromptBuilder(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
+        if side == "left" and not ensure_causal_attention(self.backbone, prompter, self.config.act_id):
             raise ValueError(
                 f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
                 "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
@@ -129,12 +129,16 @@ class VLA(SavedPolicy):
         """Whether actions are said token after token."""
         return isinstance(self.head, TokensHead) and self.head.is_autoregressive
 
-    def read(self, input_ids: torch.Tensor, offsets: torch.Tensor | None = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
-        """One pass of the backbone, as `rvlm.vlm.backbones.read_act`, in the head's precision."""
-        hidden, cache = read_act(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
+    def backbone_forward(
+        self, input_ids: torch.Tensor, offsets: torch.Tensor | None = None, **inputs: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One pass of the backbone, as `rvlm.vlm.backbones.action_query_states`, in the head's precision."""
+        hidden, cache = action_query_states(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
         return hidden.to(next(self.head.parameters()).dtype), cache
 
-    def offsets(self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None) -> torch.Tensor | None:
+    def action_query_embeddings(
+        self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """What is added to the embeddings of the `<act>` of n observations (n * N, d), or None.
 
         Args:
@@ -145,7 +149,7 @@ class VLA(SavedPolicy):
         Raises:
             ValueError: The policy has a state, or a token of each robot, and another one or none was given.
         """
-        felt = self._felt_offset(state)
+        felt = self._state_embedding(state)
         if not isinstance(self.head, TokensHead):
             return felt
         told = self.head.offsets(n, tokens)
@@ -153,19 +157,19 @@ class VLA(SavedPolicy):
             told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
         return told.flatten(0, 1)
 
-    def _felt_offset(self, state: torch.Tensor | None) -> torch.Tensor | None:
+    def _state_embedding(self, state: torch.Tensor | None) -> torch.Tensor | None:
         if self.state_in is None and self.robot_in is None:
             return None
         width = len(self.spec.state_names) + (self.robot_in is not None)
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"one of {state.shape[-1]}"
-            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.felt` makes it of a robot's own")
+            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.align_state` makes it of a robot's own")
         if self.robot_in is None:
             return cast(nn.Module, self.state_in)(state)
         token = self.robot_in[state[:, -1].long()]
         return token if self.state_in is None else token + self.state_in(state[:, :-1])
 
-    def features(
+    def observation_features(
         self,
         input_ids: torch.Tensor,
         state: torch.Tensor | None = None,
@@ -182,10 +186,10 @@ class VLA(SavedPolicy):
         """
         n_queries = self.head.n_queries
         n = int((input_ids == self.config.act_id).sum()) // n_queries
-        hidden, _ = self.read(input_ids, self.offsets(n, state, tokens), **inputs)
+        hidden, _ = self.backbone_forward(input_ids, self.action_query_embeddings(n, state, tokens), **inputs)
         return hidden.unflatten(0, (n, n_queries)) if n_queries > 1 else hidden
 
-    def fused(
+    def history_features(
         self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, tokens: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:
         """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
@@ -197,10 +201,10 @@ class VLA(SavedPolicy):
             inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
         """
         if self.config.structure != "interleaved":
-            features = self.features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
+            features = self.observation_features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
             return self.history(features)
         is_there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
-        read = self.features(state=state[is_there], **inputs)
+        read = self.observation_features(state=state[is_there], **inputs)
         return read.new_zeros(*state.shape[:2], read.shape[-1]).index_put((is_there,), read)
 
     def forward(
@@ -233,31 +237,33 @@ class VLA(SavedPolicy):
             return ModelOutput(loss=loss, answer_loss=loss)
         state, action, action_mask = (cast(torch.Tensor, given) for given in (state, action, action_mask))
         tokens = self.head.encode(action).flatten(0, 1) if self.is_autoregressive else None
-        return ModelOutput(**self.head.loss(self.fused(state, obs_mask, tokens, **inputs), action, action_mask))
+        return ModelOutput(**self.head.loss(self.history_features(state, obs_mask, tokens, **inputs), action, action_mask))
 
     @torch.inference_mode()
     def predict(self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
         """Normalised actions (b, k, a) from the last of t observation steps; arguments as `fused` takes them."""
         if self.is_autoregressive:
-            return self._say(state[:, -1], **inputs)
-        return self.head.predict(self.fused(state, obs_mask, **inputs)[:, -1])
+            return self._generate_tokens(state[:, -1], **inputs)
+        return self.head.predict(self.history_features(state, obs_mask, **inputs)[:, -1])
 
-    def _say(self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def _generate_tokens(
+        self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+    ) -> torch.Tensor:
         """Normalised actions (b, k, a), token after token in the key-value cache; prompts are padded on the left."""
         b, n_tokens = len(input_ids), self.head.n_queries
-        n_known = input_ids.shape[1] - n_tokens + 1  # up to the first <act>: all others hold the place of tokens to come
-        offsets = cast(torch.Tensor, self.offsets(b, state)).unflatten(0, (b, n_tokens))
-        known = {k: v[:, :n_known] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
-        known |= {"input_ids": input_ids[:, :n_known], "attention_mask": attention_mask[:, :n_known]}
-        hidden, cache = self.read(offsets=offsets[:, 0], use_cache=True, **known)
+        prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>: all others hold the place of tokens to come
+        offsets = cast(torch.Tensor, self.action_query_embeddings(b, state)).unflatten(0, (b, n_tokens))
+        known = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
+        known |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
+        hidden, cache = self.backbone_forward(offsets=offsets[:, 0], use_cache=True, **known)
         said = [self.head.choose(hidden)]
         for i in range(1, n_tokens):
-            end = n_known + i
+            end = prefix_len + i
             told = offsets[:, i] + self.head.tokens(said[-1])
             step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
             for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 are told
                 step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # of images at every step
-            hidden, cache = self.read(offsets=told, past_key_values=cache, use_cache=True, **step)
+            hidden, cache = self.backbone_forward(offsets=told, past_key_values=cache, use_cache=True, **step)
             said.append(self.head.choose(hidden))
         return self.head.decode(torch.stack(said, dim=1))
 

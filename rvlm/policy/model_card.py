@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rvlm.policy.mixtures import Robot
+from rvlm.policy.mixtures import Embodiment
 from rvlm.provenance import provenance
 from rvlm.statistics import Rate
 
@@ -40,7 +40,7 @@ def model_card(
     matter |= {"license": license_name} if license_name else {}
     matter |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
     size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
-    robots = [Robot(model.spec, model.stats), *model.robots.values()]
+    robots = [Embodiment(model.spec, model.stats), *model.robots.values()]
     made_of = [
         f"Vision-language model: {vlm.get('name', 'not recorded')}, revision {vlm.get('revision') or 'none, a folder'}.",
         f"Backbone: {config.backbone['model_type']}; "
@@ -52,7 +52,7 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(matter, sort_keys=False) + "---",
         f"# A robot policy for {model.spec.robot}",
-        "```python\nfrom rvlm.policy.policy import Policy\n\npolicy = Policy.load(folder_or_hub_name, revision=commit)\n```",
+        "```python\nfrom rvlm import load_policy\n\npolicy = load_policy(folder_or_hub_name, revision=commit)\n```",
         "## What it is made of\n" + _list(made_of),
         *(part for robot in robots for part in _robot(robot)),
         "## How well it does\n" + _success(success or {}),
@@ -63,7 +63,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _robot(robot: Robot) -> list[str]:
+def _robot(robot: Embodiment) -> list[str]:
     """What the actions and the state of a robot mean, and the numbers that they were normalised by."""
     spec, action, state = robot.spec, robot.stats["action"], robot.stats["observation.state"]
     kind = "displacements" if spec.is_delta else "target poses"

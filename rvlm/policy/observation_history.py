@@ -12,18 +12,18 @@ import torch
 
 from rvlm.policy.model import VLA
 from rvlm.vlm.backbones import vision_features
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 
 
-class Newest:
+class SingleObservation:
     """One step: nothing but the newest observation."""
 
-    def __init__(self, model: VLA, prompter: Prompter) -> None:
+    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         self.model, self.prompter = model, prompter
         self._inputs: dict[str, torch.Tensor] = {}
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """Take in images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.felt` gives it, and instructions of n robots."""
+        """Take in images (n, cameras, h, w, 3) uint8, state (n, s) as `align_state` gives it, and instructions of n robots."""
         self._inputs = {**_prompts(self.model, self.prompter, images, instructions), "state": state[:, None]}
 
     def predict(self) -> torch.Tensor:
@@ -35,19 +35,21 @@ class Newest:
         self._inputs = {}  # the next observation is all that counts
 
 
-class FeatureWindow:
+class FeatureHistory:
     """Policy head: the features at `<act>` of the last t observations, each passed through the backbone once.
 
     A window that is not full yet is filled with its oldest observation, as in training.
     """
 
-    def __init__(self, model: VLA, prompter: Prompter) -> None:
+    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         self.model, self.prompter = model, prompter
         self._features: deque[torch.Tensor] = deque(maxlen=model.config.n_obs_steps)
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
         """As `Newest.add`."""
-        self._features.append(self.model.features(state=state, **_prompts(self.model, self.prompter, images, instructions)))
+        self._features.append(
+            self.model.observation_features(state=state, **_prompts(self.model, self.prompter, images, instructions))
+        )
 
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
@@ -60,23 +62,23 @@ class FeatureWindow:
         self._features = deque((features[list(rows)] for features in self._features), self._features.maxlen)
 
 
-class RecomputedSequence:
+class UncachedSequence:
     """Interleaved, the slow way: the whole sequence passes through the backbone at every step.
 
     When the window is full, the next observation begins a new one that keeps the newest half: every length up to a full
-    window was trained, and the cache of `CachedSequence` then need not be made anew at every step.
+    window was trained, and the cache of `KVCachedSequence` then need not be made anew at every step.
     """
 
-    def __init__(self, model: VLA, prompter: Prompter) -> None:
+    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         self.model, self.prompter = model, prompter
         self._seen: list[tuple[Any, torch.Tensor]] = []  # per observation: what is seen, and felt (n, ...)
         self._instructions: list[str] = []
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
         """As `Newest.add`."""
-        self._keep(images, state, instructions)
+        self._push(images, state, instructions)
 
-    def _keep(self, seen: Any, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def _push(self, seen: Any, state: torch.Tensor, instructions: Sequence[str]) -> None:
         n_obs_steps = self.model.config.n_obs_steps
         if len(self._seen) == n_obs_steps:
             del self._seen[: n_obs_steps - n_obs_steps // 2]
@@ -98,21 +100,21 @@ class RecomputedSequence:
         self._instructions = [self._instructions[row] for row in rows]
 
 
-class CachedSequence(RecomputedSequence):
+class KVCachedSequence(UncachedSequence):
     """Interleaved, the fast way: a new observation is appended to the sequence in the backbone's key-value cache.
 
     What the vision tower made of the window's images is kept too, for the steps at which a new window begins. Images whose text
     depends on them (`Prompter.is_separable`) go the slow way.
     """
 
-    def __init__(self, model: VLA, prompter: Prompter) -> None:
+    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         super().__init__(model, prompter)
         self._cache: Any = None
         self._mask = self._read = torch.empty(0)
 
     @staticmethod
     @torch.inference_mode()
-    def is_exact(model: VLA, prompter: Prompter) -> bool:
+    def matches_uncached(model: VLA, prompter: PromptBuilder) -> bool:
         """Whether this model's cache can be appended to: tried once on noise, beside the slow way.
 
         False for families whose processor gives more than pixels, or whose positions depend on the whole sequence.
@@ -121,10 +123,10 @@ class CachedSequence(RecomputedSequence):
         noise = rng.integers(0, 256, (length, 2, prompter.n_images, side, side, 3), np.uint8)
         if not prompter.sees_pixels_alone:
             return False
-        fast, slow = CachedSequence(model, prompter), RecomputedSequence(model, prompter)
+        fast, slow = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
         for images in noise:
             at_rest = np.zeros((2, len(model.spec.state_names)), np.float32)
-            state = torch.as_tensor(model.felt(model.robot(model.spec), at_rest), device=model.device)
+            state = torch.as_tensor(model.align_state(model.embodiment(model.spec), at_rest), device=model.device)
             for memory in (fast, slow):
                 memory.add(images, state, ["lift it", "lift the other one"])
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
@@ -136,11 +138,11 @@ class CachedSequence(RecomputedSequence):
             return super().add(images, state, instructions)
         is_same, length = list(instructions) == self._instructions, len(self._seen)
         pixels = self.prompter.pixels(images).to(self.model.device)
-        self._keep(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
+        self._push(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
         if is_same and len(self._seen) == length + 1 and self._cache is not None:
-            self._append()
+            self._decode_step()
         else:
-            self._begin()
+            self._prefill()
 
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
@@ -154,31 +156,31 @@ class CachedSequence(RecomputedSequence):
             self._cache.batch_select_indices(kept)
             self._mask, self._read = self._mask[kept], self._read[kept]
 
-    def _begin(self) -> None:
+    def _prefill(self) -> None:
         """Read the whole window at once."""
         n, length = len(self._instructions), len(self._seen)
         tokens = self.prompter.tokens(self._instructions, [length] * n)
-        self._pass(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device), length, None)
+        self._forward(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device), length, None)
 
-    def _append(self) -> None:
+    def _decode_step(self) -> None:
         """Read the newest observation behind all that is in the cache."""
         text, n, length = self._instructions[0], len(self._instructions), len(self._seen)
         before, now = (self.prompter.token_ids(text, steps) for steps in (length - 1, length))
         new = torch.tensor(now[len(before) :], device=self.model.device)
         mask = torch.cat([self._mask, self._mask.new_ones(n, len(new))], dim=1)
-        self._pass(new.expand(n, -1), mask, 1, self._cache)
+        self._forward(new.expand(n, -1), mask, 1, self._cache)
 
-    def _pass(self, input_ids: torch.Tensor, mask: torch.Tensor, length: int, cache: Any) -> None:
+    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, length: int, cache: Any) -> None:
         """One pass over the last `length` observations of each robot."""
         seen, state = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*self._seen[-length:], strict=True))
-        hidden, self._cache = self.model.read(
-            input_ids, self.model.offsets(len(state), state), image_features=seen,
+        hidden, self._cache = self.model.backbone_forward(
+            input_ids, self.model.action_query_embeddings(len(state), state), image_features=seen,
             attention_mask=mask, past_key_values=cache, use_cache=True,
         )  # fmt: skip
         self._mask, self._read = mask, hidden.unflatten(0, (-1, length))[:, -1]
 
 
 def _prompts(
-    model: VLA, prompter: Prompter, images: np.ndarray, instructions: Sequence[str], n_steps: Sequence[int] | None = None
+    model: VLA, prompter: PromptBuilder, images: np.ndarray, instructions: Sequence[str], n_steps: Sequence[int] | None = None
 ) -> dict[str, torch.Tensor]:
     return {k: v.to(model.device) for k, v in prompter(images, instructions, n_steps).items()}

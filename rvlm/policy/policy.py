@@ -16,7 +16,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.cards import IMAGE_KEYS
 from rvlm.policy.checkpoints import load_vla
 from rvlm.policy.model import VLA
-from rvlm.policy.observation_history import CachedSequence, FeatureWindow, Newest, RecomputedSequence
+from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
 from rvlm.policy.observations import Expected, ObservationError
 from rvlm.vlm.templates import mark_of, special_words
 
@@ -50,7 +50,7 @@ class Policy:
         ensemble: float | None = None,
         spec: ActionSpec | None = None,
     ) -> None:
-        self.robot = model.robot(model.spec if spec is None else spec)
+        self.robot = model.embodiment(model.spec if spec is None else spec)
         n_action_steps = model.config.n_action_steps if n_action_steps is None else n_action_steps
         if not isinstance(n_action_steps, int | np.integer) or not 1 <= n_action_steps <= model.config.chunk_size:
             raise ValueError(
@@ -67,29 +67,16 @@ class Policy:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
         self.model, self.ensemble = model.eval(), ensemble
         self.n_action_steps = int(n_action_steps)
-        self.prompter = model.prompter(processor)
+        self.prompter = model.prompt_builder(processor)
         size: Any = model.config.image_size
         words = tuple({mark_of(processor), *special_words(processor.tokenizer)})
         self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
-        self._remember: Any = {"one_step": Newest, "policy_head": FeatureWindow, "interleaved": CachedSequence}[
+        self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
-        if self._remember is CachedSequence and not CachedSequence.is_exact(model, self.prompter):
-            self._remember = RecomputedSequence
+        if self._history_cls is KVCachedSequence and not KVCachedSequence.matches_uncached(model, self.prompter):
+            self._history_cls = UncachedSequence
         self.reset()
-
-    @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        base: str | Path | None = None,
-        device: str | torch.device | None = None,
-        **options: Any,
-    ) -> "Policy":
-        """From a saved model's folder or name on the Hub, as `VLA.from_pretrained` takes it; `options` are the constructor's."""
-        return cls(*load_vla(name, revision=revision, base=base, device=device), **options)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -104,7 +91,7 @@ class Policy:
         """
         if n_robots < 1:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
-        self.n_robots, self.memory = n_robots, self._remember(self.model, self.prompter)
+        self.n_robots, self.memory = n_robots, self._history_cls(self.model, self.prompter)
         self._size: tuple[int, int] | None = None  # of the images since then
         self._has_warned = False
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
@@ -123,9 +110,9 @@ class Policy:
         """
         self._check(observations)
         if not self._queue or self.model.config.n_obs_steps > 1:
-            self._see(observations)
+            self._observe(observations)
         if not self._queue:
-            chunk = self._unnormalized(self._planned())
+            chunk = self._unnormalized(self._next_chunk())
             self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
         return self._queue.popleft()
 
@@ -148,7 +135,7 @@ class Policy:
     def predict_action_chunk(self, observations: Observations) -> np.ndarray:
         """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
         self._check(observations)
-        self._see(observations)
+        self._observe(observations)
         return self._unnormalized(self._predict())
 
     def _check(self, observations: Observations) -> None:
@@ -164,12 +151,12 @@ class Policy:
             warnings.warn(doubt, stacklevel=3)
 
     @torch.inference_mode()
-    def _see(self, observations: Observations) -> None:
+    def _observe(self, observations: Observations) -> None:
         """The newest observations join what is remembered."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         told = [
-            self.model.addressed(self.robot, {"state": felt, "instruction": o["instruction"]})
+            self.model.condition_on_embodiment(self.robot, {"state": felt, "instruction": o["instruction"]})
             for felt, o in zip(state, observations, strict=True)
         ]
         felt = torch.as_tensor(np.stack([t["state"] for t in told]), dtype=torch.float32, device=self.model.device)
@@ -180,7 +167,7 @@ class Policy:
         """Normalised chunks (n, k, a) from all that is remembered."""
         return self.memory.predict()
 
-    def _planned(self) -> torch.Tensor:
+    def _next_chunk(self) -> torch.Tensor:
         """The normalised chunk to execute: the newest one, or what the ensemble of chunks says for this one step (n, 1, a)."""
         newest = self._predict()
         if self.ensemble is None:
@@ -202,7 +189,7 @@ class Policy:
         return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
 
 
-def watch(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:
+def record_rollout(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:
     """One episode of one robot, with all that it saw, felt, did and meant to do; a new chunk is predicted at every step.
 
     Returns:
@@ -220,3 +207,26 @@ def watch(policy: Policy, env: Any, seed: int, family: str | None = None) -> dic
         observation, _, is_success, is_over, _ = env.step(chunk[0])
     columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
     return {**columns, "instruction": observation["instruction"], "seed": seed, "is_success": is_success}
+
+
+def load_policy(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Policy:
+    """A trained policy, ready to act.
+
+    Args:
+        name: A saved model's folder, or its name on the Hub.
+        revision: Commit, branch or tag of a name on the Hub.
+        base: Folder of the backbone, of a policy that was saved without it.
+        device: Where it computes; where its weights were loaded to if left out.
+        options: Of `Policy`: `n_action_steps`, `ensemble`, `spec`.
+
+    Raises:
+        ValueError: As `VLA.from_pretrained` and `Policy`.
+    """
+    return Policy(*load_vla(name, revision=revision, base=base, device=device), **options)

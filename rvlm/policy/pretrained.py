@@ -34,7 +34,7 @@ from rvlm.policy.checkpoint_files import (
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model_card import model_card
 from rvlm.vlm import adapters
-from rvlm.vlm.backbones import LOADING, compute_as_trained, load_backbone, refuse_wrong_weights
+from rvlm.vlm.backbones import LOAD_LOCK, check_loaded_weights, disable_bf16_repacking, load_backbone
 
 CARD = "README.md"
 DOWNLOAD = {"cache_dir", "force_download", "local_files_only", "token"}  # options of fetching
@@ -52,7 +52,7 @@ class SavedPolicy(PreTrainedModel):
     adapters: Any
     processor: Any = None
 
-    def put_adapters(self, adapters: PeftModel | None) -> None:
+    def register_adapters(self, adapters: PeftModel | None) -> None:
         """Remember the adapters that are in the backbone, to save and merge them."""
         object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
 
@@ -119,7 +119,7 @@ class SavedPolicy(PreTrainedModel):
         if self.config.base is not None and self.adapters is not None:
             inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
             adapters.save(self.adapters, folder, inner)
-        kept = whole if self.config.base is None else own_weights(whole)
+        kept = whole if self.config.base is None else non_backbone_weights(whole)
         super().save_pretrained(folder, state_dict=kept, **options)
 
     def push_to_hub(
@@ -183,7 +183,7 @@ class SavedPolicy(PreTrainedModel):
         config = read_config(folder) if config is None else checked(folder, config)
         weights_in(folder)
         processor = policy_processor(folder, config)
-        with LOADING, naming(folder):
+        with LOAD_LOCK, naming(folder):
             is_whole = config.base is None
             model: Any = (
                 cls._whole(folder, config, is_quantized) if is_whole else cls._over(folder, config, base, is_quantized, processor)
@@ -196,11 +196,11 @@ class SavedPolicy(PreTrainedModel):
     def _whole(cls, folder: Path, config: Any, is_quantized: bool | None) -> Any:
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         if is_quantized:
-            options["quantization_config"] = adapters.in_four_bits(folder, "backbone.")
+            options["quantization_config"] = adapters.nf4_config(folder, "backbone.")
         loaded: Any = super().from_pretrained(folder, config=config, **options)
         model, report = loaded
-        refuse_wrong_weights(folder, report)
-        compute_as_trained(model)
+        check_loaded_weights(folder, report)
+        disable_bf16_repacking(model)
         return model
 
     @classmethod
@@ -208,7 +208,7 @@ class SavedPolicy(PreTrainedModel):
         model: Any = cls(config, cls._backbone(folder, config, base, is_quantized, processor))
         if config.base["tuning"] != "head":
             read_json(folder / adapters.FOLDER / "adapter_config.json")
-            model.put_adapters(adapters.attach_saved(model.backbone, folder))
+            model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
         model.fill(folder)
         return model
 
@@ -242,9 +242,9 @@ class SavedPolicy(PreTrainedModel):
         folder = Path(folder)
         if self.adapters is not None:
             header_of(folder / adapters.FOLDER / "adapter_model.safetensors")
-            adapters.fill(self.adapters, folder)
+            adapters.load_lora_weights(self.adapters, folder)
         saved = {name: value for path in weights_in(folder) for name, value in load_file(path).items()}
-        refuse_wrong_weights(folder, adapters.compared(own_weights(self.state_dict()), saved))
+        check_loaded_weights(folder, adapters.state_dict_diff(non_backbone_weights(self.state_dict()), saved))
         self.load_state_dict(saved, strict=False)
 
     @classmethod
@@ -260,7 +260,7 @@ class SavedPolicy(PreTrainedModel):
             return model
         own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base")}
         merged: Any = cls(VLAConfig(**own), model.adapters.merge_and_unload() if model.adapters is not None else model.backbone)
-        merged.load_state_dict(own_weights(model.state_dict()), strict=False)
+        merged.load_state_dict(non_backbone_weights(model.state_dict()), strict=False)
         merged.processor = model.processor
         return merged.eval()
 
@@ -279,7 +279,7 @@ def _put(part: Path, folder: Path) -> None:
         new.replace(folder / new.name)
 
 
-def own_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def non_backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of history, head, state and robots' tokens: all but the backbone's."""
     return {name: value for name, value in weights.items() if not name.startswith("backbone.")}
 
@@ -289,4 +289,4 @@ def held(vlm: Path, tuning: str, precision: str = "auto") -> dict[str, Any]:
     if tuning == "full":
         return {}
     dtype = adapters.dtype_of(precision)
-    return {"quantization": adapters.in_four_bits(vlm, dtype=dtype)} if tuning == "qlora" else {"dtype": dtype}
+    return {"quantization": adapters.nf4_config(vlm, dtype=dtype)} if tuning == "qlora" else {"dtype": dtype}

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvlm.caches import used
-from rvlm.files import CARDS, ROOT, results_dir, write_whole
+from rvlm.files import CARDS, ROOT, atomic_write, results_dir
 from rvlm.provenance import provenance
-from rvlm.report.notebooks import Refused
+from rvlm.report.notebooks import InvalidRun
 from rvlm.statistics import check_verdict
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Finding:
     record: dict[str, Any]
 
     def _repr_markdown_(self) -> str:
-        return f"> **Finding.** {as_markdown(self.record['sentence'])}\n>\n> <sub>{fine_print(self.record)}</sub>"
+        return f"> **Finding.** {as_markdown(self.record['sentence'])}\n>\n> <sub>{provenance_line(self.record)}</sub>"
 
 
 def as_markdown(text: str) -> str:
@@ -92,7 +92,7 @@ def finding(
     record |= {"seeds": _plain(list(seeds)), "seconds": seconds, "verdict": _checked_verdict(verdict)}
     _check_sentence(record)
     record |= {**provenance(), "artefacts": used()}
-    write_whole(results_dir() / "findings" / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(results_dir() / "findings" / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return Finding(record)
 
 
@@ -128,7 +128,7 @@ def _numbers_in(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers_in(v, key)
 
 
-def _says(text: str, key: str, value: float) -> bool:
+def _matches(text: str, key: str, value: float) -> bool:
     """Is ``text`` ("1,234", "-0.25", "47 %") this value, rounded to as many digits as the text shows?"""
     digits = text.rstrip(" %").replace(",", "").replace("−", "-")
     is_percent = text.endswith("%") and not key.endswith(("percent", "points"))
@@ -142,7 +142,7 @@ def _check_sentence(record: Mapping[str, Any]) -> None:
     given += [("seeds", float(len(record["seeds"]))), *_numbers_in(record["seconds"], "seconds")]
     given += [("level", 0.95)] if record["interval"] is not None else []
     for match in NUMBER.finditer(record["sentence"]):
-        if not any(_says(match.group(), key, value) for key, value in given):
+        if not any(_matches(match.group(), key, value) for key, value in given):
             listed = ", ".join(f"{key} = {value:.6g}" for key, value in given)
             raise UncomputedNumber(
                 f"finding {record['name']!r}: expected only computed numbers in {record['sentence']!r}; {match.group()!r} "
@@ -160,13 +160,13 @@ def _read_finding(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         number = path.name[:2]
-        raise Refused(
+        raise InvalidRun(
             f"{path}: expected a finding as JSON, got a file that is cut or changed ({error}); delete it and run its notebook "
             f"again: rvlm reproduce --only {number} --force"
         ) from error
 
 
-def fine_print(record: Mapping[str, Any]) -> str:
+def provenance_line(record: Mapping[str, Any]) -> str:
     """n, interval, seeds, seconds, profile, commit and verdict in one line."""
     parts = [f"n = {record['n']:,}"]
     if record["interval"] is not None:
@@ -229,7 +229,7 @@ def export(fig: Figure, name: str) -> Figure:
         with plt.rc_context(RC):  # fonts are chosen while saving, not while drawing
             fig.savefig(buffer, format=suffix, dpi=300, metadata=metadata | title)
         data = small_png(buffer.getvalue()) if suffix == "png" else buffer.getvalue()
-        write_whole(results_dir() / "figures" / f"{_checked(name)}.{suffix}", data)
+        atomic_write(results_dir() / "figures" / f"{_checked(name)}.{suffix}", data)
     return fig
 
 
@@ -252,8 +252,8 @@ def small_png(data: bytes, n_colors: int = 256) -> bytes:
 def save_table(table: pd.DataFrame, name: str, float_format: str = "%.3g") -> pd.DataFrame:
     """Write ``results/tables/{name}.csv`` (full precision) and ``.tex`` (booktabs, rounded); returns the table."""
     folder = results_dir() / "tables"
-    write_whole(folder / f"{_checked(name)}.csv", table.to_csv(index=False))
-    write_whole(folder / f"{name}.tex", table.to_latex(index=False, escape=True, float_format=float_format))
+    atomic_write(folder / f"{_checked(name)}.csv", table.to_csv(index=False))
+    atomic_write(folder / f"{name}.tex", table.to_latex(index=False, escape=True, float_format=float_format))
     return table
 
 
@@ -266,7 +266,7 @@ def save_episodes(episodes: pd.DataFrame, name: str) -> pd.DataFrame:
     whole = episodes.assign(commit=made["commit"], versions=json.dumps(made["versions"]))
     buffer = io.BytesIO()
     whole.to_parquet(buffer, index=False)
-    write_whole(results_dir() / "episodes" / f"{_checked(name)}.parquet", buffer.getvalue())
+    atomic_write(results_dir() / "episodes" / f"{_checked(name)}.parquet", buffer.getvalue())
     return whole
 
 

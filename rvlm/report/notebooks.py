@@ -20,7 +20,7 @@ GIT_PROFILE = "cpu"  # the one whose results are in git; it names every paramete
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
-class Refused(ValueError):
+class InvalidRun(ValueError):
     """A run that was asked for can't be right; nothing was run."""
 
 
@@ -35,7 +35,7 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
         sources = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
         statements = [node for source in sources for node in ast.parse(source).body]
     except (ValueError, KeyError, TypeError, SyntaxError) as error:
-        raise Refused(f"{notebook}: expected a notebook with a cell tagged parameters, got {error!r}") from error
+        raise InvalidRun(f"{notebook}: expected a notebook with a cell tagged parameters, got {error!r}") from error
     return dict(_assignment(node, notebook) for node in statements)
 
 
@@ -45,7 +45,7 @@ def _assignment(node: ast.stmt, notebook: Path) -> tuple[str, Any]:
             return node.targets[0].id, ast.literal_eval(node.value)
         except ValueError:
             pass
-    raise Refused(f"{notebook}: expected `name = literal` in the parameters cell, got `{ast.unparse(node)}`")
+    raise InvalidRun(f"{notebook}: expected `name = literal` in the parameters cell, got `{ast.unparse(node)}`")
 
 
 def check_parameters(notebook: Path, given: Mapping[str, Any], asked_by: str, mend: str) -> None:
@@ -61,7 +61,7 @@ def check_parameters(notebook: Path, given: Mapping[str, Any], asked_by: str, me
     for name, value in given.items():
         _check_name(name, known, notebook.stem, asked_by, mend)
         if not _fits(value, known[name]):
-            raise Refused(f"{asked_by} sets {name} of {notebook.stem} to {value!r}, expected {_expected(known[name])}; {mend}")
+            raise InvalidRun(f"{asked_by} sets {name} of {notebook.stem} to {value!r}, expected {_expected(known[name])}; {mend}")
 
 
 def _check_name(name: str, known: Mapping[str, Any], stem: str, asked_by: str, mend: str) -> None:
@@ -69,7 +69,7 @@ def _check_name(name: str, known: Mapping[str, Any], stem: str, asked_by: str, m
         near = difflib.get_close_matches(name, known, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
         have = ", ".join(known) or "none"
-        raise Refused(f"{asked_by} sets {name} of {stem}, which has no such parameter; it has {have}{guess}; {mend}")
+        raise InvalidRun(f"{asked_by} sets {name} of {stem}, which has no such parameter; it has {have}{guess}; {mend}")
 
 
 def parse_parameters(notebook: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def parse_parameters(notebook: Path, pairs: Sequence[tuple[str, str]]) -> dict[s
     for name, text in pairs:
         _check_name(name, known, notebook.stem, "-p", "nothing was run")
         if name in values:
-            raise Refused(f"-p sets {name} of {notebook.stem} twice: {values[name]!r} and {text!r}")
+            raise InvalidRun(f"-p sets {name} of {notebook.stem} twice: {values[name]!r} and {text!r}")
         values[name] = text if isinstance(known[name], str) else _read(text)
     check_parameters(notebook, values, "-p", "nothing was run")
     return values
@@ -116,7 +116,7 @@ def read_profiles(notebooks: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """``profiles.yaml``: profile -> notebook's stem -> {parameter: value}."""
     path = notebooks / PROFILES
     if not path.exists():
-        raise Refused(
+        raise InvalidRun(
             f"expected {path}: profile -> notebook -> parameter -> value; a profile may be empty ('cpu: {{}}'). An installed "
             "package has no notebooks: they stand in a clone of the repository"
         )
@@ -135,7 +135,7 @@ def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
     found = exact or [path for path in notebooks if stem and stem in path.stem]
     if len(found) != 1:
         problem = f"no notebook {name!r}" if not found else f"{name!r} is in the name of several notebooks"
-        raise Refused(f"{problem}; those that exist: {', '.join(path.stem for path in found or notebooks) or 'none'}")
+        raise InvalidRun(f"{problem}; those that exist: {', '.join(path.stem for path in found or notebooks) or 'none'}")
     return found[0]
 
 

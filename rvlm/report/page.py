@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rvlm.files import ROOT, results_dir, write_whole
+from rvlm.files import ROOT, atomic_write, results_dir
 from rvlm.provenance import provenance
 from rvlm.report.copies import cleaned, executed
-from rvlm.report.findings import fine_print, load_findings
+from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.withdrawn import amend
 
 PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
@@ -41,7 +41,7 @@ th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left}td
 
 
 @dataclass(frozen=True)
-class Chapter:
+class NotebookInfo:
     """What a notebook's first cell says of it.
 
     Attributes:
@@ -66,18 +66,18 @@ class Chapter:
         return named.start() if named else len(self.source)
 
 
-def chapters(notebooks: Path | None = None) -> list[Chapter]:
+def chapters(notebooks: Path | None = None) -> list[NotebookInfo]:
     """The ordered notebooks of a folder."""
     return [read_chapter(path) for path in sorted((notebooks or ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
 
 
-def read_chapter(path: Path) -> Chapter:
+def read_chapter(path: Path) -> NotebookInfo:
     """Title and question from a notebook's first cell."""
     cells = json.loads(path.read_text())["cells"]
     text = "".join(cells[0]["source"]) if cells else ""
     title = re.search(r"^#\s+(?:\d\d\s+)?(.+)$", text, re.MULTILINE)
     question = re.search(r"\*\*Question\.?\*\*\.?\s*(.+?)(?:\n\s*\n|\Z)", text, re.DOTALL)
-    return Chapter(
+    return NotebookInfo(
         path.stem,
         title.group(1).strip() if title else path.stem[3:].replace("_", " "),
         " ".join(question.group(1).split()) if question else "",
@@ -92,7 +92,7 @@ def put_in_order(results: Path) -> None:
         for path in executed(folder):
             notebook = json.loads(path.read_text())
             if (small := cleaned(notebook)) != notebook:
-                write_whole(path, json.dumps(small, indent=1, ensure_ascii=False) + "\n")
+                atomic_write(path, json.dumps(small, indent=1, ensure_ascii=False) + "\n")
 
 
 def html_report(results: Path | None = None, notebooks: Path | None = None) -> Path:
@@ -116,10 +116,10 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
         f"<title>rvlm: what was found</title><style>{CSS}</style></head><body><h1>What was found</h1>"
         f'<p class="meta">{html.escape(made)}</p><nav>{links}</nav>{"".join(sections)}</body></html>\n'
     )
-    return write_whole(results / "report.html", page)
+    return atomic_write(results / "report.html", page)
 
 
-def _section(chapter: Chapter, found: list[dict[str, Any]], results: Path) -> str:
+def _section(chapter: NotebookInfo, found: list[dict[str, Any]], results: Path) -> str:
     parts = [f'<h2 id="{html.escape(chapter.stem)}">{html.escape(chapter.stem[:2])} {html.escape(chapter.title)}</h2>']
     parts.append(f'<p class="q">{html.escape(chapter.question)}</p>')
     failed, copy = (results / "notebooks" / f"{chapter.stem}{suffix}.ipynb" for suffix in (".failed", ""))
@@ -146,7 +146,8 @@ def _findings_html(found: list[dict[str, Any]]) -> str:
         return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
     return "".join(
-        f'<div class="f">{html.escape(f["sentence"])}{taken_back(f)}<br><small>{bold(fine_print(f))}</small></div>' for f in found
+        f'<div class="f">{html.escape(f["sentence"])}{taken_back(f)}<br><small>{bold(provenance_line(f))}</small></div>'
+        for f in found
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rvlm.files import PACKAGE, ROOT, write_whole
+from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
 from rvlm.report.page import FULL, chapters
 from rvlm.report.withdrawn import trainings_of
@@ -211,4 +211,4 @@ def update_readme(readme: Path | None = None, notebooks: Path | None = None, res
     """Write the README's computed parts from first cells, findings and executed copies."""
     readme = readme or ROOT / "README.md"
     text = updated_readme(readme, notebooks, results)
-    return readme if text == readme.read_text() else write_whole(readme, text)
+    return readme if text == readme.read_text() else atomic_write(readme, text)

@@ -45,7 +45,7 @@ def move(spec: Any, word: str, is_open: bool, amount: float | int = 1.0) -> np.n
     return spec.set_gripper(action, is_open)
 
 
-def scripted_drive(env: Any, words: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:
+def scripted_teleop(env: Any, words: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:
     """Drive through a list of `MOVES`; the static twin of `drive`.
 
     Returns:
@@ -97,7 +97,7 @@ def own_copy(env: Any) -> Callable[[], Any]:
     return functools.partial(type(bare), **{name: getattr(bare, name) for name in names})
 
 
-def drive(env: Any, seed: int = 0, size: int = 256, family: str | None = None) -> Any:
+def teleoperate(env: Any, seed: int = 0, size: int = 256, family: str | None = None) -> Any:
     """Buttons that move the robot, what its cameras see, its state, and whether it has done what it was asked.
 
     Args:

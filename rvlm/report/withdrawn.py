@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rvlm.files import ROOT, write_whole
+from rvlm.files import ROOT, atomic_write
 from rvlm.report.findings import Finding, as_markdown
 from rvlm.statistics.verdicts import MIN_TRAININGS
 
@@ -166,7 +166,7 @@ def _without_tables(folder: Path, record: dict[str, Any], listed: dict[str, Any]
 
 def _written(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Path]:
     if new != old:
-        yield write_whole(path, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+        yield atomic_write(path, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
 
 
 def struck(notebook: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rvlm.statistics.intervals import (
     success_rate,
     wilson,
 )
-from rvlm.statistics.power import ASSUMED_SPREAD, Spread, minimum_detectable_difference, spread_of_trainings
+from rvlm.statistics.power import ASSUMED_SPREAD, SeedVariance, minimum_detectable_difference, seed_variance
 from rvlm.statistics.probes import r_squared, ridge_probe
 from rvlm.statistics.verdicts import MIN_TRAININGS, check_verdict, holm, p_value, verdict
 
@@ -32,7 +32,7 @@ __all__ = [
     "Mean",
     "PairedTest",
     "Rate",
-    "Spread",
+    "SeedVariance",
     "check_verdict",
     "holm",
     "mcnemar",
@@ -43,7 +43,7 @@ __all__ = [
     "paired_difference",
     "r_squared",
     "ridge_probe",
-    "spread_of_trainings",
+    "seed_variance",
     "success_rate",
     "verdict",
     "wilson",

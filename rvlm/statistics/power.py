@@ -11,12 +11,12 @@ from rvlm.statistics.proportions import wilson_ends
 from rvlm.statistics.verdicts import MIN_TRAININGS
 
 # Standard deviation of true success rates between trainings of one recipe that a design assumes before there are trainings:
-# in this project's own runs on the tabletop it was 0.01 to 0.18. Where trainings are kept, `spread_of_trainings` measures it.
+# in this project's own runs on the tabletop it was 0.01 to 0.18. Where trainings are kept, `seed_variance` measures it.
 ASSUMED_SPREAD = 0.07
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedVariance:
     """How far success rates of several trainings of one recipe lie apart, and how much of that the judging explains.
 
     Attributes:
@@ -34,7 +34,7 @@ class Spread:
     training: float
 
 
-def spread_of_trainings(rates: Sequence[Rate]) -> Spread:
+def seed_variance(rates: Sequence[Rate]) -> SeedVariance:
     """Take apart what training seeds and what evaluation noise contribute to the spread of success rates.
 
     Raises:
@@ -48,7 +48,7 @@ def spread_of_trainings(rates: Sequence[Rate]) -> Spread:
     observed = float(values.var(ddof=1))
     noise = float(np.mean([r.rate * (1 - r.rate) / max(r.n - 1, 1) for r in rates]))
     left = max(observed - noise, 0.0)
-    return Spread(float(values.mean()), len(rates), math.sqrt(observed), math.sqrt(noise), math.sqrt(left))
+    return SeedVariance(float(values.mean()), len(rates), math.sqrt(observed), math.sqrt(noise), math.sqrt(left))
 
 
 def minimum_detectable_difference(
@@ -74,7 +74,7 @@ def minimum_detectable_difference(
         n_episodes: that every training is judged on.
         n_trainings: of each recipe.
         between: standard deviation of true success rates between trainings of one recipe, in [0, 1]. The default is an
-            assumption, which is to be said with the result; `spread_of_trainings` gives what kept trainings showed.
+            assumption, which is to be said with the result; `seed_variance` gives what kept trainings showed.
         correlation: of the two recipes' outcomes in the same episode, in [0, 1): what pairing is worth.
         n_contrasts: judged together with Holm's adjustment.
         power: chance of the verdict where the difference is there.

@@ -44,7 +44,7 @@ class _Peak(TorchDispatchMode):
         self.now -= n_bytes
 
 
-def both_ways(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -> tuple[float, float, float]:
+def profile_forward_backward(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -> tuple[float, float, float]:
     """Bytes that a pass forwards keeps for the way back, most bytes alive at a time on both ways, and operations.
 
     Weights are left out, their gradients are not.
@@ -69,7 +69,7 @@ def both_ways(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -
     return float(sum(kept.values())), float(followed.peak), float(counter.get_total_flops())
 
 
-def fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
+def materialise_fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
     """Give weights without data a device; inside a `FakeTensorMode`."""
     for module in model.modules():
         for name, p in list(module._parameters.items()):
@@ -95,7 +95,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(nothing)
 
 
-def measure(step: Callable[[], Any], held: float) -> dict[str, float]:
+def measure_step(step: Callable[[], Any], held: float) -> dict[str, float]:
     """Peak memory and time of a training step, on the device where it runs.
 
     Args:

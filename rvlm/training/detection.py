@@ -17,11 +17,11 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.envs.tabletop.questions import FIXTURES
 from rvlm.envs.tabletop.scene import COLORS, SHAPES
 from rvlm.vlm.backbones import vision_modules
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.prompts import PromptBuilder
 
-THINGS = (*COLORS, *FIXTURES)  # what is detected: objects by color, and fixtures
-FLAGS = ("drawer", "light", "gripper")  # states of the scene, read from all tokens together
-N_OUT = 3 * len(THINGS) + len(COLORS) * len(SHAPES)
+CLASSES = (*COLORS, *FIXTURES)  # what is detected: objects by color, and fixtures
+SCENE_STATES = ("drawer", "light", "gripper")  # states of the scene, read from all tokens together
+N_OUT = 3 * len(CLASSES) + len(COLORS) * len(SHAPES)
 
 
 def targets(record: dict, camera: str, side: int) -> dict[str, np.ndarray]:
@@ -31,15 +31,15 @@ def targets(record: dict, camera: str, side: int) -> dict[str, np.ndarray]:
         `presence` (cells, things) in {0, 1}; `offset` (cells, things, 2) of a thing from its cell's middle, in cells,
         in [-0.5, 0.5]; `shape` (cells, colors) as an index, -100 where there is none.
     """
-    presence = np.zeros((side * side, len(THINGS)), np.float32)
-    offset = np.zeros((side * side, len(THINGS), 2), np.float32)
+    presence = np.zeros((side * side, len(CLASSES)), np.float32)
+    offset = np.zeros((side * side, len(CLASSES), 2), np.float32)
     shape = np.full((side * side, len(COLORS)), -100)
     for name, place in zip(record["names"], np.asarray(record[camera]), strict=True):
         thing = name if name in FIXTURES else name.split()[0]
-        if thing not in THINGS or not ((place > 0) & (place < 1)).all():
+        if thing not in CLASSES or not ((place > 0) & (place < 1)).all():
             continue
         column, row = (place * side).astype(int)
-        cell, index = row * side + column, THINGS.index(thing)
+        cell, index = row * side + column, CLASSES.index(thing)
         presence[cell, index] = 1
         offset[cell, index] = place * side - (column, row) - 0.5
         if thing in COLORS:
@@ -55,7 +55,7 @@ class Detector(nn.Module):
         self._backbone = [backbone]  # in a list, so that only the tower and the connector are this module's weights
         self.vision = nn.ModuleList(vision_modules(backbone))
         width = backbone.config.get_text_config().hidden_size
-        self.tokens, self.flags = nn.Linear(width, N_OUT), nn.Linear(width, len(FLAGS))
+        self.tokens, self.flags = nn.Linear(width, N_OUT), nn.Linear(width, len(SCENE_STATES))
 
     def forward(
         self, pixel_values: torch.Tensor, presence: torch.Tensor, offset: torch.Tensor, shape: torch.Tensor, flags: torch.Tensor
@@ -71,7 +71,7 @@ class Detector(nn.Module):
         """
         features = torch.cat(list(self._backbone[0].model.get_image_features(pixel_values, return_dict=True).pooler_output))
         features = features.view(*presence.shape[:3], -1)
-        n = len(THINGS)
+        n = len(CLASSES)
         found, place, kind = self.tokens(features).split((n, 2 * n, len(COLORS) * len(SHAPES)), dim=-1)
         detection = F.binary_cross_entropy_with_logits(found, presence) * n
         error = (place.unflatten(-1, (n, 2)) - offset).abs().sum(-1)
@@ -90,7 +90,7 @@ class DetectionCollator:
     """Scenes to the batch that `Detector.forward` takes."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.prompter, self.side = Prompter(processor, 2), round(processor.image_seq_len**0.5)
+        self.prompter, self.side = PromptBuilder(processor, 2), round(processor.image_seq_len**0.5)
 
     def __call__(self, scenes: Sequence[tuple[np.ndarray, dict]]) -> dict[str, torch.Tensor]:
         """Batch of scenes, each its images (2, h, w, 3) uint8 and its record."""

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.caches import Code, keep, make_room
-from rvlm.files import artifacts_dir, digest, key_of, make_folder, reserve
-from rvlm.vlm.backbones import language_part, vision_features, vision_modules
-from rvlm.vlm.prompts import Prompter
+from rvlm.files import artifacts_dir, config_hash, file_hash, make_folder, reserve
+from rvlm.vlm.backbones import language_model, vision_features, vision_modules
+from rvlm.vlm.prompts import PromptBuilder
 
 CODE = Code(("rvlm.training.features",))
 BATCH = 64  # frames that pass through the tower at once
@@ -36,12 +36,16 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
     Raises:
         FloatingPointError: The tower gives numbers that are none.
     """
-    prompter, tower, names = Prompter(processor, 1), {"tower": _hash_of_tower(model, processor), "code": CODE.hash}, list(images)
+    prompter, tower, names = (
+        PromptBuilder(processor, 1),
+        {"tower": _hash_of_tower(model, processor), "code": CODE.hash},
+        list(images),
+    )
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
     paths = {}
     for name in names[start:] + names[:start]:
         settings = {"frames": content_of(images[name]), **tower}
-        folder = artifacts_dir() / "features" / key_of(settings)
+        folder = artifacts_dir() / "features" / config_hash(settings)
         if not folder.is_dir():
             CODE.refuse_changed()
             make_room()
@@ -53,7 +57,7 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
 def content_of(array: np.ndarray) -> str:
     """Twelve characters that stand for an array: of a map of a whole file, for the file."""
     if isinstance(array, np.memmap) and array.filename is not None and _is_whole_file(array):
-        return digest(array.filename)
+        return file_hash(array.filename)
     total = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
     for row in array:
         total.update(np.ascontiguousarray(row).tobytes())
@@ -73,23 +77,25 @@ def _is_whole_file(array: np.memmap) -> bool:
 def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     """What stands for all that features depend on beside the images."""
     total = hashlib.sha256()
-    is_apart = language_part(model) is not model.base_model  # else the connector is among the language model's parts
+    is_apart = language_model(model) is not model.base_model  # else the connector is among the language model's parts
     for i, part in enumerate(vision_modules(model) if is_apart else [model]):
         for name, value in part.state_dict().items():
             total.update(f"{i} {name} {value.dtype} {tuple(value.shape)}".encode())
             total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {key: value for key, value in model.config.to_diff_dict().items() if key != "_name_or_path"}
     told = json.loads(processor.image_processor.to_json_string())
-    return key_of({"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": told})
+    return config_hash(
+        {"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": told}
+    )
 
 
-def _write(path: Path, model: PreTrainedModel, prompter: Prompter, images: np.ndarray) -> None:
+def _write(path: Path, model: PreTrainedModel, prompter: PromptBuilder, images: np.ndarray) -> None:
     """All features of images (n, ..., h, w, 3), never more than a batch of them in memory."""
     if not _has_written(path, np.dtype(np.float16), model, prompter, images):
         _has_written(path, np.dtype(np.float32), model, prompter, images)
 
 
-def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompter: Prompter, images: np.ndarray) -> bool:
+def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompter: PromptBuilder, images: np.ndarray) -> bool:
     """Write them in this type, or stop at the first batch that it cannot hold."""
     flat, rows = images.reshape(-1, 1, *images.shape[-3:]), None
     for i in range(0, len(flat), BATCH):

@@ -25,13 +25,13 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.caches import use, use_inputs, write_made
-from rvlm.files import commits, write_whole
-from rvlm.processes import PASSIVE, exit_with
+from rvlm.files import atomic_write, commits
+from rvlm.processes import PASSIVE, exit_when_process_ends
 from rvlm.training.stages import Stage
-from rvlm.training.trainer import DIVERGED, TrainingDiverged, log_history, work
+from rvlm.training.trainer import DIVERGED, TrainingDiverged, log_history, train_stage_in_process
 
 
-def run(
+def train(
     stage: Stage,
     show_progress: bool = True,
     n_threads: int | None = None,
@@ -72,15 +72,15 @@ def prepare(stage: Stage) -> Path:
     (partial / DIVERGED).unlink(missing_ok=True)
     stage.code.refuse_changed()
     told = dataclasses.asdict(stage)
-    write_whole(partial / "stage.json", json.dumps(told, indent=1))
-    write_whole(partial / "commits.json", json.dumps({name: of for name, of in commits.items() if name == stage.init}))
+    atomic_write(partial / "stage.json", json.dumps(told, indent=1))
+    atomic_write(partial / "commits.json", json.dumps({name: of for name, of in commits.items() if name == stage.init}))
     inputs = (stage.init, *stage.data, *stage.scenes)
     write_made(partial, stage.code, told, inputs)
     use_inputs(inputs)
     return partial
 
 
-def by_hand(folder: Path) -> None:
+def distributed_worker(folder: Path) -> None:
     """Train as one of the processes that a launcher has started; the first of them puts the result in its place.
 
     A stage that is trained already is left as it is.
@@ -100,20 +100,20 @@ def by_hand(folder: Path) -> None:
     if final.exists():
         return
     if os.environ.get("RANK", "0") != "0":
-        work(stage, folder)
+        train_stage_in_process(stage, folder)
         return
     try:
         with _lock(final).acquire(timeout=0), _lock(folder):
-            work(stage, folder)
+            train_stage_in_process(stage, folder)
             _put(folder, final)
     except Timeout as error:
         raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
 
 
-def _as_asked(folder: Path) -> None:
+def _requested_worker(folder: Path) -> None:
     """Train as one of the processes that `run` has started, when a trainer whose asker was killed has left the folder."""
     with _lock(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        work(_stage_in(folder), folder)
+        train_stage_in_process(_stage_in(folder), folder)
 
 
 def _stage_in(folder: Path) -> Stage:
@@ -128,7 +128,7 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
     partial = prepare(stage)
     process = _launch(stage, partial, n_threads) if _n_processes(stage) > 1 else _fork(partial, n_threads)
     try:
-        _follow(process, partial, stage, show_progress, watch)
+        _tail_log(process, partial, stage, show_progress, watch)
     finally:
         if process.poll() is None:
             process.stop()
@@ -164,24 +164,24 @@ def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rvlm.passive", "rvlm.training.launch"])
     environment = {**os.environ, **PASSIVE}
-    process = context.Process(target=_alone, args=(partial, os.getpid(), n_threads or os.cpu_count(), environment))
+    process = context.Process(target=_single_worker, args=(partial, os.getpid(), n_threads or os.cpu_count(), environment))
     process.start()
     return SimpleNamespace(poll=lambda: process.exitcode, stop=process.kill, wait=process.join)
 
 
-def _alone(partial: Path, asker: int, n_threads: int, environment: dict[str, str]) -> None:
+def _single_worker(partial: Path, asker: int, n_threads: int, environment: dict[str, str]) -> None:
     """A stage's only process: as if it had been started from the command line by its asker."""
     os.environ.clear()
     os.environ.update(environment)  # the server may have been started in another one
     with (partial / "output.txt").open("ab") as output:
         for standard in (1, 2):
             os.dup2(output.fileno(), standard)
-    exit_with(asker)
+    exit_when_process_ends(asker)
     torch.set_num_threads(n_threads)
-    _as_asked(partial)
+    _requested_worker(partial)
 
 
-def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
+def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
     """Train independent stages at the same time, no more than there are cores; gives each one's model folder.
 
     Two processes of one thread train a small model about twice as fast as one process of two threads, so use stages with
@@ -190,7 +190,7 @@ def run_side_by_side(stages: Mapping[str, Stage], show_progress: bool = True) ->
     n_cores = os.cpu_count() or 1
     n_threads = max(1, n_cores // len(stages))
     with ThreadPoolExecutor(min(len(stages), n_cores)) as pool:
-        futures = {name: pool.submit(run, stage, show_progress, n_threads) for name, stage in stages.items()}
+        futures = {name: pool.submit(train, stage, show_progress, n_threads) for name, stage in stages.items()}
         return {name: future.result() for name, future in futures.items()}
 
 
@@ -199,7 +199,7 @@ def _n_processes(stage: Stage) -> int:
     return min(stage.n_processes, torch.cuda.device_count()) if torch.cuda.is_available() else stage.n_processes
 
 
-def _follow(process: SimpleNamespace, partial: Path, stage: Stage, show_progress: bool, watch: Any) -> None:
+def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progress: bool, watch: Any) -> None:
     """Draw a progress bar from the log file until the process ends, and show its entries to whom it may concern."""
     n_shown = 0
     with tqdm(total=stage.n_samples, desc=f"train {stage.name}", unit="sample", disable=not show_progress) as bar:
@@ -217,11 +217,11 @@ def _follow(process: SimpleNamespace, partial: Path, stage: Stage, show_progress
 if __name__ == "__main__":
     partial_folder = Path(sys.argv[1])
     if len(sys.argv) > 2:  # asked for by `run`, which puts the result in its place
-        exit_with(os.getppid())
-        exit_with(int(sys.argv[2]))
-        _as_asked(partial_folder)
+        exit_when_process_ends(os.getppid())
+        exit_when_process_ends(int(sys.argv[2]))
+        _requested_worker(partial_folder)
     else:
-        by_hand(partial_folder)
+        distributed_worker(partial_folder)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is written; gloo's threads may abort an interpreter that is torn down (pytorch/pytorch#179291)

@@ -22,17 +22,23 @@ from rvlm.data.actions import ActionSpec
 from rvlm.files import PACKAGE
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model import VLA
-from rvlm.training.cost import both_ways, fake
+from rvlm.training.cost import materialise_fake, profile_forward_backward
 from rvlm.vlm import adapters
-from rvlm.vlm.backbones import language_part
+from rvlm.vlm.backbones import language_model
 
 # Memory [GB], dense tensor cores [TFLOP/s] (16 bits in, 32 bits summed); source: NVIDIA's data sheets.
-CARDS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
+GPUS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
 UTILISATION = 0.35  # share of a card's peak that training reaches; an assumption
-CONTEXT = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
-STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}  # bytes for each trained one
+CUDA_CONTEXT_BYTES = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "sgd": 0,
+}  # bytes for each trained one
 FOUR_BITS = (4 + 0.127) / 8  # bytes of a parameter with its share of the constants of quantisation
-SHAPES = PACKAGE / "assets" / "shapes.json"  # configurations of models on the Hub
+HUB_CONFIGS = PACKAGE / "assets" / "shapes.json"  # configurations of models on the Hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +69,17 @@ class Plan:
         return self.weights + self.optimizer + self.passing
 
     def fits(self, card: str) -> bool:
-        """Whether a card of `CARDS` holds it."""
-        return self.peak + CONTEXT < CARDS[card][0] * 1e9
+        """Whether a card of `GPUS` holds it."""
+        return self.peak + CUDA_CONTEXT_BYTES < GPUS[card][0] * 1e9
 
     def seconds(self, card: str) -> float:
-        """Of a step on a card of `CARDS`, at the assumed utilisation [s]."""
-        return self.flops / (CARDS[card][1] * 1e12 * UTILISATION)
+        """Of a step on a card of `GPUS`, at the assumed utilisation [s]."""
+        return self.flops / (GPUS[card][1] * 1e12 * UTILISATION)
 
 
-def shapes() -> dict[str, tuple[PreTrainedConfig, int]]:
+def hub_configs() -> dict[str, tuple[PreTrainedConfig, int]]:
     """Models on the Hub by name: configuration, and tokens of an image. Source: named in the file, for each."""
-    told = json.loads(SHAPES.read_text())
+    told = json.loads(HUB_CONFIGS.read_text())
     return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in told.items()}
 
 
@@ -93,20 +99,20 @@ def plans(
 
     Args:
         config: Of the vision-language model; nothing else of it is read.
-        n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.probe` tells.
+        n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.inspect_vlm` tells.
         policy: Fields of `VLAConfig`: structure, head, window.
-        tuning: What of the backbone learns (`rvlm.policy.checkpoints.tune`).
+        tuning: What of the backbone learns (`rvlm.policy.checkpoints.set_trainable`).
         rank: Of adapters.
         batch_size: Windows that are computed at once.
         n_words: Tokens of an instruction with all that stands around it.
         precision: "fp32", "bf16" or "fp16", of what is computed.
-        optimizer: Name in `STATE`.
+        optimizer: Name in `OPTIMIZER_BYTES`.
 
     Raises:
         ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
     """
     _refuse_unknown(config, optimizer)
-    model, four_bits = _on_paper(config, policy, tuning, rank)
+    model, four_bits = _meta_policy(config, policy, tuning, rank)
     half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
@@ -126,7 +132,7 @@ def plans(
         "trained": n_trained,
         "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if tuning == "full" else half),
         "gradients": 4.0 * n_trained,
-        "optimizer": float(STATE[optimizer] * n_trained),
+        "optimizer": float(OPTIMIZER_BYTES[optimizer] * n_trained),
     }
     towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=tuning == "full")
     plain, again = (
@@ -141,7 +147,7 @@ def plans(
     return plain, again
 
 
-def plan(
+def plan_memory(
     config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], is_checkpointed: bool = False, **settings: Any
 ) -> Plan:
     """One of both `plans`, with layers computed again or not."""
@@ -161,7 +167,7 @@ def compare(
 
     Returns:
         Columns `model`, `tuning`, `is_checkpointed`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
-        (the smallest of `CARDS` that holds it, or "none"), `step [s]` on that card.
+        (the smallest of `GPUS` that holds it, or "none"), `step [s]` on that card.
     """
     rows = []
     made = {
@@ -170,17 +176,17 @@ def compare(
         for again, one in enumerate(plans(config, n_tokens, policy, tuning=tuning, **settings))
     }
     for (name, tuning, again), one in made.items():
-        card = next((card for card in CARDS if one.fits(card)), "none")
+        card = next((card for card in GPUS if one.fits(card)), "none")
         size = {part: getattr(one, part) / 1e9 for part in ("weights", "optimizer", "passing", "peak")}
-        seconds = one.seconds(card) if card in CARDS else float("nan")
+        seconds = one.seconds(card) if card in GPUS else float("nan")
         what = {"model": name, "tuning": tuning, "is_checkpointed": bool(again), "trained [M]": one.trained / 1e6}
         rows.append({**what, **size, "card": card, "step [s]": seconds})
     return pd.DataFrame(rows)
 
 
 def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
-    if optimizer not in STATE:
-        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(STATE)}")
+    if optimizer not in OPTIMIZER_BYTES:
+        raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(OPTIMIZER_BYTES)}")
     if (
         config.is_encoder_decoder
         or not hasattr(getattr(config, "vision_config", None), "patch_size")
@@ -188,40 +194,42 @@ def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
     ):
         raise ValueError(
             f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
-            "rvlm.training.trainer.rehearse(stage)"
+            "rvlm.training.trainer.profile_training_step(stage)"
         )
 
 
-def _on_paper(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
+def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
     """A policy without data, and which of its weights would be held in 4 bits."""
-    from rvlm.policy.checkpoints import tune
+    from rvlm.policy.checkpoints import set_trainable
 
     spec = ActionSpec.from_card("tabletop_franka7").to_dict()
     whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
     with torch.device("meta"):
-        model = VLA(whole, adapters.skeleton(config))
-    decoder = language_part(model.backbone)
+        model = VLA(whole, adapters.meta_model(config))
+    decoder = language_model(model.backbone)
     linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if tuning == "qlora" else set()
     if tuning in ("full", "head"):
-        return tune(model, tuning, rank, None), linear
-    adapters.attach(model.backbone, "dora" if tuning == "dora" else "lora", rank, 0)
+        return set_trainable(model, tuning, rank, None), linear
+    adapters.add_lora(model.backbone, "dora" if tuning == "dora" else "lora", rank, 0)
     return model, linear
 
 
 def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
-    """As `both_ways`, of the decoder over so many sequences of one length."""
-    decoder = language_part(model.backbone)
+    """As `profile_forward_backward`, of the decoder over so many sequences of one length."""
+    decoder = language_model(model.backbone)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake(decoder, dtype)
+        materialise_fake(decoder, dtype)
         words = torch.zeros(rows, length, model.backbone.config.get_text_config().hidden_size, requires_grad=True)
-        return both_ways(decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32")
+        return profile_forward_backward(
+            decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32"
+        )
 
 
 def _vision_tower(
     config: PreTrainedConfig, n_images: int, precision: str, learns: bool
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """As `both_ways`, of the tower, without and with blocks computed again; told by one block in its size, of SigLIP's kind."""
+    """As `profile_forward_backward`, of the tower, without and with blocks computed again: of one block, of SigLIP's kind."""
     tower: Any = config.vision_config
     size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
     heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
@@ -233,7 +241,7 @@ def _vision_tower(
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer = SiglipEncoderLayer(block).requires_grad_(learns)
         patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=learns)
-        kept, most, flops = both_ways(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
+        kept, most, flops = profile_forward_backward(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
     plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
     if not learns:
         return plain, plain

@@ -20,8 +20,8 @@ import pandas as pd
 from filelock import FileLock
 
 from rvlm.caches import Code
-from rvlm.files import PACKAGE, artifacts_dir, hash_of_code, key_of
-from rvlm.training.launch import run
+from rvlm.files import PACKAGE, artifacts_dir, config_hash, hash_of_code
+from rvlm.training.launch import train
 from rvlm.training.stages import ROBOT, UNUSED, Stage
 from rvlm.training.trainer import TrainingDiverged
 
@@ -44,7 +44,7 @@ REASON = "reason"  # of a trial that failed: why
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
 
-def storage_of(name: str) -> str:
+def default_storage(name: str) -> str:
     """Address of the study's own SQLite file among the artifacts; one for each code that trains.
 
     Raises:
@@ -59,7 +59,7 @@ def storage_of(name: str) -> str:
     return f"sqlite:///{folder / name}-{CODE.hash}.db"
 
 
-def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -> optuna.Study:
+def load_or_create_study(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -> optuna.Study:
     """The study of this name, as it is by now; made if there is none.
 
     Trials that are worse than the median of those before them at the same step are stopped.
@@ -67,7 +67,7 @@ def study_of(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -
     Raises:
         ValueError: The name cannot be a file's, or the study was begun over another grid or by other code.
     """
-    address = storage or storage_of(name)
+    address = storage or default_storage(name)
     with _lock(address):  # two that make one file at once both fail
         study = optuna.create_study(
             storage=address,
@@ -142,7 +142,7 @@ def _code_of_score(score: Callable[[Path], float]) -> str:
         source = inspect.getsource(score)
     except (OSError, TypeError):  # an object that is called, or typed where no source is kept
         source = repr(score).partition(" at 0x")[0]
-    return key_of({"source": source, "code": hash_of_code(*used)})
+    return config_hash({"source": source, "code": hash_of_code(*used)})
 
 
 def search(
@@ -174,17 +174,17 @@ def search(
         The study.
 
     Raises:
-        ValueError: As `study_of`, or the study was begun on other data, from another start or with another score.
+        ValueError: As `load_or_create_study`, or the study was begun on other data, from another start or with another score.
     """
-    study = study_of(name, grid, storage, seed)
+    study = load_or_create_study(name, grid, storage, seed)
     labels = {key: _labels(key, values) for key, values in grid.items()}
     _refuse_other_work(study, make(**{key: next(iter(of.values())) for key, of in labels.items()}).folder.name, score)
 
     def attempt(trial: optuna.Trial) -> float:
         stage = make(**{key: of[trial.suggest_categorical(key, list(of))] for key, of in labels.items()})
-        watch = functools.partial(_watch, trial, set())
+        watch = functools.partial(_report_and_prune, trial, set())
         try:
-            value = score(run(stage, show_progress=False, n_threads=n_threads, watch=watch))
+            value = score(train(stage, show_progress=False, n_threads=n_threads, watch=watch))
             if math.isnan(value):
                 raise TrainingDiverged(f"stage {stage.name!r}: its score is no number")
             return value
@@ -198,7 +198,7 @@ def search(
 
     n_trials = min(n_trials, math.prod(map(len, labels.values())))
     if len(_counted(study)) < n_trials:
-        with _lock(storage or storage_of(name)):
+        with _lock(storage or default_storage(name)):
             _line_up_again(study)
         study.optimize(attempt, callbacks=[stop_if_enough], catch=TrainingDiverged)
     return study
@@ -220,7 +220,7 @@ def _line_up_again(study: optuna.Study) -> None:
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs=place))
 
 
-def _watch(trial: optuna.Trial, told: set[int], entry: Mapping[str, float]) -> None:
+def _report_and_prune(trial: optuna.Trial, told: set[int], entry: Mapping[str, float]) -> None:
     """Tell the study how a training is doing, each tenth once; stops one that does badly."""
     tenth = int(10 * entry["step"] / entry["n_steps"])
     if "loss" in entry and tenth not in told:

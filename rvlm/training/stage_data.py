@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.files import commit_on_hub
 from rvlm.policy.hub import fetch
-from rvlm.policy.mixtures import Budget, Mixture, Robot
+from rvlm.policy.mixtures import Embodiment, FixedBudgetDataset, Mixture
 from rvlm.training.features import cached_features
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.vlm.backbones import freeze_vision, load_backbone
 from rvlm.vlm.processors import ACT, load_processor
-from rvlm.vlm.prompts import Prompter, pad
+from rvlm.vlm.prompts import PromptBuilder, pad
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: float = 0, color: float = 0) -> np.ndarray:
@@ -47,14 +47,14 @@ def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: 
     return out
 
 
-def _see(prompter: Prompter, images: np.ndarray) -> dict[str, torch.Tensor]:
+def vision_inputs(prompter: PromptBuilder, images: np.ndarray) -> dict[str, torch.Tensor]:
     """The vision half of a batch: pixels of images (n, m, h, w, 3) uint8, or features (n, m, tokens, d) of a frozen tower."""
     if images.dtype == np.uint8:
         return {"pixel_values": prompter.pixels(images)}
     return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
 
 
-def encode_dialogue(prompter: Prompter, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+def encode_dialogue(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of images, questions and answers, and labels that supervise the answers alone (-100 elsewhere)."""
     tokenizer = prompter.processor.tokenizer
     prompt = prompter.token_ids("")
@@ -73,7 +73,7 @@ class DialogueCollator:
     """Scenes with drawn questions to a batch for the next-token loss."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.prompter = Prompter(processor, n_images=2)
+        self.prompter = PromptBuilder(processor, n_images=2)
         if not self.prompter.sees_pixels_alone:
             raise ValueError(
                 f"expected a family that is given nothing of images but pixels, got that of {type(processor).__name__}; "
@@ -84,12 +84,12 @@ class DialogueCollator:
         """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
         ids, labels = zip(*(encode_dialogue(self.prompter, pairs) for _, pairs in samples), strict=True)
         pad_id = self.prompter.processor.tokenizer.pad_token_id
-        seen = _see(self.prompter, np.stack([images for images, _ in samples]))
+        seen = vision_inputs(self.prompter, np.stack([images for images, _ in samples]))
         return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], **seen}
 
 
 def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
-    from rvlm.envs.tabletop.questions import Scenes, draw
+    from rvlm.envs.tabletop.questions import Scenes, sample_questions
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
     processor = load_processor(folder)
@@ -102,9 +102,9 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
 
     def make(i: int, rng: np.random.Generator) -> Any:
         images, scene = scenes[i]
-        return images, draw(scene, rng, **stage.dialogue)
+        return images, sample_questions(scene, rng, **stage.dialogue)
 
-    return model, processor, Budget(len(scenes), stage.n_samples, stage.seed, make), collate
+    return model, processor, FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, make), collate
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
@@ -115,7 +115,7 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     processor = load_processor(folder)
     model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
-    budget = Budget(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
+    budget = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
     return model, processor, budget, DetectionCollator(processor)
 
 
@@ -123,11 +123,11 @@ class RobotCollator:
     """Windows of demonstrations to the batch that `VLA.forward` takes.
 
     Args:
-        prompter: As `VLA.prompter` gives it. If it interleaves, the observations of a sample share one prompt, and those before
-            the episode's start are left out of it; else each has a prompt of its own, in the order of the b * t observations.
+        prompter: As `VLA.prompt_builder` gives it. If it interleaves, the observations of a sample share one prompt, and those
+            before the episode's start are left out of it; else each has its own, in the order of the b * t observations.
     """
 
-    def __init__(self, prompter: Prompter) -> None:
+    def __init__(self, prompter: PromptBuilder) -> None:
         self.prompter = prompter
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -144,7 +144,7 @@ class RobotCollator:
         if seen[0].dtype == np.uint8:
             prompts = self.prompter(flat, texts, n_steps)
         else:
-            prompts = {**self.prompter.tokens(texts, n_steps), **_see(self.prompter, np.stack(seen))}
+            prompts = {**self.prompter.tokens(texts, n_steps), **vision_inputs(self.prompter, np.stack(seen))}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
 
 
@@ -152,18 +152,19 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     from rvlm.data.windows import EpisodeDataset, split
 
     sets = [EpisodeDataset(root) for root in stage.data]
-    train = [_few(stage, data, split(data)[0]) for data in sets]
+    train = [_select_shots(stage, data, split(data)[0]) for data in sets]
     robots = _robots(sets, train)
     model, processor = _policy(stage, robots)
     model.config.image_size = _image_size(sets, model.config.cameras)
-    prompter, frames = model.prompter(processor), [None] * len(sets)
+    prompter, frames = model.prompt_builder(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
         seen = [data.frames_cache(model.config.cameras) for data in sets]
         if all(prompter.is_separable(*images.shape[-3:-1]) for cameras in seen for images in cameras.values()):
             frames = [list(cached_features(model.backbone, processor, images).values()) for images in seen]
     parts = [
-        _part(stage, model, data, rows, seen, i) for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
+        _embodiment_dataset(stage, model, data, rows, seen, i)
+        for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True))
     ]
     budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompter)
@@ -180,17 +181,17 @@ def _image_size(sets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
     return list(next(iter(sizes.values())))
 
 
-def _robots(sets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Robot]:
+def _robots(sets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Embodiment]:
     """The robot of each dataset; those under one card share statistics over the training episodes of all of them."""
     from rvlm.data.dataset import pooled_stats
 
     cards = [data.require_spec().dataset for data in sets]
     parts = {card: [part for part, of in zip(zip(sets, train, strict=True), cards, strict=True) if of == card] for card in cards}
     stats = {card: pooled_stats(of_card) for card, of_card in parts.items()}
-    return [Robot(data.require_spec(), stats[card]) for data, card in zip(sets, cards, strict=True)]
+    return [Embodiment(data.require_spec(), stats[card]) for data, card in zip(sets, cards, strict=True)]
 
 
-def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
+def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
     """The training episodes, or as many of each task family as `shots` says, drawn by the seed."""
     if not stage.shots:
         return train
@@ -206,10 +207,10 @@ def _few(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
     return np.sort(train[np.concatenate(drawn)])
 
 
-def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
+def _policy(stage: Stage, robots: list[Embodiment]) -> tuple[Any, ProcessorMixin]:
     """The stage's policy, which knows the robots of the data; the first of them is the one that it is for."""
     from rvlm.policy.checkpoint_files import is_policy
-    from rvlm.policy.checkpoints import make_vla, remake_vla
+    from rvlm.policy.checkpoints import make_policy, modify_policy
 
     commit = commit_on_hub(stage.init)
     how: dict[str, Any] = {"revision": commit, "tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
@@ -219,42 +220,44 @@ def _policy(stage: Stage, robots: list[Robot]) -> tuple[Any, ProcessorMixin]:
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "
                 "leave it out, or start from a vision-language model"
             )
-        model, processor = remake_vla(stage.init, **how, **stage.policy)
+        model, processor = modify_policy(stage.init, **how, **stage.policy)
         if len(robots) == 1 and not stage.is_new_robot:
             model.spec.require_same(robots[0].spec, "policy vs demonstrations")
     else:
         how["is_pretrained"] = stage.is_pretrained
-        model, processor = make_vla(stage.init, robots[0].spec, robots[0].stats, **how, **stage.policy)
-    model.meet(robots)
+        model, processor = make_policy(stage.init, robots[0].spec, robots[0].stats, **how, **stage.policy)
+    model.register_embodiments(robots)
     return model, processor
 
 
-def _part(stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[np.ndarray] | None, index: int) -> Budget:
+def _embodiment_dataset(
+    stage: Stage, model: Any, data: Any, train: np.ndarray, frames: list[np.ndarray] | None, index: int
+) -> FixedBudgetDataset:
     """One dataset's samples, by its own robot's statistics."""
     from rvlm.data.windows import Windows
 
     reworded = _wordings(stage)
-    config, robot = model.config, model.robot(data.require_spec())
+    config, robot = model.config, model.embodiment(data.require_spec())
     cut = (config.n_obs_steps, config.chunk_size, train, robot.stats, config.cameras)
     windows = Windows(data, *cut, dataset_index=index, frames=frames)
 
     def make(i: int, rng: np.random.Generator) -> Any:
         sample = windows[i]
         sample["instruction"] = reworded(sample["instruction"], rng)
-        sample = model.addressed(robot, sample)
+        sample = model.condition_on_embodiment(robot, sample)
         return {**sample, "images": augment(sample["images"], rng, **stage.augment)} if stage.augment else sample
 
-    return Budget(len(windows), stage.n_samples, stage.seed + index, make)
+    return FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + index, make)
 
 
 def _wordings(stage: Stage) -> Callable[[str, np.random.Generator], str]:
     """How a sample's instruction is worded; only other wordings than the recorded ones need the tabletop that knows them."""
     if stage.wordings == "recorded":
         return lambda recorded, rng: recorded
-    from rvlm.envs.tabletop.tasks import rewordings
+    from rvlm.envs.tabletop.tasks import paraphrases
 
     def worded(recorded: str, rng: np.random.Generator) -> str:
-        words = rewordings(recorded)
+        words = paraphrases(recorded)
         return words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
 
     return worded
@@ -262,11 +265,14 @@ def _wordings(stage: Stage) -> Callable[[str, np.random.Generator], str]:
 
 def _with_dialogue(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
     """Some batches of questions about scenes among those of actions: co-training."""
-    from rvlm.envs.tabletop.questions import Scenes, draw
+    from rvlm.envs.tabletop.questions import Scenes, sample_questions
 
     scenes = Scenes(stage.scenes)
-    talk = Budget(
-        len(scenes), stage.n_samples, stage.seed, lambda i, rng: (scenes[i][0], draw(scenes[i][1], rng, **stage.dialogue))
+    talk = FixedBudgetDataset(
+        len(scenes),
+        stage.n_samples,
+        stage.seed,
+        lambda i, rng: (scenes[i][0], sample_questions(scenes[i][1], rng, **stage.dialogue)),
     )
     weights = (1 - stage.dialogue_share, stage.dialogue_share)
     mixed = Mixture([robot, talk], weights, stage.n_samples, stage.seed, block=stage.batch_size)
@@ -274,4 +280,4 @@ def _with_dialogue(stage: Stage, processor: ProcessorMixin, robot: Any, collate:
     return mixed, lambda samples: both(samples) if isinstance(samples[0], tuple) else collate(samples)
 
 
-BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}
+STAGE_BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}

@@ -13,12 +13,12 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from rvlm.caches import Code
-from rvlm.files import artifacts_dir, hash_of_model, hash_of_tree, key_of
-from rvlm.policy.config import TUNINGS, check_settings
+from rvlm.files import artifacts_dir, config_hash, hash_of_model, hash_of_tree
+from rvlm.policy.config import FINETUNING_MODES, check_settings
 from rvlm.vlm import adapters
 
 _CHOICES = {
-    "tuning": TUNINGS,
+    "tuning": FINETUNING_MODES,
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": tuple(o.value for o in OptimizerNames),
     "wordings": ("recorded", "varied", "one"),
@@ -64,7 +64,7 @@ class Stage:
         is_new_robot: Whether a policy is meant to move to a robot that it was not for.
         scenes, dialogue_share: Folders of scenes, and the share of a robot stage's batches that ask about them: co-training.
         init: Folder or Hub name that the weights come from.
-        dialogue: Arguments of `questions.draw`, for vision-language stages and co-training.
+        dialogue: Arguments of `questions.sample_questions`, for vision-language stages and co-training.
         is_pretrained: False draws random weights instead (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
@@ -74,7 +74,7 @@ class Stage:
             after half of the steps, a hundredth after three quarters); "constant" has no warm-up.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
-        tuning: What of the backbone learns in a robot stage (`rvlm.policy.checkpoints.tune`); all that stands around it does.
+        tuning: What of the backbone learns in a robot stage (`checkpoints.set_trainable`); all that stands around it does.
         rank: Of adapters.
         augment: What is varied in images, and how much: "shift", "crop", "color", as `stage_data.augment` takes them.
         seed: Of weights, order and augmentation.
@@ -213,7 +213,7 @@ class Stage:
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared}
         content |= {"data": self._content_of(self.data), "scenes": self._content_of(self.scenes)}
         content |= {"init": hash_of_model(self.init), "precision": self.computes_in, "code": self.code.hash}
-        return artifacts_dir() / "stages" / f"{self.name}-{key_of(content)}"
+        return artifacts_dir() / "stages" / f"{self.name}-{config_hash(content)}"
 
     def _content_of(self, folders: Sequence[str]) -> list[str]:
         try:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rvlm.files import write_whole
-from rvlm.training.cost import measure
-from rvlm.training.stage_data import BUILDERS
+from rvlm.files import atomic_write
+from rvlm.training.cost import measure_step
+from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import Stage
 from rvlm.training.trainer_checkpoints import Seals, last_checkpoint
 from rvlm.vlm.backbones import as_encoder_outputs
@@ -30,7 +30,7 @@ class TrainingDiverged(RuntimeError, FloatingPointError):
     """A training has ended in weights that are no numbers any more."""
 
 
-class LogFile(TrainerCallback):
+class JsonlLogger(TrainerCallback):
     """Appends every log entry to a file, from which another process can follow the training.
 
     An entry's `seconds` are those of the stage so far, from the making of this object on, earlier runs that were killed
@@ -42,7 +42,7 @@ class LogFile(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.path, self.started = folder / "log.jsonl", time.time()
-        self.seconds_before = seconds_of(folder)
+        self.seconds_before = training_seconds(folder)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with self.path.open("a") as file:
                 file.write("\n")  # a kill has cut the last line short
@@ -116,7 +116,7 @@ def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
     return 0.1 ** ((step >= n_steps / 2) + (step >= 3 * n_steps / 4))
 
 
-OWN_SCHEDULES = {"step_decay": step_decay}
+CUSTOM_SCHEDULES = {"step_decay": step_decay}
 
 
 def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
@@ -130,12 +130,12 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         activation_checkpointing=stage.is_checkpointed,
         activation_checkpointing_kwargs={"use_reentrant": False},
         optim=stage.optimizer,
-        train_sampling_strategy="sequential",  # `Budget` has shuffled already
+        train_sampling_strategy="sequential",  # `FixedBudgetDataset` has shuffled already
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
         warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type="constant_with_warmup" if stage.schedule in OWN_SCHEDULES else stage.schedule,
+        lr_scheduler_type="constant_with_warmup" if stage.schedule in CUSTOM_SCHEDULES else stage.schedule,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, n_steps // 100),
         logging_nan_inf_filter=False,  # else a loss that is no number any more is logged as 0
@@ -153,23 +153,23 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
     )
 
 
-def work(stage: Stage, folder: Path) -> None:
+def train_stage_in_process(stage: Stage, folder: Path) -> None:
     """Train in this process (one of `WORLD_SIZE`); the result is `folder/model`.
 
     Raises:
         TrainingDiverged: It ends in weights that are not finite.
     """
     torch.manual_seed(stage.seed)
-    log = LogFile(folder)
-    model, processor, data, collate = BUILDERS[stage.kind](stage)
+    log = JsonlLogger(folder)
+    model, processor, data, collate = STAGE_BUILDERS[stage.kind](stage)
     options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log, Seals()])
-    trainer.factor = OWN_SCHEDULES.get(stage.schedule)
+    trainer.factor = CUSTOM_SCHEDULES.get(stage.schedule)
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         reason = f"stage {stage.name!r}: its weights are no numbers any more; take a smaller learning_rate"
-        write_whole(folder / DIVERGED, reason)
+        atomic_write(folder / DIVERGED, reason)
         raise TrainingDiverged(reason)
     whole = {}
     if trainer.is_fsdp_enabled:  # then each process has a part
@@ -180,14 +180,14 @@ def work(stage: Stage, folder: Path) -> None:
     trainer.accelerator.end_training()  # processes that share the work part before they end
 
 
-def rehearse(stage: Stage) -> dict[str, float]:
+def profile_training_step(stage: Stage) -> dict[str, float]:
     """Peak memory [byte] and time [s] of one training step of a robot stage, taken in this process and forgotten.
 
     Returns:
-        `peak` and `seconds`, as `rvlm.training.cost.measure`, with the `parameters` and how many of them are `trained`.
+        `peak` and `seconds`, as `rvlm.training.cost.measure_step`, with the `parameters` and how many of them are `trained`.
     """
     torch.manual_seed(stage.seed)
-    model, _, data, collate = BUILDERS[stage.kind](stage)
+    model, _, data, collate = STAGE_BUILDERS[stage.kind](stage)
     with tempfile.TemporaryDirectory() as folder:
         trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
     if stage.is_checkpointed:
@@ -207,7 +207,7 @@ def rehearse(stage: Stage) -> dict[str, float]:
     step()
     parameters, states = list(model.parameters()), optimizer.state.values()
     kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    used = measure(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
+    used = measure_step(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return {**used, "parameters": sum(p.numel() for p in parameters), "trained": trained}
 
@@ -231,7 +231,7 @@ def log_history(folder: Path) -> list[dict[str, float]]:
     return entries
 
 
-def seconds_of(folder: Path) -> float:
+def training_seconds(folder: Path) -> float:
     """How long a stage has trained so far [s], or 0; `folder` is the stage's, finished or not."""
     entries = log_history(folder)
     return entries[-1].get("seconds", 0.0) if entries else 0.0

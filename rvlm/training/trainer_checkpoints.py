@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from rvlm.files import write_whole
+from rvlm.files import atomic_write
 
 SEAL = "whole.json"
 
@@ -29,7 +29,7 @@ class Seals(TrainerCallback):
 
 def seal(checkpoint: Path) -> None:
     """Say that a checkpoint is whole as it is now."""
-    write_whole(checkpoint / SEAL, json.dumps(_hashes(checkpoint), indent=1))
+    atomic_write(checkpoint / SEAL, json.dumps(_hashes(checkpoint), indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from rvlm.vlm.backbones import language_part, refuse_wrong_weights, vision_modules
+from rvlm.vlm.backbones import check_loaded_weights, language_model, vision_modules
 
 FOLDER = "adapter"  # where a policy's folder keeps its adapters, in peft's own form
 
@@ -40,15 +40,15 @@ def dtype_of(precision_name: str) -> torch.dtype:
     return known[precision_name]
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision-language model's modules without their weights: they take no memory."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
-def linear_layers(model: PreTrainedModel) -> str:
+def lora_target_pattern(model: PreTrainedModel) -> str:
     """A pattern that matches the names of all linear layers of the language model, and no others."""
-    language, seeing = language_part(model), vision_modules(model)
+    language, seeing = language_model(model), vision_modules(model)
     prefix = next(name for name, module in model.named_modules() if module is language)
     inside = [name for name, module in language.named_modules() if any(module is part for part in seeing)]
     linear = [name for name, module in language.named_modules() if isinstance(module, nn.Linear)]
@@ -57,7 +57,7 @@ def linear_layers(model: PreTrainedModel) -> str:
     return rf"{prefix.replace('.', '[.]')}[.]{others}.*[.]({'|'.join(sorted(leaves))})"
 
 
-def in_four_bits(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
     """Hold the language model's linear layers in 4 bits; vision tower, connector and heads stay as they are.
 
     Args:
@@ -77,7 +77,7 @@ def in_four_bits(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype 
     config: Any = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if prefix:
         config = AutoConfig.for_model(**config.backbone)
-    model = skeleton(config)
+    model = meta_model(config)
     still = {id(part) for part in vision_modules(model)} | {id(model.get_output_embeddings())}
     names = [prefix + name for name, module in model.named_modules() if id(module) in still]
     return BitsAndBytesConfig(
@@ -94,7 +94,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
 
-def attach(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftModel:
     """Adapters around a backbone, in place; nothing else of it learns.
 
     Args:
@@ -114,7 +114,7 @@ def attach(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftMod
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=linear_layers(model),
+        target_modules=lora_target_pattern(model),
         **_own_token(model, act_id),
         use_dora=kind == "dora",
     )
@@ -148,12 +148,12 @@ def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor])
     (folder / FOLDER / "README.md").unlink(missing_ok=True)  # the policy's own card says it
 
 
-def attach_saved(model: PreTrainedModel, folder: Path) -> PeftModel:
+def add_saved_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     """New adapters of the kind that `save` has put into a policy's folder, around their backbone; `fill` fills them."""
     return _wrap(model, PeftConfig.from_pretrained(str(folder / FOLDER)))
 
 
-def fill(adapters: PeftModel, folder: Path) -> None:
+def load_lora_weights(adapters: PeftModel, folder: Path) -> None:
     """Weights of adapters from a policy's folder, strictly.
 
     Raises:
@@ -161,11 +161,11 @@ def fill(adapters: PeftModel, folder: Path) -> None:
     """
     saved = load_file(folder / FOLDER / "adapter_model.safetensors")
     own = get_peft_model_state_dict(adapters, save_embedding_layers=False)
-    refuse_wrong_weights(folder, compared(own, saved))
+    check_loaded_weights(folder, state_dict_diff(own, saved))
     set_peft_model_state_dict(adapters, saved)
 
 
-def compared(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+def state_dict_diff(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> dict[str, set[str]]:
     """In which weights a checkpoint differs from what a model has: missing, unexpected, misshapen."""
     shapes = {name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape}
     return {"missing": own.keys() - saved.keys(), "unexpected": saved.keys() - own.keys(), "misshapen": shapes}

@@ -25,7 +25,7 @@ from rvlm.files import PACKAGE
 # No bar for each file of weights, which load at once here and are named when they do not.
 transformers_logging.disable_progress_bar()
 
-LOADING = threading.RLock()  # the library changes itself while it loads: of two threads that do, both leave tied weights out
+LOAD_LOCK = threading.RLock()  # the library changes itself while it loads: of two threads that do, both leave tied weights out
 SMALL_VLM = PACKAGE / "assets" / "small-vlm"  # the shipped vision-language model
 
 
@@ -44,13 +44,13 @@ def load_backbone(
         processor: As `load_processor` gives it; the embeddings grow where its tokenizer is larger than their table.
         is_pretrained: False draws random weights for the same architecture (no vision-language pre-training).
         dtype: Of the weights.
-        quantization: A `BitsAndBytesConfig` to hold layers in fewer bits, as `rvlm.vlm.adapters.in_four_bits` makes it.
+        quantization: A `BitsAndBytesConfig` to hold layers in fewer bits, as `rvlm.vlm.adapters.nf4_config` makes it.
 
     Raises:
         ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
     """
     dtype = dtype if quantization is None else quantization.bnb_4bit_compute_dtype
-    with LOADING:
+    with LOAD_LOCK:
         if is_pretrained:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name_or_path,
@@ -62,16 +62,16 @@ def load_backbone(
                 quantization_config=quantization,
             )
             model, report = loaded
-            refuse_wrong_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
+            check_loaded_weights(name_or_path, {k: v for k, v in report.items() if k != "unexpected_keys"})
         else:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()  # as a loaded one is
         _grow(model, len(processor.tokenizer))
-    compute_as_trained(model)
+    disable_bf16_repacking(model)
     return model
 
 
-def compute_as_trained(model: torch.nn.Module) -> None:
+def disable_bf16_repacking(model: torch.nn.Module) -> None:
     """Keep layers in 4 bits from acting in bfloat16 on what was trained in float32, as bitsandbytes would on some CPUs."""
     layer: Any
     for layer in model.modules():
@@ -100,7 +100,7 @@ def _grow(model: PreTrainedModel, n_tokens: int) -> None:
         model.tie_weights()
 
 
-def parts(model: PreTrainedModel) -> pd.DataFrame:
+def parameter_summary(model: PreTrainedModel) -> pd.DataFrame:
     """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
     rows, counted = [], set()
     embeddings = {"token embeddings": model.get_input_embeddings()}
@@ -113,7 +113,7 @@ def parts(model: PreTrainedModel) -> pd.DataFrame:
     return table.assign(**{"share [%]": 100 * table["parameters"] / table["parameters"].sum()})
 
 
-def refuse_wrong_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
+def check_loaded_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
     """Raise if the library's loading report names any weight.
 
     Raises:
@@ -124,7 +124,7 @@ def refuse_wrong_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
 
 
-def language_part(model: PreTrainedModel) -> torch.nn.Module:
+def language_model(model: PreTrainedModel) -> torch.nn.Module:
     """What of a vision-language model reads the prompt: its decoder or, of an encoder and a decoder, the encoder."""
     base: Any = model.base_model
     part = base.get_decoder()
@@ -139,16 +139,16 @@ def vision_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     Of a language model that holds the tower itself (Idefics), the tower alone.
     """
     base: Any = model.base_model
-    language = language_part(model)
+    language = language_model(model)
     if language is base:
         return [base.get_encoder("image")]
     return [part for part in base.children() if language not in set(part.modules()) and part is not model.get_output_embeddings()]
 
 
-def freeze_unread(model: PreTrainedModel) -> None:
+def freeze_unused(model: PreTrainedModel) -> None:
     """Freeze what no action is read through: a language-model head of its own weights, the decoder behind an encoder."""
     base: Any = model.base_model
-    read = [language_part(model), model.get_input_embeddings(), *vision_modules(model)]
+    read = [language_model(model), model.get_input_embeddings(), *vision_modules(model)]
     learns = {id(p) for part in read for p in part.parameters()} | {id(p) for p in base.parameters(recurse=False)}
     for weight in model.parameters():
         weight.requires_grad_(id(weight) in learns)
@@ -177,11 +177,11 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompt
 
 def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
     """Features from `vision_features` in the form in which transformers' models take them instead of pixels."""
-    rows: Any = _Rows(image_features)
+    rows: Any = _PerImageFeatures(image_features)
     return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
 
-class _Rows(list):
+class _PerImageFeatures(list):
     """Features of each image, which some families join as a list and others move as one tensor."""
 
     def to(self, *where: Any) -> torch.Tensor:
@@ -189,7 +189,7 @@ class _Rows(list):
         return torch.stack(list(self)).to(*where)
 
 
-def _places_behind(model: PreTrainedModel, attention_mask: torch.Tensor, n_tokens: int) -> dict[str, torch.Tensor]:
+def _position_ids_after_cache(model: PreTrainedModel, attention_mask: torch.Tensor, n_tokens: int) -> dict[str, torch.Tensor]:
     """Positions of the last tokens of a sequence that is continued, for families that would count them wrongly."""
     base: Any = model.base_model
     place = attention_mask.cumsum(-1)[:, -n_tokens:]
@@ -200,7 +200,7 @@ def _places_behind(model: PreTrainedModel, attention_mask: torch.Tensor, n_token
     return {}
 
 
-def read_act(
+def action_query_states(
     model: PreTrainedModel,
     act_id: int,
     input_ids: torch.Tensor,
@@ -231,7 +231,7 @@ def read_act(
     if image_features is not None:
         inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
     if inputs.get("past_key_values") is not None:
-        inputs |= _places_behind(model, inputs["attention_mask"], input_ids.shape[1])
+        inputs |= _position_ids_after_cache(model, inputs["attention_mask"], input_ids.shape[1])
     is_act = input_ids == act_id
 
     def add(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rvlm.vlm.backbones import read_act
-from rvlm.vlm.prompts import Prompter
+from rvlm.vlm.backbones import action_query_states
+from rvlm.vlm.prompts import PromptBuilder
 
 
-def keep_order(model: PreTrainedModel, prompter: Prompter, act_id: int) -> bool:
+def ensure_causal_attention(model: PreTrainedModel, prompter: PromptBuilder, act_id: int) -> bool:
     """Have a family that lets a prompt's tokens see each other read it in order, by token types; tried with one prompt.
 
     Args:
@@ -41,7 +41,7 @@ def _is_in_order(model: PreTrainedModel, batch: dict[str, torch.Tensor], act_id:
     """Whether what is read at the first `<act>` stays the same when the last one changes."""
     n_act = int((batch["input_ids"] == act_id).sum())
     offsets = torch.zeros(n_act, model.config.get_text_config().hidden_size, device=model.device)
-    before, _ = read_act(model, act_id, offsets=offsets, **batch)
+    before, _ = action_query_states(model, act_id, offsets=offsets, **batch)
     offsets[-1] = torch.linspace(-1, 1, offsets.shape[-1])  # no constant: a layer norm would not see it
-    after, _ = read_act(model, act_id, offsets=offsets, **batch)
+    after, _ = action_query_states(model, act_id, offsets=offsets, **batch)
     return torch.allclose(before[0], after[0], atol=1e-5)

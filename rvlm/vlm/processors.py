@@ -20,19 +20,19 @@ from transformers.utils import is_torchvision_available
 from rvlm.vlm.templates import choose, mark_of
 
 ACT = "<act>"
-ANY_SIZE = 224  # side of images for families that take any [px]
-LAYOUTS = ("marked", "listed", "first")
+DEFAULT_IMAGE_SIZE = 224  # side of images for families that take any [px]
+INPUT_FORMATS = ("marked", "listed", "first")
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else the library asks, and runs a repository's own code at a "y"
 
 
-class NoVideos:
+class NullVideoProcessor:
     """Stands where a processor keeps its part for videos."""
 
     merge_size = temporal_patch_size = 2
     num_frames = fps = 1
 
 
-class WithoutVideos:
+class VideoFreeProcessorMixin:
     """What a processor's class is mixed with so that it does without its part for videos."""
 
     _kept: dict[str, Any]
@@ -88,8 +88,8 @@ def _assembled(name_or_path: str) -> Any:
     settings = {k: v for k, v in kept.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
     parts = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
     loaded = {name: part.from_pretrained(name_or_path, **NO_CODE) for name, part in parts.items()}
-    made = type(family.__name__, (WithoutVideos, family), {"_kept": {**settings, "processor_class": family.__name__}})
-    return made(**loaded, video_processor=NoVideos(), chat_template=template, **settings)
+    made = type(family.__name__, (VideoFreeProcessorMixin, family), {"_kept": {**settings, "processor_class": family.__name__}})
+    return made(**loaded, video_processor=NullVideoProcessor(), chat_template=template, **settings)
 
 
 def pictures(images: np.ndarray) -> list[Image.Image]:
@@ -103,19 +103,19 @@ def blank(side: int) -> Image.Image:
 
 
 def side_of_images(processor: Any) -> int:
-    """Side of the images that a family looks at [px], read off what comes back of one of `ANY_SIZE`.
+    """Side of the images that a family looks at [px], read off what comes back of one of `DEFAULT_IMAGE_SIZE`.
 
     A family that takes any size gets that one; one that resizes all images, or cuts them into tiles, the side of these.
     """
     part = processor.image_processor
-    given = part(images=[blank(ANY_SIZE)], return_tensors="pt")
+    given = part(images=[blank(DEFAULT_IMAGE_SIZE)], return_tensors="pt")
     seen = {"pixel_values": given} if isinstance(given, torch.Tensor) else dict(given)
     pixels, grid = seen["pixel_values"], seen.get("image_grid_thw", seen.get("spatial_shapes"))
     if grid is not None:
         return int(grid[0][-1]) * int(part.patch_size)
     tile = pixels if isinstance(pixels, torch.Tensor) else torch.as_tensor(pixels[0])
     is_image = tile.ndim > 2 and tile.shape[-3] == 3
-    return int(tile.shape[-1]) if is_image else ANY_SIZE
+    return int(tile.shape[-1]) if is_image else DEFAULT_IMAGE_SIZE
 
 
 class KnownImages:
@@ -157,7 +157,7 @@ def knowing_images(processor: Any) -> Any:
     return known
 
 
-def layout(processor: Any, image_size: int) -> str:
+def detect_input_format(processor: Any, image_size: int) -> str:
     """How a family's processor takes images and text, found by trying with one black image.
 
     "marked": each image by a token in the text; "listed": images and texts as one list, in their order; "first": one image for
@@ -177,6 +177,6 @@ def layout(processor: Any, image_size: int) -> str:
         except (TypeError, ValueError, AttributeError) as error:
             said.append(f"{name}: {error}")
     raise ValueError(
-        f"expected a processor that takes images with text, {', '.join(LAYOUTS)}; got {type(processor).__name__}, which says "
-        f"{'; '.join(said)}; take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
+        f"expected a processor that takes images with text, {', '.join(INPUT_FORMATS)}; got {type(processor).__name__}, which "
+        f"says {'; '.join(said)}; take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from rvlm.vlm.processors import ACT, knowing_images, layout, pictures, side_of_images
+from rvlm.vlm.processors import ACT, detect_input_format, knowing_images, pictures, side_of_images
 from rvlm.vlm.templates import Chat, any_of, mark_of, special_words
 
 MOST_KEPT = 4096  # instructions whose token ids are remembered
@@ -21,7 +21,7 @@ WORDS = "lift it"  # an instruction to try a processor with
 Images = np.ndarray | Sequence[np.ndarray]  # of observations: one array (m, n_images, h, w, 3), or a list where sizes differ
 
 
-class Prompter:
+class PromptBuilder:
     """Images and instructions to what the backbone reads; the same object serves training and evaluation.
 
     The text is the turn of a user as the model's chat template writes it, images and instruction, up to where the answer begins,
@@ -61,7 +61,7 @@ class Prompter:
         self.padding_side, self.is_interleaved = padding_side, is_interleaved
         self.is_causal_by_type = False
         self.image_size = side_of_images(processor)
-        self.layout = layout(processor, self.image_size)
+        self.layout = detect_input_format(processor, self.image_size)
         if self.layout == "first" and (n_images > 1 or is_interleaved):
             raise ValueError(
                 f"expected one image a prompt, for {type(processor).__name__} sets it before the text itself; got {n_images} an "
@@ -167,7 +167,7 @@ class Prompter:
             )
         return self._is_separable[height, width]
 
-    def is_plain(self, images: Images) -> bool:
+    def can_skip_processor(self, images: Images) -> bool:
         """Whether prompts of these images are made without the processor."""
         shapes = {image.shape[-3:-1] for image in images}
         return shapes == {(self.image_size, self.image_size)} and bool(self._plain)
@@ -214,7 +214,7 @@ class Prompter:
         self.image_ids = {int(whole["input_ids"][0, i]) for i in where[0].nonzero().flatten()}
         return whole["input_ids"][0].tolist()
 
-    def ribbon(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
+    def token_roles(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
         """Tokens of the prompt of `n_steps` observations as texts, and the kind of each, for `rvlm.report.plots.token_map`.
 
         Proprioception has no token of its own: it is added to the embedding of `<act>`.
@@ -230,7 +230,7 @@ class Prompter:
         Raises:
             ValueError: The text depends on images of this size, so that their pixels mean nothing without it (`is_separable`).
         """
-        if self.is_plain(images):
+        if self.can_skip_processor(images):
             scaled = self._scaled(images)
             return scaled if self._plain["pixel_values"].ndim == scaled.ndim else scaled.flatten(0, 1)
         height, width = images.shape[-3:-1]
@@ -257,7 +257,7 @@ class Prompter:
             `input_ids`, `attention_mask` (b, l) int64, `pixel_values`, and what else the family's processor gives.
         """
         n_steps = [1] * len(instructions) if n_steps is None else list(n_steps)
-        if not self.is_plain(images):
+        if not self.can_skip_processor(images):
             return self._processed(images, instructions, n_steps)
         batch = {**self.tokens(instructions, n_steps), "pixel_values": self.pixels(np.asarray(images))}
         if "pixel_attention_mask" in self._plain:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from rvlm.files import artifacts_dir, digest
+from rvlm.files import artifacts_dir, file_hash
 from rvlm.vlm import tiny_models, tiny_templates
 from rvlm.vlm.tiny_models import SIDE, TEXTS
 
-__all__ = ["FAMILIES", "REFUSED", "SIDE", "TEXTS", "tiny_vlm"]
+__all__ = ["FAMILIES", "SIDE", "TEXTS", "UNSUPPORTED", "tiny_vlm"]
 
-REFUSED = {tiny_models.blip: "reads its prompt elsewhere"}
+UNSUPPORTED = {tiny_models.blip: "reads its prompt elsewhere"}
 FAMILIES = {
     build.__name__: build
     for build in (
@@ -44,12 +44,12 @@ def tiny_vlm(name: str) -> str:
     """Folder of a tiny model of a family, made once; any other name (a folder, one on the Hub) is given back.
 
     Args:
-        name: A key of `FAMILIES` or the name of a function in `REFUSED`, such as "qwen2_5_vl".
+        name: A key of `FAMILIES` or the name of a function in `UNSUPPORTED`, such as "qwen2_5_vl".
     """
-    build = (FAMILIES | {refused.__name__: refused for refused in REFUSED}).get(name)
+    build = (FAMILIES | {refused.__name__: refused for refused in UNSUPPORTED}).get(name)
     if build is None:
         return name
-    code = "-".join(digest(Path(str(module.__file__)))[:8] for module in (tiny_models, tiny_templates))
+    code = "-".join(file_hash(Path(str(module.__file__)))[:8] for module in (tiny_models, tiny_templates))
     final = artifacts_dir() / "stages" / f"tiny-{name}-{code}"
     if not final.exists():
         partial = final.with_name(final.name + ".partial")

@@ -15,12 +15,12 @@ import numpy as np
 
 from rvlm.caches import Code, keep
 from rvlm.data.actions import ActionSpec
-from rvlm.data.writer import collect
+from rvlm.data.writer import record_dataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import UNSEEN_COLORS
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, MIX
-from rvlm.files import artifacts_dir, key_of
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
+from rvlm.files import artifacts_dir, config_hash
 
 CODE = Code(("rvlm.envs.tabletop.demonstrations",))
 PER_SHARD = 50
@@ -56,7 +56,7 @@ class Collection:
 
     robot: str = "franka7"
     n_episodes: int = 1000
-    families: tuple[str, ...] = MIX
+    families: tuple[str, ...] = DEFAULT_TASKS
     image_size: int = 96
     noise: float = 0.6
     max_steps: int = 60
@@ -65,7 +65,7 @@ class Collection:
     @property
     def folder(self) -> Path:
         """Where the dataset is: the robot, and the hash of these settings, the robot's card, and the code."""
-        key = key_of({**asdict(self), "spec": asdict(self.spec), "code": CODE.hash})
+        key = config_hash({**asdict(self), "spec": asdict(self.spec), "code": CODE.hash})
         return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key}"
 
     @property
@@ -74,7 +74,7 @@ class Collection:
         return ActionSpec.from_card(f"tabletop_{self.robot}")
 
 
-def act_out(
+def rollout_expert(
     env: Tabletop, seed: int, family: str, act: Callable[[dict[str, Any], np.ndarray], np.ndarray]
 ) -> tuple[dict[str, np.ndarray], bool]:
     """One episode in which `act` moves the robot, and the expert says at every step what it would do there.
@@ -108,13 +108,13 @@ def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str
     """One noisy expert episode, or None if it did not succeed in time.
 
     Args:
-        env: As `act_out` takes it.
+        env: As `rollout_expert` takes it.
         seed: Of the scene and of the noise.
         family: What is asked.
         noise: Largest standard deviation of the noise [raw action units].
 
     Returns:
-        Columns as `act_out` gives them.
+        Columns as `rollout_expert` gives them.
     """
     rng = np.random.default_rng((seed, 1))
     spread = rng.uniform(0, noise) * np.array(NOISE_PER_DIM)
@@ -123,7 +123,7 @@ def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str
         moved = np.clip(expert[:6] + rng.normal(0, spread), env.action_spec.low[:6], env.action_spec.high[:6])
         return np.concatenate([moved, expert[6:]]).astype(expert.dtype)
 
-    columns, is_success = act_out(env, seed, family, disturbed)
+    columns, is_success = rollout_expert(env, seed, family, disturbed)
     return columns if is_success else None
 
 
@@ -175,5 +175,5 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
     make, folder = functools.partial(make_shard, collection=collection), collection.folder
     if not folder.exists():
         CODE.refuse_changed()
-    collect(folder, collection.spec, make, n_shards, n_workers, progress, HELD_OUT)
+    record_dataset(folder, collection.spec, make, n_shards, n_workers, progress, HELD_OUT)
     return keep(folder, CODE, asdict(collection))

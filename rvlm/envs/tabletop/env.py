@@ -8,10 +8,10 @@ import numpy as np
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
-from rvlm.envs.tabletop.failures import Story
+from rvlm.envs.tabletop.failures import FailureClassifier
 from rvlm.envs.tabletop.real_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, FAMILIES, MEMORY_FAMILIES, MIX, Task, ask, can_ask
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS, FAMILIES, MEMORY_FAMILIES, Task, is_feasible, sample_task
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
@@ -42,7 +42,7 @@ class Tabletop(gymnasium.Env):
         self,
         robot: str = "franka7",
         image_size: int = 96,
-        families: tuple[str, ...] = MIX,
+        families: tuple[str, ...] = DEFAULT_TASKS,
         setting: str | Setting = "simple",
         max_steps: int = 60,
         render_mode: str = "rgb_array",
@@ -82,20 +82,20 @@ class Tabletop(gymnasium.Env):
         family = _known(family or str(self.np_random.choice(self.families)), ALL_FAMILIES, "task family")
         if keep_state and not self.world.objects:
             raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
-        if keep_state and not can_ask(self.world, family):
+        if keep_state and not is_feasible(self.world, family):
             raise ValueError(f"{family!r} cannot be asked in this state; can be: {', '.join(self.feasible())}")
         if not keep_state:
             self.world.scatter(self.np_random)
             ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
         self.world.begin_task(has_cue=family in MEMORY_FAMILIES)
-        self.task, self.n_steps = ask(self.world, family, self.np_random), 0
-        self._story = Story(self.world, self.task)
+        self.task, self.n_steps = sample_task(self.world, family, self.np_random), 0
+        self._story = FailureClassifier(self.world, self.task)
         return self._observe(), {"family": family, "is_success": False}
 
     def feasible(self) -> list[str]:
         """Families that can be asked in the present state and are not done already; those that need memory are not among them."""
-        return [name for name in FAMILIES if can_ask(self.world, name)]
+        return [name for name in FAMILIES if is_feasible(self.world, name)]
 
     def other_instruction(self, family: str) -> str:
         """An instruction of another family that says something else in any scene, for a policy that is told the wrong thing."""

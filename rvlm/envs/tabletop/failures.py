@@ -12,7 +12,7 @@ MOVED, NEAR = 0.03, 0.05  # [m]
 FAILURES = ("wrong object", "wrong way", "missed grasp", "dropped", "timed out")
 
 
-class Story:
+class FailureClassifier:
     """What has happened in an episode, as far as it explains a failure.
 
     Args:
@@ -32,7 +32,11 @@ class Story:
 
     @staticmethod
     def _travels(world: World) -> dict[str, float]:
-        return {"drawer": world.travel("drawer"), "slider": world.travel("slider"), "light": MOVED * 2 * world.is_light_on}
+        return {
+            "drawer": world.joint_position("drawer"),
+            "slider": world.joint_position("slider"),
+            "light": MOVED * 2 * world.is_light_on,
+        }
 
     def note(self, world: World) -> None:
         """Take in the state after a control step."""

@@ -20,7 +20,7 @@ from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.tasks import DRAWER_OPEN, FAMILIES, is_held
 from rvlm.envs.tabletop.world import World
-from rvlm.files import artifacts_dir, key_of, make_folder
+from rvlm.files import artifacts_dir, config_hash, make_folder
 from rvlm.processes import in_parallel
 
 N_LOCATIONS, N_OFFSETS = 16, 32  # bins per axis: of an image, of an offset from the gripper
@@ -34,12 +34,8 @@ FIXTURES = {
     "gripper": lambda world: world.pos_tcp_world,
 }
 Question = tuple[str, str]
-CODE = Code(
-    (
-        "rvlm.envs.tabletop.env",
-        *(f"rvlm.envs.tabletop.questions:{name}" for name in ("make_scenes", "play", "record", "FIXTURES", "_Unseen")),
-    )
-)  # of scenes; questions are drawn later
+_OWN = ("make_scenes", "generate_scenes", "scene_state", "FIXTURES", "_Unseen")  # what renders; questions are drawn later
+CODE = Code(("rvlm.envs.tabletop.env", *(f"rvlm.envs.tabletop.questions:{name}" for name in _OWN)))
 
 
 def location_token(value: float, n_bins: int = N_LOCATIONS) -> str:
@@ -52,7 +48,7 @@ def location_tokens() -> list[str]:
     return [f"<loc{i:02d}>" for i in range(max(N_LOCATIONS, N_OFFSETS))]
 
 
-def record(world: World) -> dict:
+def scene_state(world: World) -> dict:
     """The true state that questions are drawn from, as JSON-able lists.
 
     Keys: `names`, and for each name `static` and `wrist` (column, row in [0, 1]) and `pos` [m, world frame];
@@ -68,7 +64,7 @@ def record(world: World) -> dict:
         **cameras,
         "pos": [p.round(4).tolist() for p in places.values()],
         "held": held[0] if held else None,
-        "drawer": world.travel("drawer") > DRAWER_OPEN / 2,
+        "drawer": world.joint_position("drawer") > DRAWER_OPEN / 2,
         "light": world.is_light_on,
         "opening": world.opening,
     }
@@ -81,7 +77,9 @@ class _Unseen(Tabletop):
         return {}
 
 
-def play(robot: str, seed: int, n_scenes: int, image_size: int = 96, every: int = 3) -> Iterator[tuple[np.ndarray, dict]]:
+def generate_scenes(
+    robot: str, seed: int, n_scenes: int, image_size: int = 96, every: int = 3
+) -> Iterator[tuple[np.ndarray, dict]]:
     """Scenes as a robot meets them: experts with strong noise at random tasks, looked at every few steps.
 
     Args:
@@ -101,7 +99,7 @@ def play(robot: str, seed: int, n_scenes: int, image_size: int = 96, every: int 
         noise = rng.uniform(0, 1.5)
         for step in range(int(rng.integers(1, 28))):
             if step % every == 0 and n_made < n_scenes:
-                yield np.stack([env.image("static"), env.image("wrist")]), record(env.world)
+                yield np.stack([env.image("static"), env.image("wrist")]), scene_state(env.world)
                 n_made += 1
             action = env.expert_action()
             action[:6] += rng.normal(0, noise, 6) * (1, 1, 1, 0.3, 0.3, 0.3)
@@ -260,7 +258,7 @@ KINDS: dict[str, tuple[Callable[[dict, np.random.Generator], Question], float]] 
 }
 
 
-def draw(scene: dict, rng: np.random.Generator, n: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+def sample_questions(scene: dict, rng: np.random.Generator, n: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
     """Draw `n` questions with their answers about a scene, by the weights of their kinds."""
     weights = np.array([KINDS[k][1] for k in kinds])
     chosen = rng.choice(len(kinds), size=n, p=weights / weights.sum())
@@ -274,7 +272,7 @@ def vocabulary() -> list[str]:
     for _ in range(60):
         world.scatter(rng)
         mujoco.mj_forward(world.model, world.data)
-        texts += [part for pair in draw(record(world), rng, 30) for part in pair]
+        texts += [part for pair in sample_questions(scene_state(world), rng, 30) for part in pair]
     for family in FAMILIES.values():
         texts += [t.format(a="red cube", b="blue ball") for t in family.templates + family.held_out]
     return texts
@@ -284,7 +282,7 @@ def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: 
     """Render one part of a scene collection into `folder`, which exists only when whole."""
 
     def fill(part: Path) -> None:
-        images, records = zip(*play(robot, seed, n_scenes, image_size), strict=True)
+        images, records = zip(*generate_scenes(robot, seed, n_scenes, image_size), strict=True)
         np.save(part / "images.npy", np.stack(images))
         (part / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -305,7 +303,7 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         Folders for `Scenes`.
     """
     root, robots, jobs = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5"), []
-    keys = {r: key_of({"spec": asdict(ActionSpec.from_card(f"tabletop_{r}")), "code": CODE.hash}) for r in set(robots)}
+    keys = {r: config_hash({"spec": asdict(ActionSpec.from_card(f"tabletop_{r}")), "code": CODE.hash}) for r in set(robots)}
     for i in range(-(-n_scenes // per_part)):
         n, seed, robot = min(per_part, n_scenes - i * per_part), first_seed + i, robots[i % len(robots)]
         jobs.append((root / f"{robot}-{seed}-{n}x{image_size}-{keys[robot]}", robot, seed, n, image_size))

@@ -74,7 +74,7 @@ class Family:
         templates: Wordings used in training; `{a}` is the target, `{b}` the second object.
         held_out: Wordings never used in training.
         is_done: Whether a task is done, from the true state.
-        can_start: Whether the fixtures' state lets it be asked; `can_ask` looks at the objects too.
+        can_start: Whether the fixtures' state lets it be asked; `is_feasible` looks at the objects too.
         prepare: Changes a fresh scene so that it can be asked.
         n_objects: How many objects the instruction names.
         tick: What the scene does by itself after so many control steps.
@@ -149,9 +149,9 @@ def _slide(sign: int, side: str) -> Family:
     return Family(
         (f"move the slider to the {side}", f"slide the handle {side}", f"push the slider {side}"),
         (f"shift the teal handle to the {side} side",),
-        lambda world, task: sign * world.travel("slider") < -SLIDER_SIDE,
-        lambda world: sign * world.travel("slider") > -0.02,
-        lambda world: world.set_travel("slider", sign * abs(world.travel("slider"))),
+        lambda world, task: sign * world.joint_position("slider") < -SLIDER_SIDE,
+        lambda world: sign * world.joint_position("slider") > -0.02,
+        lambda world: world.set_travel("slider", sign * abs(world.joint_position("slider"))),
     )
 
 
@@ -168,7 +168,7 @@ def _light(is_on: bool, word: str) -> Family:
 def _one_cube(world: Any) -> None:
     """Make the second object of a world (or of what stands for one, as in chains) a cube: it can carry and be turned."""
     world.objects[1] = (world.objects[1][0], "cube")
-    world._dress(1, *world.objects[1])
+    world.set_appearance(1, *world.objects[1])
 
 
 FAMILIES: dict[str, Family] = {
@@ -196,7 +196,7 @@ FAMILIES: dict[str, Family] = {
         ("place the {a} in the drawer", "put the {a} into the drawer"),
         ("drop the {a} in the open drawer",),
         is_in_drawer,
-        lambda world: world.travel("drawer") > DRAWER_OPEN,
+        lambda world: world.joint_position("drawer") > DRAWER_OPEN,
         lambda world: world.set_travel("drawer", 0.11),
         n_objects=1,
     ),
@@ -224,15 +224,15 @@ FAMILIES: dict[str, Family] = {
     "open_drawer": Family(
         ("open the drawer", "pull the drawer open", "pull the handle to open the drawer"),
         ("slide the drawer out",),
-        lambda world, task: world.travel("drawer") > DRAWER_OPEN,
-        lambda world: world.travel("drawer") < DRAWER_SHUT,
+        lambda world, task: world.joint_position("drawer") > DRAWER_OPEN,
+        lambda world: world.joint_position("drawer") < DRAWER_SHUT,
         lambda world: world.set_travel("drawer", 0.0),
     ),
     "close_drawer": Family(
         ("close the drawer", "push the drawer shut", "shut the drawer"),
         ("slide the drawer back in",),
-        lambda world, task: world.travel("drawer") < DRAWER_SHUT,
-        lambda world: world.travel("drawer") > DRAWER_OPEN,
+        lambda world, task: world.joint_position("drawer") < DRAWER_SHUT,
+        lambda world: world.joint_position("drawer") > DRAWER_OPEN,
         lambda world: world.set_travel("drawer", 0.105),
     ),
     "turn_on_light": _light(True, "on"),
@@ -252,8 +252,8 @@ def _cue_once(world: World, n_steps: int) -> None:
     if n_steps == CUE_STEPS:
         world.set_light(False)
         world.is_cue_shown = False
-    if not world.first_side and abs(world.travel("slider")) > SLIDER_SIDE:
-        world.first_side = 1 if world.travel("slider") > 0 else -1
+    if not world.first_side and abs(world.joint_position("slider")) > SLIDER_SIDE:
+        world.first_side = 1 if world.joint_position("slider") > 0 else -1
 
 
 # Here one picture asks for different actions: which side is meant has been seen in the first observations only. The environment
@@ -265,14 +265,14 @@ MEMORY_FAMILIES: dict[str, Family] = {
         ("move the slider as the light says",),  # on for left, off for right
         ("push the slider to the side that the lamp tells",),
         lambda world, task: world.first_side == -cued_side(task),
-        prepare=lambda world: world.set_travel("slider", 0.1 * world.travel("slider")),
+        prepare=lambda world: world.set_travel("slider", 0.1 * world.joint_position("slider")),
         tick=_cue_once,
     ),
 }
 ALL_FAMILIES = FAMILIES | MEMORY_FAMILIES
 
 # The default mix: language decides the object, the direction or the fixture.
-MIX = (
+DEFAULT_TASKS = (
     "lift",
     "push_left",
     "push_right",
@@ -315,7 +315,7 @@ def _carriers(world: World, family: str) -> list[int | None]:
     return [i for i in cubes if set(targets) - {i}]
 
 
-def can_ask(world: World, family: str) -> bool:
+def is_feasible(world: World, family: str) -> bool:
     """Whether a task of `family` can be asked in the present state, and is not done already."""
     if not ALL_FAMILIES[family].can_start(world):
         return False
@@ -330,11 +330,11 @@ def _choose_objects(world: World, family: str, rng: np.random.Generator) -> tupl
     return int(rng.choice([i for i in _targets(world, family) if i != other])), other
 
 
-def ask(world: World, family: str, rng: np.random.Generator) -> Task:
+def sample_task(world: World, family: str, rng: np.random.Generator) -> Task:
     """Draw a task of `family` in the present scene: its objects and its wording.
 
     Args:
-        world: A scene in which it can be asked (`can_ask`).
+        world: A scene in which it can be asked (`is_feasible`).
         family: Name in `ALL_FAMILIES`.
         rng: Draws the objects and the wording.
     """
@@ -346,7 +346,7 @@ def ask(world: World, family: str, rng: np.random.Generator) -> Task:
 
 
 @functools.cache
-def rewordings(instruction: str) -> tuple[str, ...]:
+def paraphrases(instruction: str) -> tuple[str, ...]:
     """An instruction of the tabletop in every training wording of its family, the family's first wording first.
 
     Raises:

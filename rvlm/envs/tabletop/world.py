@@ -129,7 +129,7 @@ class World:
         """Position (3,) of "cabinet", "button", "slider", "rail" or "zone" [m], world frame."""
         return self.data.xpos[self._bodies[name]]
 
-    def travel(self, name: str) -> float:
+    def joint_position(self, name: str) -> float:
         """Joint position of "drawer" (0 shut), "button" (0 released) or "slider" (0 middle, positive along y) [m]."""
         return float(self.data.qpos[self._fixture_q[name]])
 
@@ -173,7 +173,7 @@ class World:
         self.objects = [(c, str(rng.choice(SHAPES))) for c in words]
         spots = self._spots(rng, N_OBJECTS + 1)
         for i, (color, shape) in enumerate(self.objects):
-            self._dress(i, color, shape)
+            self.set_appearance(i, color, shape)
             yaw = rng.uniform(-0.4, 0.4)
             self.place_object(i, np.array([*spots[i], HALF]), yaw)
         self.model.body_pos[self._bodies["zone"], :2] = spots[-1]
@@ -194,7 +194,8 @@ class World:
                 if len(spots) == n:
                     return spots
 
-    def _dress(self, i: int, color: str, shape: str) -> None:
+    def set_appearance(self, i: int, color: str, shape: str) -> None:
+        """Give object i a colour and a shape."""
         geom = self._object_geoms[i]
         self.model.geom_type[geom] = _GEOM[shape]
         self.model.geom_condim[geom] = 6 if shape == "ball" else 4  # rolling friction stops a ball
@@ -276,7 +277,7 @@ class World:
 
     def _switch(self) -> None:
         """Toggle the light once per press of the button."""
-        pressed = self.travel("button")
+        pressed = self.joint_position("button")
         if self._is_button_armed and pressed > 0.008:
             self.set_light(not self.is_light_on)
         self._is_button_armed = pressed < (0.004 if not self._is_button_armed else 0.008)

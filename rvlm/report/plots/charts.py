@@ -18,7 +18,7 @@ from rvlm.report.plots.look import (
     PAGE_IN,
     PALETTE,
     dimension_color,
-    headline,
+    figure_title,
     structure_color,
     styled,
 )
@@ -48,7 +48,7 @@ def error_by_bins(table: pd.DataFrame, title: str, needed: float | None = None) 
     if needed is not None:
         axes[0].axhline(1000 * needed, color="black", linestyle="--", linewidth=0.8)
         axes[0].annotate("needed", (table["bins"].max(), 1000 * needed), (0, 2), textcoords="offset points", ha="right")
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -73,7 +73,7 @@ def rates_by_group(table: pd.DataFrame, title: str, label: str = "right [%], whi
     ax.set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5), xlim=(-3, 103), xlabel=label)
     ax.grid(False, axis="y")
     _legend_below(fig, names)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -96,7 +96,7 @@ def success_bars(table: pd.DataFrame, title: str | None = None) -> Figure:
     ax.set(yticks=range(len(table)), yticklabels=table["name"], xlim=(0, 102), ylim=(len(table) - 0.5, -0.5))
     ax.set_xlabel("success rate [%], whiskers: 95 % interval")
     ax.grid(False, axis="y")
-    headline(fig, title or verdict_title(table))
+    figure_title(fig, title or verdict_title(table))
     return fig
 
 
@@ -169,7 +169,7 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]], title: str | None = No
     _legend_below(fig, names)
     first, last = table[names[0]].dropna().iloc[[0, -1]]
     moved = "falls" if last < first else "does not fall"
-    headline(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
+    figure_title(fig, title or f"{names[0].replace('_', ' ').capitalize()} {moved}: {first:.3g} to {last:.3g}")
     return fig
 
 
@@ -217,7 +217,7 @@ def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
         ax.set_xlabel(panel)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_axis_off()
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -259,7 +259,7 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
     if table[y].to_numpy().min() >= 0:
         ax.set_ylim(bottom=0)
     fig.legend(loc="outside lower left", ncols=2)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -283,7 +283,7 @@ def compare_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str = "
     ax.set(xlabel="share of the training budget [%]", ylabel=what)
     _scale_losses(ax)
     _legend_below(fig, list(logs))
-    headline(fig, title or f"{what[:1].upper()}{what[1:]} over the budget, one training each")
+    figure_title(fig, title or f"{what[:1].upper()}{what[1:]} over the budget, one training each")
     return fig
 
 
@@ -309,5 +309,5 @@ def error_against_success(table: pd.DataFrame, title: str) -> Figure:
     ax.set(xlabel="open-loop position error of the first action [mm]", ylabel="success rate [%]", ylim=(-4, 104))
     ax.set_xlim(left=0)
     fig.legend(loc="outside lower left", ncols=2)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from rvlm.report.plots.look import COLUMN_IN, NEUTRAL, PAGE_IN, PALETTE, headline, styled
+from rvlm.report.plots.look import COLUMN_IN, NEUTRAL, PAGE_IN, PALETTE, figure_title, styled
 
 
 @styled
@@ -36,7 +36,7 @@ def memory_bars(table: pd.DataFrame, cards: Mapping[str, float], title: str) -> 
     ax.set(xlabel="peak memory of a training step [GB]", ylim=(len(table) - 0.5, -0.6), xlim=(0, 1.08 * left.max()))
     ax.grid(False, axis="y")
     fig.legend(loc="outside lower left", ncols=len(parts))
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -61,5 +61,5 @@ def planned_and_measured(table: pd.DataFrame, unit: str, title: str) -> Figure:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     ax.legend()
-    headline(fig, title)
+    figure_title(fig, title)
     return fig

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rvlm.report.plots.look import FAILURE, NEUTRAL, PAGE_IN, PALETTE, SUCCESS, headline, styled
+from rvlm.report.plots.look import FAILURE, NEUTRAL, PAGE_IN, PALETTE, SUCCESS, figure_title, styled
 
 
 @styled
@@ -37,7 +37,7 @@ def ladder(table: pd.DataFrame, rungs: list[str], title: str) -> Figure:
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -64,7 +64,7 @@ def evidence(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
         ax.xaxis.label.set_fontsize(6.5)
         ax.tick_params(axis="y", labelsize=6.5)
         ax.grid(False, axis="y")
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -88,5 +88,5 @@ def failures(table: pd.DataFrame, kinds: list[str], title: str) -> Figure:
     ax.set_xlim(left=0)
     ax.grid(False, axis="y")
     fig.legend(loc="outside lower left", ncols=len(kinds))
-    headline(fig, title)
+    figure_title(fig, title)
     return fig

@@ -80,13 +80,13 @@ def unit_in_brackets(name: str, unit: str) -> str:
     return name if unit == "1" else f"{name} [{unit}]"
 
 
-def headline(fig: Figure, text: str) -> None:
+def figure_title(fig: Figure, text: str) -> None:
     """The sentence over a figure, in as many lines as its width needs."""
     width = int(CHARACTERS_PER_IN * fig.get_figwidth())
     fig.suptitle("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n")), x=0.01, ha="left")
 
 
-def bare(ax: Axes, color: str | None = None) -> None:
+def hide_axes(ax: Axes, color: str | None = None) -> None:
     """An image axis: no ticks, and a border only if a colour is given."""
     ax.set(xticks=[], yticks=[])
     ax.grid(False)

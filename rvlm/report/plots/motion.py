@@ -17,7 +17,7 @@ from rvlm.report.plots.look import (
     PAGE_IN,
     PALETTE,
     dimension_color,
-    headline,
+    figure_title,
     styled,
     unit_in_brackets,
 )
@@ -54,7 +54,7 @@ def action_curves(
         ax.set_xlabel("control step")
     fig.align_ylabels()
     predicted = f", {len(fans)} chunks predicted on the way" if fans else ""
-    headline(fig, title or f"The hand moves for {len(values)} steps{predicted}")
+    figure_title(fig, title or f"The hand moves for {len(values)} steps{predicted}")
     return fig
 
 
@@ -97,7 +97,7 @@ def histograms(
         ax.set(xlabel=unit_in_brackets(name, unit), yscale="log")
     for ax in axes[:, 0]:
         ax.set_ylabel("frames")
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -125,5 +125,5 @@ def hand_path(state: Num[np.ndarray, "n s"], arrows: Mapping[str, np.ndarray], t
     ax.annotate("start", (y[0], x[0]), (5, 5), textcoords="offset points")
     ax.set(xlabel="y [cm], world frame", ylabel="x [cm], world frame", xlim=(y_low, y_high), ylim=(x_high, x_low), aspect="equal")
     fig.legend(loc="outside lower left", ncols=3)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig

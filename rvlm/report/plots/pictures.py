@@ -20,8 +20,8 @@ from rvlm.report.plots.look import (
     PAGE_IN,
     PALETTE,
     SUCCESS,
-    bare,
-    headline,
+    figure_title,
+    hide_axes,
     styled,
 )
 
@@ -54,7 +54,7 @@ def filmstrip(
     for row, images in zip(axes, rows, strict=True):
         for ax, step in zip(row, steps, strict=False):
             ax.imshow(images[step], interpolation="nearest")
-            bare(ax, color)
+            hide_axes(ax, color)
     for ax, step in zip(axes[-1], steps, strict=False):
         ax.set_xlabel(f"step {step}", labelpad=2)
     for ax, camera in zip(axes[:, 0], ("static", "wrist") if wrist is not None else ("",), strict=True):
@@ -62,7 +62,7 @@ def filmstrip(
     for ax in axes[:, len(steps) :].flat:
         ax.set_axis_off()
     outcome = "" if success is None else ": done" if success else ": not done"
-    headline(fig, f"“{instruction}”{outcome} in {len(frames)} steps" if outcome else f"“{instruction}”, {len(frames)} steps")
+    figure_title(fig, f"“{instruction}”{outcome} in {len(frames)} steps" if outcome else f"“{instruction}”, {len(frames)} steps")
     return fig
 
 
@@ -81,12 +81,12 @@ def gallery(rows: Mapping[str, Frames], labels: Sequence[str], title: str) -> Fi
         row[0].set_ylabel(name)
         for ax, image in zip(row, images, strict=False):
             ax.imshow(image, interpolation="nearest")
-            bare(ax, NEUTRAL)
+            hide_axes(ax, NEUTRAL)
     for ax, label in zip(axes[-1], labels, strict=False):
         ax.set_xlabel(label, labelpad=2)
     for ax in axes[:, len(labels) :].flat:
         ax.set_axis_off()
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -116,7 +116,7 @@ def observation(seen: Mapping[str, Any], spec: Any, title: str | None = None) ->
     fig, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 2.5), layout="constrained")
     for ax, key in zip(axes, ("image", "wrist_image"), strict=False):
         ax.imshow(seen[key], interpolation="nearest")
-        bare(ax, NEUTRAL)
+        hide_axes(ax, NEUTRAL)
         ax.set_xlabel(f"{key.replace('_', ' ')}, {seen[key].shape[1]} × {seen[key].shape[0]} px")
     values = zip(spec.state_names, seen["state"], spec.state_units, strict=True)
     axes[2].set_axis_off()
@@ -124,7 +124,7 @@ def observation(seen: Mapping[str, Any], spec: Any, title: str | None = None) ->
     for i, (name, value, unit) in enumerate(values):
         line, font = f"{name:<16}{value:+.3f} {unit}", {"family": "monospace", "fontsize": 7.5}
         axes[2].text(0.0, 0.85 - 0.11 * i, line, va="top", transform=axes[2].transAxes, **font)
-    headline(fig, title or f"“{seen['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
+    figure_title(fig, title or f"“{seen['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
     return fig
 
 
@@ -155,8 +155,8 @@ def grounding_overlay(
         ax.plot(x, y, "o", ms=11, mfc="none", mec=color, mew=1.8, path_effects=ring)
         text = ax.annotate(label, (x, y), (shift, 0), textcoords="offset points", ha=align, va="center", path_effects=halo)
         text.set(color=color, fontweight="bold")
-    bare(ax)
-    headline(fig, title or f"The model points at {len(points)} thing{'s' if len(points) != 1 else ''}")
+    hide_axes(ax)
+    figure_title(fig, title or f"The model points at {len(points)} thing{'s' if len(points) != 1 else ''}")
     return fig
 
 
@@ -180,11 +180,11 @@ def attention_overlay(image: UInt8[np.ndarray, "h w 3"], weights: Num[np.ndarray
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     heat = axes[1].imshow(share, cmap="magma", alpha=0.65, extent=extent, interpolation="nearest", vmin=0)
     for ax in axes:
-        bare(ax)
+        hide_axes(ax)
     bar = fig.colorbar(heat, ax=axes, location="bottom", aspect=40, pad=0.02)
     bar.set_label("attention per patch [%]")
     top = np.sort(share.ravel())[::-1][: max(1, share.size // 10)].sum()
-    headline(fig, title or f"A tenth of the patches holds {top:.0f} % of the attention")
+    figure_title(fig, title or f"A tenth of the patches holds {top:.0f} % of the attention")
     return fig
 
 

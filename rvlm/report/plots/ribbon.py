@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from rvlm.report.plots.look import (
     PAGE_IN,
     PALETTE,
-    headline,
+    figure_title,
     styled,
 )
 
@@ -73,7 +73,7 @@ def attention_masks(weights: Mapping[str, Num[np.ndarray, "l_q l_k"]], kinds: Ma
         ax.grid(False)
     handles = [Patch(color=TOKEN_COLORS[kind], label=kind) for kind in TOKEN_COLORS if any(kind in k for k in kinds.values())]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 

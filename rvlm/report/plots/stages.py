@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Num
 from matplotlib.figure import Figure
 
-from rvlm.report.plots.look import COLUMN_IN, PAGE_IN, headline, styled
+from rvlm.report.plots.look import COLUMN_IN, PAGE_IN, figure_title, styled
 
 
 @styled
@@ -36,7 +36,7 @@ def forgetting_matrices(
         ax.set_yticklabels(after if ax is axes[0][0] else [])
         ax.grid(False)
     axes[0][0].set_ylabel("after learning")
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
 
 
@@ -67,5 +67,5 @@ def parallel_coordinates(trials: pd.DataFrame, settings: Sequence[str], value: s
     ax.set(xticks=range(len(settings)), yticks=[], ylim=(-0.1, 1.1), xlim=(-0.2, len(settings) - 0.6))
     ax.set_xticklabels([name.replace("_", "\n") for name in settings])
     fig.colorbar(plt.cm.ScalarMappable(norm, colors), ax=ax, label=value)
-    headline(fig, title)
+    figure_title(fig, title)
     return fig
