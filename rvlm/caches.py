@@ -18,7 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rvlm.files import artifacts_dir, atomic_write, hash_of_code, refuse_changed_code, temporary
+from rvlm.code_hash import hash_of_code, refuse_changed_code
+from rvlm.files import artifacts_dir, atomic_write, temporary
 from rvlm.provenance import provenance
 
 KINDS = ("datasets", "scenes", "frames", "features", "stages", "evaluations", "studies")  # folders of the artifacts
@@ -29,7 +30,7 @@ FRESH_S = 3600  # what is unfinished and was written to less than so long ago is
 
 @dataclass(frozen=True)
 class Code:
-    """The code that makes something, as `rvlm.files.hash_of_code` takes it.
+    """The code that makes something, as `rvlm.code_hash.hash_of_code` takes it.
 
     Attributes:
         roots: Modules, with all that they import, or functions and classes.

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import TEXTS, toy_frames
 
-from rvlm import files
+from rvlm import code_hash, files
 from rvlm.caches import entries, prune
+from rvlm.code_hash import code_of
 from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
-from rvlm.files import code_of
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import train_stage_in_process
 
@@ -105,7 +105,7 @@ CHANGED |= {f"{name}.py": set() for name in NOTHING}
 def test_what_changed_code_computes_is_computed_anew_and_nothing_else(tmp_path, monkeypatch):
     source = shutil.copytree(files.PACKAGE, tmp_path / "rvlm", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     asked = {name: code.hash for name, code in codes().items()}
-    monkeypatch.setattr(files, "PACKAGE", source)
+    monkeypatch.setattr(code_hash, "PACKAGE", source)
     assert {name: code.hash for name, code in codes().items()} == asked, "installed elsewhere, the same code"
     for name, expected in CHANGED.items():
         plain = (source / name).read_text()
@@ -139,7 +139,7 @@ def traced(function):
 
 def missing(ran, code):
     """What ran and is not hashed; a lambda at a module's top bears no name, and belongs to a constant or the module."""
-    hashed = set(code_of(*code.roots, without=code.without)) | set(files.PLUMBING)
+    hashed = set(code_of(*code.roots, without=code.without)) | set(code_hash.PLUMBING)
     return sorted(f"{m}:{f}" for m, f in ran if f != "<lambda>" and m not in hashed and f"{m}:{f}" not in hashed)
 
 

@@ -254,7 +254,7 @@ def test_a_finding_that_is_cut_is_named_with_its_mend(monkeypatch, tmp_path, cap
     path.write_text(path.read_text()[:50])
     assert main(["findings"]) == 2
     shown = capsys.readouterr().err
-    assert str(path) in shown and "cut or changed" in shown and "rvlm reproduce --only 06 --force" in shown
+    assert str(path) in shown and "cut or changed" in shown and "run notebook 06 again, with the profile of this folder" in shown
 
 
 def test_a_refused_command_is_one_line_and_status_2(capsys):

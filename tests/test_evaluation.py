@@ -195,11 +195,32 @@ def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     whole = (more.folder / "00001.parquet").read_bytes()
     (more.folder / "00001.parquet").write_bytes(whole[: len(whole) // 2])
     assert len(evaluate({"a": more}, show_progress=False)) == BATCH + 3 and ran == [0, 0, 1, 1, 1], "a broken disk's half"
+    whole = pd.read_parquet(more.folder / "00001.parquet")
+    broken = bytearray((more.folder / "00001.parquet").read_bytes())
+    broken[4 : len(broken) // 2] = bytes(len(broken) // 2 - 4)  # the table's foot still says what should be there
+    (more.folder / "00001.parquet").write_bytes(bytes(broken))
+    evaluate({"a": more}, show_progress=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(more.folder / "00001.parquet"), whole)
     with pytest.raises(ValueError, match="expected at least one evaluation, got none"):
         evaluate({})
     told, fewer = (dataclasses.replace(e, control="shuffled_language") for e in (more, FEW))
     evaluate({"all": told}, show_progress=False)
     assert not fewer.is_done(0), "among others, someone else's instruction is told"
+
+
+def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
+    """Whatever their order: the larger holds the smaller."""
+    ran = []
+    monkeypatch.setattr(closed_loop, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
+    for max_steps, names in ((7, ("all", "few")), (8, ("few", "all"))):
+        asked = {"all": dataclasses.replace(FEW, n_episodes=BATCH + 3, max_steps=max_steps)}
+        asked["few"] = dataclasses.replace(asked["all"], n_episodes=4)
+        got = evaluate({name: asked[name] for name in names}, show_progress=False)["name"].value_counts()
+        assert got.to_dict() == {"all": BATCH + 3, "few": 4} and ran == [0, 1]
+        ran.clear()
+    told = {name: dataclasses.replace(e, control="shuffled_language") for name, e in asked.items()}
+    with pytest.raises(ValueError, match=r"expected one number of episodes with shuffled language, .* got 13 and 4"):
+        evaluate({name: told[name] for name in ("few", "all")}, show_progress=False)
 
 
 def in_process(job, batch, folder, ran):

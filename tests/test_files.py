@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from rvlm import files
+from rvlm.code_hash import code_of, hash_of_code
 from rvlm.files import (
     atomic_write,
-    code_of,
     file_hash,
-    hash_of_code,
     hash_of_model,
     hash_of_tree,
     make_folder,
@@ -71,8 +70,8 @@ def test_a_file_that_was_just_written_is_not_remembered(opened, tmp_path, monkey
     """Two writes within one tick of the clock leave the same size, times and inode."""
     path = tmp_path / "weights"
     path.write_bytes(b"a")
-    stamp = files._stamp(path)
-    monkeypatch.setattr(files, "_stamp", lambda _: stamp)
+    stamp = files.stamp(path)
+    monkeypatch.setattr(files, "stamp", lambda _: stamp)
     monkeypatch.setattr(files.time, "time_ns", lambda: stamp[-1] + 1_000_000)
     before = file_hash(path)
     path.write_bytes(b"b")
@@ -141,7 +140,7 @@ def test_a_model_of_the_hub_is_its_name_and_commit(monkeypatch):
 
 SAY = """
 import sys
-from rvlm.files import hash_of_code
+from rvlm.code_hash import hash_of_code
 print(*(hash_of_code(*roots.split(","), without=("rvlm.envs.tabletop",)) for roots in sys.argv[1:]))
 """
 
@@ -216,15 +215,15 @@ def test_unknown_code_is_refused(root, message):
 
 
 CHANGE = """
-from rvlm import files
-files.refuse_changed_code("rvlm.data.video")
+from rvlm import code_hash, files
+code_hash.refuse_changed_code("rvlm.data.video")
 path = files.PACKAGE / "data" / "video.py"
 plain = path.read_text()
 path.write_text(plain + "# a remark\\n")
-files.refuse_changed_code("rvlm.data.video")
+code_hash.refuse_changed_code("rvlm.data.video")
 path.write_text(plain + "TWO = 2\\n")
-files.refuse_changed_code("rvlm.envs.gl")
-files.refuse_changed_code("rvlm.data.video")
+code_hash.refuse_changed_code("rvlm.envs.gl")
+code_hash.refuse_changed_code("rvlm.data.video")
 """
 
 

@@ -1,6 +1,7 @@
 """Grids: a study that is shared, gone on with, and stops what does badly."""
 
 import dataclasses
+import functools
 import itertools
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ def untrained(monkeypatch, fail=lambda settings: None):
         fail(settings)
         return Path("model")
 
-    monkeypatch.setattr("rvlm.training.search.run", run)
+    monkeypatch.setattr("rvlm.training.search.train", run)
 
     def go_on(grid, n, name="toy"):
         make = lambda **settings: SimpleNamespace(name="toy", folder=Path("toy"), **settings)  # noqa: E731
@@ -172,7 +173,7 @@ def test_what_was_broken_off_is_tried_again(home, monkeypatch):
 
 
 def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
-    monkeypatch.setattr("rvlm.training.search.run", lambda *_, **__: Path("model"))
+    monkeypatch.setattr("rvlm.training.search.train", lambda *_, **__: Path("model"))
     study = search(
         "nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy", folder=Path("toy")), lambda _: float("nan"), 2
     )
@@ -194,19 +195,39 @@ def far_mm(model):
 
 def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_demos, tmp_path, monkeypatch):
     """One name, and behind it other demonstrations, another budget, another score, or other code that the score calls."""
-    monkeypatch.setattr("rvlm.training.search.run", lambda *_, **__: Path("model"))
+    monkeypatch.setattr("rvlm.training.search.train", lambda *_, **__: Path("model"))
     go_on = lambda stage, score: search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1)  # noqa: E731
     go_on(stage, score := lambda _: 1.0)
     more = shutil.copytree(toy_demos, tmp_path / "more")
     (more / "notes.md").write_text("more")
     for other in (dataclasses.replace(stage, data=(str(more),)), dataclasses.replace(stage, n_samples=32)):
-        with pytest.raises(ValueError, match=r"study 'one' was begun with other data, start or settings .*another name"):
+        with pytest.raises(
+            ValueError, match=r"study 'one' was begun with other data, start or settings; give the new one another name"
+        ):
             go_on(other, score)
-    with pytest.raises(ValueError, match=r"study 'one' was begun with another score .*another name"):
+    with pytest.raises(ValueError, match=r"study 'one' was begun with another score; give the new one another name"):
         go_on(stage, lambda _: 2.0)
     assert len(load_or_create_study("one", GRID).trials) == 1
+
+    with pytest.raises(ValueError, match=r"study 'one' was begun with another score; give the new one another name"):
+        search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1, scored_on="other episodes")
+    with pytest.raises(ValueError, match=r"expected the score as a function, got functools.partial"):
+        go_on(stage, functools.partial(far_mm))
 
     asked = []
     monkeypatch.setattr("rvlm.training.search.hash_of_code", lambda *names: asked.append(names) or "code")
     assert _code_of_score(far_mm) != _code_of_score(end_of)
     assert asked == [("rvlm.evaluation.open_loop",), ("rvlm.training.trainer",)], "another way to measure errors is another score"
+    assert _code_of_score(lambda m: [round(open_loop_errors(x), DIGITS) for x in m]) != _code_of_score(lambda m: [0.0])
+    assert asked[2] == ("rvlm.evaluation.open_loop",), "also where it is named within a comprehension"
+
+
+DIGITS = 2
+
+
+def test_a_score_that_is_written_otherwise_is_the_same():
+    one = [_code_of_score(f) for f in (lambda _: 1.0, lambda _: 2.0)]
+    two = [
+        _code_of_score(lambda _: 1.0),  # alone on its line
+    ]
+    assert one[0] == two[0] != one[1]

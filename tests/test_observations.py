@@ -181,11 +181,12 @@ def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
 def test_an_angle_is_doubted_in_degrees_and_not_for_being_new(policy):
     """However little it turned in training, a turn of half a circle is one."""
     robot = policy.expected.robot
-    still = dataclasses.replace(robot.stats["observation.state"], min=np.full(7, -0.05), max=np.full(7, 0.05))
-    robot = dataclasses.replace(robot, stats={**robot.stats, "observation.state": still})
-    checks = dataclasses.replace(policy.expected, robot=robot)
-    assert checks.far([{"state": np.array([0, 0, 0, 0, 0, np.pi, 0])}]) == ""
-    assert "state 'yaw' is 90 [rad]" in checks.far([{"state": np.array([0, 0, 0, 0, 0, 90, 0])}])
+    for low, high, fits, odd in ((-0.05, 0.05, np.pi, 90.0), (-3.13, -3.03, 3.13, 90.0), (-3.0, 3.0, -3.14, 60.0)):
+        seen = dataclasses.replace(robot.stats["observation.state"], min=np.full(7, low), max=np.full(7, high))
+        known = dataclasses.replace(robot, stats={**robot.stats, "observation.state": seen})
+        checks = dataclasses.replace(policy.expected, robot=known)
+        assert checks.far([{"state": np.array([low] * 5 + [fits, low])}]) == ""
+        assert f"state 'yaw' is {odd:g} [rad]" in checks.far([{"state": np.array([low] * 5 + [odd, low])}])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -95,7 +95,7 @@ def test_a_key_covers_cells_parameters_code_cards_and_what_came_before(places):
     assert keys(places) == seen[0] != keys(places, "smoke")
     changes = [
         lambda: write(places, "00_a", "other"),
-        lambda: (places.root / "rvlm/report/plots.py").write_text("x = 1"),
+        lambda: (places.root / "rvlm/plots.py").write_text("x = 1"),
         lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 5"),
         lambda: (places.root / "data_cards/robot.md").write_text("rate_hz: 9"),
     ]
@@ -198,6 +198,16 @@ def test_the_unknown_is_refused_before_anything_runs(places, profiles, profile, 
     with pytest.raises(InvalidRun, match=message):
         reproduce.reproduce(places, profile, only)
     assert not places.results.exists() and log(places) == []
+
+
+@pytest.mark.parametrize("name", ["artifacts/reproduce/cpu/00_a.json", "results/notebooks/00_a.ipynb"])
+def test_what_a_broken_disk_has_cut_is_not_finished(places, name):
+    job, _ = reproduce.plan(places, "cpu")
+    reproduce.run(job, places, "cpu", is_quiet=True)
+    assert reproduce.is_finished(job, places, "cpu")
+    path = places.root / name
+    path.write_text(path.read_text()[:40])
+    assert not reproduce.is_finished(job, places, "cpu")
 
 
 def test_two_runs_do_not_write_the_same_results(places):

@@ -129,7 +129,20 @@ def test_arrows_run_one_way(part):
 
 # From the top of the house down: a room imports from those before it.
 ROOMS = [
-    *("processes", "passive", "files", "provenance", "caches", "statistics", "data", "envs", "vlm", "policy", "training"),
+    *(
+        "processes",
+        "passive",
+        "files",
+        "code_hash",
+        "provenance",
+        "caches",
+        "statistics",
+        "data",
+        "envs",
+        "vlm",
+        "policy",
+        "training",
+    ),
     *("evaluation", "diagnosis", "report", "experiments", "cli"),
 ]
 

@@ -136,7 +136,7 @@ def test_a_crop_shows_a_part_enlarged_and_color_keeps_hues():
 def test_an_unknown_field_is_an_error(stage):
     with pytest.raises(TypeError, match="learning_rte"):
         dataclasses.replace(stage, learning_rte=1e-3)
-    with pytest.raises(TypeError, match=r"unknown settings \['chunksize'\]; there are .*chunk_size"):
+    with pytest.raises(TypeError, match=r"stage 'toy': 'policy' has unknown settings \['chunksize'\]; there are .*chunk_size"):
         dataclasses.replace(stage, policy={"chunksize": 3})
 
 

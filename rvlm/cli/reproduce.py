@@ -37,6 +37,8 @@ from rvlm.report.notebooks import (
 )
 from rvlm.report.page import html_report
 
+WRITTEN = ("findings", "figures", "tables", "episodes")  # folders that notebooks write results to
+
 
 class NotebookFailed(RuntimeError):
     """A notebook stopped with an error; its copy is kept."""
@@ -104,7 +106,7 @@ def plan(places: RunPaths, profile: str, only: Sequence[str] = ()) -> list[Job]:
             check_parameters(find_notebook(stem, notebooks), values, f"profile {name!r}", mend)
     wanted = [find_notebook(name, notebooks) for name in only] or notebooks
     sizes = {path.stem: parameters_in(profiles, profile, path.stem) for path in notebooks}
-    return [job for job in _chain(notebooks, sizes, hash_of_code(places.root)) if job.notebook in wanted]
+    return [job for job in _chain(notebooks, sizes, hash_of_package(places.root)) if job.notebook in wanted]
 
 
 def _chain(notebooks: Sequence[Path], table: Mapping[str, dict[str, Any]], code: str) -> Iterator[Job]:
@@ -116,7 +118,7 @@ def _chain(notebooks: Sequence[Path], table: Mapping[str, dict[str, Any]], code:
         yield Job(path, parameters, key)
 
 
-def hash_of_code(root: Path) -> str:
+def hash_of_package(root: Path) -> str:
     """Hash of every file of the package (code, shipped weights) and every data card."""
     total = hashlib.sha256()
     for path in sorted(p for folder in ("rvlm", "data_cards") for p in (root / folder).rglob("*")):
@@ -151,8 +153,9 @@ def _reproduce(jobs: Sequence[Job], places: RunPaths, profile: str, force: bool)
     from tqdm.auto import tqdm
 
     status = 0
-    for part in places.results.glob("**/.*.part*"):
-        part.unlink(missing_ok=True)  # what a killed run left half written
+    for folder in ("notebooks", *WRITTEN):
+        for part in (places.results / folder).glob(".*.part*"):
+            part.unlink(missing_ok=True)  # what a killed run left half written
     bar = tqdm(jobs, desc=f"profile {profile}", unit="notebook", disable=None)
     say = functools.partial(print, flush=True) if bar.disable else bar.write
     for job in bar:
@@ -187,8 +190,11 @@ def is_finished(job: Job, places: RunPaths, profile: str) -> bool:
     receipt, executed = _done_marker(job, places, profile), _executed(job, places)
     if not receipt.exists() or not executed.exists():
         return False
-    told, copy = json.loads(receipt.read_text()), json.loads(executed.read_text())
-    keys = {told["key"], copy["metadata"].get("rvlm", {}).get("key")}
+    try:
+        told, copy = json.loads(receipt.read_text()), json.loads(executed.read_text())
+        keys = {told["key"], copy["metadata"].get("rvlm", {}).get("key")}
+    except (ValueError, KeyError):  # cut by a broken disk
+        return False
     return keys == {job.key} and all((places.results / name).exists() for name in told["files"])
 
 
@@ -290,6 +296,6 @@ def _save_executed(
 
 
 def _written_since(moment: float, results: Path) -> list[str]:
-    folders = [results / name for name in ("findings", "figures", "tables", "episodes")]
+    folders = [results / name for name in WRITTEN]
     paths = [path for folder in folders for path in folder.glob("*") if path.stat().st_mtime >= moment]
     return sorted(path.relative_to(results).as_posix() for path in paths)

@@ -6,7 +6,9 @@ batch that is finished is kept on disk.
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from rvlm.processes import in_parallel
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
 BATCH = 10  # episodes that run side by side
+_IN_THIS_PROCESS = threading.RLock()
 _OWN = ("BATCH", "Evaluation", "run_batch", "policy_and_envs", "make_envs", "_judged", "_one_thread", "_run_batch", "_spec")
 EPISODES = (
     "rvlm.evaluation.rollouts",
@@ -90,8 +93,10 @@ class Evaluation:
         """Whether a batch is on disk, with as many episodes as are asked for now; `folder` spares asking where again."""
         path, asked = (folder or self.folder) / f"{batch:05d}.parquet", self.batch_size(batch)
         try:
-            n = len(pq.read_table(path, columns=["seed"])["seed"].unique())
-        except (OSError, pa.ArrowInvalid):  # none, or one that a broken disk has cut: it is run again
+            n = len(pq.read_table(path)["seed"].unique())
+        except (OSError, pa.ArrowInvalid) as error:  # none, or one that a broken disk has cut or changed: it is run again
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
             return False
         return n == asked or (n > asked and self.control != "shuffled_language")  # who is told what depends on who is there
 
@@ -151,15 +156,16 @@ def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in every worker: sums in another order can end an episode another way."""
+    """As in every worker: sums in another order can end an episode another way. One at a time, for they share environments."""
     import torch
 
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
+    with _IN_THIS_PROCESS:
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n_threads)
 
 
 def _run_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
@@ -221,15 +227,15 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         control, setting, and the hash of the policy's weights.
 
     Raises:
-        ValueError: Nothing is asked for.
+        ValueError: Nothing is asked for, or shuffled language for two numbers of the same episodes, of which each tells others.
     """
     if not evaluations:
         raise ValueError('expected at least one evaluation, got none; as {"shipped": Evaluation(folder)}')
-    jobs, total, folders = [], 0, {name: evaluation.folder for name, evaluation in evaluations.items()}
-    for name, evaluation in evaluations.items():
-        folder = folders[name]
+    folders = {name: evaluation.folder for name, evaluation in evaluations.items()}
+    asked = _largest(evaluations, folders)
+    jobs, total = [], sum(evaluation.n_episodes for evaluation in asked.values())
+    for folder, evaluation in asked.items():
         folder.mkdir(parents=True, exist_ok=True)
-        total += evaluation.n_episodes
         todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch, folder)]
         if todo:
             evaluation.code.refuse_changed()
@@ -240,6 +246,20 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         for n in in_parallel(_run_batch, jobs, n_workers):
             bar.update(n)
     return pd.concat([_read(name, e, folders[name]) for name, e in evaluations.items()], ignore_index=True)
+
+
+def _largest(evaluations: dict[str, Evaluation], folders: dict[str, Path]) -> dict[Path, Evaluation]:
+    """Of those that differ in their number of episodes alone the one with most, which holds the others' episodes."""
+    largest: dict[Path, Evaluation] = {}
+    for name, evaluation in evaluations.items():
+        other = largest.setdefault(folders[name], evaluation)
+        if evaluation.n_episodes != other.n_episodes and evaluation.control == "shuffled_language":
+            raise ValueError(
+                f"{name!r}: expected one number of episodes with shuffled language, for who is there decides who is told what; "
+                f"got {evaluation.n_episodes} and {other.n_episodes}; evaluate them one after the other"
+            )
+        largest[folders[name]] = max(evaluation, other, key=lambda e: e.n_episodes)
+    return largest
 
 
 def _read(name: str, evaluation: Evaluation, folder: Path) -> pd.DataFrame:

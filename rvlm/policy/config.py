@@ -85,7 +85,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         TypeError: An unknown setting, with those that exist.
     """
-    unknown = sorted(set(settings) - set(POLICY_FIELDS))
+    unknown = sorted(set(settings) - set(POLICY_FIELDS), key=str)
     if unknown:
         raise TypeError(f"unknown settings {unknown}; there are {', '.join(POLICY_FIELDS)}")
 

@@ -16,7 +16,7 @@ from rvlm.policy.mixtures import Embodiment
 
 FAR = 10.0  # spans of the training data beyond which a state is doubted
 LEAST_SPAN = 0.1  # of a quantity that hardly moved in training [m, or the card's unit]
-LEAST_TURN = 0.35  # the same of an angle [rad]: ten of it are more than half a turn, which no angle exceeds
+TURN = 2 * np.pi  # farther than this from each other no two angles are [rad]
 
 
 class ObservationError(ValueError):
@@ -115,8 +115,8 @@ class Expected:
     def far(self, observations: Sequence[Mapping[str, Any]]) -> str:
         """Which state lies far outside of what training saw, in words; empty if none does."""
         stats, spec = self.robot.stats["observation.state"], self.robot.spec
-        least = [LEAST_TURN if unit == "rad" else LEAST_SPAN for unit in spec.state_units]
-        room = FAR * np.maximum(stats.max - stats.min, least)
+        room = FAR * np.maximum(stats.max - stats.min, LEAST_SPAN)
+        room = np.where(np.array(spec.state_units) == "rad", TURN, room)
         for i, observation in enumerate(observations):
             state = np.asarray(observation["state"], np.float64)
             beyond = np.flatnonzero((state < stats.min - room) | (state > stats.max + room))

@@ -161,8 +161,8 @@ def _read_finding(path: Path) -> dict[str, Any]:
     except ValueError as error:
         number = path.name[:2]
         raise InvalidRun(
-            f"{path}: expected a finding as JSON, got a file that is cut or changed ({error}); delete it and run its notebook "
-            f"again: rvlm reproduce --only {number} --force"
+            f"{path}: expected a finding as JSON, got a file that is cut or changed ({error}); delete it and run notebook "
+            f"{number} again, with the profile of this folder and --force"
         ) from error
 
 

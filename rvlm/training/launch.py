@@ -56,6 +56,7 @@ def train(
     with _lock(final):  # who asks for the same stage meanwhile waits for it
         if not final.exists():
             _train(stage, final, show_progress, n_threads, watch)
+        _drop_checkpoints(final)  # which a kill may have left
     return use(final) / "model"
 
 
@@ -144,8 +145,12 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
 def _put(partial: Path, final: Path) -> None:
     """Give a finished stage its name; what it could have gone on from, several times its model's size, is not needed any more."""
     partial.replace(final)
+    _drop_checkpoints(final)
+
+
+def _drop_checkpoints(final: Path) -> None:
     for checkpoint in (final / "trainer").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespace:

@@ -7,10 +7,12 @@ Source of the large grid: RoboVLMs (arXiv 2412.14058), appendix on hyper-paramet
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import logging
 import math
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import pandas as pd
 from filelock import FileLock
 
 from rvlm.caches import Code
-from rvlm.files import PACKAGE, artifacts_dir, config_hash, hash_of_code
+from rvlm.code_hash import hash_of_code
+from rvlm.files import PACKAGE, artifacts_dir, config_hash
 from rvlm.training.launch import train
 from rvlm.training.stages import ROBOT, UNUSED, Stage
 from rvlm.training.trainer import TrainingDiverged
@@ -121,28 +124,32 @@ def _refuse_other_grid(study: optuna.Study, grid: Grid) -> None:
             )
 
 
-def _refuse_other_work(study: optuna.Study, first: str, score: Callable[[Path], float]) -> None:
-    """A study's trials are all of one data and start, for which the folder of the grid's first stage stands, and of one score."""
-    for what, now in {"other data, start or settings": first, "another score": _code_of_score(score)}.items():
-        begun = study.user_attrs.get(what, now)
+def _refuse_other_work(study: optuna.Study, stages: Sequence[str], score: Callable[[Path], float], scored_on: str) -> None:
+    """A study's trials are all of one data and start, for which the stages' folders stand, and of one score."""
+    now = {
+        "other data, start or settings": config_hash({"stages": sorted(stages)}),
+        "another score": config_hash({"code": _code_of_score(score), "on": scored_on}),
+    }
+    for what, value in now.items():
+        begun = study.user_attrs.get(what, value)
         study.set_user_attr(what, begun)
-        if begun != now:
-            raise ValueError(
-                f"study {study.study_name!r} was begun with {what} ({begun}), got {now}; give the new one another name"
-            )
+        if begun != value:
+            raise ValueError(f"study {study.study_name!r} was begun with {what}; give the new one another name")
 
 
-def _code_of_score(score: Callable[[Path], float]) -> str:
-    """What stands for it: its own source, and the modules of the package that it names."""
-    code, known = getattr(score, "__code__", None), getattr(score, "__globals__", {})
-    named = [known[name] for name in code.co_names if name in known] if code else []
-    modules = {value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "") for value in named}
-    used = sorted(name for name in modules if name.startswith(f"{PACKAGE.name}."))
-    try:
-        source = inspect.getsource(score)
-    except (OSError, TypeError):  # an object that is called, or typed where no source is kept
-        source = repr(score).partition(" at 0x")[0]
-    return config_hash({"source": source, "code": hash_of_code(*used)})
+def _code_of_score(score: Callable[[Path], float]) -> list[Any]:
+    """What stands for it: what it does, by its compiled code, and the modules of the package that it names."""
+    if not isinstance(score, types.FunctionType):
+        raise ValueError(f"expected the score as a function, got {score!r}; give a def or a lambda of one argument")
+    compiled, todo = [], [score.__code__]
+    while todo:
+        code = todo.pop()
+        inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        todo += inner
+        compiled.append([code.co_code.hex(), repr([c for c in code.co_consts if c not in inner]), code.co_names])
+    named = [score.__globals__[name] for _, _, names in compiled for name in names if name in score.__globals__]
+    modules = {value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None) or "" for value in named}
+    return [compiled, hash_of_code(*sorted(name for name in modules if name.startswith(f"{PACKAGE.name}.")))]
 
 
 def search(
@@ -154,6 +161,7 @@ def search(
     storage: str | None = None,
     n_threads: int | None = None,
     seed: int = 0,
+    scored_on: str = "",
 ) -> optuna.Study:
     """Go on with a study until it has `n_trials`, with all who do the same at the same time.
 
@@ -169,6 +177,7 @@ def search(
         storage: Address; the study's own SQLite file if left out.
         n_threads: Of each training.
         seed: Of the order in which the grid is tried.
+        scored_on: What stands for the data that the score reads, as `rvlm.files.hash_of_tree` of its folder.
 
     Returns:
         The study.
@@ -178,7 +187,10 @@ def search(
     """
     study = load_or_create_study(name, grid, storage, seed)
     labels = {key: _labels(key, values) for key, values in grid.items()}
-    _refuse_other_work(study, make(**{key: next(iter(of.values())) for key, of in labels.items()}).folder.name, score)
+    points = itertools.product(*(of.values() for of in labels.values()))
+    stages = [make(**dict(zip(labels, point, strict=True))).folder.name for point in points]
+    with _lock(storage or default_storage(name)):
+        _refuse_other_work(study, stages, score, scored_on)
 
     def attempt(trial: optuna.Trial) -> float:
         stage = make(**{key: of[trial.suggest_categorical(key, list(of))] for key, of in labels.items()})

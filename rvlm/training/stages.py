@@ -158,7 +158,10 @@ class Stage:
         for name in ("policy", "dialogue", "augment"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a dict of settings, got {value!r}")
-        check_settings(self.policy)
+        try:
+            check_settings(self.policy)
+        except TypeError as error:
+            raise TypeError(f"stage {self.name!r}: 'policy' has {error}") from error
         for name, least in WHOLE.items():
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a whole number from {least} on, got {value!r}")
