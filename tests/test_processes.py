@@ -5,8 +5,8 @@ import sys
 
 WORKER = """
 import sys, time
-from rvlm.processes import exit_with
-exit_with(int(sys.argv[1]))
+from rvlm.processes import exit_when_process_ends
+exit_when_process_ends(int(sys.argv[1]))
 print("here", flush=True)
 time.sleep(600)
 """

@@ -93,7 +93,7 @@ def test_every_leak_is_named(dataset):
 
 
 def test_the_store_is_one_tidy_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr("rvlm.report.findings.results_dir", lambda: tmp_path)
     told = report.save_episodes(evaluated(is_success=True), "06_episodes")
     read = pd.read_parquet(tmp_path / "episodes/06_episodes.parquet")
     pd.testing.assert_frame_equal(read, told)

@@ -71,7 +71,7 @@ def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
     built = []
     monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
     monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
-    monkeypatch.setattr("rvlm.experiments.recipes.run", lambda stage, n_threads=None: built.append(stage) or Path("model"))
+    monkeypatch.setattr("rvlm.experiments.recipes.train", lambda stage, n_threads=None: built.append(stage) or Path("model"))
     train_recipe(recipe, low_data_target(10, 10, 64))
     assert [stage.freeze_vision for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
     assert [stage.is_pretrained for stage in built] == [recipe != "scratch"] * len(RECIPES[recipe])
@@ -162,7 +162,7 @@ def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch
             except FileNotFoundError:
                 seen.add("missing")
 
-    monkeypatch.setattr("rvlm.experiments.recipes.run", trained)
+    monkeypatch.setattr("rvlm.experiments.recipes.train", trained)
     stage = Stage("toy", DETECTION, ("scenes",), "vlm", 64)
     release(stage, target, "a command")
     looking = threading.Thread(target=look)

@@ -126,7 +126,7 @@ def wait(condition, seconds=40):
 def test_a_run_killed_by_sigkill_goes_on_where_it_was(places):
     write(places, "01_b", log_line("01_b", "'{stem}', os.getpid()"), "while not Path('go').exists(): time.sleep(0.1)")
     code = "import sys; from pathlib import Path; from rvlm.cli.reproduce import *; "
-    code += "reproduce(Places(*map(Path, sys.argv[1:])), 'cpu')"
+    code += "reproduce(RunPaths(*map(Path, sys.argv[1:])), 'cpu')"
     folders = [str(getattr(places, field.name)) for field in dataclasses.fields(places)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
