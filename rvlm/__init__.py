@@ -2,7 +2,7 @@
 
 `VLA = VLM + action head + history`: any Hugging Face vision-language model becomes a robot policy with
 as little change as possible. The modules follow the data, from demonstrations (`rvlm.data.windows`) to
-closed-loop success (`rvlm.evaluation.closed_loop`); README.md lists them. Importing this package loads none of them.
+closed-loop success (`rvlm.evaluation.closed_loop`); docs/layout.md lists them. Importing this package loads none of them.
 """
 
 import importlib

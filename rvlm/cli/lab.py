@@ -58,7 +58,7 @@ def copy_notebooks(source: Path, target: Path) -> list[str]:
         A line for each that was kept although the source is another by now.
 
     Raises:
-        Refused: there are no notebooks.
+        InvalidRun: there are no notebooks.
     """
     notebooks = sorted(source.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:

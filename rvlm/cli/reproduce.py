@@ -94,7 +94,7 @@ def plan(places: RunPaths, profile: str, only: Sequence[str] = ()) -> list[Job]:
         only: the notebooks wanted, by number ("05"), name ("evaluate", "06_evaluate") or path; empty for all.
 
     Raises:
-        Refused: an unknown profile, notebook or parameter, or parameters that are not literals.
+        InvalidRun: an unknown profile, notebook or parameter, or parameters that are not literals.
     """
     notebooks = sorted(places.notebooks.glob("[0-9][0-9]_*.ipynb"))
     profiles = read_profiles(places.notebooks)
@@ -137,7 +137,7 @@ def reproduce(places: RunPaths, profile: str, only: Sequence[str] = (), force: b
         Exit status: 0, or 1 where a notebook failed (those after it are not run: they build on it).
 
     Raises:
-        Refused: As `plan`, or another run writes the same results.
+        InvalidRun: As `plan`, or another run writes the same results.
     """
     jobs = plan(places, profile, only)
     places.results.mkdir(parents=True, exist_ok=True)

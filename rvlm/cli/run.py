@@ -61,7 +61,7 @@ def tried(name: str, pairs: Sequence[tuple[str, str]]) -> tuple[Job, RunPaths]:
         pairs: names and values as the command line has them.
 
     Raises:
-        Refused: no such notebook, parameter or folder, or a value of the wrong type or choice.
+        InvalidRun: no such notebook, parameter or folder, or a value of the wrong type or choice.
     """
     notebook = _notebook(name)
     parameters = {key: _settled(key, value) for key, value in parse_parameters(notebook, pairs).items()}

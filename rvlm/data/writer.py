@@ -1,8 +1,8 @@
 """Record demonstrations as a LeRobotDataset v3.0.
 
 A recording is made of *shards* (`rvlm.data.shards`), each written under a name of its own and renamed when whole. `EpisodeWriter`
-writes a shard for each episode as it ends, and joins them into files of many when all are there; `collect` has processes make
-shards of many. `finalize` numbers the episodes through and writes the dataset's meta files, again under a temporary name.
+writes a shard for each episode as it ends, and joins them into files of many when all are there; `record_dataset` has processes
+make shards of many. `finalize` numbers the episodes through and writes the dataset's meta files, again under a temporary name.
 Killed at any time, what is whole is kept, and an unfinished dataset is never mistaken for a finished one:
 
     ROOT.partial/shard.4f1c.../      being written

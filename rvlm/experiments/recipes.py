@@ -174,7 +174,7 @@ SHARED_TASKS = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on
 def low_data_target(n_target: int, n_others: int, n_samples: int) -> ExperimentSetup:
     """The course of notebooks 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
 
-    Vision tower and connector are frozen, except for the recipe `scratch` (see `follow`).
+    Vision tower and connector are frozen, except for the recipe `scratch` (see `train_recipe`).
     """
     changes = {"freeze_vision": True, "batch_size": 8}
     others = tuple(Collection(robot, n_others, SHARED_TASKS) for robot in ("ur6", "small5"))

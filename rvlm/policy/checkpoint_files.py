@@ -138,7 +138,7 @@ def read_config(folder: Path) -> Any:
     if values.get("model_type") != VLAConfig.model_type:
         raise CheckpointError(
             f"{folder / CONFIG}: expected a policy (model_type {VLAConfig.model_type!r}), got {values.get('model_type')!r}; of a "
-            "vision-language model make_vla makes one"
+            "vision-language model make_policy makes one"
         )
     with naming(folder / CONFIG):
         return checked(folder, VLAConfig.from_dict(values))

@@ -37,7 +37,7 @@ def make_policy(
         stats: Of their training episodes: "action" and "observation.state".
         is_pretrained: False for random weights: no vision-language pre-training.
         revision: Commit, branch or tag of a name on the Hub; the last commit if left out. The policy remembers the commit.
-        tuning: What of the backbone learns (`tune`).
+        tuning: What of the backbone learns (`set_trainable`).
         rank: Of adapters.
         precision: What a backbone that stands still is held in: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
         settings: Fields of `VLAConfig`: structure, head, history, window.
@@ -124,7 +124,7 @@ def modify_policy(
     Args:
         folder: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub; adapters are merged.
         revision: Commit, branch or tag of a name on the Hub.
-        tuning: What of the backbone learns (`tune`).
+        tuning: What of the backbone learns (`set_trainable`).
         rank: Of adapters.
         precision: As `make_policy` takes it.
         settings: Fields of `VLAConfig`, as `make_policy` takes them; what is left out stays as it is.
@@ -140,7 +140,7 @@ def modify_policy(
     where = hub.fetch(folder, revision)
     if tuning == "qlora" and VLAConfig.from_pretrained(where).base is not None:
         raise ValueError(
-            f"{folder}: its adapters would be lost in 4 bits; merge them first: model, processor = merge_vla(folder), then "
+            f"{folder}: its adapters would be lost in 4 bits; merge them first: model, processor = merge_policy(folder), then "
             "model.save_pretrained(another_folder, processor)"
         )
     model: Any = VLA.from_pretrained(where, is_quantized=True) if tuning == "qlora" else VLA.merged(where)

@@ -40,7 +40,7 @@ class VLAConfig(PreTrainedConfig):
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
-        robots: Other robots that it was trained on: dataset -> `Robot.to_dict` (`rvlm.policy.mixtures`).
+        robots: Other robots that it was trained on: dataset -> `Embodiment.to_dict` (`rvlm.policy.mixtures`).
         embodiment: How it is told which robot acts: not at all (None), by the "name" before the instruction, or by a "token" of
             each robot's own, an `<act>` with a learned offset.
         met: Datasets of all robots that it was trained on, in the order in which it met them: the numbers of their tokens.

@@ -75,7 +75,9 @@ def put_backbone_inside(folder: Path) -> None:
         return
     source = Path(base["name"])
     if not source.is_dir():
-        raise CheckpointError(f"{folder}: expected the model that it stands on in {source}, got none; merge it first: merge_vla")
+        raise CheckpointError(
+            f"{folder}: expected the model that it stands on in {source}, got none; merge it first: merge_policy"
+        )
     wanted = [path for path in source.rglob("*") if path.is_file() and any(path.match(pattern) for pattern in FETCHED)]
     for path in wanted:
         target = folder / INSIDE / path.relative_to(source)

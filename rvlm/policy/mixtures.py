@@ -59,7 +59,7 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
         ValueError: There is none, a robot's parts do not belong together, or the cameras are not those of its card.
     """
     if config.backbone is None or config.spec is None or config.stats is None:
-        raise ValueError("expected a configuration with backbone, spec and stats, got one without; build it by make_vla")
+        raise ValueError("expected a configuration with backbone, spec and stats, got one without; build it by make_policy")
     spec = ActionSpec.from_dict(config.spec)
     stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
     missing = [column for column in ("action", "observation.state") if column not in stats]

@@ -89,7 +89,7 @@ class VLA(SavedPolicy):
         return self.config.met or [self.spec.dataset, *self.robots]
 
     def condition_on_embodiment(self, robot: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample of a robot as the policy takes it: its state by `felt`, and the robot's name where orders begin with it."""
+        """A sample of a robot as the policy takes it: its state by `align_state`, and its name where instructions begin with it."""
         told = sample["instruction"]
         told = with_embodiment_name(robot.spec, told) if self.config.embodiment == "name" else told
         return {**sample, "state": self.align_state(robot, sample["state"]), "instruction": told}
@@ -143,7 +143,7 @@ class VLA(SavedPolicy):
 
         Args:
             n: Observations.
-            state: (n, s) as `felt` gives it; stands at the first `<act>` of each.
+            state: (n, s) as `align_state` gives it; stands at the first `<act>` of each.
             tokens: (n, N) that the head is told in training.
 
         Raises:
@@ -180,9 +180,9 @@ class VLA(SavedPolicy):
 
         Args:
             input_ids: (b, l), with n observations in all.
-            state: (n, s), as `felt` gives it.
+            state: (n, s), as `align_state` gives it.
             tokens: (n, N), the action tokens that the head is told in training.
-            inputs: As `read` takes them.
+            inputs: As `backbone_forward` takes them.
         """
         n_queries = self.head.n_queries
         n = int((input_ids == self.config.act_id).sum()) // n_queries
@@ -195,7 +195,7 @@ class VLA(SavedPolicy):
         """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
 
         Args:
-            state: (b, t, s), as `felt` gives it.
+            state: (b, t, s), as `align_state` gives it.
             obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
             tokens: (b * t, N), the action tokens that the head is told in training.
             inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
@@ -220,14 +220,14 @@ class VLA(SavedPolicy):
         """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
 
         Args:
-            state: (b, t, s), as `felt` gives it.
+            state: (b, t, s), as `align_state` gives it.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
             action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
                 dimension that the robot does not have.
             obs_mask: (b, t), false before the episode's start.
             dataset_index: (b,), whose card and statistics the actions follow.
             labels: (b, l), token ids that the vision-language model is to answer; -100 where it is not asked.
-            inputs: As `fused` takes them.
+            inputs: As `history_features` takes them.
 
         Returns:
             `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`) or `answer_loss`.
@@ -241,7 +241,7 @@ class VLA(SavedPolicy):
 
     @torch.inference_mode()
     def predict(self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        """Normalised actions (b, k, a) from the last of t observation steps; arguments as `fused` takes them."""
+        """Normalised actions (b, k, a) from the last of t observation steps; arguments as `history_features` takes them."""
         if self.is_autoregressive:
             return self._generate_tokens(state[:, -1], **inputs)
         return self.head.predict(self.history_features(state, obs_mask, **inputs)[:, -1])

@@ -46,7 +46,7 @@ class FeatureHistory:
         self._features: deque[torch.Tensor] = deque(maxlen=model.config.n_obs_steps)
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """As `Newest.add`."""
+        """As `SingleObservation.add`."""
         self._features.append(
             self.model.observation_features(state=state, **_prompts(self.model, self.prompter, images, instructions))
         )
@@ -58,7 +58,7 @@ class FeatureHistory:
         return self.model.head.predict(self.model.history(stacked)[:, -1])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """As `Newest.keep`."""
+        """As `SingleObservation.keep`."""
         self._features = deque((features[list(rows)] for features in self._features), self._features.maxlen)
 
 
@@ -75,7 +75,7 @@ class UncachedSequence:
         self._instructions: list[str] = []
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """As `Newest.add`."""
+        """As `SingleObservation.add`."""
         self._push(images, state, instructions)
 
     def _push(self, seen: Any, state: torch.Tensor, instructions: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ class UncachedSequence:
         return self.model.predict(torch.stack(state, dim=1), **prompts)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """As `Newest.keep`."""
+        """As `SingleObservation.keep`."""
         rows = list(rows)
         self._seen = [(seen[rows], state[rows]) for seen, state in self._seen]
         self._instructions = [self._instructions[row] for row in rows]
@@ -104,7 +104,7 @@ class KVCachedSequence(UncachedSequence):
     """Interleaved, the fast way: a new observation is appended to the sequence in the backbone's key-value cache.
 
     What the vision tower made of the window's images is kept too, for the steps at which a new window begins. Images whose text
-    depends on them (`Prompter.is_separable`) go the slow way.
+    depends on them (`PromptBuilder.is_separable`) go the slow way.
     """
 
     def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
@@ -133,7 +133,7 @@ class KVCachedSequence(UncachedSequence):
         return torch.allclose(fast.predict(), slow.predict(), rtol=0, atol=tolerance)
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """As `Newest.add`."""
+        """As `SingleObservation.add`."""
         if not self.prompter.is_separable(*images.shape[-3:-1]):
             return super().add(images, state, instructions)
         is_same, length = list(instructions) == self._instructions, len(self._seen)
@@ -149,7 +149,7 @@ class KVCachedSequence(UncachedSequence):
         return super().predict() if self._cache is None else self.model.head.predict(self._read)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """As `Newest.keep`; what is in the cache of the others goes."""
+        """As `SingleObservation.keep`; what is in the cache of the others goes."""
         super().keep(rows)
         if self._cache is not None:
             kept = torch.as_tensor(list(rows), device=self._mask.device)

@@ -99,7 +99,7 @@ class SavedPolicy(PreTrainedModel):
         if processor is None or folder.is_file():
             raise ValueError(
                 f"{folder}: expected a folder and a processor to save with the policy, got "
-                f"{'a file' if folder.is_file() else 'no processor'}; give save_pretrained(folder, processor), as of make_vla"
+                f"{'a file' if folder.is_file() else 'no processor'}; give save_pretrained(folder, processor), as of make_policy"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = temporary(folder)

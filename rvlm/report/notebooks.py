@@ -28,7 +28,7 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     """Names and default values of a notebook's cell tagged ``parameters``, in order; empty where there is none.
 
     Raises:
-        Refused: the file is no notebook, or a value is not a literal.
+        InvalidRun: the file is no notebook, or a value is not a literal.
     """
     try:
         cells = json.loads(notebook.read_text())["cells"]
@@ -78,7 +78,7 @@ def parse_parameters(notebook: Path, pairs: Sequence[tuple[str, str]]) -> dict[s
     Text stands as it is; everything else is read as Python: ``200``, ``1e-3``, ``True``, ``[1, 5]``.
 
     Raises:
-        Refused: an unknown name, a name that is given twice, or a value of the wrong type.
+        InvalidRun: an unknown name, a name that is given twice, or a value of the wrong type.
     """
     known, values = parameters_of(notebook), {}
     for name, text in pairs:
@@ -128,7 +128,7 @@ def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
     """The notebook of a number, a name or a path.
 
     Raises:
-        Refused: none or several have it.
+        InvalidRun: none or several have it.
     """
     stem = Path(name).stem if name.endswith(".ipynb") else name
     exact = [path for path in notebooks if (stem and stem.zfill(2) == path.stem[:2]) or stem in (path.stem, path.stem[3:])]

@@ -46,7 +46,7 @@ def move(spec: Any, word: str, is_open: bool, amount: float | int = 1.0) -> np.n
 
 
 def scripted_teleop(env: Any, words: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:
-    """Drive through a list of `MOVES`; the static twin of `drive`.
+    """Drive through a list of `MOVES`; the static twin of `teleoperate`.
 
     Returns:
         What the robot saw and felt before each move and after the last one: "image" and "wrist_image" ``(n, h, w, 3)``,

@@ -43,7 +43,7 @@ def seed_variance(rates: Sequence[Rate]) -> SeedVariance:
     Source: method of moments for a random effect, as in DerSimonian and Laird (1986), Controlled Clinical Trials 7.
     """
     if len(rates) < 2:
-        raise ValueError(f"spread_of_trainings: expected at least two trainings, got {len(rates)}; train with more seeds")
+        raise ValueError(f"seed_variance: expected at least two trainings, got {len(rates)}; train with more seeds")
     values = np.array([r.rate for r in rates])
     observed = float(values.var(ddof=1))
     noise = float(np.mean([r.rate * (1 - r.rate) / max(r.n - 1, 1) for r in rates]))

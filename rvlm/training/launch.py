@@ -112,7 +112,7 @@ def distributed_worker(folder: Path) -> None:
 
 
 def _requested_worker(folder: Path) -> None:
-    """Train as one of the processes that `run` has started, when a trainer whose asker was killed has left the folder."""
+    """Train as one of the processes that `train` has started, when a trainer whose asker was killed has left the folder."""
     with _lock(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         train_stage_in_process(_stage_in(folder), folder)
 
@@ -221,7 +221,7 @@ def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progre
 
 if __name__ == "__main__":
     partial_folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:  # asked for by `run`, which puts the result in its place
+    if len(sys.argv) > 2:  # asked for by `train`, which puts the result in its place
         exit_when_process_ends(os.getppid())
         exit_when_process_ends(int(sys.argv[2]))
         _requested_worker(partial_folder)

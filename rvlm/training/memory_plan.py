@@ -160,7 +160,7 @@ def compare(
     """Plans of several models, each trained in several ways, with and without layers computed again.
 
     Args:
-        models: Name -> configuration, tokens of an image; as `shapes` gives them.
+        models: Name -> configuration, tokens of an image; as `hub_configs` gives them.
         tunings: As `plans` takes them.
         policy: As `plans` takes it.
         settings: Others of `plans`.

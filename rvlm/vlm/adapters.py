@@ -137,7 +137,7 @@ def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor])
     """Save adapters in peft's own form, small.
 
     Args:
-        adapters: As `attach` gives them.
+        adapters: As `add_lora` gives them.
         folder: The policy's.
         state_dict: The backbone's.
     """
@@ -149,7 +149,7 @@ def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor])
 
 
 def add_saved_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """New adapters of the kind that `save` has put into a policy's folder, around their backbone; `fill` fills them."""
+    """New adapters of the kind that `save` has put into a policy's folder, around their backbone, for `load_lora_weights`."""
     return _wrap(model, PeftConfig.from_pretrained(str(folder / FOLDER)))
 
 

@@ -166,7 +166,7 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompt
 
     Args:
         model: Vision-language model.
-        pixel_values: As `Prompter.pixels` makes them.
+        pixel_values: As `PromptBuilder.pixels` makes them.
         n_prompts: n, where it is not the first axis of `pixel_values`.
     """
     base: Any = model.base_model

@@ -40,7 +40,7 @@ class PromptBuilder:
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
-        layout: How the processor takes images and text (`layout`).
+        layout: How the processor takes images and text (`detect_input_format`).
         image_ids: Token ids that hold the place of images; known with the first prompt.
         is_causal_by_type: Whether the family must be told by token types that no token may look ahead.
 

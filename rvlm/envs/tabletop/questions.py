@@ -71,7 +71,7 @@ def scene_state(world: World) -> dict:
 
 
 class _Unseen(Tabletop):
-    """A tabletop that draws only when it is asked to: most steps of `play` are not looked at."""
+    """A tabletop that draws only when it is asked to: most steps of `generate_scenes` are not looked at."""
 
     def _observe(self) -> dict[str, Any]:
         return {}
@@ -90,7 +90,7 @@ def generate_scenes(
         every: A scene is kept every so many control steps.
 
     Yields:
-        Images (2, h, w, 3) uint8, static then wrist, and the `record` of the scene.
+        Images (2, h, w, 3) uint8, static then wrist, and the `scene_state` of the scene.
     """
     env = _Unseen(robot, image_size=image_size, families=tuple(FAMILIES))
     rng, n_made = np.random.default_rng(seed), 0
