@@ -89,7 +89,7 @@ class VLA(SavedPolicy):
         return self.config.met or [self.spec.dataset, *self.robots]
 
     def condition_on_embodiment(self, robot: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample of a robot as the policy takes it: its state by `align_state`, and its name where instructions begin with it."""
+        """A sample of a robot as the policy takes it: its state by `align_state`, and its name before the instruction."""
         told = sample["instruction"]
         told = with_embodiment_name(robot.spec, told) if self.config.embodiment == "name" else told
         return {**sample, "state": self.align_state(robot, sample["state"]), "instruction": told}
