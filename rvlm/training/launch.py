@@ -56,7 +56,7 @@ def train(
     with _lock(final):  # who asks for the same stage meanwhile waits for it
         if not final.exists():
             _train(stage, final, show_progress, n_threads, watch)
-        _drop_checkpoints(final)  # which a kill may have left
+        _drop_checkpoints(final)
     return use(final) / "model"
 
 
@@ -106,7 +106,8 @@ def distributed_worker(folder: Path) -> None:
     try:
         with _lock(final).acquire(timeout=0), _lock(folder):
             train_stage_in_process(stage, folder)
-            _put(folder, final)
+            folder.replace(final)
+            _drop_checkpoints(final)
     except Timeout as error:
         raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
 
@@ -139,16 +140,11 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
     if process.poll():
         output = (partial / "output.txt").read_text(errors="replace")
         raise RuntimeError(f"stage {stage.name!r} failed: {output[-3000:]}")
-    _put(partial, final)
-
-
-def _put(partial: Path, final: Path) -> None:
-    """Give a finished stage its name; what it could have gone on from, several times its model's size, is not needed any more."""
     partial.replace(final)
-    _drop_checkpoints(final)
 
 
 def _drop_checkpoints(final: Path) -> None:
+    """Remove what a finished stage could have gone on from, several times its model's size; a kill may have left it."""
     for checkpoint in (final / "trainer").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 

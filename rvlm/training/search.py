@@ -80,10 +80,7 @@ def load_or_create_study(name: str, grid: Grid, storage: str | None = None, seed
             direction="minimize",
             load_if_exists=True,
         )
-        begun = study.user_attrs.get("code", CODE.hash)
-        study.set_user_attr("code", begun)
-    if begun != CODE.hash:
-        raise ValueError(f"study {name!r} in {address} was begun by other code that trains; give the new one another name")
+        _refuse_unlike_before(study, {"by other code that trains": CODE.hash}, f" in {address}")
     _refuse_other_grid(study, grid)
     return study
 
@@ -124,17 +121,13 @@ def _refuse_other_grid(study: optuna.Study, grid: Grid) -> None:
             )
 
 
-def _refuse_other_work(study: optuna.Study, stages: Sequence[str], score: Callable[[Path], float], scored_on: str) -> None:
-    """A study's trials are all of one data and start, for which the stages' folders stand, and of one score."""
-    now = {
-        "other data, start or settings": config_hash({"stages": sorted(stages)}),
-        "another score": config_hash({"code": _code_of_score(score), "on": scored_on}),
-    }
+def _refuse_unlike_before(study: optuna.Study, now: Mapping[str, str], where: str = "") -> None:
+    """A study's trials are compared with each other: what stands for that which they share stays as it was when it was begun."""
     for what, value in now.items():
         begun = study.user_attrs.get(what, value)
         study.set_user_attr(what, begun)
         if begun != value:
-            raise ValueError(f"study {study.study_name!r} was begun with {what}; give the new one another name")
+            raise ValueError(f"study {study.study_name!r}{where} was begun {what}; give the new one another name")
 
 
 def _code_of_score(score: Callable[[Path], float]) -> list[Any]:
@@ -189,8 +182,12 @@ def search(
     labels = {key: _labels(key, values) for key, values in grid.items()}
     points = itertools.product(*(of.values() for of in labels.values()))
     stages = [make(**dict(zip(labels, point, strict=True))).folder.name for point in points]
+    shared = {  # for data and start the stages' folders stand
+        "with other data, start or settings": config_hash({"stages": sorted(stages)}),
+        "with another score": config_hash({"code": _code_of_score(score), "on": scored_on}),
+    }
     with _lock(storage or default_storage(name)):
-        _refuse_other_work(study, stages, score, scored_on)
+        _refuse_unlike_before(study, shared)
 
     def attempt(trial: optuna.Trial) -> float:
         stage = make(**{key: of[trial.suggest_categorical(key, list(of))] for key, of in labels.items()})
