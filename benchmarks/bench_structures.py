@@ -77,7 +77,7 @@ def original_features(model, input_ids, attention_mask, pixel_values, state):
     ]
     images = torch.cat(per_camera, dim=1).flatten(1, 2) if per_camera[0].ndim == 4 else torch.cat(per_camera, dim=1)
     is_act = input_ids == model.config.act_id
-    felt = model.state_in(state.flatten(0, 1))
+    felt = model.state_projector(state.flatten(0, 1))
     handle = model.backbone.get_input_embeddings().register_forward_hook(
         lambda module, args, embedded: embedded.index_put((is_act,), felt, accumulate=True)
     )

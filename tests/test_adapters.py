@@ -19,9 +19,9 @@ from rvlm.vlm.processors import load_processor
 ADAPTED = ("lora", "dora", "qlora")
 
 
-def build(vlm, stats, tuning, **settings):
+def build(vlm, stats, finetuning, **settings):
     torch.manual_seed(0)
-    return make_policy(vlm, SPEC, stats, tuning=tuning, rank=4, **{**ONE_STEP, **settings})
+    return make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=4, **{**ONE_STEP, **settings})
 
 
 def take_steps(model, batch, n=6):
@@ -55,7 +55,7 @@ def said(model, batch):
 def test_adapters_and_act_learn_and_nothing_else_of_the_backbone(adapted, toy_vlm):
     model, *_ = adapted
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in learns} == {"backbone", "head", "state_in"}
+    assert {name.split(".")[0] for name in learns} == {"backbone", "head", "state_projector"}
     within = {name for name in learns if name.startswith("backbone")}
     assert all("lora_" in name or "trainable_tokens" in name for name in within)
     assert any("trainable_tokens" in name for name in within)
@@ -104,7 +104,7 @@ def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     over_full_weights, _ = load_vla(folder, is_quantized=False)
     assert torch.allclose(said(merged, batch), said(over_full_weights, batch), atol=1e-4)
     assert is_quantized(model) or torch.allclose(said(merged, batch), said(model, batch), atol=1e-4)
-    assert merged.config.base is None and not any("lora" in name for name in merged.state_dict())
+    assert merged.config.base_model is None and not any("lora" in name for name in merged.state_dict())
     merged.save_pretrained(tmp_path, processor)
     shutil.rmtree(tmp_path / FOLDER, ignore_errors=True)
     assert torch.equal(said(load_vla(tmp_path)[0], batch), said(merged, batch))
@@ -165,30 +165,30 @@ def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
     other = tmp_path / "vlm"
     shutil.copytree(toy_vlm, other)
     model, _, _, batch = adapted
-    assert torch.equal(said(load_vla(folder, base=other)[0], batch), said(model, batch)), "the same weights elsewhere"
+    assert torch.equal(said(load_vla(folder, base_model=other)[0], batch), said(model, batch)), "the same weights elsewhere"
     weights = load_file(other / "model.safetensors")
     save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; say where they are now by base="):
-        load_vla(folder, base=other)
+    with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; say where they are now by base_model="):
+        load_vla(folder, base_model=other)
 
 
 def test_what_means_nothing_is_refused(toy_vlm, toy_stats, tmp_path):
-    with pytest.raises(ValueError, match="no tuning 'lra'; there are full, head, lora, dora, qlora"):
+    with pytest.raises(ValueError, match="no finetuning 'lra'; there are full, head, lora, dora, qlora"):
         build(toy_vlm, toy_stats, "lra")
     model, processor = build(toy_vlm, toy_stats, "lora")
     model.save_pretrained(tmp_path, processor)
     with pytest.raises(ValueError, match="its adapters would be lost in 4 bits; merge"):
-        modify_policy(tmp_path, tuning="qlora")
+        modify_policy(tmp_path, finetuning="qlora")
 
 
 # -- on top of a policy ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tuning", ADAPTED)
-def test_a_policy_is_adapted_and_keeps_what_it_can(saved, tuning, tmp_path):
+@pytest.mark.parametrize("finetuning", ADAPTED)
+def test_a_policy_is_adapted_and_keeps_what_it_can(saved, finetuning, tmp_path):
     folder, before = saved
-    model, processor = modify_policy(folder, tuning=tuning, rank=4)
+    model, processor = modify_policy(folder, finetuning=finetuning, rank=4)
     batch = a_batch(before, processor)
     off = float((said(model.eval(), batch) - said(before, batch)).abs().max())
-    assert off < (0.2 if tuning == "qlora" else 1e-5), "new adapters change nothing"
+    assert off < (0.2 if finetuning == "qlora" else 1e-5), "new adapters change nothing"
     take_steps(model, batch)
     model.save_pretrained(tmp_path, processor)
     assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
@@ -198,7 +198,7 @@ def test_a_policy_is_adapted_and_keeps_what_it_can(saved, tuning, tmp_path):
 def test_adapters_stand_on_adapters(adapted, tmp_path):
     """Of a policy with adapters the next stage sees the merged weights."""
     _, processor, folder, batch = adapted
-    onwards, _ = modify_policy(folder, tuning="lora", rank=2)
+    onwards, _ = modify_policy(folder, finetuning="lora", rank=2)
     assert torch.allclose(said(onwards.eval(), batch), said(merge_policy(folder)[0], batch), atol=1e-5)
     take_steps(onwards, batch, 3)
     onwards.save_pretrained(tmp_path, processor)
@@ -207,7 +207,7 @@ def test_adapters_stand_on_adapters(adapted, tmp_path):
 
 def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
     model, processor = build(toy_vlm, toy_stats, "head")
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head", "state_in"}
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head", "state_projector"}
     batch = a_batch(model, processor)
     take_steps(model, batch)
     model.save_pretrained(tmp_path, processor)

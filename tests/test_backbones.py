@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.policy import Policy
-from rvlm.training.stage_data import RobotCollator, encode_dialogue
+from rvlm.training.stage_data import RobotCollator, encode_vqa
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder, pad
@@ -181,7 +181,7 @@ def test_padding_is_on_the_right_and_masked():
 
 
 def test_dialogues_supervise_answers_alone(processor):
-    ids, labels = encode_dialogue(PromptBuilder(processor, 2), [("is the light on ?", "yes"), ("open ?", "no")])
+    ids, labels = encode_vqa(PromptBuilder(processor, 2), [("is the light on ?", "yes"), ("open ?", "no")])
     supervised = processor.tokenizer.decode([label for label in labels if label >= 0])
     assert len(ids) == len(labels)
     assert supervised.replace(" ", "") == "yes</s>no</s>"

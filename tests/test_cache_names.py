@@ -73,7 +73,7 @@ def codes():
     shared = {"init": "vlm", "n_samples": 8, "batch_size": 4, "n_processes": 1}
     return {
         "robot": Stage("a", ROBOT, ("demos",), **shared).code,
-        "varied": Stage("a", ROBOT, ("demos",), wordings="varied", **shared).code,
+        "varied": Stage("a", ROBOT, ("demos",), instructions="paraphrased", **shared).code,
         "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
         "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
@@ -154,7 +154,7 @@ def scenes(tmp_path_factory):
     ("kind", "changes"),
     [
         (ROBOT, {"freeze_vision": True}),
-        (ROBOT, {"wordings": "varied", "tuning": "lora"}),
+        (ROBOT, {"instructions": "paraphrased", "finetuning": "lora"}),
         (VISION_LANGUAGE, {"freeze_vision": True}),
         (DETECTION, {}),
     ],

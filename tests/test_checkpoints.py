@@ -21,10 +21,10 @@ from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 
 
-def a_policy(vlm, stats, tuning="full", **options):
+def a_policy(vlm, stats, finetuning="full", **options):
     """A policy in which everything that learns has been moved away from where it began."""
     torch.manual_seed(0)
-    model, processor = make_policy(vlm, SPEC, stats, tuning=tuning, rank=2, **ONE_STEP, **options)
+    model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=2, **ONE_STEP, **options)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -222,8 +222,8 @@ def test_what_is_missing_or_changed_is_named(whole, tmp_path, spoil, named):
         (lambda f: cut(f / "adapter" / "adapter_model.safetensors"), r"adapter_model\.safetensors: expected a whole file"),
         (lambda f: (f / "adapter" / "adapter_model.safetensors").unlink(), r"expected weights in adapter_model\.safetensors"),
         (lambda f: (f / "adapter" / "adapter_config.json").unlink(), r"expected adapter_config\.json as JSON"),
-        (config(lambda c: c["base"].pop("tuning")), r"policy: .*KeyError: 'tuning'"),
-        (config(lambda c: c["base"].update(name="no/such/model")), r"no folder no/such/model; and no such name on the Hub"),
+        (config(lambda c: c["base_model"].pop("finetuning")), r"policy: .*KeyError: 'finetuning'"),
+        (config(lambda c: c["base_model"].update(name="no/such/model")), r"no folder no/such/model; and no such name on the Hub"),
     ],
 )
 def test_what_is_missing_of_adapters_is_named(toy_vlm, toy_stats, tmp_path, spoil, named):
@@ -245,19 +245,19 @@ def test_a_folder_that_does_not_exist_is_named(load):
 def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
     """On a machine that is fastest in bfloat16, when it is made and when it is loaded again."""
     monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
-    model, _ = make_policy(toy_vlm, SPEC, toy_stats, tuning="lora", rank=2, precision=precision, **ONE_STEP)
+    model, _ = make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
     for policy in (model, load_vla(tmp_path / "policy")[0]):
         still = {name: w for name, w in policy.backbone.named_parameters() if "lora" not in name and "trainable" not in name}
         assert {weight.dtype for weight in still.values()} == {dtype}
     with pytest.raises(ValueError, match="no precision 'fp8'; there are auto, fp32, bf16, fp16"):
-        make_policy(toy_vlm, SPEC, toy_stats, tuning="lora", precision="fp8")
+        make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", precision="fp8")
 
 
 def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
-    how = {"tuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
+    how = {"finetuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
     model, *_ = STAGE_BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 

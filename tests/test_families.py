@@ -24,8 +24,8 @@ STRUCTURES = {
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
     "interleaved": {"structure": "interleaved", "n_obs_steps": 2},
     "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2},
-    "one-step, lora": {"structure": "one_step", "tuning": "lora"},
-    "one-step, qlora": {"structure": "one_step", "tuning": "qlora"},
+    "one-step, lora": {"structure": "one_step", "finetuning": "lora"},
+    "one-step, qlora": {"structure": "one_step", "finetuning": "qlora"},
 }
 ONE_IMAGE = ("kosmos2", "florence2")
 HEIRS = ("idefics3", "idefics2", "qwen2_vl", "qwen3_vl", "llava_next")  # of the code of another family that is tested in full

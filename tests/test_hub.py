@@ -92,20 +92,20 @@ def test_what_is_pushed_is_what_is_loaded_and_a_commit_stays(hub, toy_vlm, toy_s
         load_vla(hub.root / "local", revision="v1")
 
 
-@pytest.mark.parametrize("tuning", ["head", "lora"])
-def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, toy_stats, tmp_path, tuning):
+@pytest.mark.parametrize("finetuning", ["head", "lora"])
+def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, toy_stats, tmp_path, finetuning):
     """Two deep: adapters over adapters over a model, none of which is there any more; then pushed from what was loaded."""
     base = shutil.copytree(toy_vlm, tmp_path / "base")
-    first, _ = a_policy(base, toy_stats, tuning)
+    first, _ = a_policy(base, toy_stats, finetuning)
     first.save_pretrained(tmp_path / "first")
-    second, processor = modify_policy(tmp_path / "first", tuning=tuning, rank=2)
+    second, processor = modify_policy(tmp_path / "first", finetuning=finetuning, rank=2)
     before = said(second.eval(), processor)
     commit = second.push_to_hub("lab/adapted").oid
     shutil.rmtree(base)
     shutil.rmtree(tmp_path / "first")
     loaded = VLA.from_pretrained("lab/adapted", revision=commit)
     torch.testing.assert_close(said(loaded, processor), before, atol=1e-5, rtol=0)
-    assert json.loads((hub.heads["lab/adapted"] / "config.json").read_text())["base"]["name"] == "backbone"
+    assert json.loads((hub.heads["lab/adapted"] / "config.json").read_text())["base_model"]["name"] == "backbone"
     sent = [path.read_text() for path in hub.heads["lab/adapted"].rglob("*") if path.suffix in (".json", ".md")]
     assert len(sent) > 5 and not any(str(tmp_path) in text for text in sent), "no path of this machine"
     again = loaded.push_to_hub("lab/again").oid
@@ -119,21 +119,26 @@ def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp
     commit = hub.upload_folder(repo_id="lab/vlm", folder_path=tmp_path / "sent").oid
     model, processor = a_policy("lab/vlm", toy_stats, "lora")
     before = said(model, processor)
-    assert model.config.base["revision"] == model.config.vlm["revision"] == commit and model.config.base["name"] == "lab/vlm"
+    assert (
+        model.config.base_model["revision"] == model.config.vlm["revision"] == commit
+        and model.config.base_model["name"] == "lab/vlm"
+    )
     model.save_pretrained(tmp_path / "policy")
     weights = load_file(toy_vlm / "model.safetensors")
     moved = shutil.copytree(toy_vlm, tmp_path / "moved")
     save_file({name: value + 0.01 for name, value in weights.items()}, moved / "model.safetensors", {"format": "pt"})
     newest = hub.upload_folder(repo_id="lab/vlm", folder_path=moved).oid
     assert torch.equal(said(load_vla(tmp_path / "policy")[0], processor), before)
-    assert torch.equal(said(load_vla(tmp_path / "policy", base=toy_vlm)[0], processor), before), "the same weights in a folder"
+    assert torch.equal(said(load_vla(tmp_path / "policy", base_model=toy_vlm)[0], processor), before), (
+        "the same weights in a folder"
+    )
     for other in (moved, "lab/vlm-2"):
         hub.upload_folder(repo_id="lab/vlm-2", folder_path=moved)
         with pytest.raises(
             CheckpointError, match=rf"it was trained on lab/vlm at revision {commit} with weights .*; got .* with"
         ):
-            load_vla(tmp_path / "policy", base=other)
-    assert make_policy("lab/vlm", SPEC, toy_stats, tuning="head", **ONE_STEP)[0].config.base["revision"] == newest
+            load_vla(tmp_path / "policy", base_model=other)
+    assert make_policy("lab/vlm", SPEC, toy_stats, finetuning="head", **ONE_STEP)[0].config.base_model["revision"] == newest
     assert make_policy("lab/vlm", SPEC, toy_stats, revision=commit, **ONE_STEP)[0].config.vlm["revision"] == commit
     assert f"revision {commit}" in (tmp_path / "policy" / "README.md").read_text()
     model.push_to_hub("lab/policy")

@@ -14,7 +14,7 @@ from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, paraphrases
 from rvlm.policy.checkpoints import load_vla, make_policy
-from rvlm.policy.config import MAX_ROBOTS
+from rvlm.policy.config import MAX_EMBODIMENTS
 from rvlm.policy.mixtures import Embodiment, FixedBudgetDataset, Mixture, reorder_state, with_embodiment_name
 from rvlm.policy.observation_history import UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
@@ -165,10 +165,10 @@ def test_a_policy_speaks_to_each_robot_that_it_was_trained_on(trained):
 
 def test_swapped_statistics_are_refused(trained, tmp_path):
     config = json.loads((trained / "config.json").read_text())
-    first, second = config["robots"]
+    first, second = config["embodiments"]
     for swap in ("stats", "both"):
         spoiled = json.loads(json.dumps(config))
-        robots = spoiled["robots"]
+        robots = spoiled["embodiments"]
         if swap == "both":
             robots[first], robots[second] = robots[second], robots[first]
         else:
@@ -184,16 +184,16 @@ def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, 
     alone = dataclasses.replace(stage, data=stage.data[1:2], init=str(trained), n_samples=8)
     with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
         train_stage_in_process(alone, tmp_path / "refused")
-    train_stage_in_process(dataclasses.replace(alone, is_new_robot=True), tmp_path / "moved")
+    train_stage_in_process(dataclasses.replace(alone, allow_new_embodiment=True), tmp_path / "moved")
     before, after = load_vla(trained)[0], load_vla(tmp_path / "moved" / "model")[0]
-    assert after.spec.dataset == ROBOTS[1] and set(after.robots) == {ROBOTS[0], ROBOTS[2]}
+    assert after.spec.dataset == ROBOTS[1] and set(after.embodiments) == {ROBOTS[0], ROBOTS[2]}
     q99 = [m.embodiment(ActionSpec.from_card(ROBOTS[1])).stats["action"].q99 for m in (before, after)]
     assert np.array_equal(*q99), "what was learned was learned in these numbers"
 
 
 def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path):
     """Law 18 for mixtures."""
-    named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "embodiment": "name"})
+    named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "embodiment_conditioning": "name"})
     model, processor, data, _ = STAGE_BUILDERS[ROBOT](named_stage)
     for i in range(8):
         robot = model.embodiment(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
@@ -218,10 +218,11 @@ WAYS = {
 def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
     """What is seen, felt and told is the same; only the token differs, and it is what was learned."""
     train_stage_in_process(
-        dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token", **way}), tmp_path / "stage"
+        dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment_conditioning": "token", **way}),
+        tmp_path / "stage",
     )
     model, processor = load_vla(tmp_path / "stage" / "model")
-    assert model.robot_in.abs().sum(1).gt(0).tolist() == [True] * 2 + [False] * (MAX_ROBOTS - 2)
+    assert model.embodiment_embedding.abs().sum(1).gt(0).tolist() == [True] * 2 + [False] * (MAX_EMBODIMENTS - 2)
     image = np.random.default_rng(0).integers(0, 256, (1, 2, 48, 48, 3), np.uint8)
 
     def said(name):
@@ -238,35 +239,37 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
     with torch.inference_mode():
         one, other = map(said, ROBOTS[:2])
         assert (one - other).abs().max() > 1e-6
-        torch.nn.init.zeros_(model.robot_in)
+        torch.nn.init.zeros_(model.embodiment_embedding)
         assert torch.equal(*map(said, ROBOTS[:2]))
 
 
 def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
-    first = dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment": "token"}, n_samples=8)
+    first = dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment_conditioning": "token"}, n_samples=8)
     train_stage_in_process(first, tmp_path / "first")
     model = tmp_path / "first" / "model"
     train_stage_in_process(
         dataclasses.replace(first, data=(stage.data[2], stage.data[1]), init=str(model), policy={}), tmp_path / "second"
     )
     before, after = (load_vla(folder)[0] for folder in (model, tmp_path / "second" / "model"))
-    assert after.spec.dataset == ROBOTS[2] and after.config.met == list(ROBOTS)
-    moved = ((after.robot_in - before.robot_in)[:3].norm(dim=1) / after.robot_in[:3].norm(dim=1)).tolist()
+    assert after.spec.dataset == ROBOTS[2] and after.config.embodiment_ids == list(ROBOTS)
+    moved = (
+        (after.embodiment_embedding - before.embodiment_embedding)[:3].norm(dim=1) / after.embodiment_embedding[:3].norm(dim=1)
+    ).tolist()
     assert moved[0] < 1e-3 < min(moved[1:]), "the first robot was not among the data; its token is only decayed"
     assert [after.align_state(after.embodiment(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
-    alone, _ = make_policy(stage.init, before.spec, before.stats, **ONE_STEP, embodiment="token")
+    alone, _ = make_policy(stage.init, before.spec, before.stats, **ONE_STEP, embodiment_conditioning="token")
     alone.register_embodiments([after.embodiment(ActionSpec.from_card(ROBOTS[1]))])
-    assert alone.config.met == [before.spec.dataset, ROBOTS[1]], "whom it was made for comes first"
+    assert alone.config.embodiment_ids == [before.spec.dataset, ROBOTS[1]], "whom it was made for comes first"
     with pytest.raises(ValueError, match=r"expected a state \(n, 8\), got one of 7"):
         alone.action_query_embeddings(1, torch.zeros(1, 7))
-    strangers = [Embodiment(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_ROBOTS)]
+    strangers = [Embodiment(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_EMBODIMENTS)]
     with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):
         after.register_embodiments(strangers)
-    with pytest.raises(ValueError, match="no embodiment 'tag'; there are None, name, token"):
-        STAGE_BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment": "tag"}))
+    with pytest.raises(ValueError, match="no embodiment_conditioning 'tag'; there are None, name, token"):
+        STAGE_BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment_conditioning": "tag"}))
 
 
-# -- shots, wordings, co-training --------------------------------------------------------------------------------------
+# -- shots, instructions, co-training --------------------------------------------------------------------------------------
 def test_shots_are_as_many_of_each_family(stage):
     one = dataclasses.replace(stage, data=stage.data[:1], shots=2)
     episodes_of = lambda stage: {int(sample["episode_index"]) for sample in map(drawn(stage).__getitem__, range(48))}  # noqa: E731
@@ -286,14 +289,14 @@ def test_every_wording_of_a_family_means_the_same():
         paraphrases("dance")
 
 
-def test_wordings_are_varied_or_made_one(stage):
+def test_instructions_are_paraphrased_or_made_canonical(stage):
     said = {
         how: {data[i]["instruction"] for i in range(48)}
-        for how in ("recorded", "varied", "one")
-        for data in [drawn(dataclasses.replace(stage, data=stage.data[:1], wordings=how))]
+        for how in ("original", "paraphrased", "canonical")
+        for data in [drawn(dataclasses.replace(stage, data=stage.data[:1], instructions=how))]
     }
-    assert said["recorded"] == set(TEXTS[:3]) and len(said["one"]) == 3 < len(said["varied"])
-    assert said["varied"] == {wording for text in TEXTS[:3] for wording in paraphrases(text)}
+    assert said["original"] == set(TEXTS[:3]) and len(said["canonical"]) == 3 < len(said["paraphrased"])
+    assert said["paraphrased"] == {wording for text in TEXTS[:3] for wording in paraphrases(text)}
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +313,7 @@ def test_co_training_asks_and_acts(stage, scenes, tmp_path, n_processes):
     """Law 22: a batch of questions reaches the backbone, and the head learns from the others."""
     from rvlm.training.launch import train
 
-    both = dataclasses.replace(stage, scenes=scenes, dialogue_share=0.5, n_samples=96, n_processes=n_processes)
+    both = dataclasses.replace(stage, vqa_data=scenes, vqa_fraction=0.5, n_samples=96, n_processes=n_processes)
     model = train(both, show_progress=False, n_threads=1)
     logged = log_history(model.parent)
     asked, acted = (sum(name in entry for entry in logged) for name in ("answer_loss", "arm_loss"))

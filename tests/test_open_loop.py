@@ -59,9 +59,9 @@ def policy(request, dataset, tmp_path_factory):
         for part in small_vlm(train_tokenizer(["lift the red cube"], [])):
             part.save_pretrained(vlm)
     settings = {"structure": structure, "history": history, "n_obs_steps": n_obs_steps, "chunk_size": 3}
-    model, processor = make_policy(vlm, SPEC, dataset.stats(), embodiment=embodiment, **settings)
-    if model.robot_in is not None:
-        torch.nn.init.normal_(model.robot_in)
+    model, processor = make_policy(vlm, SPEC, dataset.stats(), embodiment_conditioning=embodiment, **settings)
+    if model.embodiment_embedding is not None:
+        torch.nn.init.normal_(model.embodiment_embedding)
     return Policy(model, processor)
 
 

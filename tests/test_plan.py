@@ -27,14 +27,18 @@ def small_plan(policy=ONE_STEP, b=8, **settings):
     return plan_memory(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
 
 
-CASES = [(policy, tuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HEAD) for tuning in ("full", "head", "lora")]
+CASES = [
+    (policy, finetuning, False) for policy in (ONE_STEP, INTERLEAVED, POLICY_HEAD) for finetuning in ("full", "head", "lora")
+]
 
 
-@pytest.mark.parametrize(("policy", "tuning", "is_checkpointed"), [*CASES, (POLICY_HEAD, "full", True), (ONE_STEP, "lora", True)])
-def test_a_step_needs_what_the_plan_says(toy_demos, policy, tuning, is_checkpointed):
+@pytest.mark.parametrize(
+    ("policy", "finetuning", "gradient_checkpointing"), [*CASES, (POLICY_HEAD, "full", True), (ONE_STEP, "lora", True)]
+)
+def test_a_step_needs_what_the_plan_says(toy_demos, policy, finetuning, gradient_checkpointing):
     """Parameters exactly, peak memory within a tenth."""
-    told = small_plan(policy, tuning=tuning, is_checkpointed=is_checkpointed)
-    how = {"tuning": tuning, "is_checkpointed": is_checkpointed, "batch_size": 8, "n_processes": 1}
+    told = small_plan(policy, finetuning=finetuning, gradient_checkpointing=gradient_checkpointing)
+    how = {"finetuning": finetuning, "gradient_checkpointing": gradient_checkpointing, "batch_size": 8, "n_processes": 1}
     used = profile_training_step(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
     assert (told.parameters, told.trained) == (used["parameters"], used["trained"])
     assert told.peak == pytest.approx(used["peak"], rel=0.1)
@@ -42,8 +46,8 @@ def test_a_step_needs_what_the_plan_says(toy_demos, policy, tuning, is_checkpoin
 
 def test_savers_save_in_the_plan_too():
     full, half = small_plan(), small_plan(optimizer="adamw_8bit")
-    assert half.optimizer == full.optimizer / 4 and small_plan(is_checkpointed=True).activations < 0.5 * full.activations
-    assert small_plan(is_checkpointed=True).flops == pytest.approx(4 / 3 * full.flops, rel=0.2)
+    assert half.optimizer == full.optimizer / 4 and small_plan(gradient_checkpointing=True).activations < 0.5 * full.activations
+    assert small_plan(gradient_checkpointing=True).flops == pytest.approx(4 / 3 * full.flops, rel=0.2)
     assert small_plan(b=16).activations == pytest.approx(2 * full.activations, rel=0.01)
     with pytest.raises(ValueError, match="no optimizer 'adam' in the plan; there are adamw_torch"):
         small_plan(optimizer="adam")
@@ -58,7 +62,7 @@ def test_models_of_the_hub_have_their_published_size(name):
 @pytest.mark.parametrize("name", ["SmolVLM2-2.2B", "PaliGemma-3B"])
 def test_the_less_learns_and_in_fewer_bits_it_is_held_the_less_is_needed(name):
     config, n_image_tokens = hub_configs()[name]
-    plans = {t: plan_memory(config, n_image_tokens, ONE_STEP, tuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
+    plans = {t: plan_memory(config, n_image_tokens, ONE_STEP, finetuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
     assert plans["full"].peak > plans["lora"].peak > plans["qlora"].peak
     assert plans["qlora"].weights < 0.65 * plans["lora"].weights
 
@@ -80,9 +84,9 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
     asked = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens of an image"]), ONE_STEP)
     if name in ("idefics", "florence2"):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
-            plan_memory(*asked, tuning="lora", rank=2)
+            plan_memory(*asked, finetuning="lora", rank=2)
         return
-    told = plan_memory(*asked, tuning="lora", rank=2)
+    told = plan_memory(*asked, finetuning="lora", rank=2)
     assert told.parameters / 1e6 > facts["parameters [M]"] and told.flops > 0 and told.peak > 0
     assert ("token types" in facts["reads in order"]) == (name == "paligemma")
 

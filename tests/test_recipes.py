@@ -57,12 +57,14 @@ def test_every_recipe_is_followed(course, recipe):
     for step, model in zip(RECIPES[recipe], models, strict=True):
         stage = stage_of(model)
         assert (stage["name"], len(stage["data"])) == (step.name, 2 if step.robots == "all" else 1)
-        assert stage["n_samples"] == 16 * step.share and bool(stage["scenes"]) == step.asks
+        assert stage["n_samples"] == 16 * step.share and bool(stage["vqa_data"]) == step.asks
         assert stage["is_pretrained"] == (recipe != "scratch")
     starts = [str(SMALL_VLM), *map(str, models)]
     assert [stage_of(model)["init"] for model in models] == starts[: len(models)]
     config = VLAConfig.from_pretrained(models[-1])
-    assert config.spec["robot"] == "franka7" and (config.robots is None) == all(s.robots == "target" for s in RECIPES[recipe])
+    assert config.spec["robot"] == "franka7" and (config.embodiments is None) == all(
+        s.robots == "target" for s in RECIPES[recipe]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -88,7 +90,7 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
         "vision-language": (True, True),
     }
     probe = random_backbone_policy(10, 64)
-    assert (probe.freeze_vision, probe.is_pretrained, probe.tuning) == (True, False, "head")
+    assert (probe.freeze_vision, probe.is_pretrained, probe.finetuning) == (True, False, "head")
 
 
 def test_what_recipes_share_is_trained_once(course):
@@ -112,7 +114,7 @@ def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
     few = FewShot(
         ("move_slider_left",), shots=(1, 2), n_query=2, n_samples=16, seeds=(0,), changes={**SHORT, "freeze_vision": True}
     )
-    starts = {"policy": {"init": POLICY}, "policy, head": {"init": POLICY, "tuning": "head"}, "VL": {"init": SMALL_VLM}}
+    starts = {"policy": {"init": POLICY}, "policy, head": {"init": POLICY, "finetuning": "head"}, "VL": {"init": SMALL_VLM}}
     episodes = few_shot_experiment(starts, few, n_workers=1)
     assert len(episodes) == 3 * 2 * 2 and set(episodes["start"]) == set(starts) and set(episodes["shots"]) == {1, 2}
     assert episodes["seed"].min() >= FIRST_HELD_OUT_SEED, "the query set is of scenes that no support shows"

@@ -27,7 +27,7 @@ from rvlm.data.windows import EpisodeWriter
 from rvlm.files import atomic_write
 from rvlm.policy.checkpoints import merge_policy
 from rvlm.training.launch import distributed_worker, prepare, train
-from rvlm.training.stage_data import STAGE_BUILDERS, DialogueCollator, FixedBudgetDataset, augment
+from rvlm.training.stage_data import STAGE_BUILDERS, FixedBudgetDataset, VQACollator, augment
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
     JsonlLogger,
@@ -156,13 +156,13 @@ def test_an_unknown_field_is_an_error(stage):
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
         ({"n_processes": 3}, r"a batch_size that 3 processes can share evenly, each in 1 part\(s\); got 8"),
         ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
-        ({"kind": VISION_LANGUAGE, "policy": {}, "tuning": "head"}, "'tuning' is read by 'robot' stages only"),
-        ({"tuning": "loraa"}, "no tuning 'loraa'; there are full, head, lora, dora, qlora"),
+        ({"kind": VISION_LANGUAGE, "policy": {}, "finetuning": "head"}, "'finetuning' is read by 'robot' stages only"),
+        ({"finetuning": "loraa"}, "no finetuning 'loraa'; there are full, head, lora, dora, qlora"),
         ({"precision": "int3"}, "no precision 'int3'; there are auto, fp32"),
         ({"optimizer": "adam9"}, "no optimizer 'adam9'; there are .*adamw_torch"),
         ({"schedule": "cosin"}, "no schedule 'cosin'; there are cosine, .*step_decay"),
-        ({"rank": 4}, "'rank' is read with adapters only, not with tuning='full'"),
-        ({"n_accumulated": 3}, r"each in 3 part\(s\); got 8"),
+        ({"rank": 4}, "'rank' is read with adapters only, not with finetuning='full'"),
+        ({"gradient_accumulation_steps": 3}, r"each in 3 part\(s\); got 8"),
         ({"augment": {"flip": 1}}, r"no augmentation 'flip'; there are shift, crop, color \(images are never mirrored"),
         ({"augment": {"crop": 0.9}}, "expected crop as a share from 0 to 0.5; got 0.9"),
         ({"augment": {"shift": 2.5}}, "expected shift as whole pixels from 0 to 16; got 2.5"),
@@ -197,7 +197,8 @@ def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
         {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
         {"augment": {"shift": 2}}, {"augment": {"crop": 0.1}}, {"augment": {"color": 0.1}}, {"seed": 1},
         {"is_pretrained": False}, {"freeze_vision": True},
-        {"tuning": "head"}, {"tuning": "lora"}, {"tuning": "dora"}, {"tuning": "qlora"}, {"tuning": "lora", "rank": 2},
+        {"finetuning": "head"}, {"finetuning": "lora"}, {"finetuning": "dora"}, {"finetuning": "qlora"},
+        {"finetuning": "lora", "rank": 2},
         {"optimizer": "sgd"}, {"precision": "bf16"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -218,7 +219,7 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
 
 def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
     before = load_file(Path(stage.init) / "model.safetensors")
-    for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"tuning": "head"}, "model")):
+    for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"finetuning": "head"}, "model")):
         train_stage_in_process(few(stage, **frozen), tmp_path / still)
         after = merge_policy(tmp_path / still / "model")[0].state_dict()
         kept = {name for name, value in before.items() if torch.equal(value, after[f"backbone.{name}"])}
@@ -235,7 +236,7 @@ def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stag
     learned = {name for name in before if not torch.equal(before[name], after[f"backbone.{name}"])}
     assert towers and learned and not towers & learned and not list((tmp_path / "home").glob("features/*/*.npy"))
     with pytest.raises(ValueError, match="expected a family that is given nothing of images but pixels, got that of"):
-        DialogueCollator(load_processor(frozen.init))
+        VQACollator(load_processor(frozen.init))
 
 
 def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_path):
@@ -355,12 +356,15 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(toy_vlm, toy_stat
 
 def test_a_checkpointed_or_accumulated_stage_ends_where_the_plain_one_does(stage, tmp_path, plain_weights):
     """Law 23; accumulated windows with masks are weighted by their part of the batch, so there they agree less."""
-    checkpointed = trained(few(stage, is_checkpointed=True), tmp_path / "checkpointed")
+    checkpointed = trained(few(stage, gradient_checkpointing=True), tmp_path / "checkpointed")
     assert moved(checkpointed, plain_weights) < 1e-6
     short = few(stage, policy={**ONE_STEP, "chunk_size": 1})
-    whole, parts = trained(short, tmp_path / "whole"), trained(dataclasses.replace(short, n_accumulated=4), tmp_path / "parts")
+    whole, parts = (
+        trained(short, tmp_path / "whole"),
+        trained(dataclasses.replace(short, gradient_accumulation_steps=4), tmp_path / "parts"),
+    )
     assert distance(whole, parts) < 0.05 * distance(whole, plain_start(short, tmp_path))
-    assert dataclasses.replace(short, n_accumulated=4, is_checkpointed=True).folder == short.folder
+    assert dataclasses.replace(short, gradient_accumulation_steps=4, gradient_checkpointing=True).folder == short.folder
 
 
 def plain_start(stage, tmp_path):
@@ -391,7 +395,7 @@ def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
 
 def test_a_stage_with_adapters_goes_on_where_it_was(stage, tmp_path):
     """Adapters are saved in a file of their own, which the Trainer alone would pass over."""
-    adapted = few(stage, 40, tuning="lora", rank=2)
+    adapted = few(stage, 40, finetuning="lora", rank=2)
     train_stage_in_process(adapted, tmp_path / "unbroken")
     shutil.copytree(tmp_path / "unbroken" / "trainer" / "checkpoint-20", tmp_path / "broken" / "trainer" / "checkpoint-20")
     train_stage_in_process(adapted, tmp_path / "broken")
@@ -512,10 +516,10 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     assert log_history(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_two_processes_have_the_loss_of_one(stage, tmp_path, tuning):
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_two_processes_have_the_loss_of_one(stage, tmp_path, finetuning):
     """Over gloo, half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
-    twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, tuning=tuning)
+    twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, finetuning=finetuning)
     train_stage_in_process(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
     train(twenty, show_progress=False, n_threads=1)
     for part in ("loss", "arm_loss", "gripper_loss"):

@@ -14,7 +14,7 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOK
 
 from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.heads import HISTORIES, FlowHead, MLPHead, TokensHead
-from rvlm.training.stage_data import DialogueCollator
+from rvlm.training.stage_data import VQACollator
 from rvlm.vlm.backbones import load_backbone
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -57,7 +57,9 @@ def test_a_combination_that_means_nothing_is_refused(toy_vlm, toy_stats, wrong, 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
     """Law 24."""
-    with pytest.raises(TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment, has_state"):
+    with pytest.raises(
+        TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment_conditioning, has_state"
+    ):
         make_policy(toy_vlm, SPEC, toy_stats, **{name: 1})
 
 
@@ -81,7 +83,7 @@ def test_gradients_reach_every_part(toy_vlm, toy_stats, settings):
     base = model.backbone.model
     parts = {
         "vision": base.vision_model, "connector": base.connector, "language": base.text_model,
-        "state": model.state_in, "head": model.head, "history": model.history,
+        "state": model.state_projector, "head": model.head, "history": model.history,
     }  # fmt: skip
     for name, part in parts.items():
         for parameter in part.parameters():
@@ -94,7 +96,7 @@ def test_a_vision_language_batch_reaches_the_backbone_of_a_policy(toy_vlm, toy_s
     """Law 22."""
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 2, 48, 48, 3), np.uint8)
-    batch = DialogueCollator(processor)([(p, [("is the light on ?", "yes")]) for p in pictures])
+    batch = VQACollator(processor)([(p, [("is the light on ?", "yes")]) for p in pictures])
     model.backbone(**batch).loss.backward()
     for part in (model.backbone.model.vision_model, model.backbone.model.text_model):
         assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
@@ -190,10 +192,10 @@ def test_flow_follows_the_straight_line_to_the_action():
     goal, path = torch.rand(2, 3, 6), []
     for n_euler_steps in (1, 4, 10):
         head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
-        head.clean = lambda features, chunk, time: path.append((time[0], chunk)) or goal
+        head.predict_clean_action = lambda features, chunk, time: path.append((time[0], chunk)) or goal
         torch.testing.assert_close(head.predict(torch.randn(2, 8))[..., :6], goal)
         for time, chunk in path:
-            torch.testing.assert_close(chunk, (1 - time) * head.start + time * goal)
+            torch.testing.assert_close(chunk, (1 - time) * head.initial_noise + time * goal)
         path.clear()
 
 
@@ -232,7 +234,7 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
     said = model.head.encode(model.predict(**batch))
     state = batch.pop("state")
     with torch.inference_mode():
-        again = model.head.choose(model.history_features(state, tokens=said, **batch))
+        again = model.head.greedy_tokens(model.history_features(state, tokens=said, **batch))
     assert torch.equal(again[:, 0], said)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
 from rvlm.statistics import Rate, wilson
-from rvlm.training.stage_data import DialogueCollator, encode_dialogue
+from rvlm.training.stage_data import VQACollator, encode_vqa
 from rvlm.vlm.prompts import PromptBuilder, pad
 
 LOCATION = re.compile(r"<loc(\d+)>")
@@ -70,7 +70,7 @@ def evaluate_vqa(
         One row per question: kind, question, answer, said, is_right, and `bins_off`, the distance [bins] of each location
         token from the true one (infinite where another word stands in its place; empty for answers in words).
     """
-    collate, rows = DialogueCollator(processor), []
+    collate, rows = VQACollator(processor), []
     for start in range(0, len(exam), batch_size):
         asked = exam[start : start + batch_size]
         images = np.stack([scenes[a.scene][0] for a in asked])
@@ -154,7 +154,7 @@ def generate_answers(
     prompter, tokenizer, said = PromptBuilder(processor, len(images)), processor.tokenizer, []
     pixels = prompter.pixels(images[None]).to(model.device)
     for question in questions:
-        ids, _ = encode_dialogue(prompter, [(question, "")])
+        ids, _ = encode_vqa(prompter, [(question, "")])
         prompt = {k: v.to(model.device) for k, v in pad([ids[:-1]], tokenizer.pad_token_id).items()}
         out = model.generate(
             **prompt, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False,

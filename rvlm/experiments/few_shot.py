@@ -57,7 +57,7 @@ def few_shot_experiment(starts: Mapping[str, Mapping[str, Any]], experiment: Few
     """Adapt every start to every number of shots with every seed, and judge each on the query set.
 
     Args:
-        starts: Name -> `init`, and fields of `Stage` that this start needs (`is_pretrained`, `tuning`).
+        starts: Name -> `init`, and fields of `Stage` that this start needs (`is_pretrained`, `finetuning`).
         experiment: What is asked.
         n_workers: Processes that evaluate.
 

@@ -76,15 +76,15 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
         batch_size=32, learning_rate=1.5e-3, **shared,
     )  # fmt: skip
     point = {"n": 10, "kinds": ("point", "point_wrist")}
-    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(train(tower)), 8 * n_samples, dialogue=point, **frozen)
-    answering = Stage("answering", VISION_LANGUAGE, scenes, str(train(pointing)), 4 * n_samples, dialogue={"n": 8}, **frozen)
+    pointing = Stage("pointing", VISION_LANGUAGE, scenes, str(train(tower)), 8 * n_samples, vqa=point, **frozen)
+    answering = Stage("answering", VISION_LANGUAGE, scenes, str(train(pointing)), 4 * n_samples, vqa={"n": 8}, **frozen)
     hard = {"n": 8, "kinds": HARD_QUESTIONS}
-    drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(train(answering)), 6 * n_samples, dialogue=hard, **frozen)
+    drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(train(answering)), 6 * n_samples, vqa=hard, **frozen)
     whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
-    together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, dialogue={"n": 8}, **whole)
+    together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, vqa={"n": 8}, **whole)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
     looks = {"n": 8, "kinds": (*KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
-    return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, dialogue=looks, **whole)
+    return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, vqa=looks, **whole)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
@@ -109,7 +109,7 @@ def main_data(n_episodes: int) -> EpisodeDataset:
 
 def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
     """A probe of what state and head alone can do: the backbone is random and, on purpose, frozen."""
-    frozen: dict[str, Any] = {"freeze_vision": True, "tuning": "head", "is_pretrained": False}
+    frozen: dict[str, Any] = {"freeze_vision": True, "finetuning": "head", "is_pretrained": False}
     return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
 
 
@@ -206,7 +206,7 @@ def train_recipe(recipe: str, course: ExperimentSetup, seed: int = 0, n_threads:
     everyone = (target, *(str(collect_demonstrations(other)) for other in course.others))
     model, models = SMALL_VLM, []
     for step in RECIPES[recipe]:
-        asked = {"scenes": tuple(map(str, collect_scenes(course.n_scenes, SCENE_SEED)))} if step.asks else {}
+        asked = {"vqa_data": tuple(map(str, collect_scenes(course.n_scenes, SCENE_SEED)))} if step.asks else {}
         fixed = {"policy": ONE_STEP, "seed": seed, **asked, **course.changes, **(SCRATCH if recipe == "scratch" else {})}
         data = everyone if step.robots == "all" else (target,)
         model = train(

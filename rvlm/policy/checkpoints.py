@@ -24,7 +24,7 @@ def make_policy(
     *,
     is_pretrained: bool = True,
     revision: str | None = None,
-    tuning: str = "full",
+    finetuning: str = "full",
     rank: int = 16,
     precision: str = "auto",
     **settings: Any,
@@ -37,7 +37,7 @@ def make_policy(
         stats: Of their training episodes: "action" and "observation.state".
         is_pretrained: False for random weights: no vision-language pre-training.
         revision: Commit, branch or tag of a name on the Hub; the last commit if left out. The policy remembers the commit.
-        tuning: What of the backbone learns (`set_trainable`).
+        finetuning: What of the backbone learns (`set_trainable`).
         rank: Of adapters.
         precision: What a backbone that stands still is held in: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
         settings: Fields of `VLAConfig`: structure, head, history, window.
@@ -52,7 +52,7 @@ def make_policy(
     check_settings(settings)
     folder = hub.fetch(vlm, revision)
     processor = load_processor(folder)
-    backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **held(folder, tuning, precision))
+    backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **held(folder, finetuning, precision))
     left_out = ("quantization_config", "_name_or_path")
     is_folder = Path(vlm).is_dir()
     config = VLAConfig(
@@ -69,8 +69,8 @@ def make_policy(
     model = VLA(config, backbone)
     model.processor = processor
     _smoke_forward(model, processor)
-    base = hub.origin(vlm, folder) if is_pretrained and tuning != "full" else None
-    return set_trainable(model, tuning, rank, base, precision), processor
+    base = hub.origin(vlm, folder) if is_pretrained and finetuning != "full" else None
+    return set_trainable(model, finetuning, rank, base, precision), processor
 
 
 @torch.inference_mode()
@@ -81,32 +81,34 @@ def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
     model.backbone_forward(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
 
 
-def set_trainable(model: VLA, tuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
+def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
     """Say what of the backbone learns; history, head, state and robots' tokens always do.
 
     Args:
         model: Without adapters.
-        tuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
+        finetuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
             (adapters on a language model that is held in 4 bits).
         rank: Of adapters.
         base: Where the backbone came from (`rvlm.policy.hub.origin`); what stands still is not saved again. None if from nowhere.
         precision: What it is held in where it stands still.
 
     Raises:
-        ValueError: An unknown tuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
+        ValueError: An unknown finetuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
     """
-    if tuning not in FINETUNING_MODES:
-        raise ValueError(f"no tuning {tuning!r}; there are {', '.join(FINETUNING_MODES)}")
-    if tuning == "full":
+    if finetuning not in FINETUNING_MODES:
+        raise ValueError(f"no finetuning {finetuning!r}; there are {', '.join(FINETUNING_MODES)}")
+    if finetuning == "full":
         freeze_unused(model.backbone)
         return model
     model.backbone.requires_grad_(False)
-    if base is None and tuning != "head":
-        raise ValueError(f"expected weights under adapters that can be loaded again, got random ones with tuning={tuning!r}")
-    if tuning != "head":
-        model.register_adapters(adapters.add_lora(model.backbone, tuning, rank, model.config.act_id))
+    if base is None and finetuning != "head":
+        raise ValueError(
+            f"expected weights under adapters that can be loaded again, got random ones with finetuning={finetuning!r}"
+        )
+    if finetuning != "head":
+        model.register_adapters(adapters.add_lora(model.backbone, finetuning, rank, model.config.act_id))
     if base is not None:
-        model.config.base = {**base, "tuning": tuning, "precision": precision}
+        model.config.base_model = {**base, "finetuning": finetuning, "precision": precision}
     return model
 
 
@@ -114,7 +116,7 @@ def modify_policy(
     folder: str | Path,
     *,
     revision: str | None = None,
-    tuning: str = "full",
+    finetuning: str = "full",
     rank: int = 16,
     precision: str = "auto",
     **settings: Any,
@@ -124,7 +126,7 @@ def modify_policy(
     Args:
         folder: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub; adapters are merged.
         revision: Commit, branch or tag of a name on the Hub.
-        tuning: What of the backbone learns (`set_trainable`).
+        finetuning: What of the backbone learns (`set_trainable`).
         rank: Of adapters.
         precision: As `make_policy` takes it.
         settings: Fields of `VLAConfig`, as `make_policy` takes them; what is left out stays as it is.
@@ -138,20 +140,20 @@ def modify_policy(
     """
     check_settings(settings)
     where = hub.fetch(folder, revision)
-    if tuning == "qlora" and VLAConfig.from_pretrained(where).base is not None:
+    if finetuning == "qlora" and VLAConfig.from_pretrained(where).base_model is not None:
         raise ValueError(
             f"{folder}: its adapters would be lost in 4 bits; merge them first: model, processor = merge_policy(folder), then "
             "model.save_pretrained(another_folder, processor)"
         )
-    model: Any = VLA.from_pretrained(where, is_quantized=True) if tuning == "qlora" else VLA.merged(where)
+    model: Any = VLA.from_pretrained(where, is_quantized=True) if finetuning == "qlora" else VLA.merged(where)
     own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
-    changed = VLA(VLAConfig(**{**own, **settings, "base": None}), model.backbone)
+    changed = VLA(VLAConfig(**{**own, **settings, "base_model": None}), model.backbone)
     changed.processor = model.processor
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
     changed.load_state_dict(fitting, strict=False)
-    base = hub.origin(folder, where) if tuning != "full" else None
-    return set_trainable(changed, tuning, rank, base, precision), model.processor
+    base = hub.origin(folder, where) if finetuning != "full" else None
+    return set_trainable(changed, finetuning, rank, base, precision), model.processor
 
 
 def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
@@ -159,7 +161,7 @@ def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
 
     Args:
         name: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub.
-        options: Of `VLA.from_pretrained`: `revision`, `base`, `is_quantized`, `device`, ...
+        options: Of `VLA.from_pretrained`: `revision`, `base_model`, `is_quantized`, `device`, ...
 
     Raises:
         ValueError: What is missing, cut short, of another version or unlike what it was trained on, by folder and file.

@@ -14,7 +14,7 @@ from rvlm.policy.heads import HEADS, HISTORIES, MAX_OBS_STEPS
 
 FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
 EMBODIMENT_CONDITIONING = (None, "name", "token")
-MAX_ROBOTS = 32  # that have tokens
+MAX_EMBODIMENTS = 32  # that have tokens
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
     "one_step": (("mlp", "flow", "tokens"), (None,)),
@@ -40,13 +40,13 @@ class VLAConfig(PreTrainedConfig):
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
-        robots: Other robots that it was trained on: dataset -> `Embodiment.to_dict` (`rvlm.policy.mixtures`).
-        embodiment: How it is told which robot acts: not at all (None), by the "name" before the instruction, or by a "token" of
-            each robot's own, an `<act>` with a learned offset.
-        met: Datasets of all robots that it was trained on, in the order in which it met them: the numbers of their tokens.
+        embodiments: Other robots that it was trained on: dataset -> `Embodiment.to_dict`.
+        embodiment_conditioning: How it knows which robot acts: None, by "name" before the instruction, or by "token", a learned
+            offset of `<act>` for each robot.
+        embodiment_ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
         vlm: Vision-language model that it was made of: its `name`, and the `revision` of one from the Hub.
-        base: Of a policy that is saved without its backbone: the backbone's `name`, `revision` and `weights` (a hash), the
-            `tuning`, and the `precision` that it is held in.
+        base_model: Of a policy that is saved without its backbone: the backbone's `name`, `revision` and `weights` (a hash), the
+            `finetuning` mode, and the `precision` that it is held in.
     """
 
     model_type = "rvlm"
@@ -66,15 +66,15 @@ class VLAConfig(PreTrainedConfig):
     act_id: int = 0
     spec: dict | None = None
     stats: dict | None = None
-    robots: dict | None = None
-    embodiment: str | None = None
-    met: list | None = None
+    embodiments: dict | None = None
+    embodiment_conditioning: str | None = None
+    embodiment_ids: list | None = None
     vlm: dict | None = None
-    base: dict | None = None
+    base_model: dict | None = None
 
 
-OF_DATA = {"image_size", "spec", "stats", "robots", "met"}
-MADE = {"model_type", "backbone", "act_id", "vlm", "base", *OF_DATA}  # no settings: they come of the data and the backbone
+OF_DATA = {"image_size", "spec", "stats", "embodiments", "embodiment_ids"}
+MADE = {"model_type", "backbone", "act_id", "vlm", "base_model", *OF_DATA}  # no settings: they come of the data and the backbone
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - MADE)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
 
@@ -101,7 +101,7 @@ def check_structure(config: VLAConfig) -> None:
         ("structure", STRUCTURES),
         ("head", HEADS),
         ("history", histories),
-        ("embodiment", EMBODIMENT_CONDITIONING),
+        ("embodiment_conditioning", EMBODIMENT_CONDITIONING),
     ):
         if getattr(config, name) not in table:
             raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")

@@ -98,11 +98,11 @@ class FlowHead(nn.Module):
     Args:
         width, chunk_size, n_dims, hidden, gripper_weight: As of `MLPHead`.
         n_euler_steps: From noise to action.
-        n_draws: Noises and times that each feature is trained with at once; the backbone runs once for all.
+        n_noise_samples: Noises and times that each feature is trained with at once; the backbone runs once for all.
     """
 
     n_queries = 1
-    start: torch.Tensor
+    initial_noise: torch.Tensor
 
     def __init__(
         self,
@@ -111,37 +111,41 @@ class FlowHead(nn.Module):
         n_dims: int,
         hidden: int = 512,
         n_euler_steps: int = 5,
-        n_draws: int = 8,
+        n_noise_samples: int = 8,
         gripper_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.shape, self.gripper_weight = (chunk_size, n_dims - 1), gripper_weight
-        self.n_euler_steps, self.n_draws = n_euler_steps, n_draws
+        self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples
         n_values = chunk_size * (n_dims - 1)
         self.norm = nn.LayerNorm(width)
         self.expert = mlp(width + n_values + 2, hidden, n_values)
         self.gripper = mlp(width, hidden, chunk_size)
-        self.register_buffer("start", torch.randn(self.shape))
+        self.register_buffer("initial_noise", torch.randn(self.shape))
 
-    def clean(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def predict_clean_action(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """The action (..., k, a - 1) that a chunk of that shape leads to at `time` (..., 1), 0 for noise and 1 for actions."""
         waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
         return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
 
     def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
-        arm = (action * mask)[..., :-1].expand(self.n_draws, *action[..., :-1].shape)  # what does not count is not seen either
+        arm = (action * mask)[..., :-1].expand(
+            self.n_noise_samples, *action[..., :-1].shape
+        )  # what does not count is not seen either
         noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
         between = (1 - time[..., None]) * noise + time[..., None] * arm
-        error = ((self.clean(features.expand(self.n_draws, *features.shape), between, time) - arm) ** 2).mean(0)
+        error = (
+            (self.predict_clean_action(features.expand(self.n_noise_samples, *features.shape), between, time) - arm) ** 2
+        ).mean(0)
         return continuous_action_loss(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised actions (..., k, a); the gripper is the probability of being open."""
-        chunk = self.start.expand(*features.shape[:-1], *self.shape)
+        chunk = self.initial_noise.expand(*features.shape[:-1], *self.shape)
         for step in range(self.n_euler_steps):
             time = torch.full_like(features[..., :1], step / self.n_euler_steps)
-            chunk = chunk + (self.clean(features, chunk, time) - chunk) / (self.n_euler_steps - step)
+            chunk = chunk + (self.predict_clean_action(features, chunk, time) - chunk) / (self.n_euler_steps - step)
         return torch.cat([chunk, self.gripper(self.norm(features)).sigmoid()[..., None]], dim=-1)
 
 
@@ -167,7 +171,7 @@ class TokensHead(nn.Module):
             raise ValueError(f"no decoding {decoding!r}; there are autoregressive, parallel")
         self.shape, self.n_queries = (chunk_size, n_dims), chunk_size * n_dims
         self.is_autoregressive, self.tokenizer = decoding == "autoregressive", ActionTokenizer(n_bins)
-        self.places = nn.Parameter(torch.randn(self.n_queries, width) * width**-0.5)
+        self.token_position_embeddings = nn.Parameter(torch.randn(self.n_queries, width) * width**-0.5)
         self.tokens = nn.Embedding(n_bins, width) if self.is_autoregressive else None
         if self.tokens is not None:
             nn.init.normal_(self.tokens.weight, std=width**-0.5)
@@ -183,9 +187,9 @@ class TokensHead(nn.Module):
         action = self.tokenizer.decode(ids.unflatten(-1, self.shape).cpu().numpy())
         return torch.from_numpy(action).to(ids.device, torch.float32)
 
-    def offsets(self, n: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def query_embeddings(self, n: int, ids: torch.Tensor | None = None) -> torch.Tensor:
         """What is added to the embeddings of the `<act>` of n observations (n, N, d), given the tokens `ids` (n, N)."""
-        places = self.places.expand(n, -1, -1)
+        places = self.token_position_embeddings.expand(n, -1, -1)
         if self.tokens is None or ids is None:
             return places
         return torch.cat([places[:, :1], places[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
@@ -197,13 +201,13 @@ class TokensHead(nn.Module):
         loss = masked_mean(errors, mask.flatten())
         return {"loss": loss, "token_loss": loss}
 
-    def choose(self, features: torch.Tensor) -> torch.Tensor:
+    def greedy_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """The likeliest token (...) at each feature (..., d)."""
         return self.out(features).argmax(-1)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Normalised actions (..., k, a) from the features (..., N, d) at all places; the gripper's bins lie in [0, 1]."""
-        return self.decode(self.choose(features))
+        return self.decode(self.greedy_tokens(features))
 
 
 class LSTMHistory(nn.Module):

@@ -70,7 +70,7 @@ def put_backbone_inside(folder: Path) -> None:
         CheckpointError: What it stands on is no longer where it was.
     """
     config = read_json(folder / CONFIG)
-    base = config.get("base")
+    base = config.get("base_model")
     if not base or base.get("revision") or (folder / INSIDE).is_dir():
         return
     source = Path(base["name"])
@@ -83,7 +83,7 @@ def put_backbone_inside(folder: Path) -> None:
         target = folder / INSIDE / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    (folder / CONFIG).write_text(json.dumps({**config, "base": {**base, "name": INSIDE}}, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model": {**base, "name": INSIDE}}, indent=2, sort_keys=True) + "\n")
     put_backbone_inside(folder / INSIDE)
 
 

@@ -30,9 +30,9 @@ class Embodiment:
     stats: dict[str, NormStats]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint, sealed: spec and statistics that were not saved together are refused when they are read."""
+        """For a checkpoint, with a checksum: spec and statistics that were not saved together are refused when they are read."""
         content = {"spec": self.spec.to_dict(), "stats": {name: s.to_dict() for name, s in self.stats.items()}}
-        return {**content, "seal": config_hash(content)}
+        return {**content, "checksum": config_hash(content)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], dataset: str) -> Embodiment:
@@ -44,7 +44,7 @@ class Embodiment:
         spec = ActionSpec.from_dict(values["spec"])
         stats = {name: NormStats.from_dict(s) for name, s in values["stats"].items()}
         robot = cls(spec, stats)
-        if robot.to_dict()["seal"] != values["seal"] or spec.dataset != dataset:
+        if robot.to_dict()["checksum"] != values["checksum"] or spec.dataset != dataset:
             raise ValueError(
                 f"expected spec and statistics of {dataset!r} as they were saved together, got a spec of {spec.dataset!r} and "
                 "statistics that were not saved with it; take both from one checkpoint, or train again"
@@ -68,7 +68,9 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
     unknown = [c for c in config.cameras if c not in spec.cameras]
     if unknown or not config.cameras:
         raise ValueError(f"expected cameras of card {spec.dataset!r}, {', '.join(spec.cameras)}; got {list(config.cameras)}")
-    return Embodiment(spec, stats), {name: Embodiment.from_dict(values, name) for name, values in (config.robots or {}).items()}
+    return Embodiment(spec, stats), {
+        name: Embodiment.from_dict(values, name) for name, values in (config.embodiments or {}).items()
+    }
 
 
 def with_embodiment_name(spec: ActionSpec, instruction: str) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Pre
 from transformers.modeling_outputs import ModelOutput
 
 from rvlm.data.actions import ActionSpec
-from rvlm.policy.config import MAX_ROBOTS, VLAConfig, check_structure
+from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.heads import HEADS, HISTORIES, TokensHead
 from rvlm.policy.mixtures import Embodiment, embodiments_of, reorder_state, with_embodiment_name
 from rvlm.policy.pretrained import SavedPolicy
@@ -39,11 +39,11 @@ class VLA(SavedPolicy):
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_structure(config)
-        own, self.robots = embodiments_of(config)
+        own, self.embodiments = embodiments_of(config)
         self.spec, self.stats = own.spec, own.stats
-        if backbone is None and config.base is not None:
+        if backbone is None and config.base_model is not None:
             raise ValueError(
-                f"expected the backbone that this policy stands on, {config.base['name']}, got none; load it by "
+                f"expected the backbone that this policy stands on, {config.base_model['name']}, got none; load it by "
                 "VLA.from_pretrained(folder)"
             )
         if backbone is None:
@@ -55,8 +55,12 @@ class VLA(SavedPolicy):
         self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(self.spec.state_names)
-        self.state_in = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
-        self.robot_in = nn.Parameter(torch.zeros(MAX_ROBOTS, width)) if config.embodiment == "token" else None
+        self.state_projector = (
+            nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
+        )
+        self.embodiment_embedding = (
+            nn.Parameter(torch.zeros(MAX_EMBODIMENTS, width)) if config.embodiment_conditioning == "token" else None
+        )
         self.post_init()
 
     def register_embodiments(self, robots: Sequence[Embodiment]) -> None:
@@ -64,15 +68,17 @@ class VLA(SavedPolicy):
 
         Statistics that it knows already stay as they are: what was learned was learned in them.
         """
-        known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.robots}
-        met = list(dict.fromkeys([*self._met(), *(robot.spec.dataset for robot in robots)]))
+        known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
+        met = list(dict.fromkeys([*self._embodiment_ids(), *(robot.spec.dataset for robot in robots)]))
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
-        if self.robot_in is not None and len(met) > MAX_ROBOTS:
-            raise ValueError(f"expected at most {MAX_ROBOTS} robots with tokens of their own, got {len(met)}; tell them by name")
+        if self.embodiment_embedding is not None and len(met) > MAX_EMBODIMENTS:
+            raise ValueError(
+                f"expected at most {MAX_EMBODIMENTS} robots with tokens of their own, got {len(met)}; tell them by name"
+            )
         first = known.pop(robots[0].spec.dataset)
-        self.spec, self.stats, self.robots, self.config.met = first.spec, first.stats, known, met
+        self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, met
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
-        self.config.robots = {name: robot.to_dict() for name, robot in known.items()} or None
+        self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
 
     def align_state(self, robot: Embodiment, state: np.ndarray) -> np.ndarray:
         """A robot's normalised state (..., s) as the policy takes it: in the order of the robot that it is for, by name.
@@ -80,18 +86,18 @@ class VLA(SavedPolicy):
         Where each robot has a token of its own, the number of this one stands behind it: (..., s + 1).
         """
         state = reorder_state(state, robot.spec.state_names, self.spec.state_names)
-        if self.robot_in is None:
+        if self.embodiment_embedding is None:
             return state
-        number = self._met().index(robot.spec.dataset)
+        number = self._embodiment_ids().index(robot.spec.dataset)
         return np.concatenate([state, np.full((*state.shape[:-1], 1), number, state.dtype)], axis=-1)
 
-    def _met(self) -> list[str]:
-        return self.config.met or [self.spec.dataset, *self.robots]
+    def _embodiment_ids(self) -> list[str]:
+        return self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
 
     def condition_on_embodiment(self, robot: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
         """A sample of a robot as the policy takes it: its state by `align_state`, and its name before the instruction."""
         told = sample["instruction"]
-        told = with_embodiment_name(robot.spec, told) if self.config.embodiment == "name" else told
+        told = with_embodiment_name(robot.spec, told) if self.config.embodiment_conditioning == "name" else told
         return {**sample, "state": self.align_state(robot, sample["state"]), "instruction": told}
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:
@@ -100,7 +106,7 @@ class VLA(SavedPolicy):
         Raises:
             SpecMismatch: The policy knows no such robot, or knows it by other conventions.
         """
-        known = self.robots.get(spec.dataset, Embodiment(self.spec, self.stats))
+        known = self.embodiments.get(spec.dataset, Embodiment(self.spec, self.stats))
         known.spec.require_same(spec)
         return known
 
@@ -152,22 +158,22 @@ class VLA(SavedPolicy):
         felt = self._state_embedding(state)
         if not isinstance(self.head, TokensHead):
             return felt
-        told = self.head.offsets(n, tokens)
+        told = self.head.query_embeddings(n, tokens)
         if felt is not None:
             told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
         return told.flatten(0, 1)
 
     def _state_embedding(self, state: torch.Tensor | None) -> torch.Tensor | None:
-        if self.state_in is None and self.robot_in is None:
+        if self.state_projector is None and self.embodiment_embedding is None:
             return None
-        width = len(self.spec.state_names) + (self.robot_in is not None)
+        width = len(self.spec.state_names) + (self.embodiment_embedding is not None)
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"one of {state.shape[-1]}"
             raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.align_state` makes it of a robot's own")
-        if self.robot_in is None:
-            return cast(nn.Module, self.state_in)(state)
-        token = self.robot_in[state[:, -1].long()]
-        return token if self.state_in is None else token + self.state_in(state[:, :-1])
+        if self.embodiment_embedding is None:
+            return cast(nn.Module, self.state_projector)(state)
+        token = self.embodiment_embedding[state[:, -1].long()]
+        return token if self.state_projector is None else token + self.state_projector(state[:, :-1])
 
     def observation_features(
         self,
@@ -256,7 +262,7 @@ class VLA(SavedPolicy):
         known = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
         known |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
         hidden, cache = self.backbone_forward(offsets=offsets[:, 0], use_cache=True, **known)
-        said = [self.head.choose(hidden)]
+        said = [self.head.greedy_tokens(hidden)]
         for i in range(1, n_tokens):
             end = prefix_len + i
             told = offsets[:, i] + self.head.tokens(said[-1])
@@ -264,7 +270,7 @@ class VLA(SavedPolicy):
             for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 are told
                 step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # of images at every step
             hidden, cache = self.backbone_forward(offsets=told, past_key_values=cache, use_cache=True, **step)
-            said.append(self.head.choose(hidden))
+            said.append(self.head.greedy_tokens(hidden))
         return self.head.decode(torch.stack(said, dim=1))
 
 

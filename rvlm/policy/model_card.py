@@ -40,11 +40,15 @@ def model_card(
     matter |= {"license": license_name} if license_name else {}
     matter |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
     size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
-    robots = [Embodiment(model.spec, model.stats), *model.robots.values()]
+    robots = [Embodiment(model.spec, model.stats), *model.embodiments.values()]
     made_of = [
         f"Vision-language model: {vlm.get('name', 'not recorded')}, revision {vlm.get('revision') or 'none, a folder'}.",
         f"Backbone: {config.backbone['model_type']}; "
-        + (f"saved apart: {config.base['tuning']} over weights {config.base['weights']}." if config.base else "saved whole."),
+        + (
+            f"saved apart: {config.base_model['finetuning']} over weights {config.base_model['weights']}."
+            if config.base_model
+            else "saved whole."
+        ),
         f"Structure {config.structure}, head {config.head}, history {config.history or 'none'}, {config.n_obs_steps} "
         f"observation(s); predicts {config.chunk_size} actions, executes {config.n_action_steps}.",
         f"Sees {', '.join(config.cameras)} ({size or 'size not recorded'}, uint8 RGB){' and the state' * config.has_state}.",

@@ -213,7 +213,7 @@ def load_policy(
     name: str | Path,
     *,
     revision: str | None = None,
-    base: str | Path | None = None,
+    base_model: str | Path | None = None,
     device: str | torch.device | None = None,
     **options: Any,
 ) -> Policy:
@@ -222,11 +222,11 @@ def load_policy(
     Args:
         name: A saved model's folder, or its name on the Hub.
         revision: Commit, branch or tag of a name on the Hub.
-        base: Folder of the backbone, of a policy that was saved without it.
+        base_model: Folder of the backbone, of a policy that was saved without it.
         device: Where it computes; where its weights were loaded to if left out.
         options: Of `Policy`: `n_action_steps`, `ensemble`, `spec`.
 
     Raises:
         ValueError: As `VLA.from_pretrained` and `Policy`.
     """
-    return Policy(*load_vla(name, revision=revision, base=base, device=device), **options)
+    return Policy(*load_vla(name, revision=revision, base_model=base_model, device=device), **options)

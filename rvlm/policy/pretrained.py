@@ -116,10 +116,10 @@ class SavedPolicy(PreTrainedModel):
             self.push_to_hub(push_options.pop("repo_id", folder.name), processor, card=card, **push_options)
 
     def _write(self, folder: Path, whole: dict[str, torch.Tensor], **options: Any) -> None:
-        if self.config.base is not None and self.adapters is not None:
+        if self.config.base_model is not None and self.adapters is not None:
             inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
             adapters.save(self.adapters, folder, inner)
-        kept = whole if self.config.base is None else non_backbone_weights(whole)
+        kept = whole if self.config.base_model is None else non_backbone_weights(whole)
         super().save_pretrained(folder, state_dict=kept, **options)
 
     def push_to_hub(
@@ -150,7 +150,7 @@ class SavedPolicy(PreTrainedModel):
         pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
-        base: str | Path | None = None,
+        base_model: str | Path | None = None,
         is_quantized: bool | None = None,
         device: str | torch.device | None = None,
         config: Any = None,
@@ -161,7 +161,7 @@ class SavedPolicy(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder, or name on the Hub.
             revision: Commit, branch or tag on the Hub.
-            base: Of a policy that was saved without its backbone: folder or Hub name where that is now, if not where it was.
+            base_model: Where the backbone is now (folder or Hub name), of a policy saved without it; if not where it was.
             is_quantized: Whether to hold the backbone in 4 bits; as it was trained, if left out.
             device: Where to put it.
             config: The folder's, where it was read before.
@@ -176,7 +176,7 @@ class SavedPolicy(PreTrainedModel):
         unknown = sorted(options.keys() - DOWNLOAD)
         if unknown:
             raise TypeError(
-                f"a policy is loaded as it was trained, without {unknown}; there are revision, base, is_quantized, device, "
+                f"a policy is loaded as it was trained, without {unknown}; there are revision, base_model, is_quantized, device, "
                 f"config, {', '.join(sorted(DOWNLOAD))}"
             )
         folder = hub.fetch(pretrained_model_name_or_path, revision, **options)
@@ -184,9 +184,11 @@ class SavedPolicy(PreTrainedModel):
         weights_in(folder)
         processor = policy_processor(folder, config)
         with LOAD_LOCK, naming(folder):
-            is_whole = config.base is None
+            is_whole = config.base_model is None
             model: Any = (
-                cls._whole(folder, config, is_quantized) if is_whole else cls._over(folder, config, base, is_quantized, processor)
+                cls._whole(folder, config, is_quantized)
+                if is_whole
+                else cls._over(folder, config, base_model, is_quantized, processor)
             )
         refuse_no_numbers(folder, model)
         model.processor = processor
@@ -204,34 +206,34 @@ class SavedPolicy(PreTrainedModel):
         return model
 
     @classmethod
-    def _over(cls, folder: Path, config: Any, base: Any, is_quantized: bool | None, processor: Any) -> Any:
-        model: Any = cls(config, cls._backbone(folder, config, base, is_quantized, processor))
-        if config.base["tuning"] != "head":
+    def _over(cls, folder: Path, config: Any, base_model: Any, is_quantized: bool | None, processor: Any) -> Any:
+        model: Any = cls(config, cls._backbone(folder, config, base_model, is_quantized, processor))
+        if config.base_model["finetuning"] != "head":
             read_json(folder / adapters.FOLDER / "adapter_config.json")
             model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
         model.fill(folder)
         return model
 
     @classmethod
-    def _backbone(cls, folder: Path, config: Any, base: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:
+    def _backbone(cls, folder: Path, config: Any, base_model: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:
         """What a policy's head and adapters stand on: a vision-language model, or the backbone of another policy."""
-        told = config.base
+        told = config.base_model
         inside = folder / told["name"]
-        name = base or (inside if inside.is_dir() else told["name"])
+        name = base_model or (inside if inside.is_dir() else told["name"])
         where = hub.fetch(name, told.get("revision") if str(name) == told["name"] else None)
         found = hub.origin(name, where)
         if found["weights"] != told["weights"]:
             at = f" at revision {told['revision']}" if told.get("revision") else ""
             raise CheckpointError(
                 f"{folder}: it was trained on {told['name']}{at} with weights {told['weights']}; got {name} with "
-                f"{found['weights']}; say where they are now by base=, or train it anew"
+                f"{found['weights']}; say where they are now by base_model=, or train it anew"
             )
-        config.base = {**told, **found}
-        tuning = told["tuning"] if is_quantized is None else "qlora" if is_quantized else "full"
+        config.base_model = {**told, **found}
+        finetuning = told["finetuning"] if is_quantized is None else "qlora" if is_quantized else "full"
         precision = told.get("precision", "auto")
         if is_policy(where):
-            return cls.from_pretrained(where, is_quantized=True).backbone if tuning == "qlora" else cls.merged(where).backbone
-        return load_backbone(where, processor, **held(where, tuning, precision))
+            return cls.from_pretrained(where, is_quantized=True).backbone if finetuning == "qlora" else cls.merged(where).backbone
+        return load_backbone(where, processor, **held(where, finetuning, precision))
 
     def fill(self, folder: str | Path) -> None:
         """Weights of a policy that was saved without its backbone from its folder; strictly.
@@ -256,9 +258,11 @@ class SavedPolicy(PreTrainedModel):
             options: Of `from_pretrained`.
         """
         model = cls.from_pretrained(name, is_quantized=False, **options)
-        if model.config.base is None:
+        if model.config.base_model is None:
             return model
-        own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base")}
+        own = {
+            name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base_model")
+        }
         merged: Any = cls(VLAConfig(**own), model.adapters.merge_and_unload() if model.adapters is not None else model.backbone)
         merged.load_state_dict(non_backbone_weights(model.state_dict()), strict=False)
         merged.processor = model.processor
@@ -284,9 +288,9 @@ def non_backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch
     return {name: value for name, value in weights.items() if not name.startswith("backbone.")}
 
 
-def held(vlm: Path, tuning: str, precision: str = "auto") -> dict[str, Any]:
+def held(vlm: Path, finetuning: str, precision: str = "auto") -> dict[str, Any]:
     """How the weights of a backbone are held: those that learn in full, others by `precision` or in 4 bits."""
-    if tuning == "full":
+    if finetuning == "full":
         return {}
     dtype = adapters.dtype_of(precision)
-    return {"quantization": adapters.nf4_config(vlm, dtype=dtype)} if tuning == "qlora" else {"dtype": dtype}
+    return {"quantization": adapters.nf4_config(vlm, dtype=dtype)} if finetuning == "qlora" else {"dtype": dtype}

@@ -75,7 +75,7 @@ def prepare(stage: Stage) -> Path:
     told = dataclasses.asdict(stage)
     atomic_write(partial / "stage.json", json.dumps(told, indent=1))
     atomic_write(partial / "commits.json", json.dumps({name: of for name, of in commits.items() if name == stage.init}))
-    inputs = (stage.init, *stage.data, *stage.scenes)
+    inputs = (stage.init, *stage.data, *stage.vqa_data)
     write_made(partial, stage.code, told, inputs)
     use_inputs(inputs)
     return partial
@@ -122,7 +122,7 @@ def _stage_in(folder: Path) -> Stage:
     """The stage that is trained in a folder, from the commit that is in its name; what it is made from is in use from now on."""
     commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
     stage = Stage(**json.loads((folder / "stage.json").read_text()))
-    use_inputs((stage.init, *stage.data, *stage.scenes))
+    use_inputs((stage.init, *stage.data, *stage.vqa_data))
     return stage
 
 

@@ -88,7 +88,7 @@ def plans(
     n_image_tokens: int,
     policy: dict[str, Any],
     *,
-    tuning: str = "full",
+    finetuning: str = "full",
     rank: int = 16,
     batch_size: int = 8,
     n_words: int = 24,
@@ -101,7 +101,7 @@ def plans(
         config: Of the vision-language model; nothing else of it is read.
         n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.inspect_vlm` tells.
         policy: Fields of `VLAConfig`: structure, head, window.
-        tuning: What of the backbone learns (`rvlm.policy.checkpoints.set_trainable`).
+        finetuning: What of the backbone learns (`rvlm.policy.checkpoints.set_trainable`).
         rank: Of adapters.
         batch_size: Windows that are computed at once.
         n_words: Tokens of an instruction with all that stands around it.
@@ -112,7 +112,7 @@ def plans(
         ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
     """
     _refuse_unknown(config, optimizer)
-    model, four_bits = _meta_policy(config, policy, tuning, rank)
+    model, four_bits = _meta_policy(config, policy, finetuning, rank)
     half, language = 4 if precision == "fp32" else 2, config.get_text_config()
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
@@ -124,17 +124,17 @@ def plans(
     if model.config.structure != "interleaved":
         rows, length = batch_size * t, n_words + per_step
     kept, most, flops = _language_model(model, rows, length, precision)
-    borders = language.num_hidden_layers * rows * length * language.hidden_size * (4 if tuning == "full" else half)
+    borders = language.num_hidden_layers * rows * length * language.hidden_size * (4 if finetuning == "full" else half)
     one_layer = kept / language.num_hidden_layers  # with what enters each, all that is there of the pass when it is taken again
     passes = (kept, most, flops), (borders + one_layer, borders + one_layer + most - kept, flops * 4 / 3)
     held = {
         "parameters": n_trained + sum(frozen.values()),
         "trained": n_trained,
-        "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if tuning == "full" else half),
+        "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if finetuning == "full" else half),
         "gradients": 4.0 * n_trained,
         "optimizer": float(OPTIMIZER_BYTES[optimizer] * n_trained),
     }
-    towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=tuning == "full")
+    towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=finetuning == "full")
     plain, again = (
         Plan(
             **held,
@@ -148,38 +148,38 @@ def plans(
 
 
 def plan_memory(
-    config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], is_checkpointed: bool = False, **settings: Any
+    config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], gradient_checkpointing: bool = False, **settings: Any
 ) -> Plan:
     """One of both `plans`, with layers computed again or not."""
-    return plans(config, n_image_tokens, policy, **settings)[is_checkpointed]
+    return plans(config, n_image_tokens, policy, **settings)[gradient_checkpointing]
 
 
 def compare(
-    models: Mapping[str, tuple[PreTrainedConfig, int]], tunings: Sequence[str], policy: dict[str, Any], **settings: Any
+    models: Mapping[str, tuple[PreTrainedConfig, int]], finetuning_modes: Sequence[str], policy: dict[str, Any], **settings: Any
 ) -> pd.DataFrame:
     """Plans of several models, each trained in several ways, with and without layers computed again.
 
     Args:
         models: Name -> configuration, tokens of an image; as `hub_configs` gives them.
-        tunings: As `plans` takes them.
+        finetuning_modes: As `plans` takes them.
         policy: As `plans` takes it.
         settings: Others of `plans`.
 
     Returns:
-        Columns `model`, `tuning`, `is_checkpointed`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
+        Columns `model`, `finetuning`, `gradient_checkpointing`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
         (the smallest of `GPUS` that holds it, or "none"), `step [s]` on that card.
     """
     rows = []
     made = {
-        (name, tuning, again): one
-        for (name, (config, n_tokens)), tuning in itertools.product(models.items(), tunings)
-        for again, one in enumerate(plans(config, n_tokens, policy, tuning=tuning, **settings))
+        (name, finetuning, again): one
+        for (name, (config, n_tokens)), finetuning in itertools.product(models.items(), finetuning_modes)
+        for again, one in enumerate(plans(config, n_tokens, policy, finetuning=finetuning, **settings))
     }
-    for (name, tuning, again), one in made.items():
+    for (name, finetuning, again), one in made.items():
         card = next((card for card in GPUS if one.fits(card)), "none")
         size = {part: getattr(one, part) / 1e9 for part in ("weights", "optimizer", "passing", "peak")}
         seconds = one.seconds(card) if card in GPUS else float("nan")
-        what = {"model": name, "tuning": tuning, "is_checkpointed": bool(again), "trained [M]": one.trained / 1e6}
+        what = {"model": name, "finetuning": finetuning, "gradient_checkpointing": bool(again), "trained [M]": one.trained / 1e6}
         rows.append({**what, **size, "card": card, "step [s]": seconds})
     return pd.DataFrame(rows)
 
@@ -198,7 +198,7 @@ def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
         )
 
 
-def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, rank: int) -> tuple[Any, set[int]]:
+def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, rank: int) -> tuple[Any, set[int]]:
     """A policy without data, and which of its weights would be held in 4 bits."""
     from rvlm.policy.checkpoints import set_trainable
 
@@ -207,10 +207,10 @@ def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], tuning: str, 
     with torch.device("meta"):
         model = VLA(whole, adapters.meta_model(config))
     decoder = language_model(model.backbone)
-    linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if tuning == "qlora" else set()
-    if tuning in ("full", "head"):
-        return set_trainable(model, tuning, rank, None), linear
-    adapters.add_lora(model.backbone, "dora" if tuning == "dora" else "lora", rank, 0)
+    linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if finetuning == "qlora" else set()
+    if finetuning in ("full", "head"):
+        return set_trainable(model, finetuning, rank, None), linear
+    adapters.add_lora(model.backbone, "dora" if finetuning == "dora" else "lora", rank, 0)
     return model, linear
 
 

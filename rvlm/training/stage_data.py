@@ -54,7 +54,7 @@ def vision_inputs(prompter: PromptBuilder, images: np.ndarray) -> dict[str, torc
     return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
 
 
-def encode_dialogue(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+def encode_vqa(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of images, questions and answers, and labels that supervise the answers alone (-100 elsewhere)."""
     tokenizer = prompter.processor.tokenizer
     prompt = prompter.token_ids("")
@@ -69,7 +69,7 @@ def encode_dialogue(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -
     return ids, labels
 
 
-class DialogueCollator:
+class VQACollator:
     """Scenes with drawn questions to a batch for the next-token loss."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -82,7 +82,7 @@ class DialogueCollator:
 
     def __call__(self, samples: Sequence[tuple[np.ndarray, list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
         """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
-        ids, labels = zip(*(encode_dialogue(self.prompter, pairs) for _, pairs in samples), strict=True)
+        ids, labels = zip(*(encode_vqa(self.prompter, pairs) for _, pairs in samples), strict=True)
         pad_id = self.prompter.processor.tokenizer.pad_token_id
         seen = vision_inputs(self.prompter, np.stack([images for images, _ in samples]))
         return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], **seen}
@@ -94,7 +94,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     folder = fetch(stage.init, commit_on_hub(stage.init))
     processor = load_processor(folder)
     model = load_backbone(folder, processor, is_pretrained=stage.is_pretrained)
-    scenes, collate = Scenes(stage.data), DialogueCollator(processor)
+    scenes, collate = Scenes(stage.data), VQACollator(processor)
     if stage.freeze_vision:
         freeze_vision(model)
         kept = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
@@ -102,7 +102,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
 
     def make(i: int, rng: np.random.Generator) -> Any:
         images, scene = scenes[i]
-        return images, sample_questions(scene, rng, **stage.dialogue)
+        return images, sample_questions(scene, rng, **stage.vqa)
 
     return model, processor, FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, make), collate
 
@@ -168,8 +168,8 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     ]
     budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompter)
-    if stage.scenes:
-        budget, collate = _with_dialogue(stage, processor, budget, collate)
+    if stage.vqa_data:
+        budget, collate = _with_vqa(stage, processor, budget, collate)
     return model, processor, budget, collate
 
 
@@ -213,7 +213,7 @@ def _policy(stage: Stage, robots: list[Embodiment]) -> tuple[Any, ProcessorMixin
     from rvlm.policy.checkpoints import make_policy, modify_policy
 
     commit = commit_on_hub(stage.init)
-    how: dict[str, Any] = {"revision": commit, "tuning": stage.tuning, "rank": stage.rank, "precision": stage.precision}
+    how: dict[str, Any] = {"revision": commit, "finetuning": stage.finetuning, "rank": stage.rank, "precision": stage.precision}
     if is_policy(fetch(stage.init, commit)):
         if not stage.is_pretrained:
             raise ValueError(
@@ -221,7 +221,7 @@ def _policy(stage: Stage, robots: list[Embodiment]) -> tuple[Any, ProcessorMixin
                 "leave it out, or start from a vision-language model"
             )
         model, processor = modify_policy(stage.init, **how, **stage.policy)
-        if len(robots) == 1 and not stage.is_new_robot:
+        if len(robots) == 1 and not stage.allow_new_embodiment:
             model.spec.require_same(robots[0].spec, "policy vs demonstrations")
     else:
         how["is_pretrained"] = stage.is_pretrained
@@ -236,7 +236,7 @@ def _embodiment_dataset(
     """One dataset's samples, by its own robot's statistics."""
     from rvlm.data.windows import Windows
 
-    reworded = _wordings(stage)
+    reworded = _instruction_sampler(stage)
     config, robot = model.config, model.embodiment(data.require_spec())
     cut = (config.n_obs_steps, config.chunk_size, train, robot.stats, config.cameras)
     windows = Windows(data, *cut, dataset_index=index, frames=frames)
@@ -250,33 +250,33 @@ def _embodiment_dataset(
     return FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + index, make)
 
 
-def _wordings(stage: Stage) -> Callable[[str, np.random.Generator], str]:
-    """How a sample's instruction is worded; only other wordings than the recorded ones need the tabletop that knows them."""
-    if stage.wordings == "recorded":
+def _instruction_sampler(stage: Stage) -> Callable[[str, np.random.Generator], str]:
+    """Which instruction a sample gets; paraphrases need the tabletop, which knows them."""
+    if stage.instructions == "original":
         return lambda recorded, rng: recorded
     from rvlm.envs.tabletop.tasks import paraphrases
 
     def worded(recorded: str, rng: np.random.Generator) -> str:
         words = paraphrases(recorded)
-        return words[int(rng.integers(len(words)))] if stage.wordings == "varied" else words[0]
+        return words[int(rng.integers(len(words)))] if stage.instructions == "paraphrased" else words[0]
 
     return worded
 
 
-def _with_dialogue(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
+def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
     """Some batches of questions about scenes among those of actions: co-training."""
     from rvlm.envs.tabletop.questions import Scenes, sample_questions
 
-    scenes = Scenes(stage.scenes)
+    scenes = Scenes(stage.vqa_data)
     talk = FixedBudgetDataset(
         len(scenes),
         stage.n_samples,
         stage.seed,
-        lambda i, rng: (scenes[i][0], sample_questions(scenes[i][1], rng, **stage.dialogue)),
+        lambda i, rng: (scenes[i][0], sample_questions(scenes[i][1], rng, **stage.vqa)),
     )
-    weights = (1 - stage.dialogue_share, stage.dialogue_share)
+    weights = (1 - stage.vqa_fraction, stage.vqa_fraction)
     mixed = Mixture([robot, talk], weights, stage.n_samples, stage.seed, block=stage.batch_size)
-    both = DialogueCollator(processor)
+    both = VQACollator(processor)
     return mixed, lambda samples: both(samples) if isinstance(samples[0], tuple) else collate(samples)
 
 

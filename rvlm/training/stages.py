@@ -18,16 +18,16 @@ from rvlm.policy.config import FINETUNING_MODES, check_settings
 from rvlm.vlm import adapters
 
 _CHOICES = {
-    "tuning": FINETUNING_MODES,
+    "finetuning": FINETUNING_MODES,
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": tuple(o.value for o in OptimizerNames),
-    "wordings": ("recorded", "varied", "one"),
+    "instructions": ("original", "paraphrased", "canonical"),
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
 }
 AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
 # The least, and the most, that is allowed of each.
-WHOLE = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "n_accumulated": 1, "rank": 1, "shots": 0, "seed": 0}
-REAL = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "dialogue_share": 1}
+WHOLE = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "gradient_accumulation_steps": 1, "rank": 1, "shots": 0, "seed": 0}
+REAL = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "vqa_fraction": 1}
 KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -60,11 +60,11 @@ class Stage:
         data: Folders of scenes, or of demonstrations; of several robots the first is the one that the policy is for.
         weights: Share of each folder of demonstrations among the samples; equal if left out.
         shots: Training episodes of each task family that are used; 0 for all.
-        wordings: Of instructions: as "recorded", "varied" (any training wording, drawn for each sample), or "one" for each task.
-        is_new_robot: Whether a policy is meant to move to a robot that it was not for.
-        scenes, dialogue_share: Folders of scenes, and the share of a robot stage's batches that ask about them: co-training.
+        instructions: "original", "paraphrased" (any training paraphrase, drawn for each sample), or "canonical" (one a task).
+        allow_new_embodiment: Whether a policy is meant to move to a robot that it was not for.
+        vqa_data, vqa_fraction: Folders of scenes, and the share of a robot stage's batches that ask about them: co-training.
         init: Folder or Hub name that the weights come from.
-        dialogue: Arguments of `questions.sample_questions`, for vision-language stages and co-training.
+        vqa: Arguments of `questions.sample_questions`, for vision-language stages and co-training.
         is_pretrained: False draws random weights instead (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
@@ -74,13 +74,13 @@ class Stage:
             after half of the steps, a hundredth after three quarters); "constant" has no warm-up.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
-        tuning: What of the backbone learns in a robot stage (`checkpoints.set_trainable`); all that stands around it does.
+        finetuning: What of the backbone learns in a robot stage (`checkpoints.set_trainable`); all that stands around it does.
         rank: Of adapters.
         augment: What is varied in images, and how much: "shift", "crop", "color", as `stage_data.augment` takes them.
         seed: Of weights, order and augmentation.
         optimizer: Name of transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
-        n_accumulated: Parts in which a process works through its share of a batch, one after another.
-        is_checkpointed: Keep only what enters each layer, and compute the layer again on the way back.
+        gradient_accumulation_steps: Parts in which a process works through its share of a batch, one after another.
+        gradient_checkpointing: Keep only what enters each layer, and compute the layer again on the way back.
         precision: "fp32", "bf16" or "fp16" for what is computed (weights that learn stay in fp32); "auto" is what the machine is
             fastest in, fp32 on a CPU.
         n_processes: Data-parallel processes; on GPUs no more than one each.
@@ -91,15 +91,15 @@ class Stage:
     data: Sequence[str]
     init: str
     n_samples: int
-    dialogue: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
+    vqa: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: Sequence[float] = ()
     shots: int = 0
-    wordings: str = "recorded"
-    is_new_robot: bool = False
-    scenes: Sequence[str] = ()
-    dialogue_share: float = 0.25
+    instructions: str = "original"
+    allow_new_embodiment: bool = False
+    vqa_data: Sequence[str] = ()
+    vqa_fraction: float = 0.25
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -107,19 +107,19 @@ class Stage:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
-    tuning: str = "full"
+    finetuning: str = "full"
     rank: int = 16
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     optimizer: str = "adamw_torch_fused"
-    n_accumulated: int = 1
-    is_checkpointed: bool = False
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     precision: str = "auto"
     n_processes: int = 2
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name in ("data", "weights", "scenes"):  # lists, where it was read from JSON
+        for name in ("data", "weights", "vqa_data"):  # lists, where it was read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_weights()
         if self.kind not in KINDS:
@@ -128,34 +128,42 @@ class Stage:
             raise ValueError(
                 f"stage {self.name!r}: expected n_samples of at least one batch of {self.batch_size}; got {self.n_samples}"
             )
-        if self.batch_size % (self.n_processes * self.n_accumulated):
+        if self.batch_size % (self.n_processes * self.gradient_accumulation_steps):
             raise ValueError(
                 f"stage {self.name!r}: expected a batch_size that {self.n_processes} processes can share evenly, "
-                f"each in {self.n_accumulated} part(s); got {self.batch_size}"
+                f"each in {self.gradient_accumulation_steps} part(s); got {self.batch_size}"
             )
         for name, possible in _CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
-        usual = {"policy": {}, "tuning": "full", "weights": (), "shots": 0, "wordings": "recorded", "scenes": (), "augment": {}}
-        for name, value in {**usual, "is_new_robot": False}.items():
+        usual = {
+            "policy": {},
+            "finetuning": "full",
+            "weights": (),
+            "shots": 0,
+            "instructions": "original",
+            "vqa_data": (),
+            "augment": {},
+        }
+        for name, value in {**usual, "allow_new_embodiment": False}.items():
             if getattr(self, name) != value and self.kind != ROBOT:
                 raise ValueError(
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
         self._check_augment()
         object.__setattr__(self, "augment", {name: most for name, most in self.augment.items() if most})
-        if self.rank != 16 and self.tuning in ("full", "head"):
+        if self.rank != 16 and self.finetuning in ("full", "head"):
             raise ValueError(
-                f"stage {self.name!r}: 'rank' is read with adapters only, not with tuning={self.tuning!r}; leave it out"
+                f"stage {self.name!r}: 'rank' is read with adapters only, not with finetuning={self.finetuning!r}; leave it out"
             )
 
     def _check_kinds(self) -> None:
-        for name in ("data", "weights", "scenes"):
+        for name in ("data", "weights", "vqa_data"):
             if not isinstance(value := getattr(self, name), tuple | list):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a tuple, got {value!r}; write ({value!r},)")
         if not self.data:
             raise ValueError(f"stage {self.name!r}: expected at least one folder in 'data' to learn from, got none")
-        for name in ("policy", "dialogue", "augment"):
+        for name in ("policy", "vqa", "augment"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a dict of settings, got {value!r}")
         try:
@@ -200,7 +208,7 @@ class Stage:
     @property
     def code(self) -> Code:
         """The code that its result depends on; the tabletop's only where it words instructions anew or asks about scenes."""
-        asks = self.kind != ROBOT or self.scenes or self.wordings != "recorded"
+        asks = self.kind != ROBOT or self.vqa_data or self.instructions != "original"
         return Code(
             ("rvlm.training.trainer", "rvlm.vlm.adapters:precision"), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",)))
         )
@@ -212,9 +220,9 @@ class Stage:
         Raises:
             ValueError: Data that it is to learn from is not there.
         """
-        shared = ("name", "n_processes", "n_accumulated", "is_checkpointed")
+        shared = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing")
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared}
-        content |= {"data": self._content_of(self.data), "scenes": self._content_of(self.scenes)}
+        content |= {"data": self._content_of(self.data), "vqa_data": self._content_of(self.vqa_data)}
         content |= {"init": hash_of_model(self.init), "precision": self.computes_in, "code": self.code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{config_hash(content)}"
 

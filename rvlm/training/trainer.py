@@ -91,7 +91,7 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """A policy that is saved without its backbone puts its weights together itself."""
         policy: Any = self.model
-        if getattr(getattr(policy, "config", None), "base", None) is not None:  # a detector has no configuration
+        if getattr(getattr(policy, "config", None), "base_model", None) is not None:  # a detector has no configuration
             policy.fill(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -125,9 +125,9 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=n_steps,
-        per_device_train_batch_size=stage.batch_size // (world_size * stage.n_accumulated),
-        gradient_accumulation_steps=stage.n_accumulated,
-        activation_checkpointing=stage.is_checkpointed,
+        per_device_train_batch_size=stage.batch_size // (world_size * stage.gradient_accumulation_steps),
+        gradient_accumulation_steps=stage.gradient_accumulation_steps,
+        activation_checkpointing=stage.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         optim=stage.optimizer,
         train_sampling_strategy="sequential",  # `FixedBudgetDataset` has shuffled already
@@ -146,7 +146,7 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         bf16=stage.computes_in == "bf16",
         fp16=stage.computes_in == "fp16",
         ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=bool(stage.scenes),  # questions pass by the head
+        ddp_find_unused_parameters=bool(stage.vqa_data),  # questions pass by the head
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
@@ -190,11 +190,11 @@ def profile_training_step(stage: Stage) -> dict[str, float]:
     model, _, data, collate = STAGE_BUILDERS[stage.kind](stage)
     with tempfile.TemporaryDirectory() as folder:
         trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
-    if stage.is_checkpointed:
+    if stage.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = trainer.create_optimizer()
-    batch = collate([data[i] for i in range(stage.batch_size // stage.n_accumulated)])
+    batch = collate([data[i] for i in range(stage.batch_size // stage.gradient_accumulation_steps)])
     batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
 
     def step() -> None:

@@ -72,7 +72,7 @@ def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | 
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
-            f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take tuning='lora'"
+            f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take finetuning='lora'"
         ) from error
     config: Any = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if prefix:
@@ -85,7 +85,7 @@ def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype or precision(),
-        llm_int8_skip_modules=[*names, "head", "history", "state_in"],
+        llm_int8_skip_modules=[*names, "head", "history", "state_projector"],
     )
 
 
@@ -108,7 +108,7 @@ def add_lora(model: PreTrainedModel, kind: str, rank: int, act_id: int) -> PeftM
     """
     if (kind == "qlora") != is_quantized(model):
         raise ValueError(
-            f"expected a backbone {'in' if kind == 'qlora' else 'that is not in'} 4 bits for tuning={kind!r}; "
+            f"expected a backbone {'in' if kind == 'qlora' else 'that is not in'} 4 bits for finetuning={kind!r}; "
             f"load it with is_quantized={kind == 'qlora'}"
         )
     config = LoraConfig(

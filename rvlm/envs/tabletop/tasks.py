@@ -359,5 +359,5 @@ def paraphrases(instruction: str) -> tuple[str, ...]:
             if found := re.fullmatch(pattern, instruction):
                 readings.append((sum(map(len, found.groups())), [t.format(**found.groupdict()) for t in family.templates]))
     if not readings:
-        raise ValueError(f"expected an instruction of the tabletop's families, got {instruction!r}; take wordings='recorded'")
+        raise ValueError(f"expected an instruction of the tabletop's families, got {instruction!r}; take instructions='original'")
     return tuple(min(readings)[1])  # the shortest names: "the red cube", not "the red cube to the"
