@@ -41,7 +41,7 @@ _OFFERED = {
     "evaluate": "evaluation.closed_loop",
     "inspect_vlm": "policy.inspection",
     "open_loop": "evaluation",
-    "diagnose": "diagnosis.ladder",
+    "diagnose": "diagnosis.checklist",
     "recipes": "experiments",
     "plots": "report",
 }
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from rvlm.data.windows import EpisodeDataset as EpisodeDataset
     from rvlm.data.windows import EpisodeWriter as EpisodeWriter
     from rvlm.data.windows import split as split
-    from rvlm.diagnosis.ladder import diagnose as diagnose
+    from rvlm.diagnosis.checklist import diagnose as diagnose
     from rvlm.evaluation import open_loop as open_loop
     from rvlm.evaluation.closed_loop import Evaluation as Evaluation
     from rvlm.evaluation.closed_loop import evaluate as evaluate

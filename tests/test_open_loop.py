@@ -10,8 +10,8 @@ import torch
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
-from rvlm.diagnosis import ladder
-from rvlm.diagnosis.cases import DiagnosisInputs
+from rvlm.diagnosis import policy_checks
+from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.evaluation import open_loop
 from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.mixtures import Embodiment
@@ -131,7 +131,7 @@ def recorded(folder, spec, action):
 
 
 def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, monkeypatch):
-    """The second robot of a mixture: in its own conventions and numbers, and so is what the ladder asks."""
+    """The second robot of a mixture: in its own conventions and numbers, and so are the diagnostic checks."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     second = ActionSpec.from_card("tabletop_ur6")
     rng = np.random.default_rng(3)
@@ -153,11 +153,11 @@ def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, mon
     with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
         open_loop.open_loop_errors(policy, dataset)
     env = SimpleNamespace(unwrapped=SimpleNamespace(action_spec=second))
-    case = DiagnosisInputs(policy, other, env)
-    assert ladder.interface(case).fault is None
-    monkeypatch.setattr(DiagnosisInputs, "train", lambda self: np.array([0]))
-    assert ladder.own_statistics(case).fault is None
-    assert ladder.own_statistics(dataclasses.replace(case, policy=Policy(model, processor))).fault is not None
+    inputs = DiagnosisInputs(policy, other, env)
+    assert policy_checks.check_interface(inputs).fault is None
+    monkeypatch.setattr(DiagnosisInputs, "training_episodes", lambda self: np.array([0]))
+    assert policy_checks.check_statistics(inputs).fault is None
+    assert policy_checks.check_statistics(dataclasses.replace(inputs, policy=Policy(model, processor))).fault is not None
 
 
 def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatch):

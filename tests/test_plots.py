@@ -34,7 +34,7 @@ MEMORY = pd.DataFrame({"name": ["small, LoRA", "large, full"], "weights": [5.0, 
 PLANNED = pd.DataFrame({"name": ["full", "LoRA"], "planned": [50.0, 20], "measured": [40.0, 20]})
 LEFT = {"without replay": np.array([[1.0, 0.0], [0.2, 0.9]]), "with replay": np.array([[1.0, 0.0], [0.9, 0.9]])}
 TRIALS = pd.DataFrame({"rate": [1e-3, 1e-4, 1e-3], "decay": [0.0, 0.1, 0.1], "error [mm]": [20.0, 30.0, None]})
-CLIMBS = pd.DataFrame({"name": ["sound", "gripper"], "rung": [None, "motion"], "verdict": [None, "gripper sign"]})
+DIAGNOSES = pd.DataFrame({"name": ["sound", "gripper"], "check": [None, "motion"], "fault": [None, "gripper sign"]})
 READINGS = pd.DataFrame({"candidate": ["as recorded", "gripper sign"], "distance [mm]": [5.0, 0.0]})
 FAILED = pd.DataFrame(
     {"group": ["lift", "lift", "push"], "failure": ["dropped", "timed out"] * 1 + ["timed out"], "share": [0.1, 0.2, 0.05]}
@@ -58,7 +58,7 @@ def draw_all():
         "lines": plots.lines(CURVES, "A longer window costs more"),
         "attention_masks": plots.attention_masks(MASKS, KINDS, "Past tokens are seen in one sequence only"),
         "compare_losses": plots.compare_losses({"a": LOG, "b": LOG}),
-        "ladder": plots.ladder(CLIMBS, ["contract", "motion", "replay"], "One of two cases has a fault"),
+        "diagnosis": plots.diagnosis(DIAGNOSES, ["data card", "motion", "replay"], "One of two policies has a fault"),
         "evidence": plots.evidence({"replay": READINGS, "again": READINGS}, "Another reading makes it right"),
         "failures": plots.failures(FAILED, ["dropped", "timed out"], "Lifts fail most of all"),
         "error_against_success": plots.error_against_success(POINTS, "A lower error goes with more success"),
@@ -261,9 +261,9 @@ def test_lines_draw_every_curve_with_its_band_down_to_zero_or_below():
     assert plots.lines(below, "Below zero").axes[0].get_ylim()[0] < -5
 
 
-def test_the_ladder_ends_where_it_breaks(figures):
-    texts = [text.get_text() for text in figures["ladder"].axes[0].texts]
-    assert texts == ["holds", "holds", "holds", "no fault", "holds", "breaks", "gripper sign"]
+def test_a_diagnosis_ends_at_the_check_that_fails(figures):
+    texts = [text.get_text() for text in figures["diagnosis"].axes[0].texts]
+    assert texts == ["passes", "passes", "passes", "no fault", "passes", "fails", "gripper sign"]
 
 
 def test_failures_stack_to_the_share_that_failed(figures):

@@ -1,1 +1,1 @@
-"""Why a policy fails: checks from the data to the closed loop, and faults to try them with."""
+"""Why a policy fails: checks from the data to the closed loop, and injected faults that test them."""

@@ -18,7 +18,7 @@ from rvlm.report.plots.charts import (
     verdict_title,
 )
 from rvlm.report.plots.cost import memory_bars, planned_and_measured
-from rvlm.report.plots.ladder import evidence, failures, ladder
+from rvlm.report.plots.diagnosis import diagnosis, evidence, failures
 from rvlm.report.plots.look import (
     COLUMN_IN,
     DIMENSIONS,
@@ -63,6 +63,7 @@ __all__ = [
     "attention_masks",
     "attention_overlay",
     "compare_losses",
+    "diagnosis",
     "dimension_color",
     "error_against_success",
     "error_by_bins",
@@ -76,7 +77,6 @@ __all__ = [
     "grounding_overlay",
     "hand_path",
     "histograms",
-    "ladder",
     "lines",
     "loss_curves",
     "memory_bars",

@@ -1,4 +1,4 @@
-"""Where a policy fails, drawn: the ladder of `rvlm.diagnosis.ladder`, what its rungs rest on, and failures by kind."""
+"""Figures of why a policy fails: results of `rvlm.diagnosis.checklist`, the evidence of its checks, and failures by kind."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from rvlm.report.plots.look import FAILURE, NEUTRAL, PAGE_IN, PALETTE, SUCCESS, 
 
 
 @styled
-def ladder(table: pd.DataFrame, rungs: list[str], title: str) -> Figure:
-    """Which rung each case climbs to: green where it holds, red where it breaks, empty where nobody climbed any more.
+def diagnosis(table: pd.DataFrame, checks: list[str], title: str) -> Figure:
+    """Results of the checks per diagnosis: green where a check passes, red where it fails, empty where it did not run.
 
     Args:
-        table: a row per case: ``name``, ``rung`` where it broke (missing if none did) and ``verdict``.
-        rungs: all of them, from the ground up.
+        table: a row per diagnosis: ``name``, the ``check`` that failed (missing if none did) and the ``fault`` it names.
+        checks: names of all checks, in the order in which they run.
         title: a sentence.
     """
     fig, ax = plt.subplots(figsize=(PAGE_IN, 0.19 * len(table) + 0.9), layout="constrained")
-    for y, (broke, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True)):
-        last = rungs.index(broke) if broke in rungs else len(rungs)
-        for x in range(min(last + 1, len(rungs))):
-            color, mark = (FAILURE, "breaks") if x == last else (SUCCESS, "holds")
+    for y, (failed, fault) in enumerate(zip(table["check"], table["fault"], strict=True)):
+        last = checks.index(failed) if failed in checks else len(checks)
+        for x in range(min(last + 1, len(checks))):
+            color, mark = (FAILURE, "fails") if x == last else (SUCCESS, "passes")
             ax.add_patch(Rectangle((x + 0.04, y - 0.42), 0.92, 0.84, color=color, alpha=0.75, linewidth=0))
             ax.text(x + 0.5, y, mark, ha="center", va="center", fontsize=6, color="white")
-        ax.text(len(rungs) + 0.15, y, verdict if pd.notna(verdict) else "no fault", va="center", fontsize=6.5)
-    ax.set(xlim=(0, len(rungs) + 3.6), ylim=(len(table) - 0.5, -0.5), yticks=range(len(table)), yticklabels=table["name"])
-    ax.set_xticks([x + 0.5 for x in range(len(rungs))], rungs)
+        ax.text(len(checks) + 0.15, y, fault if pd.notna(fault) else "no fault", va="center", fontsize=6.5)
+    ax.set(xlim=(0, len(checks) + 3.6), ylim=(len(table) - 0.5, -0.5), yticks=range(len(table)), yticklabels=table["name"])
+    ax.set_xticks([x + 0.5 for x in range(len(checks))], checks)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=6.5)
     ax.tick_params(axis="x", labelsize=6)
@@ -43,7 +43,7 @@ def ladder(table: pd.DataFrame, rungs: list[str], title: str) -> Figure:
 
 @styled
 def evidence(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """What rungs rest on: one panel each, a bar per way of reading the same numbers.
+    """Evidence of checks: one panel each, one bar per way of reading the same numbers.
 
     Args:
         panels: name of a panel -> table with ``candidate`` and one column of numbers, named with its unit in brackets.

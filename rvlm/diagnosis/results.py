@@ -1,0 +1,55 @@
+"""Result of a diagnostic check, and the fix for each fault that a check can name."""
+
+import dataclasses
+
+import pandas as pd
+
+FIXES = {  # fault -> how to fix it
+    "actions outside of the card": "give actions in the card's raw units, or correct the card",
+    "control rate": "resample the data, or set rate_hz of card and environment to the data's",
+    "quaternion order": "reorder the state's quaternion to the card's convention (state_rotation), or correct the card",
+    "quaternion sign": "flip each quaternion to the half sphere of the previous one (q and -q are one rotation)",
+    "delta taken twice": "the actions are differences of displacements: store the displacements themselves",
+    "absolute read as delta": "the actions are target poses: set is_delta to false, or store displacements",
+    "gripper sign": "swap gripper_open and gripper_close in the card, or flip the gripper where actions are read or sent",
+    "statistics of all episodes": "compute statistics on the training episodes alone, and train again",
+    "quantiles merged as envelopes": "compute quantiles on all frames together, not from quantiles of parts, and train again",
+    "statistics of another dataset": "give the policy the statistics of the data that it was trained on",
+    "conventions differ": "use the environment that the policy was trained for, or convert between the two",
+    "chunk execution": "execute as many actions of a chunk as the policy was made for (n_action_steps of its configuration)",
+    "time limit": "allow at least as many steps as the longest demonstrations took",
+    "same start": "pass the seed on to the simulator: every episode needs its own initial state",
+    "prompt": "give the policy the instructions of the data, word for word",
+    "image rotated by 180 degrees": "rotate the images where they are read, as image_rotation_deg of the card says",
+    "image upside down": "flip the images' rows where they are read",
+    "image mirrored": "flip the images' columns where they are read",
+    "channels reversed": "read images as RGB, not BGR",
+    "cameras swapped": "pass the images in the card's order of cameras",
+    "image missing": "find out why this camera's image is constant",
+    "rotation layout": "read rotations in the layout in which they were stored (rotation of the card)",
+    "statistics kind": "un-normalise by the kind of statistics that the policy was trained with",
+    "not learned": "train longer or on more data: the loss has not converged on these demonstrations",
+    "environment unlike the recording": "the same actions have another effect in this environment: compare simulator versions",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckResult:
+    """Result of one diagnostic check.
+
+    Attributes:
+        name: Of the check, a key of `rvlm.diagnosis.checklist.CHECKS`.
+        measured: What was measured, in words.
+        fault: Key of `FIXES`, or None where the check passes.
+        evidence: Table to plot: `candidate` (a way to read the data) and a column with the number that decided.
+    """
+
+    name: str
+    measured: str
+    fault: str | None = None
+    evidence: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+
+    @property
+    def fix(self) -> str:
+        """How to fix the fault; empty where the check passes."""
+        return FIXES[self.fault] if self.fault else ""
