@@ -9,24 +9,13 @@ if not os.environ.get("MUJOCO_GL"):  # before mujoco is imported, by whichever t
 
     choose_gl()
 
-import numpy as np
 import pytest
-
-TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer", "is the light on ? yes no nothing"]
-TOY = {"image_size": 48, "patch_size": 12, "width": 32, "vision_width": 32, "vision_layers": 1, "text_layers": 1}
-
-
-def toy_frames(spec, n, seed, size=48):
-    """Frames of one made-up episode, in LeRobot's keys."""
-    rng = np.random.default_rng(seed)
-    action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
-    images = {f"observation.images.{c}": rng.integers(0, 255, (n, size, size, 3), dtype=np.uint8) for c in spec.cameras}
-    return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
+from toy_data import TEXTS, TOY, toy_frames
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_notebooks_run"))
+    items.sort(key=lambda item: item.path.name not in ("test_first_notebooks.py", "test_later_notebooks.py"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +51,15 @@ def toy_vlm(toy_home):
     model.save_pretrained(toy_home / "vlm")
     processor.save_pretrained(toy_home / "vlm")
     return toy_home / "vlm"
+
+
+@pytest.fixture(scope="session")
+def llava(toy_home):
+    """Folder of an untrained LLaVA, whose tokenizer has no `<act>`."""
+    from toy_llava import save_llava
+
+    save_llava(toy_home / "llava")
+    return toy_home / "llava"
 
 
 @pytest.fixture(scope="session")

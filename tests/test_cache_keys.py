@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, toy_frames
+from toy_data import TEXTS, toy_frames
 
 from rvlm import code_hash, files
 from rvlm.caches import entries, prune

@@ -154,6 +154,23 @@ def test_rooms_are_those_of_the_layout_and_import_from_above():
     assert not back, f"(from, to): {sorted(back)}"
 
 
+def test_tests_stand_in_the_rooms_of_what_they_test():
+    rooms = {folder for folder in ROOMS if (ROOT / "rvlm" / folder).is_dir()} | {"notebooks"}
+    tests = [Path(name) for name in TRACKED if name.startswith("tests/")]
+    strange = {path.parent.as_posix() for path in tests if path.parts[1] not in rooms and len(path.parts) > 2}
+    assert not strange, f"expected a folder per room, of {sorted(rooms)}, got {sorted(strange)}"
+    homes: dict[str, set[str]] = {}
+    for module in map(Path, MODULES):
+        for home in (module, module.parent):  # of rvlm/envs/tabletop/env.py: env and tabletop, both in the room envs
+            homes.setdefault(home.stem, set()).add(idea(str(module)) if len(home.parts) > 2 else "tests")
+    wrong = {
+        str(path): homes[tested]
+        for path in tests
+        if (tested := path.stem.removeprefix("test_")) in homes and path.stem != tested and path.parent.name not in homes[tested]
+    }
+    assert not wrong, f"tests of a module that stand elsewhere than in its room: {wrong}"
+
+
 def test_the_layout_lists_every_module():
     layout = (ROOT / "docs/layout.md").read_text()
     inside = ("tabletop", "plots/", "statistics/")  # which stand there as one line each

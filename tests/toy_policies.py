@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from conftest import TEXTS
+from toy_data import TEXTS
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.checkpoints import make_policy
@@ -66,3 +66,18 @@ def observe(rng, instruction=TEXTS[0]):
     image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
     state = rng.normal(size=7).astype(np.float32)
     return {"image": image[0], "wrist_image": image[1], "state": state, "instruction": instruction}
+
+
+def perturbed_policy(vlm, stats, finetuning="full", **options):
+    """A policy in which everything that learns has been moved away from where it began."""
+    torch.manual_seed(0)
+    model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=2, **ONE_STEP, **options)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.02 * torch.randn_like(weight)
+    return model.eval(), processor
+
+
+def predicted(model, processor):
+    return model.predict(**inputs(a_batch(model, processor)))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rvlm.data.actions import ActionSpec
 from rvlm.data.lerobot_format import ImageHistogram
 from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, record_dataset, split
+from rvlm.files import ROOT
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 LENGTHS = (7, 4, 9, 5, 6)
@@ -198,11 +199,11 @@ def test_collect_does_nothing_when_whole(tmp_path):
 def test_killed_collection_goes_on_where_it_was(tmp_path):
     """SIGKILL in the middle: finished shards are kept, nothing is taken for whole, the second run gives the same data."""
     root = tmp_path / "d"
-    made_by = "from rvlm.data.windows import record_dataset; from tests.test_episodes import SPEC, fake_shard"
+    made_by = "from rvlm.data.windows import record_dataset; from test_dataset import SPEC, fake_shard"
     code = f"{made_by}; record_dataset({str(root)!r}, SPEC, fake_shard, 4, 1)"
-    repository = str(Path(__file__).parents[1])
+    folders = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"SLOW_SHARDS": "0.6", "PYTHONPATH": repository}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code], env=os.environ | {"SLOW_SHARDS": "0.6", "PYTHONPATH": folders}, stderr=subprocess.DEVNULL
     )
     partial = tmp_path / "d.partial"
     for _ in range(400):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import toy_frames
+from toy_data import toy_frames
 
 from rvlm import files
 from rvlm.data import frame_cache, tables, video

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import toy_frames
+from toy_data import toy_frames
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, record_dataset

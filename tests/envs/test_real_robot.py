@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from toy_data import TEXTS
 from toy_policies import ONE_STEP, build
 
 from rvlm.data.actions import ActionSpec, SpecMismatch

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 MAX_LINES, MAX_CODE_CELLS = 15, 30
 OUTSIDE_PATH = re.compile(r"""(?<![\w.)\]])(?:\.\./|/(?:[\w.-]+/)+|~/|[A-Z]:\\)""")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_policies import ONE_STEP, SPEC, a_batch, inputs
+from toy_policies import ONE_STEP, SPEC, perturbed_policy, predicted
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from rvlm.policy.checkpoint_files import CheckpointError, weights_hash
@@ -21,27 +21,12 @@ from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 
 
-def a_policy(vlm, stats, finetuning="full", **options):
-    """A policy in which everything that learns has been moved away from where it began."""
-    torch.manual_seed(0)
-    model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=2, **ONE_STEP, **options)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += 0.02 * torch.randn_like(weight)
-    return model.eval(), processor
-
-
-def said(model, processor):
-    return model.predict(**inputs(a_batch(model, processor)))
-
-
 @pytest.fixture(scope="module", params=["full", "head", "lora"])
 def kept(request, toy_vlm, toy_stats, tmp_path_factory):
-    model, processor = a_policy(toy_vlm, toy_stats, request.param)
+    model, processor = perturbed_policy(toy_vlm, toy_stats, request.param)
     folder = tmp_path_factory.mktemp(request.param) / "policy"
     model.save_pretrained(save_directory=folder)
-    return folder, said(model, processor)
+    return folder, predicted(model, processor)
 
 
 def test_the_librarys_own_verbs_give_the_trained_policy(kept):
@@ -53,7 +38,7 @@ def test_the_librarys_own_verbs_give_the_trained_policy(kept):
         VLA.from_pretrained(str(folder), device="cpu"),
     ):
         assert isinstance(loaded, VLA) and not loaded.training
-        assert torch.equal(said(loaded, loaded.processor), before)
+        assert torch.equal(predicted(loaded, loaded.processor), before)
     assert AutoConfig.from_pretrained(folder).model_type == "rvlm"
     assert {"config.json", "model.safetensors", "README.md", "processor_config.json", "tokenizer.json"} <= {
         path.name for path in folder.iterdir()
@@ -62,13 +47,13 @@ def test_the_librarys_own_verbs_give_the_trained_policy(kept):
 
 
 def test_a_policy_without_its_backbone_is_not_made_up(toy_vlm, toy_stats):
-    config = a_policy(toy_vlm, toy_stats, "head")[0].config
+    config = perturbed_policy(toy_vlm, toy_stats, "head")[0].config
     with pytest.raises(ValueError, match=r"expected the backbone that this policy stands on, .*vlm, got none; load it by"):
         VLA(config)
 
 
 def test_saving_takes_what_the_library_and_its_callers_hand_over(toy_vlm, toy_stats, tmp_path):
-    model, _ = a_policy(toy_vlm, toy_stats)
+    model, _ = perturbed_policy(toy_vlm, toy_stats)
     known = inspect.signature(PreTrainedModel.save_pretrained).parameters
     own = inspect.signature(VLA.save_pretrained).parameters
     assert {"save_directory", "is_main_process", "state_dict", "push_to_hub", "max_shard_size"} <= known.keys() & own.keys()
@@ -89,13 +74,13 @@ def test_saving_takes_what_the_library_and_its_callers_hand_over(toy_vlm, toy_st
 
 def test_a_folder_that_is_written_over_is_whole_or_refused(toy_vlm, toy_stats, tmp_path, monkeypatch):
     """Another kind of policy leaves nothing of the one before; stopped in between it can't be loaded."""
-    adapted, processor = a_policy(toy_vlm, toy_stats, "lora")
+    adapted, processor = perturbed_policy(toy_vlm, toy_stats, "lora")
     adapted.save_pretrained(tmp_path / "policy")
     (tmp_path / "policy" / "notes.txt").write_text("mine")
-    whole, _ = a_policy(toy_vlm, toy_stats)
+    whole, _ = perturbed_policy(toy_vlm, toy_stats)
     whole.save_pretrained(tmp_path / "policy", max_shard_size="20KB")
     assert not (tmp_path / "policy" / "adapter").exists() and (tmp_path / "policy" / "notes.txt").exists()
-    assert torch.equal(said(load_vla(tmp_path / "policy")[0], processor), said(whole, processor))
+    assert torch.equal(predicted(load_vla(tmp_path / "policy")[0], processor), predicted(whole, processor))
     replace, n = Path.replace, []
 
     def stopped(self, target):
@@ -117,7 +102,7 @@ def test_a_folder_that_is_written_over_is_whole_or_refused(toy_vlm, toy_stats, t
 def whole(toy_vlm, toy_stats, tmp_path_factory):
     """Folder of a policy that was saved whole."""
     folder = tmp_path_factory.mktemp("whole") / "policy"
-    a_policy(toy_vlm, toy_stats)[0].save_pretrained(folder)
+    perturbed_policy(toy_vlm, toy_stats)[0].save_pretrained(folder)
     return folder
 
 
@@ -228,7 +213,7 @@ def test_what_is_missing_or_changed_is_named(whole, tmp_path, spoil, named):
 )
 def test_what_is_missing_of_adapters_is_named(toy_vlm, toy_stats, tmp_path, spoil, named):
     folder = tmp_path / "policy"
-    a_policy(toy_vlm, toy_stats, "lora")[0].save_pretrained(folder)
+    perturbed_policy(toy_vlm, toy_stats, "lora")[0].save_pretrained(folder)
     spoil(folder)
     with pytest.raises(CheckpointError, match=named):
         load_vla(folder)

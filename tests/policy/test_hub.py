@@ -11,8 +11,7 @@ import torch
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from test_checkpoints import a_policy, said
-from toy_policies import ONE_STEP, SPEC
+from toy_policies import ONE_STEP, SPEC, perturbed_policy, predicted
 
 from rvlm.policy.checkpoint_files import CheckpointError
 from rvlm.policy.checkpoints import load_vla, make_policy, modify_policy
@@ -73,16 +72,17 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_what_is_pushed_is_what_is_loaded_and_a_commit_stays(hub, toy_vlm, toy_stats):
-    model, processor = a_policy(toy_vlm, toy_stats)
-    before = said(model, processor)
+    model, processor = perturbed_policy(toy_vlm, toy_stats)
+    before = predicted(model, processor)
     first = model.push_to_hub("lab/policy").oid
     with torch.no_grad():
         model.head.layers[-1].bias += 1
     model.save_pretrained(hub.root / "local", push_to_hub=True, repo_id="lab/policy", card="# Moved")
     assert (hub.heads["lab/policy"] / "README.md").read_text() == "# Moved"
     old, new = VLA.from_pretrained("lab/policy", revision=first), VLA.from_pretrained("lab/policy")
-    assert torch.equal(said(old, old.processor), before)
-    assert torch.equal(said(new, new.processor), said(model, processor)) and not torch.equal(said(new, processor), before)
+    assert torch.equal(predicted(old, old.processor), before)
+    assert torch.equal(predicted(new, new.processor), predicted(model, processor))
+    assert not torch.equal(predicted(new, processor), before)
     assert load_policy("lab/policy", revision=first).model.config.vlm == {"name": "vlm", "revision": None}
     with pytest.raises(
         CheckpointError, match=r"no folder lab/policy; and no such name on the Hub at revision 'f+' \(RevisionNot"
@@ -96,20 +96,20 @@ def test_what_is_pushed_is_what_is_loaded_and_a_commit_stays(hub, toy_vlm, toy_s
 def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, toy_stats, tmp_path, finetuning):
     """Two deep: adapters over adapters over a model, none of which is there any more; then pushed from what was loaded."""
     base = shutil.copytree(toy_vlm, tmp_path / "base")
-    first, _ = a_policy(base, toy_stats, finetuning)
+    first, _ = perturbed_policy(base, toy_stats, finetuning)
     first.save_pretrained(tmp_path / "first")
     second, processor = modify_policy(tmp_path / "first", finetuning=finetuning, rank=2)
-    before = said(second.eval(), processor)
+    before = predicted(second.eval(), processor)
     commit = second.push_to_hub("lab/adapted").oid
     shutil.rmtree(base)
     shutil.rmtree(tmp_path / "first")
     loaded = VLA.from_pretrained("lab/adapted", revision=commit)
-    torch.testing.assert_close(said(loaded, processor), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predicted(loaded, processor), before, atol=1e-5, rtol=0)
     assert json.loads((hub.heads["lab/adapted"] / "config.json").read_text())["base_model"]["name"] == "backbone"
     sent = [path.read_text() for path in hub.heads["lab/adapted"].rglob("*") if path.suffix in (".json", ".md")]
     assert len(sent) > 5 and not any(str(tmp_path) in text for text in sent), "no path of this machine"
     again = loaded.push_to_hub("lab/again").oid
-    torch.testing.assert_close(said(VLA.from_pretrained("lab/again", revision=again), processor), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predicted(VLA.from_pretrained("lab/again", revision=again), processor), before, atol=1e-5, rtol=0)
 
 
 def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp_path):
@@ -117,8 +117,8 @@ def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp
     (shutil.copytree(toy_vlm, tmp_path / "sent") / "own.py").write_text("raise SystemExit")
     (tmp_path / "sent" / "pytorch_model.bin").write_bytes(b"pickled")
     commit = hub.upload_folder(repo_id="lab/vlm", folder_path=tmp_path / "sent").oid
-    model, processor = a_policy("lab/vlm", toy_stats, "lora")
-    before = said(model, processor)
+    model, processor = perturbed_policy("lab/vlm", toy_stats, "lora")
+    before = predicted(model, processor)
     assert (
         model.config.base_model["revision"] == model.config.vlm["revision"] == commit
         and model.config.base_model["name"] == "lab/vlm"
@@ -128,8 +128,8 @@ def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp
     moved = shutil.copytree(toy_vlm, tmp_path / "moved")
     save_file({name: value + 0.01 for name, value in weights.items()}, moved / "model.safetensors", {"format": "pt"})
     newest = hub.upload_folder(repo_id="lab/vlm", folder_path=moved).oid
-    assert torch.equal(said(load_vla(tmp_path / "policy")[0], processor), before)
-    assert torch.equal(said(load_vla(tmp_path / "policy", base_model=toy_vlm)[0], processor), before), (
+    assert torch.equal(predicted(load_vla(tmp_path / "policy")[0], processor), before)
+    assert torch.equal(predicted(load_vla(tmp_path / "policy", base_model=toy_vlm)[0], processor), before), (
         "the same weights in a folder"
     )
     for other in (moved, "lab/vlm-2"):
@@ -143,6 +143,6 @@ def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp
     assert f"revision {commit}" in (tmp_path / "policy" / "README.md").read_text()
     model.push_to_hub("lab/policy")
     assert not (hub.heads["lab/policy"] / "backbone").exists(), "what is on the Hub is named, not sent again"
-    assert torch.equal(said(VLA.from_pretrained("lab/policy"), processor), before)
+    assert torch.equal(predicted(VLA.from_pretrained("lab/policy"), processor), before)
     fetched = {path.name for path in (tmp_path / "fetched").rglob("*")}
     assert not fetched & {"own.py", "pytorch_model.bin"}, "neither code nor pickles"

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, toy_frames
 from safetensors.torch import load_file
+from toy_data import TEXTS, toy_frames
 
 from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split

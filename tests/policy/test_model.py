@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
 from safetensors.torch import load_file, save_file
+from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOKENS, a_batch, build, collate, inputs, windows_like
 
 from rvlm.policy.checkpoints import load_vla, make_policy

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
-from test_backbones import llava  # noqa: F401  (a fixture)
+from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
 from rvlm.data.actions import ActionSpec, SpecMismatch

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import TEXTS
+from toy_data import TEXTS
 from transformers import AutoConfig
 
 from rvlm.policy.inspection import inspect_vlm

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, toy_frames
 from safetensors.torch import load_file
+from toy_data import TEXTS, toy_frames
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeWriter

@@ -55,11 +55,11 @@ WORKER = """
 import dataclasses, sys
 from rvlm.training.search import search
 from rvlm.training.stages import Stage
-import test_grids
+import test_search
 import rvlm.training.search
 rvlm.training.search.train = lambda *_, **__: "model"  # what is shared is the study
 stage = Stage(**{stage!r})
-search("shared", test_grids.GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
+search("shared", test_search.GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
 """
 
 

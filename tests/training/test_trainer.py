@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, toy_frames
 from filelock import FileLock
 from safetensors.torch import load_file
+from toy_data import TEXTS, toy_frames
 from toy_policies import a_batch, build
 from transformers import TrainingArguments
 
@@ -43,7 +43,7 @@ from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.processors import load_processor
 from rvlm.vlm.tiny import tiny_vlm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
 
 

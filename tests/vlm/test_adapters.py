@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS
 from safetensors.torch import load_file, save_file
+from toy_data import TEXTS
 from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
 
 from rvlm.policy.checkpoints import load_vla, make_policy, merge_policy, modify_policy

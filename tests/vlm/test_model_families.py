@@ -18,7 +18,7 @@ from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.templates import mark_of
 from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS, UNSUPPORTED
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = {
     "one-step, mlp": {"structure": "one_step"},
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
