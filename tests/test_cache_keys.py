@@ -97,7 +97,7 @@ CHANGED: dict[str, set[str]] = {  # file -> what is computed anew after its code
 }
 NOTHING = (
     *("report/findings", "policy/model_card", "statistics/intervals", "training/search", "experiments/recipes"),
-    *("report/plots/charts", "caches", "training/stages"),
+    *("report/plots/rates", "caches", "training/stages"),
 )
 CHANGED |= {f"{name}.py": set() for name in NOTHING}
 

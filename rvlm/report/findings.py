@@ -218,7 +218,7 @@ def export(fig: Figure, name: str) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    from rvlm.report.plots.look import COLUMN_IN, PAGE_IN, RC
+    from rvlm.report.plots.style import COLUMN_IN, PAGE_IN, RC
 
     width, height = fig.get_size_inches()
     target = min((COLUMN_IN, PAGE_IN), key=lambda w: abs(w - width))

@@ -117,7 +117,7 @@ def test_action_curves_draw_si_units_and_start_chunks_where_they_were_predicted(
 
 def test_names_have_one_color_each():
     assert len({plots.dimension_color(name) for name in NAMES}) == len(NAMES)
-    assert len({plots.structure_color(name) for name in plots.STRUCTURES}) == len(plots.STRUCTURES)
+    assert len({plots.structure_color(name) for name in plots.STRUCTURE_NAMES}) == len(plots.STRUCTURE_NAMES)
     assert plots.structure_color("policy_head_continuous") == plots.structure_color("Policy-head continuous, LSTM")
     assert plots.dimension_color("joint_3") == plots.dimension_color("joint_3") in plots.PALETTE
     assert plots.structure_color("random actions") == plots.NEUTRAL

@@ -1,40 +1,13 @@
-"""The house look and the signature figures.
+"""The figures, all in one style.
 
 Every function takes plain arrays and returns a matplotlib ``Figure`` that is already as wide as a paper's column
 (`COLUMN_IN`) or page (`PAGE_IN`). A title is a sentence, axes carry units, colour never speaks alone, and the same action
 dimension or policy structure has the same colour everywhere (`dimension_color`, `structure_color`).
 """
 
-from rvlm.report.plots.charts import (
-    compare_losses,
-    error_against_success,
-    error_by_bins,
-    estimates,
-    lines,
-    loss_curves,
-    rates_by_group,
-    smoothed,
-    success_bars,
-    verdict_title,
-)
-from rvlm.report.plots.cost import memory_bars, planned_and_measured
+from rvlm.report.plots.charts import error_by_bins, estimates, lines
 from rvlm.report.plots.diagnosis import diagnosis, evidence, failures
-from rvlm.report.plots.look import (
-    COLUMN_IN,
-    DIMENSIONS,
-    FAILURE,
-    NEUTRAL,
-    PAGE_IN,
-    PALETTE,
-    STRUCTURES,
-    SUCCESS,
-    dimension_color,
-    structure_color,
-    style,
-    unit_in_brackets,
-)
-from rvlm.report.plots.motion import action_curves, hand_path, histograms
-from rvlm.report.plots.pictures import (
+from rvlm.report.plots.images import (
     Frames,
     attention_overlay,
     explore,
@@ -45,8 +18,26 @@ from rvlm.report.plots.pictures import (
     observation,
     player,
 )
-from rvlm.report.plots.ribbon import TOKEN_COLORS, attention_masks, token_map
+from rvlm.report.plots.losses import compare_losses, loss_curves, smoothed
+from rvlm.report.plots.memory import memory_bars, planned_and_measured
+from rvlm.report.plots.motion import action_curves, hand_path, histograms
+from rvlm.report.plots.rates import error_against_success, rates_by_group, success_bars, verdict_title
 from rvlm.report.plots.stages import forgetting_matrices, parallel_coordinates
+from rvlm.report.plots.style import (
+    COLUMN_IN,
+    DIMENSIONS,
+    FAILURE,
+    NEUTRAL,
+    PAGE_IN,
+    PALETTE,
+    STRUCTURE_NAMES,
+    SUCCESS,
+    dimension_color,
+    structure_color,
+    style,
+    unit_in_brackets,
+)
+from rvlm.report.plots.tokens import TOKEN_COLORS, attention_masks, token_map
 
 __all__ = [
     "COLUMN_IN",
@@ -55,7 +46,7 @@ __all__ = [
     "NEUTRAL",
     "PAGE_IN",
     "PALETTE",
-    "STRUCTURES",
+    "STRUCTURE_NAMES",
     "SUCCESS",
     "TOKEN_COLORS",
     "Frames",

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rvlm.report.plots.look import FAILURE, NEUTRAL, PAGE_IN, PALETTE, SUCCESS, figure_title, styled
+from rvlm.report.plots.style import FAILURE, NEUTRAL, PAGE_IN, PALETTE, SUCCESS, figure_title, styled
 
 
 @styled

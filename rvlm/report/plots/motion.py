@@ -1,4 +1,4 @@
-"""What a robot did: actions over time, their distributions, and the path of the hand."""
+"""Robot motion: actions over time, their distributions, and the path of the hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rvlm.report.plots.look import (
+from rvlm.report.plots.style import (
     COLUMN_IN,
     NEUTRAL,
     PAGE_IN,
@@ -30,7 +30,7 @@ def action_curves(
     chunks: Num[np.ndarray, "n k a"] | Mapping[int, np.ndarray] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Each action dimension over an episode, in SI units; predicted chunks fan out from where they were predicted.
+    """Each action dimension over an episode, in SI units; predicted chunks start at the step where they were predicted.
 
     Args:
         actions: raw actions ``(n, a)`` of the episode.
@@ -39,26 +39,26 @@ def action_curves(
         title: a sentence; by default one made from the numbers drawn.
     """
     values = spec.to_si(np.asarray(actions))
-    fans = {} if chunks is None else dict(chunks) if isinstance(chunks, Mapping) else dict(enumerate(chunks))
-    n_rows = len(spec.names) // 2 + 1  # translation left, rotation right, below them the gripper and the key
+    predicted = {} if chunks is None else dict(chunks) if isinstance(chunks, Mapping) else dict(enumerate(chunks))
+    n_rows = len(spec.names) // 2 + 1  # translation left, rotation right, below them the gripper and the legend
     fig, axes = plt.subplots(n_rows, 2, figsize=(PAGE_IN, 0.95 * n_rows + 0.5), sharex=True, layout="constrained")
     panels = [*axes[:-1].T.flat, *axes[-1]]
     for dim, (ax, name, unit) in enumerate(zip(panels, spec.names, spec.units, strict=False)):
-        for step, chunk in fans.items():
-            fan = spec.to_si(np.asarray(chunk))[:, dim]
-            ax.plot(step + np.arange(len(fan)), fan, color=NEUTRAL, alpha=0.4, linewidth=0.8)
+        for step, chunk in predicted.items():
+            curve = spec.to_si(np.asarray(chunk))[:, dim]
+            ax.plot(step + np.arange(len(curve)), curve, color=NEUTRAL, alpha=0.4, linewidth=0.8)
         ax.plot(values[:, dim], color=dimension_color(name), drawstyle="steps-mid" if name == "gripper" else "default")
         ax.set_ylabel(unit_in_brackets(name, unit))
-    _key(panels[len(spec.names) :], bool(fans))
+    _legend(panels[len(spec.names) :], bool(predicted))
     for ax in axes[-1]:
         ax.set_xlabel("control step")
     fig.align_ylabels()
-    predicted = f", {len(fans)} chunks predicted on the way" if fans else ""
-    figure_title(fig, title or f"The hand moves for {len(values)} steps{predicted}")
+    listed = f", {len(predicted)} chunks predicted on the way" if predicted else ""
+    figure_title(fig, title or f"The hand moves for {len(values)} steps{listed}")
     return fig
 
 
-def _key(panels: Sequence[Axes], has_chunks: bool) -> None:
+def _legend(panels: Sequence[Axes], has_chunks: bool) -> None:
     """Legend of `action_curves`, in the panel that no dimension needs."""
     for ax in panels:
         ax.spines["left"].set_visible(False)
@@ -103,7 +103,7 @@ def histograms(
 
 @styled
 def hand_path(state: Num[np.ndarray, "n s"], arrows: Mapping[str, np.ndarray], title: str) -> Figure:
-    """The hand's way across the table, seen from above, with displacements that start where the hand was.
+    """The hand's path across the table, seen from above, with displacement arrows that start on it.
 
     Args:
         state: ``(n, s)``; the first two columns are x and y [m], world frame, x towards the static camera.

@@ -1,4 +1,4 @@
-"""What stages and settings do: who forgets what, and which settings belong to a good end."""
+"""Continual learning and hyperparameter search: success after each stage, and every trial's settings."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import pandas as pd
 from jaxtyping import Num
 from matplotlib.figure import Figure
 
-from rvlm.report.plots.look import COLUMN_IN, PAGE_IN, figure_title, styled
+from rvlm.report.plots.style import COLUMN_IN, PAGE_IN, figure_title, styled
 
 
 @styled
 def forgetting_matrices(
     rates: dict[str, Num[np.ndarray, "n_after n_tasks"]], after: Sequence[str], tasks: Sequence[str], title: str
 ) -> Figure:
-    """Success at every task after every stage, a panel per way of learning; what is left of the diagonal was learned before.
+    """Success at every task after every stage, a panel per method; entries left of the diagonal are tasks learned before.
 
     Args:
-        rates: way -> success rate in [0, 1], a row after each stage, a column for each task.
+        rates: method -> success rates in [0, 1], a row after each stage, a column for each task.
         after: names of the rows.
         tasks: names of the columns.
         title: a sentence.
     """
     fig, axes = plt.subplots(1, len(rates), figsize=(PAGE_IN, 0.42 * len(after) + 1.5), layout="constrained", squeeze=False)
-    for ax, (way, values) in zip(axes[0], rates.items(), strict=True):
+    for ax, (method, values) in zip(axes[0], rates.items(), strict=True):
         ax.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             ax.text(column, row, f"{100 * value:.0f} %", ha="center", va="center", color="white" if value < 0.6 else "black")
-        ax.set(xticks=range(len(tasks)), yticks=range(len(after)), title=way, xlabel="success at")
+        ax.set(xticks=range(len(tasks)), yticks=range(len(after)), title=method, xlabel="success at")
         ax.set_xticklabels(tasks, rotation=20, ha="right")
         ax.set_yticklabels(after if ax is axes[0][0] else [])
         ax.grid(False)
@@ -42,12 +42,12 @@ def forgetting_matrices(
 
 @styled
 def parallel_coordinates(trials: pd.DataFrame, settings: Sequence[str], value: str, title: str) -> Figure:
-    """Every trial of a grid as a line through its settings, coloured by how it ended; dashed where it was stopped.
+    """Every trial of a search as a line through its settings, coloured by its final value; dashed where it was pruned.
 
     Args:
-        trials: a column for each of `settings`, and `value`, missing where a trial was stopped.
+        trials: a column for each of `settings`, and `value`, missing where a trial was pruned.
         settings: names of columns, in the order of the axes.
-        value: name of the column that is small in good trials, with its unit in brackets.
+        value: name of the column to minimise, with its unit in brackets.
         title: a sentence.
     """
     fig, ax = plt.subplots(figsize=(COLUMN_IN, 2.6), layout="constrained")
@@ -58,9 +58,9 @@ def parallel_coordinates(trials: pd.DataFrame, settings: Sequence[str], value: s
     rng, colors = np.random.default_rng(0), plt.get_cmap("viridis_r")
     for _, trial in trials.sort_values(value, ascending=False, na_position="first").iterrows():
         y = [heights[name][trial[name]] + rng.uniform(-0.03, 0.03) for name in settings]
-        stopped = bool(np.isnan(trial[value]))
-        look: dict[str, Any] = {"color": "0.6", "linestyle": "--"} if stopped else {"color": colors(norm(trial[value]))}
-        ax.plot(range(len(settings)), y, linewidth=1.0, **look)
+        is_pruned = bool(np.isnan(trial[value]))
+        line: dict[str, Any] = {"color": "0.6", "linestyle": "--"} if is_pruned else {"color": colors(norm(trial[value]))}
+        ax.plot(range(len(settings)), y, linewidth=1.0, **line)
     for x, name in enumerate(settings):
         for level, y in heights[name].items():
             ax.text(x, y, f" {level:g}", fontsize=6, va="center", bbox={"color": "white", "alpha": 0.6, "pad": 0.3})

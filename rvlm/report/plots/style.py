@@ -1,11 +1,11 @@
-"""The house look: sizes, colours, and the same colour for the same action dimension or policy structure everywhere."""
+"""The style of all figures: sizes, fonts, and one colour per action dimension or policy structure everywhere."""
 
 from __future__ import annotations
 
 import functools
 import textwrap
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,7 +18,7 @@ CHARACTERS_PER_IN = 15.5  # of a title
 COLUMN_IN, PAGE_IN = 3.5, 7.16  # widths of one column and of a two-column page [inch]
 PALETTE = sns.color_palette("colorblind").as_hex()  # ten colours, safe for the common colour-vision deficiencies
 DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-STRUCTURES = ("one-step discrete", "one-step continuous", "interleaved continuous", "policy-head continuous")
+STRUCTURE_NAMES = ("one-step discrete", "one-step continuous", "interleaved continuous", "policy-head continuous")
 SUCCESS, FAILURE, NEUTRAL = PALETTE[2], PALETTE[3], "#606060"
 RC: Any = {
     **sns.axes_style("ticks", {"axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6}),
@@ -45,12 +45,12 @@ RC: Any = {
 
 
 def style() -> None:
-    """Give a notebook's own plots the house look; the figures below have it anyway."""
+    """Set matplotlib's defaults to this style, for a notebook's own plots; the package's figures have it anyway."""
     plt.rcParams.update(RC)
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw a figure in the house look, whatever a notebook has set."""
+    """Decorator: draw a figure in this style, whatever a notebook has set, and close it in pyplot."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **kwargs: Any) -> Figure:
@@ -63,7 +63,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def dimension_color(name: str) -> str:
-    """The colour of an action dimension, by its name; a name outside `DIMENSIONS` gets a fixed one of the palette."""
+    """The colour of an action dimension; a name outside `DIMENSIONS` gets a colour by its hash, the same in every figure."""
     index = DIMENSIONS.index(name) if name in DIMENSIONS else zlib.crc32(name.encode())
     return PALETTE[index % len(PALETTE)]
 
@@ -71,8 +71,8 @@ def dimension_color(name: str) -> str:
 def structure_color(name: str) -> str:
     """The colour of a policy structure ("policy-head continuous" or "policy_head_continuous"); others are grey."""
     words = name.lower().replace("-", " ").replace("_", " ")
-    match = [s for s in STRUCTURES if s.replace("-", " ") in words]
-    return PALETTE[STRUCTURES.index(match[0])] if match else NEUTRAL
+    match = [s for s in STRUCTURE_NAMES if s.replace("-", " ") in words]
+    return PALETTE[STRUCTURE_NAMES.index(match[0])] if match else NEUTRAL
 
 
 def unit_in_brackets(name: str, unit: str) -> str:
@@ -81,13 +81,18 @@ def unit_in_brackets(name: str, unit: str) -> str:
 
 
 def figure_title(fig: Figure, text: str) -> None:
-    """The sentence over a figure, in as many lines as its width needs."""
+    """Set the title of a figure, wrapped to its width."""
     width = int(CHARACTERS_PER_IN * fig.get_figwidth())
     fig.suptitle("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n")), x=0.01, ha="left")
 
 
+def legend_below(fig: Figure, names: Sequence[str]) -> None:
+    """A legend in as many columns as fit under one column of a page."""
+    fig.legend(loc="outside lower left", ncols=min(3, max(1, 62 // (max(map(len, names)) + 5))))
+
+
 def hide_axes(ax: Axes, color: str | None = None) -> None:
-    """An image axis: no ticks, and a border only if a colour is given."""
+    """Axes of an image: no ticks, and a border only if a colour is given."""
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     for spine in ax.spines.values():

@@ -1,4 +1,4 @@
-"""What training costs: memory by its parts against what cards hold, and the plan against what was measured."""
+"""Memory of training: its parts against the memory of GPUs, and planned against measured values."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from rvlm.report.plots.look import COLUMN_IN, NEUTRAL, PAGE_IN, PALETTE, figure_title, styled
+from rvlm.report.plots.style import COLUMN_IN, NEUTRAL, PAGE_IN, PALETTE, figure_title, styled
 
 
 @styled
-def memory_bars(table: pd.DataFrame, cards: Mapping[str, float], title: str) -> Figure:
-    """Memory of a training step as bars of its parts, a row each; dashed lines are what cards hold.
+def memory_bars(table: pd.DataFrame, gpus: Mapping[str, float], title: str) -> Figure:
+    """Peak memory of a training step as stacked bars of its parts; dashed lines are the memory of GPUs.
 
     Args:
         table: column ``name`` (a row of the figure), and one column [GB] for each part.
-        cards: name -> memory [GB].
+        gpus: name -> memory [GB].
         title: a sentence.
     """
     parts = [column for column in table if column != "name"]
@@ -30,7 +30,7 @@ def memory_bars(table: pd.DataFrame, cards: Mapping[str, float], title: str) -> 
         left += table[part].to_numpy()
     for y, total in enumerate(left):
         ax.text(total, y, f" {total:.1f}", va="center", fontsize=6, color=NEUTRAL)
-    for name, holds in cards.items():
+    for name, holds in gpus.items():
         ax.axvline(holds, color="black", linestyle="--", linewidth=0.7)
         ax.text(holds, -0.9, f"{name}\n{holds:g} GB", ha="center", va="bottom", fontsize=6)
     ax.set(xlabel="peak memory of a training step [GB]", ylim=(len(table) - 0.5, -0.6), xlim=(0, 1.08 * left.max()))
@@ -42,7 +42,7 @@ def memory_bars(table: pd.DataFrame, cards: Mapping[str, float], title: str) -> 
 
 @styled
 def planned_and_measured(table: pd.DataFrame, unit: str, title: str) -> Figure:
-    """Planned values against measured ones, a point each; on the line they are equal, in the band within a tenth.
+    """Planned against measured values; they are equal on the line and differ by at most 10 % in the band.
 
     Args:
         table: columns ``name`` (colour and marker), ``planned``, ``measured``.

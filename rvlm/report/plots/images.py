@@ -1,4 +1,4 @@
-"""What a robot saw: film strips, galleries, overlays, and players for a notebook."""
+"""Camera images: film strips, galleries, overlays, and players for a notebook."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from matplotlib.figure import Figure
 
-from rvlm.report.plots.look import (
+from rvlm.report.plots.style import (
     COLUMN_IN,
     FAILURE,
     NEUTRAL,
@@ -40,7 +40,7 @@ def filmstrip(
 
     Args:
         frames: static camera, ``(t, h, w, 3)`` uint8, or a list of such images.
-        instruction: what the robot was told; becomes the title.
+        instruction: becomes the title.
         success: outcome; None for an episode without one (grey border).
         n: frames to show.
         wrist: wrist camera, as many frames; becomes a second row.
@@ -68,7 +68,7 @@ def filmstrip(
 
 @styled
 def gallery(rows: Mapping[str, Frames], labels: Sequence[str], title: str) -> Figure:
-    """Images that are not one episode, side by side: a row per camera.
+    """Separate images side by side, a row per camera.
 
     Args:
         rows: name of a row -> its images ``(n, h, w, 3)`` uint8.
@@ -105,26 +105,26 @@ def _len(x: Any) -> int | None:
 
 
 @styled
-def observation(seen: Mapping[str, Any], spec: Any, title: str | None = None) -> Figure:
-    """All that a policy gets at one step: both images at their true resolution, and what the robot feels.
+def observation(observed: Mapping[str, Any], spec: Any, title: str | None = None) -> Figure:
+    """A policy's observation at one step: both images at their true resolution, and the proprioceptive state.
 
     Args:
-        seen: "image" and "wrist_image" ``(h, w, 3)`` uint8, "state" ``(s,)``, "instruction".
+        observed: "image" and "wrist_image" ``(h, w, 3)`` uint8, "state" ``(s,)``, "instruction".
         spec: an `ActionSpec`: ``state_names``, ``state_units``.
         title: a sentence; by default the instruction and the size of the images.
     """
     fig, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 2.5), layout="constrained")
     for ax, key in zip(axes, ("image", "wrist_image"), strict=False):
-        ax.imshow(seen[key], interpolation="nearest")
+        ax.imshow(observed[key], interpolation="nearest")
         hide_axes(ax, NEUTRAL)
-        ax.set_xlabel(f"{key.replace('_', ' ')}, {seen[key].shape[1]} × {seen[key].shape[0]} px")
-    values = zip(spec.state_names, seen["state"], spec.state_units, strict=True)
+        ax.set_xlabel(f"{key.replace('_', ' ')}, {observed[key].shape[1]} × {observed[key].shape[0]} px")
+    values = zip(spec.state_names, observed["state"], spec.state_units, strict=True)
     axes[2].set_axis_off()
     axes[2].text(0.0, 0.97, "state", fontweight="bold", va="top", transform=axes[2].transAxes)
     for i, (name, value, unit) in enumerate(values):
         line, font = f"{name:<16}{value:+.3f} {unit}", {"family": "monospace", "fontsize": 7.5}
         axes[2].text(0.0, 0.85 - 0.11 * i, line, va="top", transform=axes[2].transAxes, **font)
-    figure_title(fig, title or f"“{seen['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
+    figure_title(fig, title or f"“{observed['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
     return fig
 
 
@@ -135,7 +135,7 @@ def grounding_overlay(
     labels: Sequence[str],
     title: str | None = None,
 ) -> Figure:
-    """Where the model says things are: labelled rings on the image.
+    """Predicted locations as labelled rings on the image.
 
     Args:
         image: ``(h, w, 3)`` uint8.
@@ -162,7 +162,7 @@ def grounding_overlay(
 
 @styled
 def attention_overlay(image: UInt8[np.ndarray, "h w 3"], weights: Num[np.ndarray, "h_p w_p"], title: str | None = None) -> Figure:
-    """The image beside where the action token looks.
+    """The image, and beside it the attention of the action token to its patches.
 
     Args:
         image: ``(h, w, 3)`` uint8.
@@ -211,8 +211,8 @@ def explore(episode: Mapping[str, Any]) -> Any:
             screens[name].value = pngs[name][change["new"]]
 
     slider.observe(show, names="value")
-    told = widgets.Label(str(episode.get("instruction", "")))
-    return widgets.VBox([told, widgets.HBox(list(screens.values())), widgets.HBox([play, slider])])
+    instruction = widgets.Label(str(episode.get("instruction", "")))
+    return widgets.VBox([instruction, widgets.HBox(list(screens.values())), widgets.HBox([play, slider])])
 
 
 def _magnify(frame: np.ndarray, at_least: int = 256) -> np.ndarray:

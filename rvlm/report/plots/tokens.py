@@ -1,4 +1,4 @@
-"""What a model reads: a sequence of tokens as a coloured ribbon, and which token may look at which."""
+"""Token sequences: what a model reads, coloured by role, and which token attends to which."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from rvlm.report.plots.look import (
+from rvlm.report.plots.style import (
     PAGE_IN,
     PALETTE,
     figure_title,
@@ -27,10 +27,10 @@ TOKEN_COLORS: dict[str, str] = dict(
 
 @styled
 def token_map(tokens: Sequence[str], kinds: Sequence[str], title: str | None = None) -> Figure:
-    """What the model reads, as a ribbon of coloured tokens; runs of image tokens are folded to "64 x image".
+    """The input sequence as coloured tokens; runs of image tokens are folded to "64 x image".
 
     Args:
-        tokens: the token's texts, in order.
+        tokens: the tokens' texts, in order.
         kinds: for each, one of "image", "instruction", "state", "action", "other".
         title: a sentence; by default one made from the numbers drawn.
     """
@@ -48,26 +48,26 @@ def token_map(tokens: Sequence[str], kinds: Sequence[str], title: str | None = N
     ax.set_axis_off()
     for (text, kind), (row, left, width) in zip(boxes, rows, strict=True):
         _box(ax, left + 0.05, height - 0.55 - 0.27 * row, width, text, TOKEN_COLORS[kind])
-    seen = [kind for kind in TOKEN_COLORS if counts[kind]]
-    _legend_row(ax, [(f"{counts[kind]} {kind}", TOKEN_COLORS[kind]) for kind in seen])
-    listed = ", ".join(f"{counts[kind]} {kind}" for kind in seen)
+    present = [kind for kind in TOKEN_COLORS if counts[kind]]
+    _legend_row(ax, [(f"{counts[kind]} {kind}", TOKEN_COLORS[kind]) for kind in present])
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in present)
     ax.text(0.06, height - 0.2, title or f"The model reads {len(tokens)} tokens: {listed}", fontsize=8.5)
     return fig
 
 
 @styled
 def attention_masks(weights: Mapping[str, Num[np.ndarray, "l_q l_k"]], kinds: Mapping[str, Sequence[str]], title: str) -> Figure:
-    """Who looks at whom, a panel per structure: a row for each token that reads, coloured where it looks.
+    """Attention masks, a panel per structure: a row for each query token, coloured where it attends.
 
     Args:
-        weights: name -> attention of each token (row) to each (column); whatever is above zero counts.
-        kinds: name -> kind of each token, as `token_map` takes them; rows that read at an action token are drawn in full.
+        weights: name -> attention of each query token (row) to each key token (column); all above zero is drawn alike.
+        kinds: name -> kind of each token, as `token_map` takes them; rows of action tokens are drawn in full colour.
         title: a sentence.
     """
     fig, axes = plt.subplots(1, len(weights), figsize=(PAGE_IN, 0.45 + 3.1 * 2 / max(2, len(weights))), layout="constrained")
-    for ax, (name, seen) in zip(np.atleast_1d(axes), weights.items(), strict=True):
+    for ax, (name, attention) in zip(np.atleast_1d(axes), weights.items(), strict=True):
         color = np.array([to_rgb(TOKEN_COLORS[kind]) for kind in kinds[name]])
-        strength = np.where([kind == "action" for kind in kinds[name]], 0.95, 0.3)[:, None] * (seen > 0)
+        strength = np.where([kind == "action" for kind in kinds[name]], 0.95, 0.3)[:, None] * (attention > 0)
         ax.imshow(1 - strength[..., None] * (1 - color[None]), interpolation="nearest", aspect="equal")
         ax.set(xlabel="key: token position", ylabel="query: token position", title=name)
         ax.grid(False)
