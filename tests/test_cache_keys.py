@@ -65,7 +65,7 @@ def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm,
 
 def codes():
     """The code of everything that is kept, by name."""
-    from rvlm.envs.tabletop import demonstrations, questions
+    from rvlm.envs.tabletop import demonstrations, rendered_scenes
     from rvlm.evaluation.chains import ChainEvaluation
     from rvlm.evaluation.closed_loop import Evaluation
     from rvlm.experiments import dagger
@@ -77,7 +77,7 @@ def codes():
         "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
         "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
-        "demonstrations": demonstrations.CODE, "corrections": dagger.CODE, "scenes": questions.CODE,
+        "demonstrations": demonstrations.CODE, "corrections": dagger.CODE, "scenes": rendered_scenes.CODE,
     }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def missing(ran, code):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    from rvlm.envs.tabletop.questions import make_scenes
+    from rvlm.envs.tabletop.rendered_scenes import make_scenes
 
     return make_scenes(tmp_path_factory.mktemp("scenes") / "few", "franka7", 0, 8, 48)
 
@@ -185,14 +185,14 @@ def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
 
 
 def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, saved, tmp_path):
-    from rvlm.envs.tabletop import demonstrations, questions
+    from rvlm.envs.tabletop import demonstrations, rendered_scenes
     from rvlm.experiments import dagger
 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
     asked = dagger.DAggerCollection(str(saved[0]), dataclasses.replace(few, max_steps=2))
     assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.CODE) == []
     assert missing(traced(lambda: list(dagger.make_shard(0, asked))), dagger.CODE) == []
-    assert missing(traced(lambda: questions.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), questions.CODE) == []
+    assert missing(traced(lambda: rendered_scenes.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), rendered_scenes.CODE) == []
 
 
 def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vlm, tmp_path):

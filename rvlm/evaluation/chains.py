@@ -34,16 +34,16 @@ class SymbolicState:
     """What is known of a scene without simulating it; families ask it what they ask a `World`."""
 
     def __init__(self, world: World) -> None:
-        self._travels = {name: world.joint_position(name) for name in ("drawer", "slider")}
+        self._joint_positions = {name: world.joint_position(name) for name in ("drawer", "slider")}
         self.is_light_on, self.objects, self.n_taken = world.is_light_on, list(world.objects), 0
 
     def joint_position(self, name: str) -> float:
         """Joint position of "drawer" or "slider" [m]."""
-        return self._travels[name]
+        return self._joint_positions[name]
 
-    def set_travel(self, name: str, value: float) -> None:
+    def set_joint_position(self, name: str, value: float) -> None:
         """Set it."""
-        self._travels[name] = value
+        self._joint_positions[name] = value
 
     def set_light(self, is_on: bool) -> None:
         """Switch the light."""
@@ -58,7 +58,7 @@ class SymbolicState:
 
     def state(self) -> tuple:
         """All that `is_feasible` looks at."""
-        return (*self._travels.values(), self.is_light_on, self.n_taken, tuple(self.objects))
+        return (*self._joint_positions.values(), self.is_light_on, self.n_taken, tuple(self.objects))
 
     def is_feasible(self, family: str) -> bool:
         """Whether a task of `family` can surely be asked: its fixtures are right, and objects that it needs are left."""
@@ -70,12 +70,12 @@ class SymbolicState:
 
 
 EFFECTS: dict[str, Callable[[SymbolicState], None]] = {
-    "open_drawer": lambda scene: scene.set_travel("drawer", DRAWER_RANGE),
-    "close_drawer": lambda scene: scene.set_travel("drawer", 0.0),
+    "open_drawer": lambda scene: scene.set_joint_position("drawer", DRAWER_RANGE),
+    "close_drawer": lambda scene: scene.set_joint_position("drawer", 0.0),
     "turn_on_light": lambda scene: scene.set_light(True),
     "turn_off_light": lambda scene: scene.set_light(False),
-    "move_slider_left": lambda scene: scene.set_travel("slider", -SLIDER_RANGE),
-    "move_slider_right": lambda scene: scene.set_travel("slider", SLIDER_RANGE),
+    "move_slider_left": lambda scene: scene.set_joint_position("slider", -SLIDER_RANGE),
+    "move_slider_right": lambda scene: scene.set_joint_position("slider", SLIDER_RANGE),
     "lift": lambda scene: scene.take(1),
     "place_in_drawer": lambda scene: scene.take(1),
     "stack": lambda scene: scene.take(2),
@@ -111,7 +111,7 @@ def sample_chains(
         )
     world, chains = World(robot, setting), []
     for seed in seeds:
-        world.scatter(np_random(seed)[0])
+        world.randomize(np_random(seed)[0])
         rng = np.random.default_rng((seed, 5))
         drawn = (tuple(map(str, rng.choice(list(families), length, replace=False))) for _ in range(N_DRAWS))
         chain = next((chain for chain in drawn if _is_feasible(world, chain, length)), None)

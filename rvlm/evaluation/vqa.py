@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS
+from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS
 from rvlm.statistics import Rate, wilson
 from rvlm.training.stage_data import VQACollator, encode_vqa
 from rvlm.vlm.prompts import PromptBuilder, pad
@@ -37,14 +37,14 @@ class VQAItem(NamedTuple):
     answer: str
 
 
-def sample_questions(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[VQAItem]:
+def sample_questions(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_KINDS)) -> list[VQAItem]:
     """`n_per_kind` questions of each kind, each about a scene drawn at random; all places that are asked for are in view."""
     rng, exam = np.random.default_rng(seed), []
     for kind in kinds:
         n_wanted = len(exam) + n_per_kind
         while len(exam) < n_wanted:
             scene = int(rng.integers(len(scenes)))
-            asked = VQAItem(scene, kind, *KINDS[kind][0](scenes[scene][1], rng))
+            asked = VQAItem(scene, kind, *QUESTION_KINDS[kind][0](scenes[scene][1], rng))
             if asked.question.startswith(QUESTION_PREFIX.get(kind, "")) and (
                 kind not in GROUNDING or LOCATION.search(asked.answer)
             ):

@@ -19,7 +19,8 @@ from filelock import FileLock
 from rvlm.caches import Code, keep
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
-from rvlm.envs.tabletop.questions import KINDS, collect_scenes, location_tokens, vocabulary
+from rvlm.envs.tabletop.questions import QUESTION_KINDS, location_tokens, vocabulary
+from rvlm.envs.tabletop.rendered_scenes import collect_scenes
 from rvlm.files import artifacts_dir, make_folder, replace_folder, temporary
 from rvlm.provenance import provenance
 from rvlm.training.launch import train
@@ -83,7 +84,7 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
     together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, vqa={"n": 8}, **whole)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
-    looks = {"n": 8, "kinds": (*KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
+    looks = {"n": 8, "kinds": (*QUESTION_KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
     return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, vqa=looks, **whole)
 
 

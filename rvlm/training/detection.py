@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
-from rvlm.envs.tabletop.questions import FIXTURES
+from rvlm.envs.tabletop.rendered_scenes import FIXTURES
 from rvlm.envs.tabletop.scene import COLORS, SHAPES
 from rvlm.vlm.backbones import vision_modules
 from rvlm.vlm.prompts import PromptBuilder

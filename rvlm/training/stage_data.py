@@ -89,7 +89,8 @@ class VQACollator:
 
 
 def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
-    from rvlm.envs.tabletop.questions import Scenes, sample_questions
+    from rvlm.envs.tabletop.questions import sample_questions
+    from rvlm.envs.tabletop.rendered_scenes import Scenes
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
     processor = load_processor(folder)
@@ -108,7 +109,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
-    from rvlm.envs.tabletop.questions import Scenes
+    from rvlm.envs.tabletop.rendered_scenes import Scenes
     from rvlm.training.detection import DetectionCollator, Detector
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
@@ -265,7 +266,8 @@ def _instruction_sampler(stage: Stage) -> Callable[[str, np.random.Generator], s
 
 def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
     """Some batches of questions about scenes among those of actions: co-training."""
-    from rvlm.envs.tabletop.questions import Scenes, sample_questions
+    from rvlm.envs.tabletop.questions import sample_questions
+    from rvlm.envs.tabletop.rendered_scenes import Scenes
 
     scenes = Scenes(stage.vqa_data)
     talk = FixedBudgetDataset(

@@ -60,7 +60,7 @@ def test_held_and_let_go_is_dropped(env):
     env.reset(seed=1, options={"family": "place_in_zone"})
     for _ in range(40):
         info = env.step(env.expert_action())[4]
-        if env._story.was_held and env.world.pos_object(env.task.target_object)[2] > 0.08:
+        if env._failure_classifier.was_held and env.world.pos_object(env.task.target_object)[2] > 0.08:
             break
     assert info["failure"] == "timed out", "still in the hand"
     for _ in range(4):
@@ -75,4 +75,4 @@ def test_fingers_closed_above_the_target_missed_it(env):
         shift = np.clip((over - env.world.pos_tcp_world) / env.action_spec.scale[0], -1, 1)
         action = np.concatenate([shift, np.zeros(4)]).astype(np.float32)
         info = env.step(env.action_spec.set_gripper(action, is_open))[4]
-    assert not env._story.was_held and info["failure"] == "missed grasp"
+    assert not env._failure_classifier.was_held and info["failure"] == "missed grasp"

@@ -6,23 +6,20 @@ import re
 import numpy as np
 import pytest
 
-from rvlm.envs.tabletop import questions
+from rvlm.envs.tabletop import rendered_scenes
 from rvlm.envs.tabletop.questions import (
-    KINDS,
     N_LOCATIONS,
     N_OFFSETS,
     OFFSET_RANGE,
+    QUESTION_KINDS,
     SIDE_MARGIN,
-    Scenes,
-    collect_scenes,
-    generate_scenes,
     location_token,
-    make_scenes,
     paraphrase,
     sample_questions,
     vocabulary,
 )
-from rvlm.envs.tabletop.tasks import FAMILIES
+from rvlm.envs.tabletop.rendered_scenes import Scenes, collect_scenes, generate_scenes, make_scenes
+from rvlm.envs.tabletop.tasks import TASK_FAMILIES
 
 NAMES = ["red cube", "blue ball", "green cube", "drawer handle", "button", "slider", "white square", "gripper"]
 SCENE = {
@@ -43,7 +40,7 @@ SCENE = {
 
 def asked(kind, n=60, scene=SCENE):
     rng = np.random.default_rng(0)
-    return [KINDS[kind][0](scene, rng) for _ in range(n)]
+    return [QUESTION_KINDS[kind][0](scene, rng) for _ in range(n)]
 
 
 def thing(question, names=NAMES):
@@ -127,7 +124,7 @@ def test_a_caption_goes_from_left_to_right():
 
 
 def test_paraphrases_never_use_a_held_out_wording():
-    held_out = {t.format(a=name, b=name) for f in FAMILIES.values() for t in f.held_out for name in NAMES[:3]}
+    held_out = {t.format(a=name, b=name) for f in TASK_FAMILIES.values() for t in f.held_out for name in NAMES[:3]}
     rng, seen = np.random.default_rng(0), set()
     for _ in range(800):
         question, answer = paraphrase(SCENE, rng)
@@ -142,7 +139,7 @@ def test_questions_are_drawn_by_weight_and_kind():
     rng = np.random.default_rng(0)
     drawn = sample_questions(SCENE, rng, 400)
     n_where = sum(q.startswith("where is the") for q, _ in drawn)
-    weights = {kind: weight for kind, (_, weight) in KINDS.items()}
+    weights = {kind: weight for kind, (_, weight) in QUESTION_KINDS.items()}
     assert n_where / 400 == pytest.approx((weights["where"] + weights["where_wrist"]) / sum(weights.values()), abs=0.08)
     assert all(q == "is the light on ?" for q, _ in sample_questions(SCENE, rng, 10, ("light",)))
 
@@ -150,7 +147,7 @@ def test_questions_are_drawn_by_weight_and_kind():
 def test_the_vocabulary_is_the_same_every_time_and_holds_every_instruction():
     texts = vocabulary()
     assert texts == vocabulary()
-    for family in FAMILIES.values():
+    for family in TASK_FAMILIES.values():
         assert {t.format(a="red cube", b="blue ball") for t in family.templates} <= set(texts)
 
 
@@ -180,7 +177,7 @@ def test_finished_parts_are_kept_and_missing_ones_are_made_again_alike(folders, 
     assert collect_scenes(5, first_seed=3, image_size=32, n_workers=1, per_part=2) == folders
     assert [(f / "images.npy").read_bytes() for f in folders] == before
     assert [(f / "images.npy").stat().st_mtime_ns == s for f, s in zip(folders, stamps, strict=True)] == [True, False, True]
-    monkeypatch.setattr(questions, "make_scenes", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(rendered_scenes, "make_scenes", lambda *_: pytest.fail("nothing was left to do"))
     collect_scenes(5, first_seed=3, image_size=32, n_workers=1, per_part=2)
 
 
@@ -189,7 +186,7 @@ def test_a_part_exists_only_when_whole(home, monkeypatch):
         yield np.zeros((2, 8, 8, 3), np.uint8), SCENE
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(questions, "generate_scenes", break_off)
+    monkeypatch.setattr(rendered_scenes, "generate_scenes", break_off)
     with pytest.raises(KeyboardInterrupt):
         make_scenes(home / "part", "franka7", 0, 2, 8)
     assert not (home / "part").exists()

@@ -119,7 +119,7 @@ def test_the_hand_starts_where_it_should_pointing_down(robot):
     world = World(robot, SETTINGS["simple"])
     assert world.model.nu == len(REAL_ARMS[robot].home) + 2
     for seed in range(5):
-        world.scatter(np.random.default_rng(seed))
+        world.randomize(np.random.default_rng(seed))
         assert np.linalg.norm(world.target_pos - world.pos_tcp_world) < 0.005
         error = axis_angle(world.target_rotation @ world.rotation_tcp_world.T)
         assert np.degrees(np.linalg.norm(error)) < 2

@@ -8,7 +8,7 @@ import pytest
 
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
-from rvlm.envs.tabletop.tasks import DEFAULT_TASKS, FAMILIES
+from rvlm.envs.tabletop.tasks import DEFAULT_TASKS, TASK_FAMILIES
 from rvlm.evaluation import chains
 from rvlm.evaluation.chains import LENGTH, ChainEvaluation, SymbolicState, category
 from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED, evaluate
@@ -23,9 +23,9 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_chain_asks_about_everything_once_and_is_the_same_for_the_same_seed():
-    drawn = chains.sample_chains(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
-    assert drawn == chains.sample_chains(SEEDS, tuple(FAMILIES), "franka7", SIMPLE)
-    assert drawn[5:6] == chains.sample_chains(SEEDS[5:6], tuple(FAMILIES), "franka7", SIMPLE)
+    drawn = chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    assert drawn == chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    assert drawn[5:6] == chains.sample_chains(SEEDS[5:6], tuple(TASK_FAMILIES), "franka7", SIMPLE)
     for chain in drawn:
         assert len(chain) == LENGTH == len({category(family) for family in chain})
     assert len({chain[0] for chain in drawn}) > 8 and len(set(drawn)) > 35
@@ -47,19 +47,19 @@ def test_families_that_cannot_be_chained_are_refused_by_name():
 
 
 def test_a_chain_that_is_hardly_ever_drawn_is_found(monkeypatch):
-    often = chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
+    often = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
     monkeypatch.setattr(chains, "N_DRAWS", 0)
-    found = chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE)
-    assert found == chains.sample_chains(SEEDS[:5], tuple(FAMILIES), "franka7", SIMPLE) != often
+    found = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    assert found == chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE) != often
     world = chains.World("franka7", SIMPLE)
     for seed, chain in zip(SEEDS, found, strict=False):
-        world.scatter(chains.np_random(seed)[0])
+        world.randomize(chains.np_random(seed)[0])
         assert chains._is_feasible(world, chain, LENGTH)
 
 
 def test_success_leaves_what_the_next_task_needs():
     """The expert is never asked for what cannot be asked, and the symbols say of fixtures what the simulator does."""
-    asked = ChainEvaluation("expert", n_episodes=12, families=tuple(FAMILIES), max_steps=60)
+    asked = ChainEvaluation("expert", n_episodes=12, families=tuple(TASK_FAMILIES), max_steps=60)
     table = evaluate({"expert": asked}, n_workers=2, show_progress=False)
     assert not (table["failure"] == "cannot be asked").any()
     assert chains.avg_len(table)["expert"].mean > 4
@@ -73,7 +73,7 @@ def test_success_leaves_what_the_next_task_needs():
 def test_the_scene_is_kept_between_tasks():
     env = Tabletop(image_size=16, max_steps=40)
     (first, second) = ("close_drawer", "turn_on_light")  # the hand has to let go of the handle on its way
-    seed = next(s for s in SEEDS if chains.sample_chains([s], tuple(FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
+    seed = next(s for s in SEEDS if chains.sample_chains([s], tuple(TASK_FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
     env.reset(seed=seed, options={"family": first})
     second = "turn_off_light" if env.world.is_light_on else second
     rows = chains.rollout_chains(None, [env], [seed], [(first, second)])
@@ -93,7 +93,7 @@ def test_symbols_follow_the_simulator():
     for seed in range(6):
         env.reset(seed=seed, options={"family": "lift"})
         scene = SymbolicState(env.world)
-        fixtures = [family for family in FAMILIES if not FAMILIES[family].n_objects]
+        fixtures = [family for family in TASK_FAMILIES if not TASK_FAMILIES[family].n_objects]
         assert [f for f in fixtures if scene.is_feasible(f)] == [f for f in fixtures if f in env.feasible()]
     env.close()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rvlm.envs.tabletop.questions import KINDS, N_LOCATIONS, location_tokens
+from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS, location_tokens
 from rvlm.evaluation import vqa
 from rvlm.vlm.backbones import parameter_summary
 from rvlm.vlm.processors import ACT
@@ -39,7 +39,7 @@ SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
 
 def test_an_exam_asks_only_what_it_says_it_asks():
     exam = vqa.sample_questions(SCENES, 20)
-    assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(KINDS, 20)
+    assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(QUESTION_KINDS, 20)
     assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc04><loc06>"}  # the one thing in view
     assert {a.question for a in exam if a.kind == "color"} == {"what color is the cube ?"}
     assert {a.question for a in exam if a.kind == "point_wrist"} == {"wrist red cube"}

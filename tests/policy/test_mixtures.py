@@ -301,7 +301,7 @@ def test_instructions_are_paraphrased_or_made_canonical(stage):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    from rvlm.envs.tabletop.questions import collect_scenes
+    from rvlm.envs.tabletop.rendered_scenes import collect_scenes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("scenes")))

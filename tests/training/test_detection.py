@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm.envs.tabletop.questions import generate_scenes
+from rvlm.envs.tabletop.rendered_scenes import generate_scenes
 from rvlm.envs.tabletop.scene import SHAPES
 from rvlm.training.detection import CLASSES, SCENE_STATES, DetectionCollator, Detector, targets
 from rvlm.vlm.small import small_vlm, train_tokenizer

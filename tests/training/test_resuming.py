@@ -22,7 +22,7 @@ POLICY = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 3
 @pytest.fixture(scope="module")
 def scenes(toy_home):
     """Folder of twelve scenes with questions."""
-    from rvlm.envs.tabletop.questions import make_scenes
+    from rvlm.envs.tabletop.rendered_scenes import make_scenes
 
     return str(make_scenes(toy_home / "scenes", "franka7", 1000, 12, 48))
 

@@ -10,8 +10,10 @@ from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
 from rvlm.envs.tabletop.real_arms import ROBOTS
+from rvlm.envs.tabletop.sampling import is_feasible, sample_task
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS, FAMILIES, MEMORY_FAMILIES, Task, is_feasible, sample_task
+from rvlm.envs.tabletop.success import Task
+from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS, MEMORY_FAMILIES, TASK_FAMILIES
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
@@ -28,7 +30,7 @@ class Tabletop(gymnasium.Env):
     Args:
         robot: One of `ROBOTS`.
         image_size: Side of both images [px].
-        families: Task families to draw from.
+        families: Task families to sample from.
         setting: Name in `SETTINGS`, or a `Setting`.
         max_steps: Time limit [control steps].
 
@@ -71,7 +73,7 @@ class Tabletop(gymnasium.Env):
 
         Args:
             seed: Fixes the scene, the task and the start pose.
-            options: `family` chooses the task family; `keep_state` true keeps the scene as it is (chains).
+            options: `family` chooses the task family; `keep_state` keeps the present scene (chains).
         """
         super().reset(seed=seed)
         options = dict(options or {})
@@ -83,31 +85,30 @@ class Tabletop(gymnasium.Env):
         if keep_state and not self.world.objects:
             raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
         if keep_state and not is_feasible(self.world, family):
-            raise ValueError(f"{family!r} cannot be asked in this state; can be: {', '.join(self.feasible())}")
+            raise ValueError(f"{family!r} is not feasible in this state; feasible are: {', '.join(self.feasible())}")
         if not keep_state:
-            self.world.scatter(self.np_random)
+            self.world.randomize(self.np_random)
             ALL_FAMILIES[family].prepare(self.world)
             mujoco.mj_forward(self.world.model, self.world.data)
         self.world.begin_task(has_cue=family in MEMORY_FAMILIES)
         self.task, self.n_steps = sample_task(self.world, family, self.np_random), 0
-        self._story = FailureClassifier(self.world, self.task)
+        self._failure_classifier = FailureClassifier(self.world, self.task)
         return self._observe(), {"family": family, "is_success": False}
 
     def feasible(self) -> list[str]:
-        """Families that can be asked in the present state and are not done already; those that need memory are not among them."""
-        return [name for name in FAMILIES if is_feasible(self.world, name)]
+        """Task families that are feasible in the present state, without the memory families."""
+        return [name for name in TASK_FAMILIES if is_feasible(self.world, name)]
 
     def other_instruction(self, family: str) -> str:
-        """An instruction of another family that says something else in any scene, for a policy that is told the wrong thing."""
+        """An instruction of another family that is wrong in every scene, for an ablation of the instruction."""
         words = set(family.split("_"))
-        other = next(kind for name, kind in FAMILIES.items() if kind.n_objects == 0 and not words & set(name.split("_")))
+        other = next(other for name, other in TASK_FAMILIES.items() if other.n_objects == 0 and not words & set(name.split("_")))
         return other.templates[0]
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Carry out one action; values beyond the card's range are clipped, as a robot's controller does.
+        """Execute one action; values outside the card's range are clipped, as a robot's controller does.
 
-        While a task shows its cue, arm and gripper are held still whatever the action: a pose that the cue has changed would
-        remember it for the policy.
+        While a memory task shows its cue, arm and gripper are held still, so that a policy cannot encode the cue in its pose.
         """
         spec = self.action_spec
         action = np.clip(np.asarray(action, np.float64), spec.low, spec.high)
@@ -117,10 +118,10 @@ class Tabletop(gymnasium.Env):
         else:
             self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
         self.n_steps += 1
-        ALL_FAMILIES[self.task.family].tick(self.world, self.n_steps)
+        ALL_FAMILIES[self.task.family].step_scene(self.world, self.n_steps)
         is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)
-        self._story.note(self.world)
-        failure = "" if is_success else self._story.failure(self.world)  # what it would be if the episode ended here
+        self._failure_classifier.update(self.world)
+        failure = "" if is_success else self._failure_classifier.failure(self.world)  # if the episode ended here
         info = {"family": self.task.family, "is_success": is_success, "failure": failure}
         return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
 
@@ -151,7 +152,7 @@ class Tabletop(gymnasium.Env):
         return {**images, "state": self.world.state(), "instruction": self.task.instruction}
 
     def close(self) -> None:
-        """Free the renderers; the environment draws again if it is used again."""
+        """Free the renderers; the environment makes new ones if it is used again."""
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()

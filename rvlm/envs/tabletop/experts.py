@@ -1,8 +1,7 @@
-"""Scripted experts: what to do next, from the present true state alone.
+"""Scripted experts: the next command, from the present true state alone.
 
-No expert keeps a phase: the same state and task always get the same answer, so a disturbed episode is corrected from
-wherever it went, and outside the families that need memory every answer is a correct label for a policy that sees one
-observation.
+Experts are stateless: a command depends on the true state and the task alone, so that an expert recovers from any perturbation,
+and, outside the memory families, every command is a correct label for a policy of a single observation.
 """
 
 from collections.abc import Callable
@@ -11,16 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from rvlm.envs.tabletop.scene import HALF
-from rvlm.envs.tabletop.tasks import DIRECTIONS, Task, cued_side, is_held
+from rvlm.envs.tabletop.success import DIRECTIONS, Task, cued_side, is_held
 from rvlm.envs.tabletop.world import World
 
-CLEAR = 0.085  # height above the table at which nothing is in the way [m]
+CLEAR = 0.085  # height above the table that clears all objects [m]
 CARRY = 0.115  # height of the tool centre point when carrying [m]
 RISE = 0.02  # of a held object in one control step [m]; wide fingers roll a cylinder out when they rise faster
 
 
 class Command(NamedTuple):
-    """Where the hand should be next: position (3,) [m] world frame, yaw [rad], and whether the fingers are open."""
+    """Target of the hand: position (3,) [m] world frame, yaw [rad], and whether the fingers are open."""
 
     pos: np.ndarray
     is_open: bool
@@ -28,7 +27,7 @@ class Command(NamedTuple):
 
 
 def _reach(world: World, goal: np.ndarray, is_open: bool, clear: float = CLEAR, near: float = 0.016) -> Command:
-    """Go to `goal` from above: up where something may be in the way, across, then down."""
+    """Go to `goal` from above: up to a clear height, across, then down."""
     tcp, over = world.pos_tcp_world, max(clear, goal[2] + 0.05)
     distance = float(np.linalg.norm(goal[:2] - tcp[:2]))
     if distance < near or (distance < 2.5 * near and tcp[2] < goal[2] + 0.02):
@@ -57,7 +56,7 @@ def lift(world: World, task: Task) -> Command:
 def _press_along(
     world: World, at: np.ndarray, direction: np.ndarray, reach: float, height: float, clear: float = CLEAR
 ) -> Command:
-    """Get behind `at` (2,) with closed fingers and push along `direction`, both in the world's xy plane [m]."""
+    """Move behind `at` (2,) with closed fingers and push along `direction`, both in the world's xy plane [m]."""
     tcp = world.pos_tcp_world
     along = float((tcp[:2] - at) @ direction)
     aside = float((tcp[:2] - at) @ (-direction[1], direction[0]))
@@ -75,7 +74,7 @@ def _push(direction: str) -> Callable[[World, Task], Command]:
 
 
 def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Command:
-    """Take object `i` to `goal` (3,) [m] and let go; once it lies there, back away upwards."""
+    """Carry object `i` to `goal` (3,) [m] and release it; once it lies there, move up."""
     pos, tcp = world.pos_object(i), world.pos_tcp_world
     offset = goal - pos
     if np.abs(offset[:2]).max() < 1.5 * near and abs(offset[2]) < 0.008:
@@ -96,7 +95,7 @@ def place_in_zone(world: World, task: Task) -> Command:
 
 
 def place_in_drawer(world: World, task: Task) -> Command:
-    """Let the object go over the middle of the open drawer."""
+    """Release the target over the middle of the open drawer."""
     goal = np.add(world.pos_handle, (-0.076, 0, 0.065))
     offset = np.abs(goal - world.pos_object(task.target_object))
     if offset[:2].max() < 0.016 and is_held(world, task.target_object):
@@ -121,7 +120,7 @@ def _rotate(sign: int) -> Callable[[World, Task], Command]:
 
 
 def _drawer(shift: float) -> Callable[[World, Task], Command]:
-    """Close the fingers on the handle and take it along x by `shift` [m]."""
+    """Grasp the handle and move it along x by `shift` [m]."""
 
     def move(world: World, task: Task) -> Command:
         goal = world.pos_handle
@@ -149,9 +148,9 @@ def _slide(sign: int) -> Callable[[World, Task], Command]:
 
 
 def slider_by_light(world: World, task: Task) -> Command:
-    """Hold still while the cue is shown, go over the middle of the slider, and only there choose the side.
+    """Hold still while the cue is shown, move over the middle of the slider, and choose the side only there.
 
-    The environment ignores motion during the cue: it would write the side into the hand's pose, and no memory would be needed.
+    The environment ignores motion during the cue; otherwise the hand's pose could encode the side.
     """
     if world.is_cue_shown:
         return Command(world.pos_tcp_world, False)
@@ -180,21 +179,21 @@ EXPERTS: dict[str, Callable[[World, Task], Command]] = {
 
 
 def _holds_handle(world: World) -> bool:
-    """Whether the fingers are still closed around the drawer's handle, from a task before."""
+    """Whether the fingers are still closed around the drawer's handle, from the previous task."""
     return bool(np.linalg.norm(world.pos_tcp_world - world.pos_handle) < 0.03 and 0.006 < world.opening < 0.03)
 
 
-def _let_go(world: World) -> Command:
+def _release(world: World) -> Command:
     return Command(np.add(world.pos_tcp_world, (0.01, 0, 0)), True)
 
 
 def expert_delta(world: World, task: Task) -> tuple[np.ndarray, np.ndarray, bool]:
-    """What the expert would do now.
+    """The expert's command in the present state.
 
     Returns:
-        Wanted shift (3,) [m], wanted turn (3,) as axis-angle [rad] that also levels the hand, and whether the fingers
-        are to be open; all in the world frame and not yet limited to what one action can do.
+        Translation (3,) [m] and rotation (3,) as axis-angle [rad], which also levels the hand, to the target pose, and whether
+        the fingers should be open; in the world frame, not limited to the range of one action.
     """
-    command = _let_go(world) if _holds_handle(world) and "drawer" not in task.family else EXPERTS[task.family](world, task)
+    command = _release(world) if _holds_handle(world) and "drawer" not in task.family else EXPERTS[task.family](world, task)
     tilt = world.tilt
     return command.pos - world.pos_tcp_world, np.array([-tilt[0], -tilt[1], command.yaw - tilt[2]]), command.is_open

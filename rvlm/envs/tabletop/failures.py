@@ -1,29 +1,29 @@
-"""Why an episode was not solved, read from the simulator's true state."""
+"""Classification of failed episodes, from the simulator's true state."""
 
 import numpy as np
 
 from rvlm.envs.tabletop.scene import N_OBJECTS
-from rvlm.envs.tabletop.tasks import Task, is_held
+from rvlm.envs.tabletop.success import Task, is_held
 from rvlm.envs.tabletop.world import World
 
-GRASPED = ("lift", "place", "stack", "rotate")  # first words of families whose object must be held
+GRASPED = ("lift", "place", "stack", "rotate")  # first words of families whose object must be grasped
 FIXTURE = {"open": "drawer", "close": "drawer", "drawer": "drawer", "turn": "light", "move": "slider", "slider": "slider"}
 MOVED, NEAR = 0.03, 0.05  # [m]
 FAILURES = ("wrong object", "wrong way", "missed grasp", "dropped", "timed out")
 
 
 class FailureClassifier:
-    """What has happened in an episode, as far as it explains a failure.
+    """Classify the failure of an episode from the states that `update` was given.
 
     Args:
-        world: As the episode begins.
-        task: What was asked.
+        world: At the start of the episode.
+        task: Of the episode.
     """
 
     def __init__(self, world: World, task: Task) -> None:
         self.task = task
         self._objects = self._positions(world)
-        self._fixtures = self._travels(world)
+        self._fixtures = self._fixture_positions(world)
         self.was_held = self.was_tried = False  # the target between closed fingers; fingers closed beside it
 
     @staticmethod
@@ -31,15 +31,15 @@ class FailureClassifier:
         return np.array([world.pos_object(i) for i in range(N_OBJECTS)])
 
     @staticmethod
-    def _travels(world: World) -> dict[str, float]:
+    def _fixture_positions(world: World) -> dict[str, float]:
         return {
             "drawer": world.joint_position("drawer"),
             "slider": world.joint_position("slider"),
             "light": MOVED * 2 * world.is_light_on,
         }
 
-    def note(self, world: World) -> None:
-        """Take in the state after a control step."""
+    def update(self, world: World) -> None:
+        """Add the state after a control step."""
         if self.task.target is None:
             return
         self.was_held |= is_held(world, self.task.target)
@@ -47,12 +47,12 @@ class FailureClassifier:
         self.was_tried |= bool(is_near and world.opening < world.arm.opening - 0.01)
 
     def failure(self, world: World) -> str:
-        """Which of `FAILURES` explains an episode that ends here unsolved."""
+        """The kind of failure, of `FAILURES`, if the episode ended now without success."""
         moved = np.linalg.norm(self._positions(world) - self._objects, axis=1)
-        travelled = {name: abs(value - self._fixtures[name]) for name, value in self._travels(world).items()}
+        fixture_moved = {name: abs(value - self._fixtures[name]) for name, value in self._fixture_positions(world).items()}
         family, target = self.task.family.split("_")[0], self.task.target
-        own = moved[target] if target is not None else travelled.pop(FIXTURE[family], 0.0)
-        others = max([*np.delete(moved, [i for i in (target, self.task.other) if i is not None]), *travelled.values()])
+        own = moved[target] if target is not None else fixture_moved.pop(FIXTURE[family], 0.0)
+        others = max([*np.delete(moved, [i for i in (target, self.task.other) if i is not None]), *fixture_moved.values()])
         if family in GRASPED and self.was_held:
             return "timed out" if is_held(world, self.task.target_object) else "dropped"
         if own < MOVED < others:

@@ -1,6 +1,6 @@
-"""The simulated world: one MuJoCo model of scene and arm, read and set by the names of the field.
+"""The simulated world: one MuJoCo model of scene and arm, and its true state.
 
-Everything that tasks, experts and question generators may know of the true state stands here; policies never see it.
+Tasks, experts and question generators read the true state here; policies never do.
 """
 
 import mujoco
@@ -48,12 +48,12 @@ class World:
 
     Args:
         robot: One of `ROBOTS`.
-        setting: Domain switches; they act at the next `scatter`.
+        setting: Domain shifts; they take effect at the next `randomize`.
 
     Attributes:
         objects: Colour and shape of each object, as words.
         is_light_on: Whether the button has switched the light on.
-        is_cue_shown: Whether the task shows a cue at its beginning and still shows it; the robot is then to be held still.
+        is_cue_shown: Whether the cue of a memory task is still shown; the robot is then held still.
         first_side: Side to which the slider was moved first in this task: -1 for left, 1 for right, 0 for none yet.
     """
 
@@ -86,7 +86,7 @@ class World:
         self._defaults = {n: getattr(model, n).copy() for n in ("light_diffuse", "light_pos", "cam_pos")}
         self._body_pos = model.body_pos.copy()
 
-    # -- what is where -------------------------------------------------------------------------------------------
+    # -- reading the true state -------------------------------------------------------------------------------------------
     @property
     def pos_tcp_world(self) -> np.ndarray:
         """Tool centre point between the fingertips (3,) [m]."""
@@ -116,7 +116,7 @@ class World:
         return self.data.qpos[self._object_q[i] : self._object_q[i] + 3]
 
     def yaw_object(self, i: int) -> float:
-        """Turn of object `i` about the vertical [rad]."""
+        """Rotation of object `i` about the vertical [rad]."""
         w, x, y, z = self.data.qpos[self._object_q[i] + 3 : self._object_q[i] + 7]
         return float(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)))
 
@@ -134,7 +134,7 @@ class World:
         return float(self.data.qpos[self._fixture_q[name]])
 
     def project(self, pos_world: np.ndarray, camera: str = "static") -> np.ndarray:
-        """Where a point (3,) [m] falls in a camera's image: (column, row) in [0, 1], origin top left."""
+        """Projection of a point (3,) [m] into a camera's image: (column, row) in [0, 1], origin top left."""
         cam = self.model.camera(camera).id
         x, y, z = self.data.cam_xmat[cam].reshape(3, 3).T @ (pos_world - self.data.cam_xpos[cam])
         focal = 0.5 / np.tan(np.deg2rad(self.model.cam_fovy[cam]) / 2)
@@ -142,31 +142,31 @@ class World:
         return np.array([0.5 + focal * x / depth, 0.5 - focal * y / depth])
 
     def begin_task(self, has_cue: bool) -> None:
-        """A new task in the present scene: its cue, if it has one, is to be seen, and nothing has been done yet."""
+        """Reset what depends on the task: its cue is shown if it has one, and the slider has not been moved yet."""
         self.is_cue_shown, self.first_side = has_cue, 0
 
-    # -- making a scene ------------------------------------------------------------------------------------------
-    def scatter(self, rng: np.random.Generator) -> None:
-        """Draw a new scene: fixtures, objects, looks and the arm's start pose, all from `rng`."""
+    # -- randomizing the scene ------------------------------------------------------------------------------------------
+    def randomize(self, rng: np.random.Generator) -> None:
+        """Sample a new scene: fixtures, objects, appearance and the arm's start pose, all from `rng`."""
         mujoco.mj_resetData(self.model, self.data)
         self.model.body_pos[:] = self._body_pos
         self.is_light_on, self._is_button_armed = bool(rng.random() < 0.5), True
-        self._scatter_fixtures(rng)
-        self._scatter_objects(rng)
-        self._scatter_looks(rng)
+        self._randomize_fixtures(rng)
+        self._randomize_objects(rng)
+        self._randomize_appearance(rng)
         self._show_light()
         mujoco.mj_forward(self.model, self.data)
         self.start_arm(rng)
         mujoco.mj_step(self.model, self.data, nstep=4)
 
-    def _scatter_fixtures(self, rng: np.random.Generator) -> None:
+    def _randomize_fixtures(self, rng: np.random.Generator) -> None:
         spread = {"cabinet": (0.025, 0.02), "switch": (0.07, 0.02), "rail": (0.01, 0.03)}
         for name, (dx, dy) in spread.items():
             self.model.body_pos[self._bodies[name], :2] += rng.uniform((-dx, -dy), (dx, dy))
-        self.set_travel("drawer", rng.choice((0.0, 0.105)))
-        self.set_travel("slider", rng.uniform(-0.08, 0.08))
+        self.set_joint_position("drawer", rng.choice((0.0, 0.105)))
+        self.set_joint_position("slider", rng.uniform(-0.08, 0.08))
 
-    def _scatter_objects(self, rng: np.random.Generator) -> None:
+    def _randomize_objects(self, rng: np.random.Generator) -> None:
         colors = UNSEEN_COLORS if self.setting.target else COLORS
         words = [str(c) for c in rng.permutation(list(colors))[:N_OBJECTS]]
         words += [str(c) for c in rng.permutation(list(COLORS))[: N_OBJECTS - len(words)]]
@@ -184,7 +184,7 @@ class World:
             )
 
     def _spots(self, rng: np.random.Generator, n: int, gap: float = 0.1) -> list[np.ndarray]:
-        """`n` places (2,) [m] at least `gap` apart; starts over when it has painted itself into a corner."""
+        """`n` positions (2,) [m] at least `gap` apart, by rejection sampling with restarts."""
         while True:
             spots: list[np.ndarray] = []
             for _ in range(60):
@@ -201,7 +201,7 @@ class World:
         self.model.geom_condim[geom] = 6 if shape == "ball" else 4  # rolling friction stops a ball
         self.model.geom_rgba[geom, :3] = {**COLORS, **UNSEEN_COLORS}[color]
 
-    def _scatter_looks(self, rng: np.random.Generator) -> None:
+    def _randomize_appearance(self, rng: np.random.Generator) -> None:
         model, setting = self.model, self.setting
         for name, value in self._defaults.items():
             getattr(model, name)[:] = value
@@ -213,17 +213,17 @@ class World:
         model.cam_pos[self._camera] += rng.uniform(-1, 1, 3) * setting.camera_shift
 
     def place_object(self, i: int, pos_world: np.ndarray, yaw: float = 0.0) -> None:
-        """Put object `i` at `pos_world` (3,) [m], at rest, turned by `yaw` [rad]."""
+        """Put object `i` at `pos_world` (3,) [m], at rest, rotated by `yaw` [rad]."""
         adr, vel = self._object_q[i], self._object_v[i]
         self.data.qpos[adr : adr + 7] = [*pos_world, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         self.data.qvel[vel : vel + 6] = 0
 
-    def set_travel(self, name: str, value: float) -> None:
+    def set_joint_position(self, name: str, value: float) -> None:
         """Set the joint position [m] of "drawer", "button" or "slider"."""
         self.data.qpos[self._fixture_q[name]] = value
 
     def set_light(self, is_on: bool) -> None:
-        """Switch the light and show it."""
+        """Switch the light on or off."""
         self.is_light_on = is_on
         self._show_light()
 
@@ -257,10 +257,10 @@ class World:
         return np.clip(self.data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
 
     def move(self, delta_pos: np.ndarray, delta_rotvec: np.ndarray, is_open: bool, duration_s: float) -> None:
-        """Go to the pose that lies `delta_pos` [m] and `delta_rotvec` [rad] away, world frame; simulate `duration_s`.
+        """Move by `delta_pos` [m] and `delta_rotvec` [rad], world frame; simulate `duration_s`.
 
-        Position is taken from where the hand is, so nothing winds up when the arm is blocked; rotation from where it
-        was told to be, so that contacts do not turn the hand for good.
+        The position target starts from the measured position, so that it does not wind up when the arm is blocked; the rotation
+        target from the last target, so that contacts do not rotate the hand permanently.
         """
         self.target_pos = np.clip(self.pos_tcp_world + delta_pos, WORKSPACE_LOW, WORKSPACE_HIGH)
         self.target_rotation = rotation_matrix(delta_rotvec) @ self.target_rotation
@@ -269,13 +269,13 @@ class World:
         for part in (n_steps // 2, n_steps - n_steps // 2):
             self.data.ctrl[: len(self._q)] = self._solve()
             mujoco.mj_step(self.model, self.data, nstep=part)
-        self._switch()
+        self._update_button()
 
     def hold(self, duration_s: float) -> None:
-        """Stay where the arm is, fingers as they were told; simulate `duration_s`."""
+        """Hold the pose and the fingers' last command; simulate `duration_s`."""
         self.move(np.zeros(3), np.zeros(3), bool(self.data.ctrl[-1] > 0), duration_s)
 
-    def _switch(self) -> None:
+    def _update_button(self) -> None:
         """Toggle the light once per press of the button."""
         pressed = self.joint_position("button")
         if self._is_button_armed and pressed > 0.008:
