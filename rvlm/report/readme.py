@@ -20,8 +20,8 @@ class Row(NamedTuple):
 
     Attributes:
         finding: its name.
-        claim: as the finding states it.
-        text: what is claimed, short, in the field's words.
+        claim: as the finding states it (regular expression: later runs may state it in other words).
+        text: what is claimed, short, in the field's terms.
         paper: what was published of it: benchmark, split, and its two settings in `published`; or none.
         times: episodes of each training, in multiples of the finding's n.
     """
@@ -48,7 +48,11 @@ BOARD = (
         "VL pre-training¹, policy head with memory",
         ("calvin", "ABCD->D", "vl_pretrained", "no_vl_pretraining"),
     ),
-    Row("09_ablations", "With new words, having heard any wording", "varied wordings in training, asked in new words"),
+    Row(
+        "09_ablations",
+        "With (new words, having heard any wording|novel instructions, after training on paraphrases)",
+        "paraphrased instructions in training, evaluated on novel ones",
+    ),
     Row("09_ablations", "a chunk of 4 beats single actions", "predicting 4 actions, not 1 (the first is executed)"),
     Row(
         "08_cross_embodiment",
@@ -72,15 +76,17 @@ BOARD = (
 
 
 UNADJUSTED = (
-    "Intervals are unadjusted, words are adjusted: an interval is that of the bootstrap over trainings and episodes that was "
-    "recorded in the run, whose episodes were not kept. Words are recomputed from the intervals by Student's t over trainings, "
-    "adjusted for all contrasts of the notebook (Holm); so one that leaves out zero may be undecided."
+    "Intervals are unadjusted, verdicts are adjusted: an interval is that of the bootstrap over trainings and episodes that was "
+    "recorded in the run, whose episodes were not kept. Verdicts are recomputed from the intervals by Student's t over "
+    "trainings, adjusted for all contrasts of the notebook (Holm); so a contrast whose interval excludes zero may be undecided."
 )
-ADJUSTED = "Intervals are over trainings and episodes; they and the words are adjusted for all contrasts of the notebook (Holm)."
+ADJUSTED = (
+    "Intervals are over trainings and episodes; they and the verdicts are adjusted for all contrasts of the notebook (Holm)."
+)
 
 
 def board(results: Path) -> str:
-    """What was found with enough trainings for a verdict: a Markdown table of short cells, from profile full only."""
+    """The findings with enough trainings for a verdict: a Markdown table of short cells, from profile full only."""
     found = {record["name"]: record for record in load_findings(results / FULL)}
     rows = [_board_row(row, found[row.finding]) for row in BOARD if row.finding in found]
     is_old = any("said" in found[row.finding] for row in BOARD if row.finding in found)
@@ -91,8 +97,8 @@ def board(results: Path) -> str:
 
 
 def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
-    said = re.search(rf"{re.escape(row.claim)}[^.;]*", record["sentence"])
-    text = said.group() if said else ""
+    stated = re.search(rf"{row.claim}[^.;]*", record["sentence"])
+    text = stated.group() if stated else ""
     at, low, high = (int(x) for x in re.findall(r"[+-]\d+", text)[:3]) if len(re.findall(r"[+-]\d+", text)) >= 3 else (0, 0, 0)
     word = next(iter(re.findall(rf"{WORDS.pattern}|no verdict", text)), "–")
     size = f"{trainings_of(record)} x {row.times * record['n']}"
@@ -108,17 +114,17 @@ def _theirs(paper: tuple[str, ...]) -> str:
 
 
 def _pretraining(found: dict[str, dict[str, Any]]) -> str:
-    """What the word means here, with sizes."""
+    """The footnotes: what pre-training means here, with its sizes, and what else the rows need."""
     made = json.loads((PACKAGE / "assets" / "small-vlm" / "made.json").read_text())["stages"]
     samples = sum(stage["n_samples"] for stage in made)
     frames = found["09_ablations"]["numbers"]["frames"] if "09_ablations" in found else None
     times = f", {samples / frames:.0f} times the {frames:,} frames of a robot training" if frames else ""
     return (
         f"¹ Pre-training in domain: {samples:,} samples of questions about rendered scenes of this same simulator, labelled by "
-        f"the renderer{times}; the paper's is web data. ² The budget passes over the few own demonstrations many times, so part "
-        "of the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
-        "such start for all trainings. Corrections come with those 60 demonstrations, against them alone. Paper: with / without; "
-        "CALVIN's mean number of tasks in a row, or success in SimplerEnv."
+        f"the renderer{times}; the paper's is web data. ² The budget is many epochs of the few own demonstrations, so part of "
+        "the gain may be less overfitting; co-training differs in two things. ³ Trained on this robot's other tasks too; one "
+        "such policy as the start of all trainings. Corrections come with those 60 demonstrations; the baseline has them alone. "
+        "Paper: with / without; CALVIN's mean number of tasks in a row, or success in SimplerEnv."
     )
 
 
@@ -159,13 +165,13 @@ def success(results: Path, notebooks: Path | None = None) -> str:
         return ""
     rate = record["interval"]["shipped policy"]
     return (
-        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in scenes that it never saw (95 % "
+        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in unseen scenes (95 % "
         f"interval {100 * rate['low']:.0f} to {100 * rate['high']:.0f} %); without language or with black images, next to none.\n"
     )
 
 
 def taken_back(results: Path, notebooks: Path | None = None) -> str:
-    """What is withdrawn, a line each, without its numbers."""
+    """The withdrawn statements, a line each, without their numbers."""
     found = [*load_findings(results), *load_findings(results / FULL)]
     lines: dict[str, set[str]] = {}
     for record in found:
@@ -190,7 +196,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def updated_readme(readme: Path, notebooks: Path | None = None, results: Path | None = None) -> str:
-    """The README's text with its computed parts made anew, each between its two markers.
+    """The README's text with its computed parts recomputed, each between its two markers.
 
     Raises:
         ValueError: the markers of a part are not there once each, in their order.
