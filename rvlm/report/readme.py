@@ -51,7 +51,7 @@ BOARD = (
     Row(
         "09_ablations",
         "With (new words, having heard any wording|novel instructions, after training on paraphrases)",
-        "paraphrased instructions in training, evaluated on novel ones",
+        "training on paraphrases, evaluated on novel instructions",
     ),
     Row("09_ablations", "a chunk of 4 beats single actions", "predicting 4 actions, not 1 (the first is executed)"),
     Row(
