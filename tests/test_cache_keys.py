@@ -59,7 +59,7 @@ def test_a_stage_is_named_by_its_datas_content(home, toy_vlm, tmp_path):
 def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm, toy_demos, monkeypatch):
     folders = {name: a_stage(toy_demos, toy_vlm, precision=name).folder for name in ("auto", "fp32", "bf16")}
     assert folders["auto"] == folders["fp32"] != folders["bf16"]
-    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     assert a_stage(toy_demos, toy_vlm).folder == folders["bf16"]
 
 

@@ -6,7 +6,7 @@ from toy_data import TEXTS
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.checkpoints import make_policy
-from rvlm.training.stage_data import RobotCollator
+from rvlm.policy.collation import RobotCollator
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}

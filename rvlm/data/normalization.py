@@ -6,14 +6,10 @@ dimension and per dataset.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from rvlm.data.tables import column_of, episode_numbers, read_table
 
 KINDS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -133,26 +129,6 @@ class NormStats:
             raise SpecMismatch(f"statistics: expected fields {sorted(known)}, got {sorted(values)}")
         arrays = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if k not in ("count", "kind", "passthrough")}
         return cls(**arrays, count=values["count"], kind=values["kind"], passthrough=tuple(values["passthrough"]))
-
-    @classmethod
-    def from_parquet(
-        cls,
-        root: str | Path,
-        column: str,
-        episodes: Iterable[int] | np.ndarray | Any | None = None,
-        kind: str = "q01_q99",
-        passthrough: tuple[int, ...] = (),
-    ) -> NormStats:
-        """Statistics of a LeRobot dataset's column over the given (training) episodes; no video is decoded."""
-        accumulator = StatsAccumulator()
-        wanted = None if episodes is None else episode_numbers(episodes)
-        for path in sorted(Path(root).glob("data/*/*.parquet")):
-            table = read_table(path, [column, "episode_index"])
-            values = column_of(table, column, path)
-            if wanted is not None:
-                values = values[np.isin(column_of(table, "episode_index", path)[:, 0], wanted)]
-            accumulator.update(values)
-        return accumulator.finish(kind, passthrough)
 
 
 class StatsAccumulator:

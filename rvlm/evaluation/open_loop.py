@@ -11,9 +11,9 @@ import pandas as pd
 
 from rvlm.data.windows import Windows
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, others_instructions, tell
+from rvlm.policy.collation import RobotCollator
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.statistics import mean_interval
-from rvlm.training.stage_data import RobotCollator
 
 
 def predict_chunks(
@@ -39,7 +39,7 @@ def predict_chunks(
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
-        batch = collate([model.condition_on_embodiment(robot, sample) for sample in change(samples)])
+        batch = collate([model.conditioning(robot, sample) for sample in change(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)

@@ -19,8 +19,8 @@ import torch
 
 from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS
 from rvlm.statistics import Rate, wilson
-from rvlm.training.stage_data import VQACollator, encode_vqa
 from rvlm.vlm.prompts import PromptBuilder, pad
+from rvlm.vlm.question_answering import VQACollator, encode_vqa
 
 LOCATION = re.compile(r"<loc(\d+)>")
 GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens

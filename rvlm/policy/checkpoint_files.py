@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from rvlm.files import config_hash
 from rvlm.policy.config import VLAConfig, check_structure
-from rvlm.policy.mixtures import embodiments_of
+from rvlm.policy.embodiments import embodiments_of
 from rvlm.vlm.processors import ACT, load_processor
 
 CONFIG = "config.json"

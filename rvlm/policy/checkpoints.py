@@ -12,7 +12,6 @@ from rvlm.policy import hub
 from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
 from rvlm.policy.model import VLA
 from rvlm.policy.pretrained import held, non_backbone_weights
-from rvlm.vlm import adapters
 from rvlm.vlm.backbones import freeze_unused, load_backbone
 from rvlm.vlm.processors import ACT, load_processor
 
@@ -106,6 +105,8 @@ def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] |
             f"expected weights under adapters that can be loaded again, got random ones with finetuning={finetuning!r}"
         )
     if finetuning != "head":
+        from rvlm.vlm import adapters  # and with it peft, which takes seconds
+
         model.register_adapters(adapters.add_lora(model.backbone, finetuning, rank, model.config.act_id))
     if base is not None:
         model.config.base_model = {**base, "finetuning": finetuning, "precision": precision}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import PreTrainedModel
 
 from rvlm.data.actions import ActionSpec
@@ -14,7 +15,20 @@ from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
 
 
-def appends(model: PreTrainedModel, processor: Any) -> bool:
+def parameter_summary(model: PreTrainedModel) -> pd.DataFrame:
+    """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
+    rows, counted = [], set()
+    embeddings = {"token embeddings": model.get_input_embeddings()}
+    for name, part in (embeddings | dict(model.base_model.named_children()) | {"rest (language-model head)": model}).items():
+        new = {id(p): p.numel() for p in part.parameters() if id(p) not in counted}
+        counted |= set(new)
+        blocks = max([len(m) for m in part.modules() if isinstance(m, torch.nn.ModuleList)] or [0])
+        rows.append({"part": name, "class": type(part).__name__, "blocks": blocks, "parameters": sum(new.values())})
+    table = pd.DataFrame(rows)
+    return table.assign(**{"share [%]": 100 * table["parameters"] / table["parameters"].sum()})
+
+
+def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
     """Whether an interleaved policy of this model passes each observation through it once, tried with three.
 
     Else the whole window is computed again at every step (`rvlm.policy.observation_history.UncachedSequence`).
@@ -66,7 +80,7 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
         "several images": "yes" if has_several else "no",
         "prompt": prompter.text("…").split(ACT)[0],
         "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
-        "an observation is read once": kept[appends(model, processor)] if is_in_order and has_several else "–",
+        "an observation is read once": kept[can_append_to_cache(model, processor)] if is_in_order and has_several else "–",
         "pads on the": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,
         "type": str(model.dtype).removeprefix("torch."),

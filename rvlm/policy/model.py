@@ -8,7 +8,6 @@ enter as learned offsets of that token's input embedding, and so does the robot,
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
@@ -16,8 +15,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
-from rvlm.policy.heads import HEADS, HISTORIES, TokensHead
-from rvlm.policy.mixtures import Embodiment, embodiments_of, reorder_state, with_embodiment_name
+from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of
+from rvlm.policy.heads import HEADS, TokensHead
+from rvlm.policy.histories import HISTORIES
 from rvlm.policy.pretrained import SavedPolicy
 from rvlm.vlm.backbones import action_query_states
 from rvlm.vlm.causality import ensure_causal_attention
@@ -69,7 +69,7 @@ class VLA(SavedPolicy):
         Statistics that it knows already stay as they are: what was learned was learned in them.
         """
         known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
-        met = list(dict.fromkeys([*self._embodiment_ids(), *(robot.spec.dataset for robot in robots)]))
+        met = list(dict.fromkeys([*self.conditioning.ids, *(robot.spec.dataset for robot in robots)]))
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
         if self.embodiment_embedding is not None and len(met) > MAX_EMBODIMENTS:
             raise ValueError(
@@ -80,25 +80,11 @@ class VLA(SavedPolicy):
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
 
-    def align_state(self, robot: Embodiment, state: np.ndarray) -> np.ndarray:
-        """A robot's normalised state (..., s) as the policy takes it: in the order of the robot that it is for, by name.
-
-        Where each robot has a token of its own, the number of this one stands behind it: (..., s + 1).
-        """
-        state = reorder_state(state, robot.spec.state_names, self.spec.state_names)
-        if self.embodiment_embedding is None:
-            return state
-        number = self._embodiment_ids().index(robot.spec.dataset)
-        return np.concatenate([state, np.full((*state.shape[:-1], 1), number, state.dtype)], axis=-1)
-
-    def _embodiment_ids(self) -> list[str]:
-        return self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
-
-    def condition_on_embodiment(self, robot: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample of a robot as the policy takes it: its state by `align_state`, and its name before the instruction."""
-        told = sample["instruction"]
-        told = with_embodiment_name(robot.spec, told) if self.config.embodiment_conditioning == "name" else told
-        return {**sample, "state": self.align_state(robot, sample["state"]), "instruction": told}
+    @property
+    def conditioning(self) -> EmbodimentConditioning:
+        """How samples of its robots become its own; knows nothing of the network, so that a dataset may hold it."""
+        ids = self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
+        return EmbodimentConditioning(self.config.embodiment_conditioning, tuple(self.spec.state_names), tuple(ids))
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:
         """The robot of this spec, as it was when the policy was trained.
@@ -149,7 +135,7 @@ class VLA(SavedPolicy):
 
         Args:
             n: Observations.
-            state: (n, s) as `align_state` gives it; stands at the first `<act>` of each.
+            state: (n, s) as `conditioning` gives it; stands at the first `<act>` of each.
             tokens: (n, N) that the head is told in training.
 
         Raises:
@@ -169,7 +155,7 @@ class VLA(SavedPolicy):
         width = len(self.spec.state_names) + (self.embodiment_embedding is not None)
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"one of {state.shape[-1]}"
-            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.align_state` makes it of a robot's own")
+            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.conditioning` makes it of a robot's own")
         if self.embodiment_embedding is None:
             return cast(nn.Module, self.state_projector)(state)
         token = self.embodiment_embedding[state[:, -1].long()]
@@ -186,7 +172,7 @@ class VLA(SavedPolicy):
 
         Args:
             input_ids: (b, l), with n observations in all.
-            state: (n, s), as `align_state` gives it.
+            state: (n, s), as `conditioning` gives it.
             tokens: (n, N), the action tokens that the head is told in training.
             inputs: As `backbone_forward` takes them.
         """
@@ -201,7 +187,7 @@ class VLA(SavedPolicy):
         """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
 
         Args:
-            state: (b, t, s), as `align_state` gives it.
+            state: (b, t, s), as `conditioning` gives it.
             obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
             tokens: (b * t, N), the action tokens that the head is told in training.
             inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
@@ -226,7 +212,7 @@ class VLA(SavedPolicy):
         """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
 
         Args:
-            state: (b, t, s), as `align_state` gives it.
+            state: (b, t, s), as `conditioning` gives it.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
             action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
                 dimension that the robot does not have.

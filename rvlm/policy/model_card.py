@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rvlm.policy.mixtures import Embodiment
+from rvlm.policy.embodiments import Embodiment
 from rvlm.provenance import provenance
 from rvlm.statistics import Rate
 

@@ -23,7 +23,7 @@ class SingleObservation:
         self._inputs: dict[str, torch.Tensor] = {}
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
-        """Take in images (n, cameras, h, w, 3) uint8, state (n, s) as `align_state` gives it, and instructions of n robots."""
+        """Add one observation of n robots: images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.conditioning` gives it."""
         self._inputs = {**_prompts(self.model, self.prompter, images, instructions), "state": state[:, None]}
 
     def predict(self) -> torch.Tensor:
@@ -126,7 +126,7 @@ class KVCachedSequence(UncachedSequence):
         fast, slow = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
         for images in noise:
             at_rest = np.zeros((2, len(model.spec.state_names)), np.float32)
-            state = torch.as_tensor(model.align_state(model.embodiment(model.spec), at_rest), device=model.device)
+            state = torch.as_tensor(model.conditioning.align_state(model.embodiment(model.spec), at_rest), device=model.device)
             for memory in (fast, slow):
                 memory.add(images, state, ["lift it", "lift the other one"])
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2

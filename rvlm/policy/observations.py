@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.instructions import flaw_of
-from rvlm.policy.mixtures import Embodiment
+from rvlm.policy.embodiments import Embodiment
 
 FAR = 10.0  # spans of the training data beyond which a state is doubted
 LEAST_SPAN = 0.1  # of a quantity that hardly moved in training [m, or the card's unit]

@@ -156,7 +156,7 @@ class Policy:
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         told = [
-            self.model.condition_on_embodiment(self.robot, {"state": felt, "instruction": o["instruction"]})
+            self.model.conditioning(self.robot, {"state": felt, "instruction": o["instruction"]})
             for felt, o in zip(state, observations, strict=True)
         ]
         felt = torch.as_tensor(np.stack([t["state"] for t in told]), dtype=torch.float32, device=self.model.device)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -33,8 +32,15 @@ from rvlm.policy.checkpoint_files import (
 )
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model_card import model_card
-from rvlm.vlm import adapters
-from rvlm.vlm.backbones import LOAD_LOCK, check_loaded_weights, disable_bf16_repacking, load_backbone
+from rvlm.vlm.backbones import (
+    ADAPTERS,
+    LOAD_LOCK,
+    check_loaded_weights,
+    disable_bf16_repacking,
+    load_backbone,
+    state_dict_diff,
+)
+from rvlm.vlm.quantization import dtype_of, nf4_config
 
 CARD = "README.md"
 DOWNLOAD = {"cache_dir", "force_download", "local_files_only", "token"}  # options of fetching
@@ -52,8 +58,8 @@ class SavedPolicy(PreTrainedModel):
     adapters: Any
     processor: Any = None
 
-    def register_adapters(self, adapters: PeftModel | None) -> None:
-        """Remember the adapters that are in the backbone, to save and merge them."""
+    def register_adapters(self, adapters: Any) -> None:
+        """Remember the adapters (`peft.PeftModel`, or None) that are in the backbone, to save and merge them."""
         object.__setattr__(self, "adapters", adapters)  # not a part of this module: their weights are the backbone's
 
     def save_pretrained(
@@ -72,7 +78,7 @@ class SavedPolicy(PreTrainedModel):
     ) -> None:
         """Save weights, configuration, processor and model card, so that the folder is whole or says that it is not.
 
-        A backbone that stands still is not saved again but named in the configuration; its adapters are, in peft's own form.
+        A frozen backbone is referenced in the configuration, not stored; its adapters are stored in peft's own form.
         All is written beside the folder first; of a folder that exists the configuration goes first and comes back last.
 
         Args:
@@ -117,6 +123,8 @@ class SavedPolicy(PreTrainedModel):
 
     def _write(self, folder: Path, whole: dict[str, torch.Tensor], **options: Any) -> None:
         if self.config.base_model is not None and self.adapters is not None:
+            from rvlm.vlm import adapters  # and with it peft, which takes seconds
+
             inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
             adapters.save(self.adapters, folder, inner)
         kept = whole if self.config.base_model is None else non_backbone_weights(whole)
@@ -169,7 +177,7 @@ class SavedPolicy(PreTrainedModel):
 
         Raises:
             CheckpointError: Folder and file that are missing, cut short, of another version, or hold weights that are no numbers.
-            ValueError: A weight is missing, unexpected or misshapen.
+            ValueError: A weight is missing, unexpected or mismatched.
             TypeError: An option that policies do not have.
         """
         options = {name: value for name, value in options.items() if name not in AUTOMATIC}
@@ -198,7 +206,7 @@ class SavedPolicy(PreTrainedModel):
     def _whole(cls, folder: Path, config: Any, is_quantized: bool | None) -> Any:
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         if is_quantized:
-            options["quantization_config"] = adapters.nf4_config(folder, "backbone.")
+            options["quantization_config"] = nf4_config(folder, "backbone.")
         loaded: Any = super().from_pretrained(folder, config=config, **options)
         model, report = loaded
         check_loaded_weights(folder, report)
@@ -209,7 +217,9 @@ class SavedPolicy(PreTrainedModel):
     def _over(cls, folder: Path, config: Any, base_model: Any, is_quantized: bool | None, processor: Any) -> Any:
         model: Any = cls(config, cls._backbone(folder, config, base_model, is_quantized, processor))
         if config.base_model["finetuning"] != "head":
-            read_json(folder / adapters.FOLDER / "adapter_config.json")
+            from rvlm.vlm import adapters
+
+            read_json(folder / ADAPTERS / "adapter_config.json")
             model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
         model.fill(folder)
         return model
@@ -239,14 +249,16 @@ class SavedPolicy(PreTrainedModel):
         """Weights of a policy that was saved without its backbone from its folder; strictly.
 
         Raises:
-            ValueError: A weight is missing, unexpected or misshapen.
+            ValueError: A weight is missing, unexpected or mismatched.
         """
         folder = Path(folder)
         if self.adapters is not None:
-            header_of(folder / adapters.FOLDER / "adapter_model.safetensors")
+            from rvlm.vlm import adapters
+
+            header_of(folder / ADAPTERS / "adapter_model.safetensors")
             adapters.load_lora_weights(self.adapters, folder)
         saved = {name: value for path in weights_in(folder) for name, value in load_file(path).items()}
-        check_loaded_weights(folder, adapters.state_dict_diff(non_backbone_weights(self.state_dict()), saved))
+        check_loaded_weights(folder, state_dict_diff(non_backbone_weights(self.state_dict()), saved))
         self.load_state_dict(saved, strict=False)
 
     @classmethod
@@ -277,7 +289,7 @@ def _put(part: Path, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         old.unlink(missing_ok=True)
-    for inside in (adapters.FOLDER, hub.INSIDE):
+    for inside in (ADAPTERS, hub.INSIDE):
         shutil.rmtree(folder / inside, ignore_errors=True)
     for new in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
         new.replace(folder / new.name)
@@ -292,5 +304,5 @@ def held(vlm: Path, finetuning: str, precision: str = "auto") -> dict[str, Any]:
     """How the weights of a backbone are held: those that learn in full, others by `precision` or in 4 bits."""
     if finetuning == "full":
         return {}
-    dtype = adapters.dtype_of(precision)
-    return {"quantization": adapters.nf4_config(vlm, dtype=dtype)} if finetuning == "qlora" else {"dtype": dtype}
+    dtype = dtype_of(precision)
+    return {"quantization": nf4_config(vlm, dtype=dtype)} if finetuning == "qlora" else {"dtype": dtype}

@@ -1,4 +1,4 @@
-"""What a pass of a model keeps, needs at its worst, and computes: on tensors without data, or measured where it runs."""
+"""Memory and FLOPs of forward and backward: on fake tensors, or measured on the device."""
 
 import contextlib
 import gc
@@ -45,10 +45,7 @@ class _Peak(TorchDispatchMode):
 
 
 def profile_forward_backward(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -> tuple[float, float, float]:
-    """Bytes that a pass forwards keeps for the way back, most bytes alive at a time on both ways, and operations.
-
-    Weights are left out, their gradients are not.
-    """
+    """Bytes saved for backward, peak bytes during forward and backward, and FLOPs; weights are not counted, gradients are."""
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,7 +67,7 @@ def profile_forward_backward(model: torch.nn.Module, call: Callable[[], Any], is
 
 
 def materialise_fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
-    """Give weights without data a device; inside a `FakeTensorMode`."""
+    """Replace meta weights and buffers by fake tensors; inside a `FakeTensorMode`."""
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:

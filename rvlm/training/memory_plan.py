@@ -1,8 +1,8 @@
 """What a training step needs, before anything is downloaded: parameters, memory and time, from configurations alone.
 
-The language model's own code runs forwards and backwards on tensors without data, which tells what it would keep for the way
-back and how much it would compute. Source: bytes of 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al. 2023,
-arXiv 2305.14314), section 3; what is kept when layers are computed again, Chen et al. 2016 (arXiv 1604.06174).
+The language model's own code runs forward and backward on fake tensors, which tells what it saves for backward and how much it
+computes. Source: bytes of 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section
+3; gradient checkpointing, Chen et al. 2016 (arXiv 1604.06174).
 """
 
 import copy
@@ -23,12 +23,12 @@ from rvlm.files import PACKAGE
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model import VLA
 from rvlm.training.cost import materialise_fake, profile_forward_backward
-from rvlm.vlm import adapters
 from rvlm.vlm.backbones import language_model
+from rvlm.vlm.quantization import meta_model
 
 # Memory [GB], dense tensor cores [TFLOP/s] (16 bits in, 32 bits summed); source: NVIDIA's data sheets.
 GPUS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
-UTILISATION = 0.35  # share of a card's peak that training reaches; an assumption
+UTILISATION = 0.35  # share of a card's peak throughput that training reaches; an assumption
 CUDA_CONTEXT_BYTES = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
@@ -36,7 +36,7 @@ OPTIMIZER_BYTES = {
     "adamw_8bit": 2,
     "paged_adamw_8bit": 2,
     "sgd": 0,
-}  # bytes for each trained one
+}  # bytes of state for each trained parameter
 FOUR_BITS = (4 + 0.127) / 8  # bytes of a parameter with its share of the constants of quantisation
 HUB_CONFIGS = PACKAGE / "assets" / "shapes.json"  # configurations of models on the Hub
 
@@ -48,10 +48,10 @@ class Plan:
     Attributes:
         parameters: Of the whole policy.
         trained: Of these, how many learn.
-        weights, gradients, optimizer, activations: [byte]; `activations` is what is kept for the way back.
-        passing: Most that is there at a time on both ways, beside weights and optimizer [byte]: activations are freed as
-            gradients are made, and some room is worked in.
-        flops: Floating point operations, forwards and backwards.
+        weights, gradients, optimizer, activations: [byte]; `activations` are those saved for backward.
+        peak_activations: Peak during forward and backward, without weights and optimizer [byte]: activations are freed while
+            gradients are made, and kernels need workspace.
+        flops: Floating point operations of forward and backward.
     """
 
     parameters: int
@@ -60,13 +60,13 @@ class Plan:
     gradients: float
     optimizer: float
     activations: float
-    passing: float
+    peak_activations: float
     flops: float
 
     @property
     def peak(self) -> float:
         """Most memory at a time [byte]."""
-        return self.weights + self.optimizer + self.passing
+        return self.weights + self.optimizer + self.peak_activations
 
     def fits(self, card: str) -> bool:
         """Whether a card of `GPUS` holds it."""
@@ -79,8 +79,8 @@ class Plan:
 
 def hub_configs() -> dict[str, tuple[PreTrainedConfig, int]]:
     """Models on the Hub by name: configuration, and tokens of an image. Source: named in the file, for each."""
-    told = json.loads(HUB_CONFIGS.read_text())
-    return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in told.items()}
+    entries = json.loads(HUB_CONFIGS.read_text())
+    return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in entries.items()}
 
 
 def plans(
@@ -95,21 +95,21 @@ def plans(
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
 ) -> tuple[Plan, Plan]:
-    """What a training step needs as it is, and where layers are computed again on the way back.
+    """What a training step needs, without and with gradient checkpointing.
 
     Args:
         config: Of the vision-language model; nothing else of it is read.
         n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.inspect_vlm` tells.
         policy: Fields of `VLAConfig`: structure, head, window.
-        finetuning: What of the backbone learns (`rvlm.policy.checkpoints.set_trainable`).
+        finetuning: Which parts of the backbone are trained (`rvlm.policy.checkpoints.set_trainable`).
         rank: Of adapters.
         batch_size: Windows that are computed at once.
-        n_words: Tokens of an instruction with all that stands around it.
-        precision: "fp32", "bf16" or "fp16", of what is computed.
+        n_words: Tokens of the instruction and of the prompt template around it.
+        precision: "fp32", "bf16" or "fp16", of the computation.
         optimizer: Name in `OPTIMIZER_BYTES`.
 
     Raises:
-        ValueError: An optimizer of which it is not known what it keeps, or a family that is built otherwise.
+        ValueError: An optimizer of unknown state size, or a family of another architecture.
     """
     _refuse_unknown(config, optimizer)
     model, four_bits = _meta_policy(config, policy, finetuning, rank)
@@ -124,9 +124,9 @@ def plans(
     if model.config.structure != "interleaved":
         rows, length = batch_size * t, n_words + per_step
     kept, most, flops = _language_model(model, rows, length, precision)
-    borders = language.num_hidden_layers * rows * length * language.hidden_size * (4 if finetuning == "full" else half)
-    one_layer = kept / language.num_hidden_layers  # with what enters each, all that is there of the pass when it is taken again
-    passes = (kept, most, flops), (borders + one_layer, borders + one_layer + most - kept, flops * 4 / 3)
+    layer_inputs = language.num_hidden_layers * rows * length * language.hidden_size * (4 if finetuning == "full" else half)
+    one_layer = kept / language.num_hidden_layers  # activations of the one layer that is recomputed
+    passes = (kept, most, flops), (layer_inputs + one_layer, layer_inputs + one_layer + most - kept, flops * 4 / 3)
     held = {
         "parameters": n_trained + sum(frozen.values()),
         "trained": n_trained,
@@ -135,29 +135,29 @@ def plans(
         "optimizer": float(OPTIMIZER_BYTES[optimizer] * n_trained),
     }
     towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=finetuning == "full")
-    plain, again = (
+    plain, checkpointed = (
         Plan(
             **held,
-            activations=kept + seen,
-            passing=max(most + seen, held["gradients"] + most_seen),
-            flops=flops + looked,
+            activations=kept + vision,
+            peak_activations=max(most + vision, held["gradients"] + vision_peak),
+            flops=flops + vision_flops,
         )
-        for (kept, most, flops), (seen, most_seen, looked) in zip(passes, towers, strict=True)
+        for (kept, most, flops), (vision, vision_peak, vision_flops) in zip(passes, towers, strict=True)
     )
-    return plain, again
+    return plain, checkpointed
 
 
 def plan_memory(
     config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], gradient_checkpointing: bool = False, **settings: Any
 ) -> Plan:
-    """One of both `plans`, with layers computed again or not."""
+    """One of both `plans`, with or without gradient checkpointing."""
     return plans(config, n_image_tokens, policy, **settings)[gradient_checkpointing]
 
 
 def compare(
     models: Mapping[str, tuple[PreTrainedConfig, int]], finetuning_modes: Sequence[str], policy: dict[str, Any], **settings: Any
 ) -> pd.DataFrame:
-    """Plans of several models, each trained in several ways, with and without layers computed again.
+    """Plans of several models and finetuning modes, without and with gradient checkpointing.
 
     Args:
         models: Name -> configuration, tokens of an image; as `hub_configs` gives them.
@@ -166,21 +166,22 @@ def compare(
         settings: Others of `plans`.
 
     Returns:
-        Columns `model`, `finetuning`, `gradient_checkpointing`, `trained [M]`, `weights`, `optimizer`, `passing` and `peak` [GB], `card`
-        (the smallest of `GPUS` that holds it, or "none"), `step [s]` on that card.
+        Columns `model`, `finetuning`, `gradient_checkpointing`, `trained [M]`, `weights`, `optimizer`, `peak_activations` and
+        `peak` [GB], `card` (the smallest of `GPUS` that holds it, or "none"), `step [s]` on that card.
     """
     rows = []
-    made = {
-        (name, finetuning, again): one
-        for (name, (config, n_tokens)), finetuning in itertools.product(models.items(), finetuning_modes)
-        for again, one in enumerate(plans(config, n_tokens, policy, finetuning=finetuning, **settings))
-    }
-    for (name, finetuning, again), one in made.items():
-        card = next((card for card in GPUS if one.fits(card)), "none")
-        size = {part: getattr(one, part) / 1e9 for part in ("weights", "optimizer", "passing", "peak")}
-        seconds = one.seconds(card) if card in GPUS else float("nan")
-        what = {"model": name, "finetuning": finetuning, "gradient_checkpointing": bool(again), "trained [M]": one.trained / 1e6}
-        rows.append({**what, **size, "card": card, "step [s]": seconds})
+    for (name, (config, n_tokens)), finetuning in itertools.product(models.items(), finetuning_modes):
+        for is_checkpointed, plan in enumerate(plans(config, n_tokens, policy, finetuning=finetuning, **settings)):
+            card = next((card for card in GPUS if plan.fits(card)), "none")
+            rows.append({
+                "model": name,
+                "finetuning": finetuning,
+                "gradient_checkpointing": bool(is_checkpointed),
+                "trained [M]": plan.trained / 1e6,
+                **{part: getattr(plan, part) / 1e9 for part in ("weights", "optimizer", "peak_activations", "peak")},
+                "card": card,
+                "step [s]": plan.seconds(card) if card in GPUS else float("nan"),
+            })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -199,23 +200,25 @@ def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
 
 
 def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, rank: int) -> tuple[Any, set[int]]:
-    """A policy without data, and which of its weights would be held in 4 bits."""
+    """A policy on the meta device, and which of its weights would be held in 4 bits."""
     from rvlm.policy.checkpoints import set_trainable
 
     spec = ActionSpec.from_card("tabletop_franka7").to_dict()
     whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
     with torch.device("meta"):
-        model = VLA(whole, adapters.meta_model(config))
+        model = VLA(whole, meta_model(config))
     decoder = language_model(model.backbone)
     linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if finetuning == "qlora" else set()
     if finetuning in ("full", "head"):
         return set_trainable(model, finetuning, rank, None), linear
+    from rvlm.vlm import adapters  # and with it peft, which takes seconds
+
     adapters.add_lora(model.backbone, "dora" if finetuning == "dora" else "lora", rank, 0)
     return model, linear
 
 
 def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
-    """As `profile_forward_backward`, of the decoder over so many sequences of one length."""
+    """`profile_forward_backward` of the decoder over `rows` sequences of one length."""
     decoder = language_model(model.backbone)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -229,7 +232,7 @@ def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple
 def _vision_tower(
     config: PreTrainedConfig, n_images: int, precision: str, learns: bool
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """As `profile_forward_backward`, of the tower, without and with blocks computed again: of one block, of SigLIP's kind."""
+    """`profile_forward_backward` of the tower, without and with gradient checkpointing, from one block like SigLIP's."""
     tower: Any = config.vision_config
     size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
     heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
@@ -245,5 +248,5 @@ def _vision_tower(
     plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
     if not learns:
         return plain, plain
-    borders = n_blocks * float(patches.numel()) * patches.element_size()
-    return plain, (borders, borders + most, plain[2] * 4 / 3)
+    layer_inputs = n_blocks * float(patches.numel()) * patches.element_size()
+    return plain, (layer_inputs, layer_inputs + most, plain[2] * 4 / 3)

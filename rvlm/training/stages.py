@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from rvlm.caches import Code
 from rvlm.files import artifacts_dir, config_hash, hash_of_model, hash_of_tree
 from rvlm.policy.config import FINETUNING_MODES, check_settings
-from rvlm.vlm import adapters
+from rvlm.vlm import quantization
 
 _CHOICES = {
     "finetuning": FINETUNING_MODES,
@@ -35,8 +35,11 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 _RECORDING = ("rvlm.data.writer", "rvlm.data.lerobot_format", "rvlm.training.cost")
 _RENDERING = tuple(f"rvlm.envs.tabletop.{name}" for name in ("env", "experts", "failures", "world", "arms", "real_arms"))
 _POLICIES = (
-    *(f"rvlm.policy.{name}" for name in ("checkpoints", "model", "config", "heads", "inspection")),
-    *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video")),
+    *(
+        f"rvlm.policy.{name}"
+        for name in ("checkpoints", "model", "config", "heads", "histories", "embodiments", "collation", "inspection")
+    ),
+    *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video", "augmentation")),
 )
 UNUSED = {
     DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.features"),
@@ -76,7 +79,7 @@ class Stage:
         freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
         finetuning: What of the backbone learns in a robot stage (`checkpoints.set_trainable`); all that stands around it does.
         rank: Of adapters.
-        augment: What is varied in images, and how much: "shift", "crop", "color", as `stage_data.augment` takes them.
+        augment: What is varied in images, and how much: "shift", "crop", "color", as `rvlm.data.augmentation.augment` takes them.
         seed: Of weights, order and augmentation.
         optimizer: Name of transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
         gradient_accumulation_steps: Parts in which a process works through its share of a batch, one after another.
@@ -203,14 +206,14 @@ class Stage:
     @property
     def computes_in(self) -> str:
         """Its precision on this machine: "fp32", "bf16" or "fp16"."""
-        return PRECISIONS[adapters.precision()] if self.precision == "auto" else self.precision
+        return PRECISIONS[quantization.precision()] if self.precision == "auto" else self.precision
 
     @property
     def code(self) -> Code:
         """The code that its result depends on; the tabletop's only where it words instructions anew or asks about scenes."""
         asks = self.kind != ROBOT or self.vqa_data or self.instructions != "original"
         return Code(
-            ("rvlm.training.trainer", "rvlm.vlm.adapters:precision"), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",)))
+            ("rvlm.training.trainer", "rvlm.vlm.quantization:precision"), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",)))
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Vision-language backbones: load one, say what it is made of, and what of it stands still.
+"""Vision-language backbones: load one, find its parts, freeze them, and read hidden states at `<act>`.
 
 The action query is a special token `<act>` in the text: the family's own processor, attention and positions do the
 work, and the policy reads the hidden state where the token stands.
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from rvlm.files import PACKAGE
 transformers_logging.disable_progress_bar()
 
 LOAD_LOCK = threading.RLock()  # the library changes itself while it loads: of two threads that do, both leave tied weights out
+ADAPTERS = "adapter"  # where a policy's folder keeps its adapters, in peft's own form
 SMALL_VLM = PACKAGE / "assets" / "small-vlm"  # the shipped vision-language model
 
 
@@ -44,7 +44,7 @@ def load_backbone(
         processor: As `load_processor` gives it; the embeddings grow where its tokenizer is larger than their table.
         is_pretrained: False draws random weights for the same architecture (no vision-language pre-training).
         dtype: Of the weights.
-        quantization: A `BitsAndBytesConfig` to hold layers in fewer bits, as `rvlm.vlm.adapters.nf4_config` makes it.
+        quantization: A `BitsAndBytesConfig` to hold layers in fewer bits, as `rvlm.vlm.quantization.nf4_config` makes it.
 
     Raises:
         ValueError: A weight of the architecture is missing in the checkpoint, or has another shape.
@@ -100,28 +100,21 @@ def _grow(model: PreTrainedModel, n_tokens: int) -> None:
         model.tie_weights()
 
 
-def parameter_summary(model: PreTrainedModel) -> pd.DataFrame:
-    """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
-    rows, counted = [], set()
-    embeddings = {"token embeddings": model.get_input_embeddings()}
-    for name, part in (embeddings | dict(model.base_model.named_children()) | {"rest (language-model head)": model}).items():
-        new = {id(p): p.numel() for p in part.parameters() if id(p) not in counted}
-        counted |= set(new)
-        blocks = max([len(m) for m in part.modules() if isinstance(m, torch.nn.ModuleList)] or [0])
-        rows.append({"part": name, "class": type(part).__name__, "blocks": blocks, "parameters": sum(new.values())})
-    table = pd.DataFrame(rows)
-    return table.assign(**{"share [%]": 100 * table["parameters"] / table["parameters"].sum()})
-
-
 def check_loaded_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
     """Raise if the library's loading report names any weight.
 
     Raises:
-        ValueError: Which weights are missing, unexpected or misshapen.
+        ValueError: Which weights are missing, unexpected or mismatched.
     """
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
+
+
+def state_dict_diff(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    """In which weights a checkpoint differs from what a model has: missing, unexpected, mismatched."""
+    shapes = {name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape}
+    return {"missing": own.keys() - saved.keys(), "unexpected": saved.keys() - own.keys(), "mismatched": shapes}
 
 
 def language_model(model: PreTrainedModel) -> torch.nn.Module:

@@ -224,6 +224,12 @@ class PromptBuilder:
         special = dict.fromkeys(tokenizer.added_tokens_decoder, "other")
         return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
 
+    def vision_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
+        """Pixels of images (n, m, h, w, 3) uint8, or features (n, m, tokens, d) of a frozen tower as they are."""
+        if images.dtype == np.uint8:
+            return {"pixel_values": self.pixels(images)}
+        return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
+
     def pixels(self, images: np.ndarray) -> torch.Tensor:
         """What the processor makes of images (b, n, h, w, 3) uint8 RGB: float32, in the shape that the family takes.
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -247,19 +245,6 @@ def test_accumulator_refuses_nonsense():
         StatsAccumulator().update(np.array([[0.0], [np.nan]]))
     with pytest.raises(SpecMismatch, match=r"expected an array \(n, 2\), got shape \(3, 4\)"):
         StatsAccumulator().update(np.ones((1, 2))).update(np.ones((3, 4)))
-
-
-def test_from_parquet_uses_the_given_episodes_only(tmp_path):
-    """PITFALLS 11."""
-    for file, episodes in enumerate(((0, 1), (2,))):
-        path = tmp_path / f"data/chunk-000/file-{file:03d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [[float(e)] * 7 for e in episodes for _ in range(5)]
-        columns = {"action": pa.array(rows, pa.list_(pa.float32(), 7)), "episode_index": np.repeat(episodes, 5)}
-        pq.write_table(pa.table(columns), path)
-    assert NormStats.from_parquet(tmp_path, "action").max[0] == 2
-    training = NormStats.from_parquet(tmp_path, "action", episodes=[0, 1], kind="min_max")
-    assert training.max[0] == 1 and training.count == 10 and training.kind == "min_max"
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------------

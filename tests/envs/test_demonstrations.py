@@ -3,9 +3,10 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from rvlm.data.actions import NormStats
+from rvlm.data.normalization import StatsAccumulator
 from rvlm.data.windows import EpisodeDataset, Windows, split
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop import demonstrations
@@ -94,7 +95,9 @@ def test_a_policys_statistics_come_from_its_training_episodes(toy_vlm, toy_demos
     from rvlm.policy.checkpoints import load_vla
 
     model, _ = load_vla(tmp_path / "model")
-    wanted, leaking = NormStats.from_parquet(toy_demos, "action", train), NormStats.from_parquet(toy_demos, "action")
+    rows = pd.read_parquet(toy_demos / "data")
+    parts = (rows[rows["episode_index"].isin(train)], rows)
+    wanted, leaking = (StatsAccumulator().update(np.stack(part["action"].tolist())).finish() for part in parts)
     assert len(held_out) and model.stats["action"].count == wanted.count < leaking.count
     assert np.array_equal(model.stats["action"].q01, wanted.q01) and not np.array_equal(wanted.mean, leaking.mean)
 

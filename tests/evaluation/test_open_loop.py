@@ -14,7 +14,7 @@ from rvlm.diagnosis import policy_checks
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.evaluation import open_loop
 from rvlm.policy.checkpoints import make_policy
-from rvlm.policy.mixtures import Embodiment
+from rvlm.policy.embodiments import Embodiment
 from rvlm.policy.observations import ObservationError
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import SMALL_VLM

@@ -6,7 +6,7 @@ import torch
 
 from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS, location_tokens
 from rvlm.evaluation import vqa
-from rvlm.vlm.backbones import parameter_summary
+from rvlm.policy.inspection import parameter_summary
 from rvlm.vlm.processors import ACT
 from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.small import small_vlm, train_tokenizer

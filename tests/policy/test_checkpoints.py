@@ -229,7 +229,7 @@ def test_a_folder_that_does_not_exist_is_named(load):
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("auto", torch.bfloat16)])
 def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
     """On a machine that is fastest in bfloat16, when it is made and when it is loaded again."""
-    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     model, _ = make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
     for policy in (model, load_vla(tmp_path / "policy")[0]):
@@ -240,7 +240,7 @@ def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, mo
 
 
 def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
-    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     how = {"finetuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
     model, *_ = STAGE_BUILDERS[ROBOT](Stage("full precision", ROBOT, (str(toy_demos),), str(toy_vlm), 8, **how))

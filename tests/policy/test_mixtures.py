@@ -1,8 +1,11 @@
 """Mixtures: every robot by its own conventions and numbers, in an order that depends on the place alone."""
 
 import dataclasses
+import gc
 import json
+import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,11 +14,12 @@ from safetensors.torch import load_file
 from toy_data import TEXTS, toy_frames
 
 from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
+from rvlm.data.sampling import FixedBudgetDataset, Mixture
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, paraphrases
 from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.config import MAX_EMBODIMENTS
-from rvlm.policy.mixtures import Embodiment, FixedBudgetDataset, Mixture, reorder_state, with_embodiment_name
+from rvlm.policy.embodiments import Embodiment, reorder_state, with_embodiment_name
 from rvlm.policy.observation_history import UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.training.stage_data import STAGE_BUILDERS
@@ -229,7 +233,7 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
         policy = Policy(model, processor, spec=ActionSpec.from_card(name))
         slow = UncachedSequence(model, policy.prompter)
         for _ in range(2):
-            felt = torch.as_tensor(model.align_state(policy.robot, np.zeros((1, 7), np.float32)))
+            felt = torch.as_tensor(model.conditioning.align_state(policy.robot, np.zeros((1, 7), np.float32)))
             for memory in (policy.memory, slow):
                 memory.add(image, felt, [TEXTS[0]])
         assert model.config.structure != "interleaved" or torch.allclose(policy.memory.predict(), slow.predict(), atol=1e-4)
@@ -256,7 +260,11 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
         (after.embodiment_embedding - before.embodiment_embedding)[:3].norm(dim=1) / after.embodiment_embedding[:3].norm(dim=1)
     ).tolist()
     assert moved[0] < 1e-3 < min(moved[1:]), "the first robot was not among the data; its token is only decayed"
-    assert [after.align_state(after.embodiment(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [0, 1, 2]
+    assert [after.conditioning.align_state(after.embodiment(ActionSpec.from_card(name)), np.zeros(7))[-1] for name in ROBOTS] == [
+        0,
+        1,
+        2,
+    ]
     alone, _ = make_policy(stage.init, before.spec, before.stats, **ONE_STEP, embodiment_conditioning="token")
     alone.register_embodiments([after.embodiment(ActionSpec.from_card(ROBOTS[1]))])
     assert alone.config.embodiment_ids == [before.spec.dataset, ROBOTS[1]], "whom it was made for comes first"
@@ -267,6 +275,22 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
         after.register_embodiments(strangers)
     with pytest.raises(ValueError, match="no embodiment_conditioning 'tag'; there are None, name, token"):
         STAGE_BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment_conditioning": "tag"}))
+
+
+def test_a_dataset_does_not_hold_the_network(stage):
+    """What a sample needs of the policy is its configuration, so that a loader's workers may be given the dataset."""
+    model, _, data, _ = STAGE_BUILDERS[ROBOT](dataclasses.replace(stage, policy={**ONE_STEP, "embodiment_conditioning": "token"}))
+    again = pickle.loads(pickle.dumps(data))
+    for i in (0, len(data) - 1):
+        first, second = data[i], again[i]
+        assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+    reached, todo = set(), [data]
+    while todo:
+        one = todo.pop()
+        if id(one) not in reached and not isinstance(one, type | types.ModuleType | types.FunctionType):
+            reached.add(id(one))
+            todo += gc.get_referents(one)
+    assert id(model) not in reached and id(data.parts[0].transform) in reached
 
 
 # -- shots, instructions, co-training --------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, TOKENS, a_batch, build, collate, inputs, windows_like
 
 from rvlm.policy.checkpoints import load_vla, make_policy
-from rvlm.policy.heads import HISTORIES, FlowHead, MLPHead, TokensHead
-from rvlm.training.stage_data import VQACollator
+from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
+from rvlm.policy.histories import HISTORIES
 from rvlm.vlm.backbones import load_backbone
+from rvlm.vlm.question_answering import VQACollator
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["structure"] != "one_step"}
@@ -161,7 +162,7 @@ def test_state_is_required_where_the_policy_has_one(toy_vlm, toy_stats):
     batch = inputs(a_batch(model, processor))
     batch.pop("obs_mask")
     batch.pop("state")
-    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; `VLA.align_state` makes it"):
+    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; `VLA.conditioning` makes it"):
         model.observation_features(**batch)
 
 

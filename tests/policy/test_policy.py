@@ -1,5 +1,8 @@
 """The policy in the loop: what is executed of a chunk, what is remembered, and what must not mix."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +209,23 @@ def test_every_combination_learns_an_episode_is_saved_and_acts(
     for _ in range(3):
         action = policy.select_action([observe(rng)])
         assert action.shape == (1, 7) and np.isfinite(action).all() and action[0, 6] in (-1, 1)
+
+
+ACTS = """
+import sys
+absent = "accelerate av bitsandbytes gymnasium matplotlib mujoco optuna pandas papermill peft pyarrow scipy tensorboard"
+for name in absent.split():
+    sys.modules[name] = None
+import numpy as np, rvlm
+from pathlib import Path
+policy = rvlm.load_policy(Path(rvlm.__file__).parent / "assets" / "policy")
+image, state = np.zeros((96, 96, 3), np.uint8), np.zeros(7, np.float32)
+action = policy.select_action([{"image": image, "wrist_image": image, "state": state, "instruction": "lift the red cube"}])
+assert action.shape == (1, 7) and np.isfinite(action).all()
+"""
+
+
+def test_a_policy_acts_where_only_the_core_is_installed():
+    """torch, transformers, safetensors, numpy and pillow; peft, and with it bitsandbytes, only where there are adapters."""
+    acted = subprocess.run([sys.executable, "-c", ACTS], capture_output=True, text=True, check=False)
+    assert acted.returncode == 0, acted.stderr[-2000:]

@@ -23,11 +23,13 @@ from toy_policies import a_batch, build
 from transformers import TrainingArguments
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.augmentation import augment
+from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
 from rvlm.files import atomic_write
 from rvlm.policy.checkpoints import merge_policy
 from rvlm.training.launch import distributed_worker, prepare, train
-from rvlm.training.stage_data import STAGE_BUILDERS, FixedBudgetDataset, VQACollator, augment
+from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
     JsonlLogger,
@@ -41,6 +43,7 @@ from rvlm.training.trainer import (
 from rvlm.training.trainer_checkpoints import last_checkpoint, seal
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.processors import load_processor
+from rvlm.vlm.question_answering import VQACollator
 from rvlm.vlm.tiny import tiny_vlm
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +77,7 @@ def distance(weights, others):
 # -- order and augmentation --------------------------------------------------------------------------------------------
 def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
     budget = FixedBudgetDataset(7, 20, seed=3, make=lambda i, rng: (i, rng.random()))
-    order = [budget.item(i) for i in range(20)]
+    order = [budget.index_at(i) for i in range(20)]
     assert len(budget) == 20
     assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
     assert order[:7] != order[7:14] and len(set(order[14:])) == 6

@@ -12,9 +12,9 @@ from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
 
 from rvlm.policy.checkpoints import load_vla, make_policy, merge_policy, modify_policy
 from rvlm.policy.policy import load_policy
-from rvlm.vlm.adapters import FOLDER, is_quantized, precision
-from rvlm.vlm.backbones import load_backbone, vision_modules
+from rvlm.vlm.backbones import ADAPTERS, load_backbone, vision_modules
 from rvlm.vlm.processors import load_processor
+from rvlm.vlm.quantization import is_quantized, precision
 
 ADAPTED = ("lora", "dora", "qlora")
 
@@ -106,7 +106,7 @@ def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     assert is_quantized(model) or torch.allclose(said(merged, batch), said(model, batch), atol=1e-4)
     assert merged.config.base_model is None and not any("lora" in name for name in merged.state_dict())
     merged.save_pretrained(tmp_path, processor)
-    shutil.rmtree(tmp_path / FOLDER, ignore_errors=True)
+    shutil.rmtree(tmp_path / ADAPTERS, ignore_errors=True)
     assert torch.equal(said(load_vla(tmp_path)[0], batch), said(merged, batch))
 
 
@@ -139,15 +139,15 @@ def copied(adapted, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", f"{FOLDER}/adapter_model.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", f"{ADAPTERS}/adapter_model.safetensors"])
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
         (lambda w, name: w.pop(name), "missing"),
         (lambda w, name: w.update(more=torch.zeros(1)), "unexpected"),
-        (lambda w, name: w.update({name: torch.zeros(3)}), "misshapen"),
+        (lambda w, name: w.update({name: torch.zeros(3)}), "mismatched"),
     ],
-    ids=["missing", "unexpected", "misshapen"],
+    ids=["missing", "unexpected", "mismatched"],
 )
 def test_a_checkpoint_with_other_weights_is_refused_by_name(adapted, tmp_path, file, spoil, word):
     """Law 25."""
@@ -228,7 +228,7 @@ def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
 
 def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm, toy_stats, tmp_path, monkeypatch):
     """As on a GPU: weights that learn in full, and the same action after reloading."""
-    monkeypatch.setattr("rvlm.vlm.adapters.precision", lambda: torch.bfloat16)
+    monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     model, processor = build(toy_vlm, toy_stats, "lora")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

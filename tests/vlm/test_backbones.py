@@ -9,11 +9,12 @@ from transformers import LlavaForConditionalGeneration
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.collation import RobotCollator
 from rvlm.policy.policy import Policy
-from rvlm.training.stage_data import RobotCollator, encode_vqa
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder, pad
+from rvlm.vlm.question_answering import encode_vqa
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import torch
 from toy_policies import SPEC
 
 from rvlm.policy.checkpoints import load_vla, make_policy
+from rvlm.policy.collation import RobotCollator
 from rvlm.policy.inspection import appends
 from rvlm.policy.policy import Policy, load_policy
-from rvlm.training.stage_data import RobotCollator
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder

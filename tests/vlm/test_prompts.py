@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
 from rvlm.policy.checkpoints import load_vla, make_policy
+from rvlm.policy.collation import RobotCollator
 from rvlm.policy.policy import Policy
-from rvlm.training.stage_data import RobotCollator
 from rvlm.vlm import prompts
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.causality import ensure_causal_attention

@@ -1,7 +1,6 @@
-"""Several robots in one training: each by its own conventions and statistics, in one order that depends on the place alone.
+"""The robots that a policy was trained on: what their actions mean, their statistics, and how the policy is conditioned on them.
 
-A policy knows every robot that it was trained on: what its actions mean (`ActionSpec`) and the statistics of its own training
-episodes. Source: per-dataset statistics and weighted mixtures as in Open X-Embodiment (arXiv 2310.08864), section IV.
+Source: per-dataset statistics as in Open X-Embodiment (arXiv 2310.08864), section IV.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.files import config_hash
@@ -73,6 +71,36 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class EmbodimentConditioning:
+    """How samples of any robot become samples of a policy; knows the policy's configuration, not its network.
+
+    Attributes:
+        kind: None, "name" (the robot's name before the instruction) or "token" (its index behind the state).
+        state_names: Dimensions of the state as the policy takes it: those of the robot that it is for.
+        ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
+    """
+
+    kind: str | None
+    state_names: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def __call__(self, embodiment: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample with `state` and `instruction` as the policy takes them."""
+        instruction = sample["instruction"]
+        if self.kind == "name":
+            instruction = with_embodiment_name(embodiment.spec, instruction)
+        return {**sample, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
+
+    def align_state(self, embodiment: Embodiment, state: np.ndarray) -> np.ndarray:
+        """A robot's normalised state (..., s) in the policy's order; with tokens (..., s + 1), the robot's index last."""
+        state = reorder_state(state, embodiment.spec.state_names, self.state_names)
+        if self.kind != "token":
+            return state
+        index = self.ids.index(embodiment.spec.dataset)
+        return np.concatenate([state, np.full((*state.shape[:-1], 1), index, state.dtype)], axis=-1)
+
+
 def with_embodiment_name(spec: ActionSpec, instruction: str) -> str:
     """The instruction with the robot's name before it."""
     return f"{spec.robot}: {instruction}"
@@ -87,63 +115,3 @@ def reorder_state(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]
         if name in names:
             out[..., i] = state[..., tuple(names).index(name)]
     return out
-
-
-class FixedBudgetDataset(Dataset):
-    """Exactly `n_samples` samples in a fixed order: epoch after epoch of shuffled data, each with a seed of its own.
-
-    What a sample is depends on its place in the order alone, so a stage that was killed goes on with the same data.
-
-    Args:
-        n_items: Items of the data.
-        n_samples: Budget.
-        seed: Of the order and of every sample.
-        make: (index of an item, generator) -> sample.
-    """
-
-    def __init__(self, n_items: int, n_samples: int, seed: int, make: Any) -> None:
-        self.n_items, self.n_samples, self.seed, self.make = n_items, n_samples, seed, make
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return self.n_samples
-
-    def item(self, i: int) -> int:
-        """Which item of the data stands at place `i`."""
-        epoch, place = divmod(i, self.n_items)
-        if epoch not in self._epochs:
-            self._epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n_items)}
-        return int(self._epochs[epoch][place])
-
-    def __getitem__(self, i: int) -> Any:
-        return self.make(self.item(i), np.random.default_rng((self.seed, 1, i)))
-
-
-class Mixture(Dataset):
-    """A budget over several parts of the data, drawn by weight; each part has epochs of its own.
-
-    Args:
-        parts: One `FixedBudgetDataset` a part, over its own items and as long as this one.
-        weights: Share of each part, above 0; equal if left out. They need not sum to 1.
-        n_samples: Budget.
-        seed: Of the order of parts.
-        block: As many samples in a row are of one part.
-    """
-
-    def __init__(
-        self, parts: Sequence[FixedBudgetDataset], weights: Sequence[float], n_samples: int, seed: int, block: int = 1
-    ) -> None:
-        share = np.array(weights or [1.0] * len(parts), float)
-        if len(share) != len(parts) or share.min() <= 0:
-            raise ValueError(f"expected a weight above 0 for each of {len(parts)} parts of the data, got {list(weights)}")
-        blocks = np.random.default_rng((seed, 2)).choice(len(parts), -(-n_samples // block), p=share / share.sum())
-        self.parts, self.part = list(parts), np.repeat(blocks, block)[:n_samples]
-        self.place = np.zeros(n_samples, int)  # of each sample among those of its part
-        for i in range(len(parts)):
-            self.place[self.part == i] = np.arange((self.part == i).sum())
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.parts[self.part[i]][int(self.place[i])]

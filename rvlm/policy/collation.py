@@ -1,0 +1,38 @@
+"""Windows of demonstrations as the batch that `VLA.forward` takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rvlm.vlm.prompts import PromptBuilder
+
+
+class RobotCollator:
+    """Windows of demonstrations to the batch that `VLA.forward` takes.
+
+    Args:
+        prompter: As `VLA.prompt_builder` gives it. If it interleaves, the observations of a sample share one prompt, and those
+            before the episode's start are left out of it; else each has its own, in the order of the b * t observations.
+    """
+
+    def __init__(self, prompter: PromptBuilder) -> None:
+        self.prompter = prompter
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Samples of `Windows` to one batch."""
+        keys = ("state", "action", "action_mask", "obs_mask", "dataset_index")
+        stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
+        if self.prompter.is_interleaved:
+            n_steps, texts = stacked["obs_mask"].sum(1).tolist(), [s["instruction"] for s in samples]
+            seen = [images for s in samples for images in s["images"][s["obs_mask"]]]
+        else:
+            seen = [images for s in samples for images in s["images"]]
+            n_steps, texts = [1] * len(seen), [s["instruction"] for s in samples for _ in s["images"]]
+        flat = np.stack(seen) if len({images.shape for images in seen}) == 1 else seen  # datasets differ in their images' size
+        if seen[0].dtype == np.uint8:
+            prompts = self.prompter(flat, texts, n_steps)
+        else:
+            prompts = {**self.prompter.tokens(texts, n_steps), **self.prompter.vision_inputs(np.stack(seen))}
+        return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}

@@ -1,0 +1,52 @@
+"""Policy-head histories: fuse the features of several observations before a head.
+
+Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2Model
+
+MAX_OBS_STEPS = 256  # observations that the GPT history can hold
+
+
+class LSTMHistory(nn.Module):
+    """Fuses the features of t observation steps, oldest first, each seeing only its past.
+
+    A forward pass always starts from the zero state and keeps none behind. Forget gates begin nearly open, else what was seen
+    fades by half at every step (Jozefowicz et al. 2015, section 2.2).
+    """
+
+    def __init__(self, width: int, n_layers: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.lstm = nn.LSTM(width, width, n_layers, batch_first=True)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.constant_(bias[width : 2 * width], 2.0)  # PyTorch's order is input, forget, cell, output
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(b, t, d) to (b, t, d)."""
+        return features + self.lstm(self.norm(features))[0]
+
+
+class GPTHistory(nn.Module):
+    """The same by a small causal transformer (GPT-2's, of transformers)."""
+
+    def __init__(self, width: int, n_layers: int = 2) -> None:
+        super().__init__()
+        n_heads = next(n for n in (8, 4, 2, 1) if width % n == 0)
+        size: dict[str, Any] = {"n_embd": width, "n_layer": n_layers, "n_head": n_heads, "n_positions": MAX_OBS_STEPS}
+        plain: dict[str, Any] = {"vocab_size": 1, **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}}
+        self.norm = nn.LayerNorm(width)
+        self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
+        self.gpt.set_input_embeddings(None)  # features come in, not words
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(b, t, d) to (b, t, d)."""
+        return features + self.gpt(inputs_embeds=self.norm(features)).last_hidden_state
+
+
+HISTORIES: dict[str, type[nn.Module]] = {"lstm": LSTMHistory, "gpt": GPTHistory}

@@ -1,0 +1,74 @@
+"""What a backbone's weights are held in: a precision, or 4 bits by bitsandbytes.
+
+Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3: 4-bit NormalFloat, double quantisation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+from rvlm.vlm.backbones import vision_modules
+
+
+def precision() -> torch.dtype:
+    """The type that this machine computes in fastest: bfloat16 where the GPU has it, float16 on others, float32 on the CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def dtype_of(precision_name: str) -> torch.dtype:
+    """The type of "fp32", "bf16" or "fp16"; of "auto" the one that this machine computes in fastest.
+
+    Raises:
+        ValueError: An unknown precision, with those that exist.
+    """
+    known = {"auto": precision(), "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision_name not in known:
+        raise ValueError(f"no precision {precision_name!r}; there are {', '.join(known)}")
+    return known[precision_name]
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision-language model's modules without their weights: they take no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Hold the language model's linear layers in 4 bits; vision tower, connector and heads stay as they are.
+
+    Args:
+        name_or_path: Vision-language model, or policy around one.
+        prefix: Of the backbone's modules, where it is part of a policy.
+        dtype: What is computed in; what this machine is fastest in, if left out.
+
+    Raises:
+        ImportError: bitsandbytes cannot be used here.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take finetuning='lora'"
+        ) from error
+    config: Any = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    if prefix:
+        config = AutoConfig.for_model(**config.backbone)
+    model = meta_model(config)
+    still = {id(part) for part in vision_modules(model)} | {id(model.get_output_embeddings())}
+    names = [prefix + name for name, module in model.named_modules() if id(module) in still]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or precision(),
+        llm_int8_skip_modules=[*names, "head", "history", "state_projector"],
+    )
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether some of its layers are held in 4 bits."""
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
