@@ -10,7 +10,7 @@ from toy_policies import SPEC
 
 from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.collation import RobotCollator
-from rvlm.policy.inspection import appends
+from rvlm.policy.inspection import can_append_to_cache
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
@@ -112,7 +112,7 @@ def test_the_page_says_in_which_families_an_observation_is_read_once(folder):
     if folder.name in ONE_IMAGE:
         assert not is_said
     else:
-        assert appends(load_backbone(folder, processor), processor) == is_said
+        assert can_append_to_cache(load_backbone(folder, processor), processor) == is_said
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
