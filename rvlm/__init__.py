@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Libraries read these once, when they are loaded, so import rvlm before torch. Variables that are set already win.
+# Libraries read these once, when they are loaded, so import rvlm before torch. Variables that are already set are kept.
 for _name, _value in {
-    "OMP_WAIT_POLICY": "PASSIVE",  # OpenMP threads that wait must not spin: beside another process they are 4 to 10 x slower
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle OpenMP threads must not spin: beside another process they are 4 to 10 x slower
     "GOMP_SPINCOUNT": "0",  # the same, for GCC's OpenMP
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn after a fork otherwise
     "SVT_LOG": "1",  # silences the AV1 encoder's banner
 }.items():
     os.environ.setdefault(_name, _value)
 
-# bitsandbytes says that a faster kernel could be had from the Hub, which is not asked here.
+# bitsandbytes logs that the Hub has a faster kernel, which is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# What users need most, by name -> the module or room that it stands in; each is imported when it is asked for.
+# Public name -> module or subpackage; each is imported on first access.
 _OFFERED = {
     "ActionSpec": "data.actions",
     "EpisodeDataset": "data.windows",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers by name, and its rooms."""
+    """Import a public name on first access."""
     if name in _OFFERED:
         module = importlib.import_module(f"rvlm.{_OFFERED[name]}")
         return getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{module.__name__}.{name}")

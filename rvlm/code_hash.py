@@ -1,4 +1,4 @@
-"""What stands for the source code that computes something: modules and functions by name, with all that they import and name."""
+"""Hash of the source code that computes a result: modules and functions, with all that they import and use."""
 
 import ast
 import functools
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rvlm.files import PACKAGE, config_hash, stamp
+from rvlm.files import PACKAGE, config_hash, file_identity
 
-# Where results go and how they are asked for: that changes no result.
+# Modules that handle files and requests but change no result.
 PLUMBING = (
     *("rvlm", "rvlm.files", "rvlm.code_hash", "rvlm.caches", "rvlm.provenance", "rvlm.processes"),
     *("rvlm.training.stages", "rvlm.policy.model_card"),
@@ -17,16 +17,16 @@ PLUMBING = (
 
 
 def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
-    """Twelve characters that stand for the source code that computes something; comments and docstrings don't count.
+    """Hash of the source code that computes a result, 12 characters; comments and docstrings are ignored.
 
     Args:
-        roots: Modules ("rvlm.evaluation.rollouts"), which stand for all that they import within the package, within functions
-            too; or functions, classes and constants ("rvlm.evaluation.closed_loop:run_batch"), which stand for their own source,
-            what they import themselves, and the functions, classes and constants of the same module that they name.
-        without: Modules and packages that are imported somewhere on the way but not used by what is computed.
+        roots: Modules ("rvlm.evaluation.rollouts"), with all that they import within the package, also inside functions; or
+            functions, classes and constants ("rvlm.evaluation.closed_loop:run_batch"), with their own source, what they import
+            themselves, and the functions, classes and constants of the same module that they use.
+        without: Modules and packages that are imported but not used by the computation.
 
     Raises:
-        ValueError: There is no such module, function, class or constant.
+        ValueError: A module, function, class or constant does not exist.
     """
     return config_hash({"code": _closure(roots, without)})
 
@@ -37,7 +37,7 @@ def code_of(*roots: str, without: tuple[str, ...] = ()) -> list[str]:
 
 
 def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]:
-    """Name -> hash, of all code that the roots stand for."""
+    """Name -> hash of all code that the roots depend on."""
     found: dict[str, str] = {}
     todo = list(roots)
     while todo:
@@ -50,25 +50,25 @@ def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]
                 f"expected a function, class or constant {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}"
             )
         found[name], imported, named = parsed[part]
-        todo += [module for told in imported for module in _modules(told)]
+        todo += [module for imported_name in imported for module in _modules(imported_name)]
         todo += [f"{name.partition(':')[0]}:{other}" for other in named if part and other in parsed]
-        todo += [] if part else _modules(name.rpartition(".")[0])  # a package's own code runs before its modules'
+        todo += [] if part else _modules(name.rpartition(".")[0])  # a package's __init__ runs before its modules
     return found
 
 
-def refuse_changed_code(*roots: str, without: tuple[str, ...] = ()) -> None:
-    """Refuse to compute with code that has changed on disk since this process loaded it: the result would bear the wrong name.
+def require_unchanged_code(*roots: str, without: tuple[str, ...] = ()) -> None:
+    """Raise if code has changed on disk since this process loaded it, as its result would be cached under the wrong hash.
 
     Raises:
-        ValueError: The code of `hash_of_code` differs from what was there when this process began.
+        ValueError: The code of `hash_of_code` differs from that at the start of this process.
     """
     for name in code_of(*roots, without=without):
         path, now = _bytes(name)
         part, then = _part(name), _at_start.get(path, now)
         if now != then and _parsed(path, now)[part][0] != _parsed(path, then).get(part, ("",))[0]:
             raise ValueError(
-                f"expected the code that this process has loaded; {path} has changed since, so that what is computed "
-                "now would be kept under the name of other code; start the kernel or process again"
+                f"expected the code that this process has loaded; {path} has changed since, so that the result "
+                "would be cached under the hash of other code; restart the kernel or process"
             )
 
 
@@ -88,15 +88,15 @@ def _modules(name: str) -> list[str]:
 def _file(module: str) -> Path | None:
     package, *names = module.split(".")
     path = PACKAGE.joinpath(*names)
-    places = (path.with_suffix(".py"), path / "__init__.py") if package == PACKAGE.name else ()
-    return next((place for place in places if place.is_file()), None)
+    candidates = (path.with_suffix(".py"), path / "__init__.py") if package == PACKAGE.name else ()
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def _bytes(name: str) -> tuple[Path, bytes]:
     path = _file(name.partition(":")[0])
     if path is None:
         raise ValueError(f"expected a module of {PACKAGE.name}, or module:function, got {name!r}")
-    return path, _read(*stamp(path))
+    return path, _read(*file_identity(path))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -106,7 +106,7 @@ def _read(path: str, *_: int) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str], frozenset[str]]]:
-    """Of a module (under "") and of each of its functions, classes and constants: hash, names it imports, names it uses."""
+    """For a module (key "") and each of its functions, classes and constants: hash, names it imports, names it uses."""
     tree = ast.parse(source)
     package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -121,9 +121,9 @@ def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str], f
 
 
 def _named(node: ast.AST) -> frozenset[str]:
-    """Names that a piece of code reads when it runs, which those of types in its signatures are not."""
-    told = [getattr(n, name, None) for n in ast.walk(node) for name in ("annotation", "returns")]
-    types = {id(n) for kind in told if kind is not None for n in ast.walk(kind)}
+    """Names that a piece of code reads when it runs, without those of type annotations."""
+    annotations = [getattr(n, name, None) for n in ast.walk(node) for name in ("annotation", "returns")]
+    types = {id(n) for annotation in annotations if annotation is not None for n in ast.walk(annotation)}
     read = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in types)
     return frozenset(n.id for n in read)
 
@@ -133,7 +133,7 @@ def _hash_of(node: ast.AST) -> str:
 
 
 def _imported(node: ast.AST, package: str) -> Iterator[str]:
-    """Full names that a piece of code imports when it runs; those for type checkers alone are none."""
+    """Full names that a piece of code imports when it runs, without those for type checkers alone."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
     if isinstance(node, ast.Import):

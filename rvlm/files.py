@@ -1,7 +1,7 @@
-"""Where things are, how they are written so that they are whole or not there, and what stands for a content.
+"""Folders of the project, atomic writes of files and folders, and content hashes.
 
-A cached result is found again by its name: a hash of the settings (`config_hash`), of the content of what went in (`file_hash`,
-`hash_of_tree`, `hash_of_model`) and of the source code that computes it (`rvlm.code_hash`).
+The name of a cached result is a hash of its settings (`config_hash`), of the content of its inputs (`file_hash`, `folder_hash`,
+`model_hash`) and of the source code that computes it (`rvlm.code_hash`).
 """
 
 import contextlib
@@ -20,25 +20,25 @@ from typing import Any
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"  # in git; `rvlm reproduce` alone writes there
-_CARDS = Path(__file__).parent / "data_cards"  # of an installed package
+RESULTS = ROOT / "results"  # in git; written by `rvlm reproduce` only
+_CARDS = Path(__file__).parent / "data_cards"  # in an installed package
 CARDS = _CARDS if _CARDS.is_dir() else ROOT / "data_cards"
-IS_CLONE = (ROOT / "notebooks" / "profiles.yaml").exists()  # else the package was installed without its repository
+IS_CLONE = (ROOT / "notebooks" / "profiles.yaml").exists()  # false for an installed package
 PACKAGE = Path(__file__).resolve().parent
-LARGE = 1 << 20  # hashes of files from this size on [byte] are kept on disk, those of smaller ones in the process
-NOT_CONTENT = ("made.json", "README.md")  # they tell about a folder's content and are not part of it
+LARGE = 1 << 20  # hashes of files of at least this size are cached on disk, of smaller ones in the process [byte]
+NOT_CONTENT = ("made.json", "README.md")  # describe a folder's content and are not part of it
 
 
 def results_dir() -> Path:
-    """Where findings, figures, tables and executed notebooks go: ``RVLM_RESULTS``, else ``artifacts/tried/results``.
+    """Folder of findings, figures, tables and executed notebooks: ``RVLM_RESULTS``, else ``artifacts/tried/results``.
 
-    What is tried, in JupyterLab or by any other way than `rvlm reproduce`, never stands among the results in git.
+    Results in git are written by `rvlm reproduce` only, which sets the variable.
     """
     return Path(os.environ.get("RVLM_RESULTS") or artifacts_dir() / "tried" / "results")
 
 
 def artifacts_dir() -> Path:
-    """Where datasets, checkpoints and caches go: ``RVLM_HOME``, else ``artifacts/`` of a clone (ignored by git).
+    """Folder of datasets, checkpoints and caches: ``RVLM_HOME``, else ``artifacts/`` of a clone (ignored by git).
 
     Without a clone, ``rvlm`` in the user's cache folder (``XDG_CACHE_HOME``).
     """
@@ -50,12 +50,12 @@ def artifacts_dir() -> Path:
 
 
 def temporary(path: Path) -> Path:
-    """A hidden name beside `path` that no other process, thread or call has: what is written there is renamed when whole."""
+    """A unique hidden path beside `path`, to write to and then rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Write a file so that it is either there in full or as it was before; makes the folder."""
+    """Write a file completely or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
@@ -66,45 +66,45 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-class NoRoomError(ValueError):
-    """A disk that is too full for what is to be written."""
+class DiskFullError(ValueError):
+    """The disk has too little space."""
 
 
 def reserve(path: Path, n_bytes: int) -> None:
-    """Give a file its size, with all of its room on the disk: who writes to a map of a file without room is killed.
+    """Allocate disk space for a file, as a process that writes to a memory map without space is killed.
 
     Raises:
-        NoRoomError: The disk has less than that.
+        DiskFullError: The disk has too little space.
     """
     try:
         with path.open("r+b") as file:
             if hasattr(os, "posix_fallocate"):  # Linux
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
     except OSError as error:
-        raise NoRoomError(
-            f"{path.parent}: expected room for {n_bytes} bytes, got {shutil.disk_usage(path.parent).free} that are free "
-            f"({error.strerror}); make room, as by: rvlm cache --prune --stale"
+        raise DiskFullError(
+            f"{path.parent}: expected {n_bytes} bytes of free disk space, got {shutil.disk_usage(path.parent).free} "
+            f"({error.strerror}); free some, for example by: rvlm cache --prune --stale"
         ) from error
 
 
-def make_folder(final: Path, fill: Callable[[Path], Any]) -> Path:
-    """The folder `final`, which `fill` writes unless it is there: whole or not at all, once for all that ask at the same time.
+def make_folder(final: Path, write: Callable[[Path], Any]) -> Path:
+    """Make the folder `final` unless it exists: completely or not at all, and once for concurrent processes.
 
     Args:
-        final: The folder's name.
-        fill: Is given an empty folder, which takes the name `final` when it returns.
+        final: The folder's path.
+        write: Is given an empty folder to fill, which is renamed to `final` when it returns.
     """
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.with_name(f"{final.name}.lock")):
         if not final.is_dir():
-            for left in final.parent.glob(f".{final.name}.*.part"):  # by a process that was killed
+            for left in final.parent.glob(f".{final.name}.*.part"):  # of killed processes
                 shutil.rmtree(left, ignore_errors=True)
             part = temporary(final)
             part.mkdir()
             try:
-                fill(part)
+                write(part)
                 part.replace(final)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -112,9 +112,9 @@ def make_folder(final: Path, fill: Callable[[Path], Any]) -> Path:
 
 
 def replace_folder(part: Path, final: Path) -> None:
-    """Put a whole folder in the place of another: at any moment one of the two is at `final`, and the old one ends at `part`.
+    """Replace the folder `final` by `part`; the old one ends at `part`.
 
-    Where the system cannot exchange two names at once, `final` is missing for a moment, and comes back if that fails.
+    Atomic on Linux. On systems that cannot exchange two names, `final` is missing for a moment, and restored on failure.
     """
     if not final.exists():
         part.replace(final)
@@ -130,7 +130,7 @@ def replace_folder(part: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at one moment; whether the system could (Linux, on most of its file systems)."""
+    """Atomically exchange two names; false if the system cannot (Linux can, on most file systems)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -140,7 +140,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def config_hash(settings: dict[str, Any]) -> str:
-    """Twelve characters that stand for settings, whatever their order; by them a cached result is found again."""
+    """Hash of settings, 12 characters, independent of their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -148,45 +148,45 @@ _digests: dict[tuple, str] = {}
 
 
 def file_hash(path: str | Path) -> str:
-    """Twelve characters that stand for a file's content.
+    """Hash of a file's content, 12 characters.
 
-    A file is read once: as long as name, size, times and inode are the same, the answer is remembered, for large files by later
-    processes too. A file that was written only a moment ago is read again next time, for a clock's tick could hide a change.
+    The hash is cached by name, size, times and inode, for large files also on disk. It is not cached for a file that was written
+    within the last tick of the file system's clock, which could hide a change.
     """
     path = Path(path).resolve()
-    asked, known = time.time_ns(), stamp(path)
-    if known not in _digests:
-        kept = artifacts_dir() / "digests" / config_hash({"file": known})
-        is_large = known[1] >= LARGE
-        if is_large and kept.is_file():
-            _digests[known] = kept.read_text()
+    now, key = time.time_ns(), file_identity(path)
+    if key not in _digests:
+        cached = artifacts_dir() / "digests" / config_hash({"file": key})
+        is_large = key[1] >= LARGE
+        if is_large and cached.is_file():
+            _digests[key] = cached.read_text()
         else:
             with path.open("rb") as file:
                 value = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-            changed = known[-1]
-            tick = 50_000_000 if changed % 1_000_000_000 else 2_000_000_000  # of file systems that count seconds [ns]
-            if asked - changed < tick or stamp(path) != known:
+            changed = key[-1]
+            tick = 50_000_000 if changed % 1_000_000_000 else 2_000_000_000  # the latter for clocks of whole seconds [ns]
+            if now - changed < tick or file_identity(path) != key:
                 return value
-            _digests[known] = value
+            _digests[key] = value
             if is_large:
-                with contextlib.suppress(OSError):  # a full or read-only disk: then it is read again
-                    atomic_write(kept, value)
-    return _digests[known]
+                with contextlib.suppress(OSError):  # a full or read-only disk
+                    atomic_write(cached, value)
+    return _digests[key]
 
 
-def stamp(path: Path) -> tuple[str, int, int, int, int]:
-    """What is different where a file is: name, size, time of writing, inode, and time of the last change, which none can set."""
-    told = path.stat()
-    return str(path), told.st_size, told.st_mtime_ns, told.st_ino, told.st_ctime_ns
+def file_identity(path: Path) -> tuple[str, int, int, int, int]:
+    """Name, size, modification time [ns], inode, and change time [ns] of a file, which differ whenever its content does."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
-def hash_of_tree(folder: str | Path) -> str:
-    """Twelve characters that stand for all files of a folder, a recording's or a model's, wherever the folder is.
+def folder_hash(folder: str | Path) -> str:
+    """Hash of all files in a folder, 12 characters, independent of the folder's path.
 
-    Hidden files, locks, and what only tells about the content (`NOT_CONTENT`) don't count.
+    Hidden files, locks and descriptions (`NOT_CONTENT`) are ignored.
 
     Raises:
-        ValueError: There is no such folder, it holds no files, or a link leads round in a circle.
+        ValueError: The folder does not exist, has no files, or a link is circular.
     """
     folder = Path(folder)
     counted = [name for name in _names_in(folder) if name.name not in NOT_CONTENT and name.suffix != ".lock"]
@@ -198,46 +198,46 @@ def hash_of_tree(folder: str | Path) -> str:
 
 
 def _names_in(folder: Path) -> list[Path]:
-    """Names of all files in a folder and in those that it links to, without hidden ones."""
+    """Names of all files in a folder and in folders that it links to, without hidden ones."""
     found: list[Path] = []
     for at, folders, files in os.walk(folder, followlinks=True):
         here, folders[:] = Path(at), [name for name in folders if not name.startswith(".")]
         above = [path.resolve() for path in (here, *here.parents) if path.is_relative_to(folder)]
         for link in (here / name for name in folders if (here / name).is_symlink()):
             if any(path.is_relative_to(link.resolve()) for path in above):
-                raise ValueError(f"{folder}: expected links that end, got {link}, which leads to {link.resolve()}; take it away")
+                raise ValueError(f"{folder}: expected no circular links, got {link}, which points to {link.resolve()}; remove it")
         found += [(here / name).relative_to(folder) for name in files if not name.startswith(".") and (here / name).is_file()]
     return sorted(found)
 
 
 def weights_hash(model: str | Path) -> str | None:
-    """Twelve characters that stand for all weights in a model's folder; None where there are none, as for a name on the Hub."""
+    """Hash of all weights in a model's folder, 12 characters; None if there are none, as for a name on the Hub."""
     digests = {str(name): file_hash(Path(model) / name) for name in _names_in(Path(model)) if name.suffix == ".safetensors"}
     return next(iter(digests.values())) if list(digests) == ["model.safetensors"] else config_hash(digests) if digests else None
 
 
-def hash_of_model(model: str | Path) -> str:
-    """What stands for a model: the content of its folder, processor included; of a name on the Hub the name and its commit.
+def model_hash(model: str | Path) -> str:
+    """Hash of a model's folder, processor included; for a name on the Hub, the name and commit.
 
-    Where the Hub's model was never fetched and can't be now, it is the name alone.
+    The name alone if the model was never fetched and the Hub cannot be reached.
     """
     if Path(model).is_dir():
-        return hash_of_tree(model)
+        return folder_hash(model)
     commit = commit_on_hub(model)
     return f"{model}@{commit}" if commit else str(model)
 
 
-commits: dict[str, str] = {}  # that this process takes names on the Hub for
+hub_commits: dict[str, str] = {}  # name on the Hub -> commit that this process uses
 
 
 def commit_on_hub(model: str | Path) -> str | None:
-    """The commit that a name on the Hub stands for as long as this process lives; what bears it in its name is made from it.
+    """The commit of a model on the Hub that this process uses, the same until it ends.
 
-    It is the last; where the Hub can't be asked, the last that was fetched; None of a folder, or where there is none.
+    The latest one, or the last fetched if the Hub cannot be reached; None for a folder, or if there is none.
     """
     from huggingface_hub import hf_hub_download
 
-    if str(model) not in commits and not Path(model).is_dir():
-        with contextlib.suppress(OSError, ValueError):  # what the client raises of a name that is none, or can't be reached
-            commits[str(model)] = Path(hf_hub_download(str(model), "config.json")).parent.name
-    return commits.get(str(model))
+    if str(model) not in hub_commits and not Path(model).is_dir():
+        with contextlib.suppress(OSError, ValueError):  # an invalid name, or no connection
+            hub_commits[str(model)] = Path(hf_hub_download(str(model), "config.json")).parent.name
+    return hub_commits.get(str(model))

@@ -1,4 +1,4 @@
-"""To be imported before torch, by a process that only starts others: its children's threads do not spin while they wait."""
+"""Import before torch in a process that only starts others: idle OpenMP threads of its children then do not spin."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that asked for them, whatever ends it, and whose threads do not spin while they wait."""
+"""Worker processes that end with their parent, and whose idle OpenMP threads do not spin."""
 
 import os
 import select
@@ -9,19 +9,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
 
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # read when OpenMP is loaded, with torch
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # read when torch loads OpenMP
 
 
 def in_parallel(work: Callable, jobs: Sequence[tuple], n_workers: int) -> Iterator[Any]:
-    """Do jobs in processes of their own, which end with this one; where one worker is enough, in this process.
+    """Call a function in worker processes, which end with this one; in this process if one worker is enough.
 
     Args:
-        work: What is done with each job's arguments; importable in a fresh process.
-        jobs: Arguments of each.
-        n_workers: Processes at most; a process needs seconds to begin.
+        work: Called with each job's arguments; importable in a new process.
+        jobs: Arguments of each call.
+        n_workers: Largest number of processes; each needs seconds to start.
 
     Yields:
-        What `work` returns, as the jobs end.
+        Return values, in the order in which the jobs end.
     """
     if n_workers <= 1 or len(jobs) <= 1:
         yield from (work(*job) for job in jobs)
@@ -36,9 +36,9 @@ def in_parallel(work: Callable, jobs: Sequence[tuple], n_workers: int) -> Iterat
 
 
 def exit_when_process_ends(pid: int) -> None:
-    """End this process as soon as process `pid` ends: a worker of a killed parent must not work, or wait, on.
+    """End this process as soon as process `pid` ends, so that no worker outlives a killed parent.
 
-    A worker of torchrun or of a fork server is no child of the process that asked for it.
+    By id, as workers of torchrun or of a fork server are no children of the process that started them.
     """
 
     def watch() -> None:
@@ -51,7 +51,7 @@ def exit_when_process_ends(pid: int) -> None:
 
 
 def _wait_for(pid: int) -> None:
-    """Until a process has ended; where the system can say so, also one whose end nobody has taken note of yet."""
+    """Wait until a process has ended; on Linux this includes zombies."""
     if hasattr(os, "pidfd_open"):
         select.select([os.pidfd_open(pid)], [], [])
         return

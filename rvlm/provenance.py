@@ -1,4 +1,4 @@
-"""What made a result: commit, versions, hardware, profile and date."""
+"""Provenance of a result: commit, versions, hardware, profile and date."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy"
 
 
 def _git(*arguments: str) -> str:
-    if not IS_CLONE:  # an installed package may lie within a repository of somebody else
+    if not IS_CLONE:  # an installed package may be inside another repository
         return ""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True)
@@ -37,13 +37,13 @@ def _hardware() -> dict[str, Any]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch = sys.modules.get("torch")  # asked only where the notebook uses it: importing it takes seconds
+    torch = sys.modules.get("torch")  # only if already imported, which takes seconds
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {"cpu": model or platform.machine(), "cores": cores, "gpus": gpus}
 
 
 def _profile() -> str | None:
-    """The profile that `rvlm reproduce` runs, if the notebook's variables still hold that profile's parameters."""
+    """The profile of `rvlm reproduce`, if the notebook's variables still have the profile's parameters."""
     given = json.loads(os.environ.get("RVLM_PARAMETERS") or "null")
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if given is None or any(shell.user_ns.get(name) != value for name, value in given.items() if shell):
@@ -52,7 +52,7 @@ def _profile() -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (and whether code differs from it), package versions, hardware, profile and date of whoever asks."""
+    """Commit (and whether the code differs from it), package versions, hardware, profile and date."""
     versions = {package: version for package in PACKAGES if (version := _version(package))}
     return {
         "commit": _git("rev-parse", "HEAD") or None,

@@ -11,7 +11,7 @@ import torch
 from toy_data import TEXTS, toy_frames
 
 from rvlm import code_hash, files
-from rvlm.caches import entries, prune
+from rvlm.caches import list_artifacts, prune
 from rvlm.code_hash import code_of
 from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
@@ -217,7 +217,7 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):
     frames = EpisodeDataset(record(tmp_path / "demos")).frames_cache()
-    assert {entry.state for entry in entries(["frames"])} == {"current"}
+    assert {entry.state for entry in list_artifacts(["frames"])} == {"current"}
     assert [has_gone for _, has_gone in prune(["frames"], max_bytes=0)] == [False] * len(frames)
     del frames
     assert all(has_gone for _, has_gone in prune(["frames"], max_bytes=0))

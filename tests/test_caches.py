@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rvlm import caches, files
-from rvlm.caches import Code, entries, keep, made_of, make_room, prune, use, used
+from rvlm.caches import Code, list_artifacts, make_room, prune, read_provenance, register, use, used_artifacts
 from rvlm.cli.main import main
 from rvlm.files import atomic_write
 
@@ -32,18 +32,18 @@ def home(tmp_path, monkeypatch):
 def a_cache(kind, name, code=VIDEO, size=10, inputs=()):
     folder = files.artifacts_dir() / kind / name
     atomic_write(folder / "content", bytes(size))
-    return keep(folder, code, {"n": 1}, inputs)
+    return register(folder, code, {"n": 1}, inputs)
 
 
 def test_a_cache_says_what_made_it(home):
-    made = made_of(a_cache("frames", "x"))
+    made = read_provenance(a_cache("frames", "x"))
     assert made["code"] == VIDEO.hash and made["settings"] == {"n": 1} and made["roots"] == ["rvlm.data.video"]
     assert {"commit", "is_dirty", "versions", "date", "inputs"} <= set(made)
 
 
 def by_other_code(folder):
     """As if the code had changed since."""
-    atomic_write(folder / "made.json", json.dumps({**made_of(folder), "code": "0" * 12, "commit": "abc"}))
+    atomic_write(folder / "made.json", json.dumps({**read_provenance(folder), "code": "0" * 12, "commit": "abc"}))
 
 
 def test_what_was_used_is_remembered_with_what_it_was_made_from(home):
@@ -52,9 +52,9 @@ def test_what_was_used_is_remembered_with_what_it_was_made_from(home):
     caches._used.clear()
     (old / "model").mkdir()
     new = a_cache("evaluations", "new", inputs=[old / "model"])
-    assert [(u["kind"], u["n"], u["is_current"]) for u in used()] == [("evaluations", 1, True), ("stages", 1, False)]
+    assert [(u["kind"], u["n"], u["is_current"]) for u in used_artifacts()] == [("evaluations", 1, True), ("stages", 1, False)]
     use(new)
-    assert sum(u["n"] for u in used()) == 2 and used()[1]["commits"] == ["abc"]
+    assert sum(u["n"] for u in used_artifacts()) == 2 and used_artifacts()[1]["commits"] == ["abc"]
 
 
 # --- what may go --------------------------------------------------------------------------------------------------------
@@ -83,12 +83,12 @@ def gone(**how):
 
 
 def test_entries_say_size_age_and_whether_code_would_use_them(several):
-    told = {entry.path.name: (entry.kind, entry.state) for entry in entries()}
+    told = {entry.path.name: (entry.kind, entry.state) for entry in list_artifacts()}
     assert told == {
         "stale": ("frames", "stale"), "now": ("frames", "current"), "kept": ("stages", "current"),
         "b.partial": ("stages", "unfinished"),
     }  # fmt: skip
-    assert all(1000 <= entry.n_bytes < 5000 and entry.age_s < 60 for entry in entries())
+    assert all(1000 <= entry.n_bytes < 5000 and entry.age_s < 60 for entry in list_artifacts())
 
 
 def test_stale_caches_go_and_others_stay(several):
@@ -119,7 +119,7 @@ def test_what_was_not_used_for_long_goes(several):
 
 
 def test_above_the_limit_stale_goes_first_then_what_is_cheap_to_make(several):
-    total = sum(entry.n_bytes for entry in entries())
+    total = sum(entry.n_bytes for entry in list_artifacts())
     assert gone(max_bytes=total) == []
     assert gone(max_bytes=total - 1) == ["stale"]
     assert gone(max_bytes=0) == ["kept", "now"] and several["under way"].is_dir(), "what is under way stays"
@@ -145,7 +145,7 @@ def test_what_something_is_made_from_stays_meanwhile(several):
     several["kept"].joinpath("model").mkdir()
     model, data = str(several["kept"] / "model"), str(a_cache("datasets", "data"))
     release()
-    keep(a_cache("evaluations", "of it"), VIDEO, {}, [model])
+    register(a_cache("evaluations", "of it"), VIDEO, {}, [model])
     assert gone(max_bytes=0) == ["data", "now", "stale"]
     release()
     told = {"name": "toy", "kind": "robot", "data": [data], "init": model, "n_samples": 64}

@@ -14,9 +14,9 @@ from rvlm.code_hash import code_of, hash_of_code
 from rvlm.files import (
     atomic_write,
     file_hash,
-    hash_of_model,
-    hash_of_tree,
+    folder_hash,
     make_folder,
+    model_hash,
     temporary,
     weights_hash,
 )
@@ -70,9 +70,9 @@ def test_a_file_that_was_just_written_is_not_remembered(opened, tmp_path, monkey
     """Two writes within one tick of the clock leave the same size, times and inode."""
     path = tmp_path / "weights"
     path.write_bytes(b"a")
-    stamp = files.stamp(path)
-    monkeypatch.setattr(files, "stamp", lambda _: stamp)
-    monkeypatch.setattr(files.time, "time_ns", lambda: stamp[-1] + 1_000_000)
+    identity = files.file_identity(path)
+    monkeypatch.setattr(files, "file_identity", lambda _: identity)
+    monkeypatch.setattr(files.time, "time_ns", lambda: identity[-1] + 1_000_000)
     before = file_hash(path)
     path.write_bytes(b"b")
     assert file_hash(path) != before
@@ -85,14 +85,14 @@ def test_a_tree_is_its_files_wherever_it_is(tmp_path):
     shutil.copytree(first, second)
     for name in ("made.json", "README.md", ".cache/x", "data.lock"):
         atomic_write(second / name, "about it")
-    assert hash_of_tree(first) == hash_of_tree(second)
+    assert folder_hash(first) == folder_hash(second)
     atomic_write(second / "videos/x/file-000.mp4", "other frames")
-    assert hash_of_tree(first) != hash_of_tree(second)
+    assert folder_hash(first) != folder_hash(second)
     (second / "videos/x/file-000.mp4").rename(second / "videos/x/file-001.mp4")
     atomic_write(second / "videos/x/file-001.mp4", "videos/x/file-000.mp4")
-    assert hash_of_tree(first) != hash_of_tree(second), "names count"
+    assert folder_hash(first) != folder_hash(second), "names count"
     with pytest.raises(ValueError, match=r"expected a folder with files at .*nowhere, got none; make it first"):
-        hash_of_tree(tmp_path / "nowhere")
+        folder_hash(tmp_path / "nowhere")
 
 
 def test_a_tree_is_what_its_links_lead_to(tmp_path):
@@ -102,19 +102,19 @@ def test_a_tree_is_what_its_links_lead_to(tmp_path):
         atomic_write(tmp_path / "elsewhere" / name / "chunk-000/file-000.mp4", name)
         atomic_write(tmp_path / name / "meta/info.json", "same")
         (tmp_path / name / "videos").symlink_to(tmp_path / "elsewhere" / name)
-        trees.append(hash_of_tree(tmp_path / name))
+        trees.append(folder_hash(tmp_path / name))
     assert trees[0] != trees[1]
     (tmp_path / "elsewhere/a/round").symlink_to(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"expected links that end, got .*videos/round, which leads to"):
-        hash_of_tree(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"expected no circular links, got .*videos/round, which points to"):
+        folder_hash(tmp_path / "a")
 
 
 def test_a_model_is_its_weights_and_its_processor(tmp_path, toy_vlm, monkeypatch):
     copy = shutil.copytree(toy_vlm, tmp_path / "copy")
-    assert hash_of_model(copy) == hash_of_model(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
+    assert model_hash(copy) == model_hash(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
     settings = copy / "processor_config.json"
     atomic_write(settings, settings.read_text().replace("48", "24"))
-    assert hash_of_model(copy) != hash_of_model(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
+    assert model_hash(copy) != model_hash(toy_vlm) and weights_hash(copy) == weights_hash(toy_vlm)
 
 
 def failing(error):
@@ -127,11 +127,11 @@ def failing(error):
 def test_a_model_of_the_hub_is_its_name_and_commit(monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(files, "commits", {})
+    monkeypatch.setattr(files, "hub_commits", {})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(OSError))
-    assert hash_of_model("somebody/model") == "somebody/model"
+    assert model_hash("somebody/model") == "somebody/model"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: f"/hub/{name}/snapshots/0123abc/{file}")
-    assert hash_of_model("somebody/model") == "somebody/model@0123abc"
+    assert model_hash("somebody/model") == "somebody/model@0123abc"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(OSError))
     assert files.commit_on_hub("somebody/model") == "0123abc", "which is what is loaded, whatever is sent there meanwhile"
 
@@ -216,14 +216,14 @@ def test_unknown_code_is_refused(root, message):
 
 CHANGE = """
 from rvlm import code_hash, files
-code_hash.refuse_changed_code("rvlm.data.video")
+code_hash.require_unchanged_code("rvlm.data.video")
 path = files.PACKAGE / "data" / "video.py"
 plain = path.read_text()
 path.write_text(plain + "# a remark\\n")
-code_hash.refuse_changed_code("rvlm.data.video")
+code_hash.require_unchanged_code("rvlm.data.video")
 path.write_text(plain + "TWO = 2\\n")
-code_hash.refuse_changed_code("rvlm.envs.gl")
-code_hash.refuse_changed_code("rvlm.data.video")
+code_hash.require_unchanged_code("rvlm.envs.gl")
+code_hash.require_unchanged_code("rvlm.data.video")
 """
 
 

@@ -1,4 +1,4 @@
-"""The kernel that papermill runs a notebook in: this interpreter's, spoken to over a channel that misses nothing."""
+"""The kernel that papermill runs a notebook in: this interpreter's, over a channel that loses no message."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from traitlets import Type, default
 
 
 class _Channel(AsyncZMQSocketChannel):
-    """A channel that looks for arrivals after it has sent.
+    """A channel that polls for received messages after each send.
 
-    jupyter_client sends on the bare socket, and ZeroMQ's edge-triggered wake-up for a message that arrives in that moment
-    is lost: nbclient then waits for ever (an `interact` in a cell is enough, for its output travels back to the kernel).
+    jupyter_client sends on the bare socket, which can lose ZeroMQ's edge-triggered event for a message that arrives at that
+    moment: nbclient then waits forever (an `interact` in a cell is enough, as its output is sent back to the kernel).
     """
 
     def send(self, msg: dict[str, Any]) -> None:
         super().send(msg)
-        self.socket.get(zmq.EVENTS)  # pyzmq wakes the waiting receivers if something is there
+        self.socket.get(zmq.EVENTS)  # pyzmq wakes the receivers if a message is there
 
 
 class _Client(AsyncKernelClient):
@@ -28,10 +28,10 @@ class _Client(AsyncKernelClient):
 
 
 def kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
-    """A manager that ignores installed kernelspecs, for "python3" may be registered for another environment.
+    """A kernel manager that ignores installed kernelspecs, as "python3" may be registered for another environment.
 
     Args:
-        environment: Variables that its kernels get beside this process's own, which importing `rvlm` has completed.
+        environment: Variables for its kernels, in addition to this process's own.
     """
 
     class ThisInterpreter(AsyncKernelManager):
@@ -39,7 +39,7 @@ def kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
 
         @default("transport_encryption")
         def _encrypt(self) -> str:
-            return "auto"  # or the kernel warns that others on this machine could read along
+            return "auto"  # otherwise the kernel warns of an unencrypted connection
 
         @property
         def kernel_spec(self) -> KernelSpec:

@@ -1,4 +1,4 @@
-"""`rvlm lab`: JupyterLab on copies of the notebooks, so that what is tried changes neither them nor the results in git."""
+"""`rvlm lab`: JupyterLab on copies of the notebooks, so that edits change neither the notebooks nor the results in git."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rvlm.files import ROOT, artifacts_dir, atomic_write
 from rvlm.report.notebooks import InvalidRun
 
 ORIGINS = ".origins.json"  # notebook -> hash of the cells that were copied
-SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
-ABOUT = """The notebooks are copied to artifacts/lab/notebooks (RVLM_HOME moves artifacts/): a copy that you have changed is
-kept, one that you have not follows the repository's. Findings, figures and tables go to artifacts/lab/results.
+LAB_SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+ABOUT = """The notebooks are copied to artifacts/lab/notebooks (RVLM_HOME moves artifacts/): a copy that you have edited is
+kept, any other is updated from the repository. Findings, figures and tables go to artifacts/lab/results.
 
-Options that are not listed here go to JupyterLab:
+Options that are not listed here are passed to JupyterLab:
   rvlm lab --no-browser --port 8899      on a remote machine; from yours: ssh -L 8899:localhost:8899 HOST"""
 
 
@@ -36,8 +36,8 @@ def _lab(arguments: argparse.Namespace) -> int:
     folder = artifacts_dir().resolve() / "lab"
     for line in copy_notebooks(ROOT / "notebooks", folder / "notebooks"):
         print(line)
-    settings = atomic_write(folder / "settings" / "overrides.json", json.dumps(SETTINGS)).parent
-    choose_gl()  # kernels inherit the answer
+    settings = atomic_write(folder / "settings" / "overrides.json", json.dumps(LAB_SETTINGS)).parent
+    choose_gl()  # kernels inherit MUJOCO_GL
     command = [sys.executable, "-m", "jupyterlab", str(folder / "notebooks"), f"--LabApp.app_settings_dir={settings}"]
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     print(f"notebooks: {folder / 'notebooks'}\nresults: {folder / 'results'}", flush=True)
@@ -45,17 +45,17 @@ def _lab(arguments: argparse.Namespace) -> int:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What kernels read: results of their own, and no profile, whatever this process was told."""
+    """Environment of the kernels: their own results folder, and no profile."""
     others = {name: value for name, value in os.environ.items() if name not in ("RVLM_PROFILE", "RVLM_PARAMETERS")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # its terminal finds `rvlm`
     return {**others, "PATH": path, "RVLM_HOME": str(folder.parent), "RVLM_RESULTS": str(folder / "results")}
 
 
 def copy_notebooks(source: Path, target: Path) -> list[str]:
-    """Copy notebooks that are not there, and those whose copy nobody has changed; a changed one is kept.
+    """Copy each notebook unless its copy was edited.
 
     Returns:
-        A line for each that was kept although the source is another by now.
+        A message for each edited copy whose source has changed since.
 
     Raises:
         InvalidRun: there are no notebooks.
@@ -74,15 +74,15 @@ def copy_notebooks(source: Path, target: Path) -> list[str]:
                 shutil.copyfile(notebook, copy)
             origins[notebook.name] = now
         elif now != origins.get(notebook.name):
-            lines.append(f"{copy.name}: you have changed this copy, so it is kept; the repository's is another by now")
+            lines.append(f"{copy.name}: you have edited this copy, so it is kept; the repository's notebook has changed since")
     atomic_write(record, json.dumps(origins, indent=1))
     return lines
 
 
 def _cells(notebook: Path) -> str:
-    """Hash of what the cells say, without outputs and metadata, which opening a notebook changes."""
+    """Hash of the cells' source, without outputs and metadata, which opening a notebook changes."""
     try:
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
-    except (ValueError, KeyError, TypeError):  # half-written or no notebook any more: whoever did that may want it back
+    except (ValueError, KeyError, TypeError):  # no valid notebook: kept, as it may be an edited copy
         return ""
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()

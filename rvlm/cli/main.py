@@ -1,4 +1,4 @@
-"""The entry point of ``rvlm``: the parser, the commands that only read or report, and what every command's errors become."""
+"""The entry point of ``rvlm``: the parser, the commands that only read or report, and error handling."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.notebooks import GIT_PROFILE, InvalidRun
 
 EXAMPLES = """examples:
-  rvlm reproduce --profile smoke         every notebook, does it run at all? minutes
+  rvlm reproduce --profile smoke         every notebook at smoke-test size, in minutes
   rvlm reproduce --only 02 evaluate      two notebooks at the default size
   rvlm run 00 -p seed 11                 one notebook with values of your own
   rvlm lab                               JupyterLab on copies of the notebooks
 
 environment:
-  RVLM_HOME      datasets, checkpoints, caches, what was tried (default: artifacts/ of the clone)
+  RVLM_HOME      datasets, checkpoints, caches, results of `rvlm run` (default: artifacts/ of the clone)
   RVLM_RESULTS   where reproduce writes and report and findings read (default: results/ for profile cpu, else
                  artifacts/PROFILE/results)
-  MUJOCO_GL      egl, osmesa or glfw; chosen by trying where it is not set"""
+  MUJOCO_GL      egl, osmesa or glfw; if not set, the first that works"""
 
-REPRODUCE = """What is finished is kept and a run that was stopped goes on where it was. Profile cpu writes results/ and the
-README's table; another one writes artifacts/PROFILE/results. RVLM_RESULTS moves either.
+REPRODUCE = """Finished notebooks are skipped, so a stopped run resumes. Profile cpu writes results/ and the README's table;
+another profile writes artifacts/PROFILE/results. RVLM_RESULTS moves either.
 
 examples:
   rvlm reproduce --profile smoke
@@ -37,15 +37,16 @@ examples:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from rvlm.cli.reproduce import RunPaths, plan, reproduce
+    from rvlm.cli.execution import RunPaths
+    from rvlm.cli.reproduce import plan_jobs, reproduce
     from rvlm.envs.gl import choose_gl
     from rvlm.report.readme import update_readme
 
-    places = RunPaths.of_profile(arguments.profile)
-    plan(places, arguments.profile, arguments.only)  # what is asked in vain is refused before OpenGL is looked for
-    choose_gl()  # kernels inherit the answer
-    status = reproduce(places, arguments.profile, arguments.only, arguments.force)
-    if status == 0 and places.results == RESULTS and arguments.profile == GIT_PROFILE:
+    paths = RunPaths.of_profile(arguments.profile)
+    plan_jobs(paths, arguments.profile, arguments.only)  # invalid arguments are refused before OpenGL is tried
+    choose_gl()  # kernels inherit MUJOCO_GL
+    status = reproduce(paths, arguments.profile, arguments.only, arguments.force)
+    if status == 0 and paths.results == RESULTS and arguments.profile == GIT_PROFILE:
         print(f"README: {update_readme()}")
     return status
 
@@ -78,7 +79,7 @@ def _findings(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command of ``rvlm``; a new one is a module with `add`, or an ``add_parser`` and a ``set_defaults(run=...)``."""
+    """The parser with every command; a new command is a module with `add`, which sets ``run``."""
     about = "Robot policies from vision-language models: train, evaluate, compare."
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="rvlm", description=about, epilog=EXAMPLES, formatter_class=raw)
@@ -86,22 +87,22 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(run=lambda _: top.print_help() or 0)
     commands = top.add_subparsers(metavar="command")
 
-    about = "run the notebooks in order, skip what is finished, write the report"
+    about = "run the notebooks in order, skip those that are finished, write the report"
     command = add_command(commands, "reproduce", about, REPRODUCE)
     command.add_argument("--profile", default=GIT_PROFILE, help="smoke, cpu (default), gpu or full: sizes, nothing else")
     command.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: numbers, names or paths")
-    command.add_argument("--force", action="store_true", help="run even what is finished")
+    command.add_argument("--force", action="store_true", help="run finished notebooks too")
     command.set_defaults(run=_reproduce)
 
     run.add(commands)
     lab.add(commands)
 
-    about = "write the HTML report, and the README's table where the results are those in git"
+    about = "write the HTML report, and the README's table for the results in git"
     add_command(commands, "report", about).set_defaults(run=_report)
 
-    command = add_command(commands, "findings", "print what was found")
+    command = add_command(commands, "findings", "print the findings")
     command.add_argument("--results", type=Path, help="folder that holds findings/, e.g. results/full")
-    command.add_argument("--json", action="store_true", help="everything about each, for scripts")
+    command.add_argument("--json", action="store_true", help="all fields of each finding, for scripts")
     command.set_defaults(run=_findings)
 
     cache.add(commands)
@@ -124,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InvalidRun, NoHeadlessOpenGL) as error:
         print(f"rvlm: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads has enough, as `rvlm findings | head -1`
+    except BrokenPipeError:  # the reader closed the pipe, as in `rvlm findings | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("rvlm: stopped; the same command goes on where it was", file=sys.stderr)
+        print("rvlm: stopped; the same command resumes", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""`rvlm vlm` and `rvlm policy`: make the shipped models anew, and put them where the package ships them only if told to."""
+"""`rvlm vlm` and `rvlm policy`: train the shipped models again; ``--install`` replaces those in the package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rvlm.cli import add_command
 from rvlm.files import ROOT, artifacts_dir
 from rvlm.report.notebooks import InvalidRun, parameters_in, read_profiles
 
-SHIPPED = "full"  # the profile whose sizes the shipped models have
-NOTEBOOKS = {"vlm": "01_load_a_vlm", "policy": "05_train_in_stages"}  # whose parameters are the sizes
+SHIPPED = "full"  # profile of the shipped models
+NOTEBOOKS = {"vlm": "01_load_a_vlm", "policy": "05_train_in_stages"}  # whose parameters are used
 ASSETS = {"vlm": "rvlm/assets/small-vlm", "policy": "rvlm/assets/policy"}
 WHAT = {"vlm": "vision-language model (stage 1)", "policy": "policy (stage 2)"}
-WHERE = """The model is written to artifacts/shipped/{name} (RVLM_HOME moves artifacts/), with a card of its making.
---install puts it in place of {asset}, which notebooks and tests use; that is refused below profile full.
-Profile full takes hours on a CPU; a run that was stopped goes on where it was.
+WHERE = """The model is written to artifacts/shipped/{name} (RVLM_HOME moves artifacts/), with a model card.
+--install replaces {asset}, which notebooks and tests use; only with profile full.
+Profile full takes hours on a CPU; a stopped run resumes.
 
 examples:
   rvlm {name} --profile smoke
@@ -26,9 +26,9 @@ def add(commands: Any) -> None:
     """Add both commands to the parser."""
     for name, what in WHAT.items():
         where = WHERE.format(name=name, asset=ASSETS[name])
-        command = add_command(commands, name, f"make the {what} that ships anew", where)
+        command = add_command(commands, name, f"train the shipped {what} again", where)
         command.add_argument("--profile", default=SHIPPED, help="sizes, from notebooks/profiles.yaml (default: %(default)s)")
-        command.add_argument("--install", action="store_true", help="replace the one that ships")
+        command.add_argument("--install", action="store_true", help="replace the shipped one")
         command.set_defaults(run=_ship, name=name)
 
 

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from rvlm.caches import Code, keep
+from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
-from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, hash_of_model, weights_hash
+from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, model_hash, weights_hash
 from rvlm.processes import in_parallel
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
@@ -116,7 +116,7 @@ class Evaluation:
     def folder(self) -> Path:
         """Where finished batches are kept: named by these settings, the robot's card, the policy's content, and the code."""
         content = {**dataclasses.asdict(self), "n_episodes": None, "spec": dataclasses.asdict(_spec(self.robot))}
-        content["policy"] = self.policy if self.policy in ("random", "expert") else hash_of_model(self.policy)
+        content["policy"] = self.policy if self.policy in ("random", "expert") else model_hash(self.policy)
         return artifacts_dir() / "evaluations" / config_hash({**content, "code": self.code.hash})
 
     def run(self, batch: int) -> list[dict]:
@@ -141,7 +141,7 @@ def _judged(evaluation: Evaluation) -> Any:
     asked, spec = evaluation.policy, _spec(evaluation.robot)
     if asked in ("random", "expert"):
         return RandomPolicy(spec) if asked == "random" else None
-    return _load(asked, hash_of_model(asked), evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
+    return _load(asked, model_hash(asked), evaluation.n_action_steps, evaluation.ensemble, evaluation.robot)
 
 
 @functools.lru_cache(maxsize=4)
@@ -238,8 +238,8 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         folder.mkdir(parents=True, exist_ok=True)
         todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch, folder)]
         if todo:
-            evaluation.code.refuse_changed()
-        keep(folder, evaluation.code, dataclasses.asdict(evaluation), [evaluation.policy])
+            evaluation.code.require_unchanged()
+        register(folder, evaluation.code, dataclasses.asdict(evaluation), [evaluation.policy])
         jobs += [(evaluation, batch, folder) for batch in todo]
     with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
         bar.update(total - sum(e.batch_size(b) for e, b, _ in jobs))

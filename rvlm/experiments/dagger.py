@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.caches import Code, keep, use_inputs
+from rvlm.caches import Code, register, use_inputs
 from rvlm.data.writer import record_dataset
 from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, rollout_expert
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.files import artifacts_dir, commit_on_hub, config_hash, hash_of_model
+from rvlm.files import artifacts_dir, commit_on_hub, config_hash, model_hash
 from rvlm.policy.policy import Policy, load_policy
 
 CODE = Code(("rvlm.experiments.dagger",))
@@ -38,7 +38,7 @@ class DAggerCollection:
     @property
     def folder(self) -> Path:
         """Where the dataset is: the robot, and the hash of these settings, the robot's card, the policy and the code."""
-        made_by = {"spec": asdict(self.like.spec), "policy": hash_of_model(self.policy), "code": CODE.hash}
+        made_by = {"spec": asdict(self.like.spec), "policy": model_hash(self.policy), "code": CODE.hash}
         key = config_hash({**asdict(self.like), **made_by})
         return artifacts_dir() / "datasets" / f"dagger_{self.like.robot}-{key}"
 
@@ -74,8 +74,8 @@ def collect_corrections(corrections: DAggerCollection, n_workers: int = 2, progr
     """
     like, folder = corrections.like, corrections.folder
     if not folder.exists():
-        CODE.refuse_changed()
+        CODE.require_unchanged()
     use_inputs([corrections.policy])
     make, n_shards = functools.partial(make_shard, corrections=corrections), -(-like.n_episodes // PER_SHARD)
     record_dataset(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
-    return keep(folder, CODE, asdict(corrections), [corrections.policy])
+    return register(folder, CODE, asdict(corrections), [corrections.policy])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from rvlm.caches import Code, keep
+from rvlm.caches import Code, register
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import QUESTION_KINDS, location_tokens, vocabulary
@@ -52,7 +52,7 @@ def untrained_vlm(seed: int = 0) -> Path:
         processor.save_pretrained(part)
 
     final = make_folder(artifacts_dir() / "stages" / f"untrained-vlm-{seed}-{UNTRAINED.hash}", fill)
-    return keep(final, UNTRAINED, {"seed": seed})
+    return register(final, UNTRAINED, {"seed": seed})
 
 
 def _n_processes(n_samples: int) -> int:

@@ -1,4 +1,4 @@
-"""What was found: findings, tables, pages, plots, widgets. What notebooks call stands here, the rest in the modules."""
+"""Results: findings, tables, pages, plots, widgets. The functions that notebooks call are here, the rest in the modules."""
 
 from rvlm.report.findings import (
     Finding,

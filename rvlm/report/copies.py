@@ -1,4 +1,4 @@
-"""Executed notebooks as they are kept: small, and without what only a running kernel can show."""
+"""Executed notebooks as they are stored: small, without progress bars and widgets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from rvlm.report.findings import small_png
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-BAR = re.compile(r"\d+%\|")  # a progress bar, which stays at what it showed first
-NOISE = re.compile(r"^.*(?:SyncActivityProfilerHandler|\d+%\|).*\n?", re.MULTILINE)  # the profiler's own lines, bars as text
-N_COLORS = 128  # of a picture; figures have few
+BAR = re.compile(r"\d+%\|")  # a progress bar, whose stored state is its first
+NOISE = re.compile(r"^.*(?:SyncActivityProfilerHandler|\d+%\|).*\n?", re.MULTILINE)  # log lines of the profiler, bars as text
+N_COLORS = 128  # of an image's palette
 
 
 def cleaned(notebook: dict[str, Any]) -> dict[str, Any]:
-    """A notebook without progress bars, profiler lines and the state of widgets, its pictures with a palette.
+    """A notebook without progress bars, profiler lines and widget state; its images have a palette.
 
-    A widget leaves a line that says what it needs. Cleaning again changes nothing.
+    A text replaces each widget. Idempotent.
     """
     cells = [cell | {"outputs": _outputs(cell["outputs"])} if "outputs" in cell else cell for cell in notebook["cells"]]
     metadata = {key: value for key, value in notebook["metadata"].items() if key != "widgets"}

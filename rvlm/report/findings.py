@@ -1,8 +1,8 @@
-"""What was found: findings, figures, tables, and what made them.
+"""Findings, figures and tables, with their provenance.
 
-A finding is a sentence whose numbers were computed: `finding` refuses a sentence that holds a number it was not given.
-Names start with the number of the notebook that made them (``05_loss``); by that the report puts things where they belong.
-Everything is written to a temporary name and renamed when whole, so that a killed run leaves no half of a file.
+A finding is a sentence whose numbers were computed: `finding` refuses a sentence with a number that is not among its arguments.
+Names start with the number of their notebook (``05_loss``), by which the report sorts them.
+Files are written under a temporary name and renamed when complete, so that a killed run leaves no partial file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rvlm.caches import used
+from rvlm.caches import used_artifacts
 from rvlm.files import CARDS, ROOT, atomic_write, results_dir
 from rvlm.provenance import provenance
 from rvlm.report.notebooks import InvalidRun
@@ -32,7 +32,7 @@ NUMBER = re.compile(r"(?<![\w.,])[-−+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:[eE][-+]?\d
 
 
 class UncomputedNumber(ValueError):
-    """A finding's sentence holds a number that was not handed over with it."""
+    """A finding's sentence has a number that is not among its arguments."""
 
 
 def _checked(name: str) -> str:
@@ -46,7 +46,7 @@ def _checked(name: str) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding as it was written; a notebook shows it as Markdown."""
+    """A finding as it is stored; a notebook shows it as Markdown."""
 
     record: dict[str, Any]
 
@@ -55,7 +55,7 @@ class Finding:
 
 
 def as_markdown(text: str) -> str:
-    """Plain text as one line of Markdown that reads the same, in a table's cell too: ``<act>`` is a token there, not a tag."""
+    """Plain text escaped as one line of Markdown, also for a table's cell: ``<act>`` is a token, not a tag."""
     return re.sub(r"[\\`*_\[<|~$&]", r"\\\g<0>", " ".join(text.split()))
 
 
@@ -71,27 +71,27 @@ def finding(
 ) -> Finding:
     """Write a finding to ``results/findings/{name}.json`` and show it.
 
-    It tells what this process has used of what is kept between runs (`rvlm.caches.used`), and says where other code has made it.
+    It lists the artifacts that this process has used (`rvlm.caches.used_artifacts`), and marks those made by other code.
 
     Args:
-        name: led by its notebook's number, e.g. "06_success".
-        sentence: what was found; each of its digits must come from the arguments below, rounded as the sentence shows it.
-            ``47 %`` stands for a number 0.468, or for 46.8 if its key ends in "percent" or "points".
-        numbers: what was computed, by name; numbers, or lists or dicts of them.
-        n: episodes (or samples) behind it.
+        name: starts with the notebook's number, e.g. "06_success".
+        sentence: the result; each number in it must be among the arguments below, rounded as in the sentence.
+            ``47 %`` matches a number 0.468, or 46.8 if its key ends in "percent" or "points".
+        numbers: computed numbers by name, or lists or dicts of them.
+        n: number of episodes (or samples).
         interval: 95 % interval: ``(low, high)``, a `Rate` or `Difference`, a dict of them, or None.
-        seeds: that it was computed with.
-        seconds: how long it took [s].
-        verdict: a word that `rvlm.statistics.verdict` gives, or one by contrast.
+        seeds: of the computation.
+        seconds: duration [s].
+        verdict: a word of `rvlm.statistics.verdict`, or one by contrast.
 
     Raises:
-        ValueError: another word as a verdict.
-        UncomputedNumber: the sentence holds a number that is in none of the arguments.
+        ValueError: an unknown verdict.
+        UncomputedNumber: the sentence has a number that is not among the arguments.
     """
     record = {"name": _checked(name), "sentence": sentence, "numbers": _plain(numbers), "n": int(n), "interval": _plain(interval)}
     record |= {"seeds": _plain(list(seeds)), "seconds": seconds, "verdict": _checked_verdict(verdict)}
     _check_sentence(record)
-    record |= {**provenance(), "artefacts": used()}
+    record |= {**provenance(), "artefacts": used_artifacts()}
     atomic_write(results_dir() / "findings" / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return Finding(record)
 
@@ -103,10 +103,10 @@ def _checked_verdict(verdict: str | Mapping[str, str] | None) -> str | dict[str,
 
 
 def _plain(value: Any) -> Any:
-    """Numpy, dataclasses and tuples as what JSON holds; a `Rate` also says its rate, and what is not a number is null."""
+    """Convert numpy, dataclasses and tuples to JSON values; a `Rate` includes its rate, NaN and infinity become null."""
     if is_dataclass(value) and not isinstance(value, type):
-        shown = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
-        value = shown | ({"rate": value.rate} if hasattr(value, "rate") else {})
+        plain = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+        value = plain | ({"rate": value.rate} if hasattr(value, "rate") else {})
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers_in(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number within nested lists and dicts, with the key that it stands under."""
+    """Every number in nested lists and dicts, with its key."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield key, float(value)
     elif isinstance(value, dict):
@@ -129,7 +129,7 @@ def _numbers_in(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _matches(text: str, key: str, value: float) -> bool:
-    """Is ``text`` ("1,234", "-0.25", "47 %") this value, rounded to as many digits as the text shows?"""
+    """Whether ``text`` ("1,234", "-0.25", "47 %") is this value, rounded to the digits of the text."""
     digits = text.rstrip(" %").replace(",", "").replace("−", "-")
     is_percent = text.endswith("%") and not key.endswith(("percent", "points"))
     mantissa, _, exponent = digits.lower().partition("e")
@@ -174,7 +174,7 @@ def provenance_line(record: Mapping[str, Any]) -> str:
         parts.append(f"95 % interval{joint} {_interval(record['interval'], record['n'])}")
     parts.append(f"seeds {', '.join(map(str, record['seeds'])) or 'none'}")
     parts += [f"{record['seconds']:,.0f} s"] if record.get("seconds") is not None else []
-    parts += [f"profile {record['profile']}" if record.get("profile") else "tried, at no profile's parameters"]
+    parts += [f"profile {record['profile']}" if record.get("profile") else "parameters of no profile"]
     parts += [f"commit {record['commit'][:8]}{' with changes' if record.get('is_dirty') else ''}"] if record.get("commit") else []
     parts += [_other_code(record["artefacts"])] if any(not a["is_current"] for a in record.get("artefacts", ())) else []
     parts += [f"**{_verdict_line(record['verdict'])}**"] if record.get("verdict") else []
@@ -186,7 +186,7 @@ def _verdict_line(verdict: str | Mapping[str, str]) -> str:
 
 
 def _other_code(artefacts: Sequence[Mapping[str, Any]]) -> str:
-    """What a finding rests on that other code has made than the one that wrote it."""
+    """The artifacts of a finding that were made by other code than the finding."""
     old = [a for a in artefacts if not a["is_current"]]
     listed = ", ".join(f"{a['n']} of {a['kind']} (commit {', '.join(c[:8] for c in a['commits'])})" for a in old)
     return f"**mixed code**: {listed} made by other code than this finding's"
@@ -208,10 +208,10 @@ def _interval(value: Any, n: int) -> str:
 
 
 def export(fig: Figure, name: str) -> Figure:
-    """Write ``results/figures/{name}.pdf`` and ``.png`` at column or page width; same figure, same bytes.
+    """Write ``results/figures/{name}.pdf`` and ``.png`` at column or page width, byte for byte reproducible.
 
-    Its headline is the files' title, which the report says to those who cannot see the figure. The PDF embeds TrueType fonts,
-    as publishers ask; the PNG has 300 dpi and a palette (`small_png`).
+    The figure's title is the files' title, which the report uses as alternative text. The PDF embeds TrueType fonts, as
+    publishers require; the PNG has 300 dpi and a palette (`small_png`).
 
     Returns:
         The figure, so that a cell can end in ``export(plots.filmstrip(...), "06_failures")``.
@@ -226,7 +226,7 @@ def export(fig: Figure, name: str) -> Figure:
     title = {"Title": fig.get_suptitle() or None}
     for suffix, metadata in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
-        with plt.rc_context(RC):  # fonts are chosen while saving, not while drawing
+        with plt.rc_context(RC):  # fonts are resolved when saving
             fig.savefig(buffer, format=suffix, dpi=300, metadata=metadata | title)
         data = small_png(buffer.getvalue()) if suffix == "png" else buffer.getvalue()
         atomic_write(results_dir() / "figures" / f"{_checked(name)}.{suffix}", data)
@@ -234,7 +234,7 @@ def export(fig: Figure, name: str) -> Figure:
 
 
 def small_png(data: bytes, n_colors: int = 256) -> bytes:
-    """A PNG's picture with a palette of so many colours, a third of its size; its title and resolution stay."""
+    """A PNG quantised to a palette, with its title and resolution, or as it is if that is smaller."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

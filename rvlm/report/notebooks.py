@@ -1,6 +1,6 @@
-"""Notebooks and their parameters: what the cell of that tag says, what a profile says, and whether given values fit.
+"""Notebook parameters: defaults of the parameters cell, values of the profiles, and their validation.
 
-Papermill only warns of an unknown name and takes a value of any type; both are refused here before anything runs.
+Papermill only warns of an unknown name and accepts a value of any type; both are refused here before anything runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 PROFILES = "profiles.yaml"
-GIT_PROFILE = "cpu"  # the one whose results are in git; it names every parameter, and the others build on it
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
+GIT_PROFILE = "cpu"  # its results are in git; it sets every parameter, and other profiles override it
+TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
 class InvalidRun(ValueError):
-    """A run that was asked for can't be right; nothing was run."""
+    """The requested run is invalid; nothing was run."""
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -48,37 +48,37 @@ def _assignment(node: ast.stmt, notebook: Path) -> tuple[str, Any]:
     raise InvalidRun(f"{notebook}: expected `name = literal` in the parameters cell, got `{ast.unparse(node)}`")
 
 
-def check_parameters(notebook: Path, given: Mapping[str, Any], asked_by: str, mend: str) -> None:
-    """Refuse names that the notebook does not have, and values of another type than its own.
+def check_parameters(notebook: Path, given: Mapping[str, Any], source: str, fix: str) -> None:
+    """Refuse names that the notebook does not have, and values of another type than its defaults.
 
     Args:
-        notebook: whose parameters.
+        notebook: the notebook.
         given: name -> value.
-        asked_by: who gives them, for the message.
-        mend: what to do about it, for the message.
+        source: where the values come from, for the message.
+        fix: what to do about it, for the message.
     """
     known = parameters_of(notebook)
     for name, value in given.items():
-        _check_name(name, known, notebook.stem, asked_by, mend)
+        _check_name(name, known, notebook.stem, source, fix)
         if not _fits(value, known[name]):
-            raise InvalidRun(f"{asked_by} sets {name} of {notebook.stem} to {value!r}, expected {_expected(known[name])}; {mend}")
+            raise InvalidRun(f"{source} sets {name} of {notebook.stem} to {value!r}, expected {_expected(known[name])}; {fix}")
 
 
-def _check_name(name: str, known: Mapping[str, Any], stem: str, asked_by: str, mend: str) -> None:
+def _check_name(name: str, known: Mapping[str, Any], stem: str, source: str, fix: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         guess = f"; did you mean {near[0]}?" if near else ""
         have = ", ".join(known) or "none"
-        raise InvalidRun(f"{asked_by} sets {name} of {stem}, which has no such parameter; it has {have}{guess}; {mend}")
+        raise InvalidRun(f"{source} sets {name} of {stem}, which has no such parameter; it has {have}{guess}; {fix}")
 
 
 def parse_parameters(notebook: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Values for a notebook from pairs of words, as a command line has them.
+    """Values for a notebook from command-line pairs of name and text.
 
-    Text stands as it is; everything else is read as Python: ``200``, ``1e-3``, ``True``, ``[1, 5]``.
+    Text parameters are taken literally; all others are parsed as Python: ``200``, ``1e-3``, ``True``, ``[1, 5]``.
 
     Raises:
-        InvalidRun: an unknown name, a name that is given twice, or a value of the wrong type.
+        InvalidRun: an unknown name, a repeated name, or a value of the wrong type.
     """
     known, values = parameters_of(notebook), {}
     for name, text in pairs:
@@ -99,7 +99,7 @@ def _read(text: str) -> Any:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Is a value of the default's type? Whole numbers are numbers, True is not; lists hold what the default's hold."""
+    """Whether a value has the default's type: an int is a float too, a bool is not; list items have the type of the default's."""
     if isinstance(default, (list, tuple)):
         return isinstance(value, (list, tuple)) and bool(value) and all(_fits(v, d) for d in default[:1] for v in value)
     if isinstance(default, float):
@@ -108,7 +108,7 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def _expected(default: Any) -> str:
-    kind = KINDS.get(list if isinstance(default, tuple) else type(default), type(default).__name__)
+    kind = TYPE_NAMES.get(list if isinstance(default, tuple) else type(default), type(default).__name__)
     return f"{kind} such as {default!r}"
 
 
@@ -125,10 +125,10 @@ def read_profiles(notebooks: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
-    """The notebook of a number, a name or a path.
+    """The notebook with a number, name or path.
 
     Raises:
-        InvalidRun: none or several have it.
+        InvalidRun: no notebook matches, or several do.
     """
     stem = Path(name).stem if name.endswith(".ipynb") else name
     exact = [path for path in notebooks if (stem and stem.zfill(2) == path.stem[:2]) or stem in (path.stem, path.stem[3:])]
@@ -140,8 +140,8 @@ def find_notebook(name: str, notebooks: Sequence[Path]) -> Path:
 
 
 def parameters_in(profiles: Mapping[str, Mapping[str, dict[str, Any]]], profile: str, stem: str) -> dict[str, Any]:
-    """What a notebook is run with: profile cpu's values, and over them the profile's own.
+    """A notebook's parameters in a profile: profile cpu's values, overridden by the profile's.
 
-    So a result stands for its profile whatever was typed into the notebook's parameters cell.
+    So edits of the notebook's parameters cell do not change a profile's results.
     """
     return {**profiles.get(GIT_PROFILE, {}).get(stem, {}), **profiles[profile].get(stem, {})}

@@ -1,4 +1,4 @@
-"""Notebooks and what they found as a page: the HTML report, made from first cells and results."""
+"""The HTML report: each notebook's question, findings, figures and tables on one page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.withdrawn import amend
 
 PX_PER_DOT = 0.447  # figures have 300 dpi; a page-wide one fills the text's 60 rem, a column-wide one half of it
-READING = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."
-FULL = "full"  # folder of results where those of the profile of that name are kept
+READING_NOTE = "Each finding names its own commit. In tables, low and high are the ends of 95 % intervals."
+FULL = "full"  # subfolder of results for profile full
 CSS = """
 :root{color-scheme:light dark;--ink:#222;--soft:#636363;--page:#fff;--line:#ddd;--good:#f3faf7;--bad:#fdf4ee;--link:#0173b2}
 @media(prefers-color-scheme:dark){
@@ -42,13 +42,13 @@ th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left}td
 
 @dataclass(frozen=True)
 class NotebookInfo:
-    """What a notebook's first cell says of it.
+    """Title and question of a notebook, from its first cell.
 
     Attributes:
         stem: file name without suffix, e.g. "06_evaluate".
         title: without its number.
         question: the text after **Question.**.
-        source: of all its cells.
+        source: source of all cells.
     """
 
     stem: str
@@ -56,22 +56,22 @@ class NotebookInfo:
     question: str
     source: str = ""
 
-    def owns(self, name: str) -> bool:
-        """Does a finding, figure or table of this name come from this notebook?"""
+    def produced(self, name: str) -> bool:
+        """Whether a finding, figure or table of this name was made by this notebook."""
         return name[:3] == self.stem[:3]
 
-    def place(self, name: str) -> int:
-        """Where it names a figure or table, or the first of a series ("06_film_0"); after all others if it does not."""
+    def order(self, name: str) -> int:
+        """Position in the source that names a figure or table, or its series ("06_film_0"); the end if there is none."""
         named = re.search(rf'"{name.rstrip("0123456789")}["{{]', self.source)
         return named.start() if named else len(self.source)
 
 
-def chapters(notebooks: Path | None = None) -> list[NotebookInfo]:
-    """The ordered notebooks of a folder."""
-    return [read_chapter(path) for path in sorted((notebooks or ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+def list_notebooks(notebooks: Path | None = None) -> list[NotebookInfo]:
+    """The notebooks of a folder, in order."""
+    return [read_notebook_info(path) for path in sorted((notebooks or ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
 
 
-def read_chapter(path: Path) -> NotebookInfo:
+def read_notebook_info(path: Path) -> NotebookInfo:
     """Title and question from a notebook's first cell."""
     cells = json.loads(path.read_text())["cells"]
     text = "".join(cells[0]["source"]) if cells else ""
@@ -85,8 +85,8 @@ def read_chapter(path: Path) -> NotebookInfo:
     )
 
 
-def put_in_order(results: Path) -> None:
-    """Take withdrawn statements out of findings and executed notebooks, and make these small; what is so already stays."""
+def clean_results(results: Path) -> None:
+    """Remove withdrawn statements from findings and executed notebooks, and shrink the notebooks; idempotent."""
     for folder in (results, results / FULL):
         amend(folder)
         for path in executed(folder):
@@ -96,12 +96,12 @@ def put_in_order(results: Path) -> None:
 
 
 def html_report(results: Path | None = None, notebooks: Path | None = None) -> Path:
-    """Write ``results/report.html``: every notebook's question, findings, figures and tables in one file, or its traceback."""
+    """Write ``results/report.html``: every notebook's question, findings, figures and tables, or its traceback."""
     results = results or results_dir()
-    put_in_order(results)
-    found, listed = load_findings(results), chapters(notebooks)
-    sections = [_section(chapter, found, results) for chapter in listed]
-    others = [f for f in found if not any(c.owns(f["name"]) for c in listed)]
+    clean_results(results)
+    found, listed = load_findings(results), list_notebooks(notebooks)
+    sections = [_section(notebook, found, results) for notebook in listed]
+    others = [f for f in found if not any(c.produced(f["name"]) for c in listed)]
     sections += [f"<h2>Further findings</h2>{_findings_html(others)}"] if others else []
     links = "".join(
         f'<a href="#{html.escape(quote(c.stem))}">{html.escape(c.stem[:2])} {html.escape(c.title)}</a>' for c in listed
@@ -109,7 +109,7 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
     links += f'<a href="{FULL}/report.html">Profile full</a>' if (results / FULL / "report.html").exists() else ""
     origin = provenance()
     hardware, commit = origin["hardware"], (origin["commit"] or "unknown")[:8]
-    made = f"Page made {origin['date']}, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores. {READING}"
+    made = f"Page made {origin['date']}, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores. {READING_NOTE}"
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -119,15 +119,15 @@ def html_report(results: Path | None = None, notebooks: Path | None = None) -> P
     return atomic_write(results / "report.html", page)
 
 
-def _section(chapter: NotebookInfo, found: list[dict[str, Any]], results: Path) -> str:
-    parts = [f'<h2 id="{html.escape(chapter.stem)}">{html.escape(chapter.stem[:2])} {html.escape(chapter.title)}</h2>']
-    parts.append(f'<p class="q">{html.escape(chapter.question)}</p>')
-    failed, copy = (results / "notebooks" / f"{chapter.stem}{suffix}.ipynb" for suffix in (".failed", ""))
+def _section(notebook: NotebookInfo, found: list[dict[str, Any]], results: Path) -> str:
+    parts = [f'<h2 id="{html.escape(notebook.stem)}">{html.escape(notebook.stem[:2])} {html.escape(notebook.title)}</h2>']
+    parts.append(f'<p class="q">{html.escape(notebook.question)}</p>')
+    failed, copy = (results / "notebooks" / f"{notebook.stem}{suffix}.ipynb" for suffix in (".failed", ""))
     if failed.exists():
         parts.append(_failure_html(failed))
-    parts.append(_findings_html([f for f in found if chapter.owns(f["name"])]))
-    shown = [path for path in [*results.glob("figures/*.png"), *results.glob("tables/*.csv")] if chapter.owns(path.stem)]
-    shown.sort(key=lambda path: (chapter.place(path.stem), path.stem, path.suffix))
+    parts.append(_findings_html([f for f in found if notebook.produced(f["name"])]))
+    shown = [path for path in [*results.glob("figures/*.png"), *results.glob("tables/*.csv")] if notebook.produced(path.stem)]
+    shown.sort(key=lambda path: (notebook.order(path.stem), path.stem, path.suffix))
     parts.append('<div class="shown">')
     parts += [_figure_html(path) if path.suffix == ".png" else _table_html(path) for path in shown]
     parts.append("</div>")
@@ -140,13 +140,13 @@ def _findings_html(found: list[dict[str, Any]]) -> str:
     def bold(text: str) -> str:
         return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
 
-    def taken_back(record: dict[str, Any]) -> str:
+    def withdrawn(record: dict[str, Any]) -> str:
         lines = [f"<li><s>{html.escape(t['text'])}</s> {html.escape(t['why'])}</li>" for t in record.get("withdrawn", ())]
         lines += [f"<li>{html.escape(note)}</li>" for note in record.get("notes", ())]
         return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
     return "".join(
-        f'<div class="f">{html.escape(f["sentence"])}{taken_back(f)}<br><small>{bold(provenance_line(f))}</small></div>'
+        f'<div class="f">{html.escape(f["sentence"])}{withdrawn(f)}<br><small>{bold(provenance_line(f))}</small></div>'
         for f in found
     )
 
@@ -167,7 +167,7 @@ def _figure_html(path: Path) -> str:
 
 
 def _href(folder: str, path: Path) -> str:
-    """A link to a file of a folder, whatever its name holds."""
+    """An escaped link to a file of a folder."""
     return html.escape(f"{folder}/{quote(path.name)}")
 
 
@@ -189,7 +189,7 @@ def _row_html(tag: str, row: Iterable[Any], is_number: list[bool]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Three significant digits, thousands apart, a dash where there is nothing."""
+    """A value to three significant digits, with thousands separators; a dash for a missing value."""
     if isinstance(value, bool | str):
         return html.escape(str(value))
     if isinstance(value, int):
@@ -198,7 +198,7 @@ def _cell(value: Any) -> str:
 
 
 def _failure_html(path: Path) -> str:
-    """The last traceback of an executed notebook, or what its metadata says ended it."""
+    """The last traceback of an executed notebook, or the error in its metadata."""
     notebook = json.loads(path.read_text())
     errors = [out for cell in notebook["cells"] for out in cell.get("outputs", []) if out["output_type"] == "error"]
     text = (
@@ -207,6 +207,6 @@ def _failure_html(path: Path) -> str:
         else notebook["metadata"].get("rvlm", {}).get("error", "no traceback was kept")
     )
     text = html.escape(re.sub(r"\x1b\[[0-9;]*m", "", text))
-    note = "This notebook failed; what follows it here, if anything, is of an earlier run."
+    note = "This notebook failed; results below, if any, are from an earlier run."
     link = f'<a href="{_href("notebooks", path)}">{html.escape(path.name)}</a>'
     return f'<div class="fail"><b>{note}</b> {link}<pre>{text}</pre></div>'

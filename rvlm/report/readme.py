@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
-from rvlm.report.page import FULL, chapters
+from rvlm.report.page import FULL, list_notebooks
 from rvlm.report.withdrawn import trainings_of
 from rvlm.statistics.verdicts import WORDS
 
@@ -131,7 +131,7 @@ def _pretraining(found: dict[str, dict[str, Any]]) -> str:
 def notebooks_table(results: Path, notebooks: Path | None = None) -> str:
     """The notebooks: number, question, minutes of the last run, the executed copy to read and the source to run."""
     rows = []
-    for chapter in chapters(notebooks):
+    for chapter in list_notebooks(notebooks):
         copy, full = (folder / "notebooks" / f"{chapter.stem}.ipynb" for folder in (results, results / FULL))
         read = [f"[read](results/notebooks/{copy.name})"] if copy.exists() else []
         read += [f"[full](results/{FULL}/notebooks/{full.name})"] if full.exists() else []
@@ -153,7 +153,7 @@ def _minutes(copy: Path) -> str:
 
 def cost(results: Path, notebooks: Path | None = None) -> str:
     """How long all notebooks took in the last run, in a sentence."""
-    took = [seconds_of_copy(results / "notebooks" / f"{chapter.stem}.ipynb") for chapter in chapters(notebooks)]
+    took = [seconds_of_copy(results / "notebooks" / f"{chapter.stem}.ipynb") for chapter in list_notebooks(notebooks)]
     known = [seconds for seconds in took if seconds is not None]
     return f"All {len(known)} notebooks took {sum(known) / 60:.0f} minutes on two CPU cores.\n" if known else ""
 

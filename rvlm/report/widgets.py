@@ -1,4 +1,4 @@
-"""Things to hold in the hand: drive a robot with buttons. Each has a static twin, since paper and GitHub strip widgets.
+"""Notebook teleoperation: drive a robot with buttons, or by a scripted list of commands where widgets are not shown.
 
 Taught in: 00_look_first.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-MOVES = {  # word -> (dimension, sign), as the static camera sees the tabletop's world frame
+MOVES = {  # command -> (dimension, sign), with the directions of the static camera's image
     "left": ("dy", -1.0),
     "right": ("dy", 1.0),
     "away": ("dx", -1.0),
@@ -26,35 +26,35 @@ MOVES = {  # word -> (dimension, sign), as the static camera sees the tabletop's
 }
 
 
-def move(spec: Any, word: str, is_open: bool, amount: float | int = 1.0) -> np.ndarray:
-    """The raw action ``(a,)`` float32 of one word.
+def move(spec: Any, command: str, is_open: bool, amount: float | int = 1.0) -> np.ndarray:
+    """The raw action ``(a,)`` float32 of one command.
 
     Args:
         spec: `ActionSpec` of the robot, with deltas in the world frame.
-        word: one of `MOVES`, or "stay".
-        is_open: whether the fingers are to be open.
-        amount: share of the largest step, in [0, 1].
+        command: one of `MOVES`, or "stay".
+        is_open: whether to open the fingers.
+        amount: fraction of the largest step, in [0, 1].
     """
-    if word != "stay" and word not in MOVES:
-        raise KeyError(f"no move {word!r}; there are stay, {', '.join(MOVES)}")
+    if command != "stay" and command not in MOVES:
+        raise KeyError(f"no move {command!r}; there are stay, {', '.join(MOVES)}")
     action = np.zeros(spec.n_dims, np.float32)
-    if word in MOVES:
-        dimension, sign = MOVES[word]
+    if command in MOVES:
+        dimension, sign = MOVES[command]
         index = spec.names.index(dimension)
         action[index] = amount * (spec.high[index] if sign > 0 else spec.low[index])
     return spec.set_gripper(action, is_open)
 
 
-def scripted_teleop(env: Any, words: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:
-    """Drive through a list of `MOVES`; the static twin of `teleoperate`.
+def scripted_teleop(env: Any, commands: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:
+    """Execute a list of `MOVES`; the non-interactive version of `teleoperate`.
 
     Returns:
-        What the robot saw and felt before each move and after the last one: "image" and "wrist_image" ``(n, h, w, 3)``,
+        Observations before each command and after the last: "image" and "wrist_image" ``(n, h, w, 3)``,
         "state" ``(n, s)``, and "action" ``(n - 1, a)``.
     """
     observations, actions = [env.reset(seed=seed)[0]], []
-    for word in words:
-        actions.append(move(env.unwrapped.action_spec, word, is_open))
+    for command in commands:
+        actions.append(move(env.unwrapped.action_spec, command, is_open))
         observations.append(env.step(actions[-1])[0])
     return {key: np.stack([o[key] for o in observations]) for key in ("image", "wrist_image", "state")} | {
         "action": np.stack(actions)
@@ -62,12 +62,12 @@ def scripted_teleop(env: Any, words: Iterable[str], seed: int, is_open: bool = T
 
 
 class OnOneThread:
-    """An environment of its own whose every call runs on one thread, for OpenGL draws in the thread that began it alone.
+    """An environment whose calls all run on one thread, as an OpenGL context belongs to the thread that made it.
 
-    JupyterLab hands buttons to one thread of the kernel and toggles to another, so what a widget renders needs a third.
+    JupyterLab calls back buttons and toggles on two threads of the kernel, so rendering needs a third.
 
     Args:
-        make: makes the environment, on that thread.
+        make: makes the environment; called on that thread.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -75,94 +75,113 @@ class OnOneThread:
         self._env = self._pool.submit(make).result()
 
     def do(self, work: Callable[[Any], Any]) -> Any:
-        """What `work` returns or raises when it is given the environment, on its thread."""
+        """Call `work` with the environment on its thread; returns or raises what it does."""
         return self._pool.submit(work, self._env).result()
 
 
-def own_copy(env: Any) -> Callable[[], Any]:
-    """What makes an environment like another one, which is left alone: same robot, image size, families, setting and limit.
+def env_factory(env: Any) -> Callable[[], Any]:
+    """A function that makes an environment with the same arguments as `env`.
 
     Raises:
-        TypeError: an environment that does not say how it was made.
+        TypeError: `env` does not store the arguments that it was made with.
     """
-    bare = env.unwrapped
+    unwrapped = env.unwrapped
     if getattr(env, "spec", None) is not None:  # made by `gymnasium.make`
         import gymnasium
 
         return functools.partial(gymnasium.make, env.spec)
-    names = [name for name in inspect.signature(type(bare)).parameters if name != "self"]
-    missing = [name for name in names if not hasattr(bare, name)]
+    names = [name for name in inspect.signature(type(unwrapped)).parameters if name != "self"]
+    missing = [name for name in names if not hasattr(unwrapped, name)]
     if missing:
-        raise TypeError(f"expected an environment that keeps what it was made with; {type(bare).__name__} lacks {missing}")
-    return functools.partial(type(bare), **{name: getattr(bare, name) for name in names})
+        raise TypeError(f"expected an environment that keeps what it was made with; {type(unwrapped).__name__} lacks {missing}")
+    return functools.partial(type(unwrapped), **{name: getattr(unwrapped, name) for name in names})
 
 
 def teleoperate(env: Any, seed: int = 0, size: int = 256, family: str | None = None) -> Any:
-    """Buttons that move the robot, what its cameras see, its state, and whether it has done what it was asked.
+    """Buttons that move the robot, with its camera images, its state and whether the task is done.
 
     Args:
-        env: the tabletop; the widget drives one like it, so this one stays as it is.
-        seed: of the first scene; "new scene" counts up.
-        size: side of the pictures [pixel].
-        family: kind of task; drawn by the seed where it is left out.
+        env: the tabletop; the widget drives a copy of it.
+        seed: of the first scene; each "new scene" adds 1.
+        size: side of the images [px].
+        family: task family; sampled by the seed if left out.
 
     Returns:
-        An ``ipywidgets.VBox``. What goes wrong in it is written into it.
+        An ``ipywidgets.VBox``, which also shows errors of its callbacks.
     """
-    import ipywidgets as widgets
+    return _Teleoperation(env, seed, size, family).box
 
-    spec, limit, scene = env.unwrapped.action_spec, getattr(env.unwrapped, "max_steps", None), {"seed": seed, "step": 0}
-    own = OnOneThread(own_copy(env))
-    screens = {c: widgets.Image(format="png", layout={"width": f"{size}px"}) for c in spec.cameras}
-    instruction, state, trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
-    is_open = widgets.ToggleButton(value=True, description="fingers open")
-    amount = widgets.FloatSlider(value=1.0, min=0.1, max=1.0, step=0.1, description="step size")
 
-    def show(observation: dict, pictures: Mapping[str, bytes], is_success: bool = False) -> None:
-        for camera, screen in screens.items():
-            screen.value = pictures[camera]
-        count = f"step {scene['step']}" + (f" of {limit}" if limit else "")
-        done = " <b style='color:#029e73'>done</b>" if is_success else ""
-        instruction.value = f"“{html.escape(observation['instruction'])}” · {count}{done}"
-        values = zip(spec.state_names, observation["state"], spec.state_units, strict=True)
-        numbers = ", ".join(f"{name} {value:+.3f} {unit}" for name, value, unit in values)
-        state.value = f"<span style='font-variant-numeric:tabular-nums'>{html.escape(numbers)}</span>"
+class _Teleoperation:
+    """The widgets of `teleoperate` and their callbacks."""
 
-    def pictured(robot: Any) -> dict[str, bytes]:
-        return {camera: _png(robot.unwrapped.image(camera, size)) for camera in screens}
+    def __init__(self, env: Any, seed: int, size: int, family: str | None) -> None:
+        import ipywidgets as widgets
 
-    def act(word: str) -> None:
-        action = move(spec, word, is_open.value, amount.value)
-        (observation, _, is_success, _, _), pictures = own.do(lambda robot: (robot.step(action), pictured(robot)))
-        scene["step"] += 1
-        show(observation, pictures, is_success)
+        self.spec, self.max_steps = env.unwrapped.action_spec, getattr(env.unwrapped, "max_steps", None)
+        self.seed, self.size, self.family, self.n_steps = seed, size, family, 0
+        self.env = OnOneThread(env_factory(env))
+        self.screens = {c: widgets.Image(format="png", layout={"width": f"{size}px"}) for c in self.spec.cameras}
+        self.instruction, self.state_label, self.error = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.is_open = widgets.ToggleButton(value=True, description="fingers open")
+        self.amount = widgets.FloatSlider(value=1.0, min=0.1, max=1.0, step=0.1, description="step size")
+        self.start()
+        self.is_open.observe(self.reporting_errors(functools.partial(self.act, "stay")), names="value")
+        settings = [self.is_open, self.amount, self.button("new scene", self.start)]
+        moves = [self.button(command, functools.partial(self.act, command)) for command in MOVES]
+        grid = widgets.GridBox(moves, layout={"grid_template_columns": "repeat(4, 150px)"})
+        row = widgets.HBox([*settings, widgets.HTML("click a button; Enter repeats it")])
+        images = widgets.HBox(list(self.screens.values()))
+        self.box = widgets.VBox([self.instruction, images, self.state_label, grid, row, self.error])
 
-    def start() -> None:
-        options = {"family": family} if family else None
-        (observation, _), pictures = own.do(lambda robot: (robot.reset(seed=scene["seed"], options=options), pictured(robot)))
-        scene.update(seed=scene["seed"] + 1, step=0)
-        show(observation, pictures)
+    def button(self, description: str, callback: Callable[[], None]) -> Any:
+        """A button that calls `callback`."""
+        import ipywidgets as widgets
 
-    def told(work: Callable[[], None]) -> Callable[[Any], None]:
-        def carry_out(_: Any) -> None:
+        button = widgets.Button(description=description)
+        button.on_click(self.reporting_errors(callback))
+        return button
+
+    def reporting_errors(self, callback: Callable[[], None]) -> Callable[[Any], None]:
+        """A widget callback that shows an error in the box, as Jupyter would drop it."""
+
+        def call(_: Any) -> None:
             try:
-                work()
-                trouble.value = ""
-            except Exception as error:  # a callback's exception reaches nobody: the page would just stand still
-                trouble.value = f"<b style='color:#d55e00'>{html.escape(f'{type(error).__name__}: {error}')}</b>"
+                callback()
+                self.error.value = ""
+            except Exception as error:
+                self.error.value = f"<b style='color:#d55e00'>{html.escape(f'{type(error).__name__}: {error}')}</b>"
 
-        return carry_out
+        return call
 
-    buttons = {word: widgets.Button(description=word) for word in MOVES}
-    for word, button in buttons.items():
-        button.on_click(told(functools.partial(act, word)))
-    is_open.observe(told(functools.partial(act, "stay")), names="value")
-    anew = widgets.Button(description="new scene")
-    anew.on_click(told(start))
-    start()
-    keys = widgets.GridBox(list(buttons.values()), layout={"grid_template_columns": "repeat(4, 150px)"})
-    last = widgets.HBox([is_open, amount, anew, widgets.HTML("click a button; Enter repeats it")])
-    return widgets.VBox([instruction, widgets.HBox(list(screens.values())), state, keys, last, trouble])
+    def start(self) -> None:
+        """Reset to the next scene."""
+        options = {"family": self.family} if self.family else None
+        (observation, _), images = self.env.do(lambda env: (env.reset(seed=self.seed, options=options), self.render(env)))
+        self.seed, self.n_steps = self.seed + 1, 0
+        self.show(observation, images)
+
+    def act(self, command: str) -> None:
+        """Execute one command."""
+        action = move(self.spec, command, self.is_open.value, self.amount.value)
+        (observation, _, is_success, _, _), images = self.env.do(lambda env: (env.step(action), self.render(env)))
+        self.n_steps += 1
+        self.show(observation, images, is_success)
+
+    def render(self, env: Any) -> dict[str, bytes]:
+        """PNG of each camera."""
+        return {camera: _png(env.unwrapped.image(camera, self.size)) for camera in self.screens}
+
+    def show(self, observation: Mapping[str, Any], images: Mapping[str, bytes], is_success: bool = False) -> None:
+        """Update images, instruction and state."""
+        for camera, screen in self.screens.items():
+            screen.value = images[camera]
+        count = f"step {self.n_steps}" + (f" of {self.max_steps}" if self.max_steps else "")
+        done = " <b style='color:#029e73'>done</b>" if is_success else ""
+        self.instruction.value = f"“{html.escape(observation['instruction'])}” · {count}{done}"
+        values = zip(self.spec.state_names, observation["state"], self.spec.state_units, strict=True)
+        numbers = ", ".join(f"{name} {value:+.3f} {unit}" for name, value, unit in values)
+        self.state_label.value = f"<span style='font-variant-numeric:tabular-nums'>{html.escape(numbers)}</span>"
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,8 +1,8 @@
-"""Statements that are taken back: out of the findings, and struck out in the executed notebooks under a banner that says why.
+"""Withdrawn statements: removed from the findings, and struck out in the executed notebooks under a banner with the reasons.
 
-`results/withdrawn.yml` lists them. Findings of that time also get the verdicts that today's rule gives them, as far as their
-recorded intervals tell: none below three trainings, else by Student's t, adjusted by Holm for all contrasts that the notebook had
-at first. What a finding said at first stays in it, as `said`.
+`results/withdrawn.yml` lists them. Findings of that time also get the verdicts of the present rule, from their recorded
+intervals: none below three trainings, else by Student's t, adjusted by Holm for all contrasts of the original sentence. The
+original sentence stays in the finding as `said`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rvlm.report.findings import Finding, as_markdown
 from rvlm.statistics.verdicts import MIN_TRAININGS
 
 LIST = ROOT / "results" / "withdrawn.yml"
-TAG = "withdrawn"  # of the banner's cell
+TAG = "withdrawn"  # tag of the banner's cell
 _NUMBERS = r"(?P<at>[+-]\d+) points, (?P<low>[+-]\d+) to (?P<high>[+-]\d+)"
 _OLD = r"(?P<word>not replicated|replicated|undecided)"
 _STATED = re.compile(
@@ -37,53 +37,55 @@ def withdrawn(path: Path = LIST) -> dict[str, Any]:
 
 
 def amended(record: dict[str, Any], listed: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A finding without what is withdrawn, its verdicts by today's rule; as it is if it was found after the mend.
+    """A finding without its withdrawn statements, its verdicts by the present rule; unchanged if it is newer than the list.
 
-    Adds `said` (the sentence at first), `withdrawn` (what was taken back, each with its reason) and `notes` (what to bear in
-    mind with the rest). Amending again changes nothing.
+    Adds `said` (the original sentence), `withdrawn` (the withdrawn statements, each with its reason) and `notes` (caveats for
+    the rest). Idempotent.
     """
     listed = listed or withdrawn()
     if record.get("date", "9") >= listed["before"]:
         return record
-    name, first = record["name"], record.get("said", record["sentence"])
-    sentence, taken, hidden = _without(listed["claims"].get(name, ()), listed["reasons"], first)
+    name, original = record["name"], record.get("said", record["sentence"])
+    sentence, removed, hidden = _without(listed["claims"].get(name, ()), listed["reasons"], original)
     for change in listed.get("reworded", {}).get(name, ()):
         sentence = re.sub(change["says"], change["reads"], sentence, count=1)
-    family = max(len(_STATED.findall(first)), listed.get("contrasts", {}).get(name, 0))  # before anything was cut out
-    sentence, words = _judged_anew(_tidy(sentence), record, family)
+    n_contrasts = max(len(_STATED.findall(original)), listed.get("contrasts", {}).get(name, 0))  # of the original sentence
+    sentence, words = _with_present_verdicts(_tidy(sentence), record, n_contrasts)
     notes = listed["notes"].get(name, [])
-    if sentence == first and not taken and not notes:
+    if sentence == original and not removed and not notes:
         return record
-    kept = {"sentence": sentence, "said": first, "withdrawn": taken, "notes": notes}
+    kept = {"sentence": sentence, "said": original, "withdrawn": removed, "notes": notes}
     intervals = record["interval"]
-    if isinstance(intervals, dict):  # an interval of what is withdrawn is not in the fine print any more
-        kept["interval"] = {k: v for k, v in intervals.items() if k not in hidden and not any(k in t["text"] for t in taken)}
+    if isinstance(intervals, dict):  # without those of withdrawn statements
+        kept["interval"] = {k: v for k, v in intervals.items() if k not in hidden and not any(k in r["text"] for r in removed)}
     if record.get("verdict"):
         kept["verdict"] = next(iter(words.values())) if len(words) == 1 else words or None
     return record | kept
 
 
-def _without(claims: Iterable[dict[str, Any]], reasons: dict[str, Any], said: str) -> tuple[str, list[dict[str, str]], list[str]]:
-    """A sentence without what is withdrawn; what was taken back, with reasons; the names of intervals that go with it."""
-    taken, hidden = [], []
+def _without(
+    claims: Iterable[dict[str, Any]], reasons: dict[str, Any], sentence: str
+) -> tuple[str, list[dict[str, str]], list[str]]:
+    """The sentence without withdrawn statements; these with their reasons; the names of their intervals."""
+    removed, hidden = [], []
     for claim in claims:
-        found = re.search(claim["says"], said) if "says" in claim else None
+        found = re.search(claim["says"], sentence) if "says" in claim else None
         text = found.group() if found else claim.get("shows")
         if found:
-            said = said[: found.start()] + said[found.end() :]
+            sentence = sentence[: found.start()] + sentence[found.end() :]
         if text:
-            taken.append({"text": text.strip(" :;,."), **reasons[claim["reason"]]})
+            removed.append({"text": text.strip(" :;,."), **reasons[claim["reason"]]})
             hidden += claim.get("keys", [])
-    return said, taken, hidden
+    return sentence, removed, hidden
 
 
 def trainings_of(record: dict[str, Any]) -> int:
-    """How many trainings of each side a finding rests on."""
+    """Number of trainings on each side of a finding's comparison."""
     return int(record["numbers"].get("trainings") or record["numbers"].get("seeds") or 1)
 
 
 def _tidy(sentence: str) -> str:
-    """A sentence without the seams of what was cut out of it."""
+    """Repair punctuation and capitals after statements were cut out."""
     sentence = re.sub(r"; that the first is nearer is: flow over mlp \w+", "; flow over mlp", sentence)
     sentence = re.sub(r"each: At a", "each. At a", sentence)
     sentence = re.sub(r"\s+([.;,])", r"\1", re.sub(r"[;,:]\s*(?=\.)", "", sentence))
@@ -91,8 +93,8 @@ def _tidy(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def _judged_anew(sentence: str, record: dict[str, Any], family: int) -> tuple[str, dict[str, str]]:
-    """A sentence with today's verdict words for the contrasts [points] that it states, and these words by contrast."""
+def _with_present_verdicts(sentence: str, record: dict[str, Any], n_contrasts: int) -> tuple[str, dict[str, str]]:
+    """The sentence with the present rule's verdicts for its contrasts [points], and these verdicts by contrast."""
     found, n = list(_STATED.finditer(sentence)), trainings_of(record)
     if not found:
         return sentence, {}
@@ -101,7 +103,7 @@ def _judged_anew(sentence: str, record: dict[str, Any], family: int) -> tuple[st
         words, by_contrast = ["no verdict"] * len(found), {}
     else:
         stated = [tuple(int(m[k] or m[k + "2"]) for k in ("at", "low", "high")) for m in found]
-        words, note = _by_holm([_unrounded(record, *contrast) for contrast in stated], n, family), ""
+        words, note = _by_holm([_unrounded(record, *contrast) for contrast in stated], n, n_contrasts), ""
         contrasts = [re.split(r"[.;] ", sentence[: m.start()])[-1].strip(" :") for m in found]
         by_contrast = dict(zip(contrasts, words, strict=True))
     for match, word in reversed(list(zip(found, words, strict=True))):
@@ -111,18 +113,18 @@ def _judged_anew(sentence: str, record: dict[str, Any], family: int) -> tuple[st
 
 
 def _unrounded(record: dict[str, Any], at: int, low: int, high: int) -> tuple[float, float, float]:
-    """A stated contrast [points] with the digits that its finding keeps; as it was stated if it keeps none."""
+    """A stated contrast [points] with the precision recorded in its finding; as stated if none is recorded."""
     kept = [x for x in (record["interval"] or {}).values() if isinstance(x, dict)] if isinstance(record["interval"], dict) else []
     points = [(100 * x["estimate"], 100 * x["low"], 100 * x["high"]) for x in kept if "estimate" in x]
     points += [tuple(x) for key, x in record["numbers"].items() if key.endswith("_points") and len(x) == 3]
     return next((x for x in points if tuple(map(round, x)) == (at, low, high)), (at, low, high))
 
 
-def _by_holm(contrasts: list[tuple[float, float, float]], n_trainings: int, family: int, level: float = 0.95) -> list[str]:
-    """Verdicts on (estimate, low, high), of intervals by the bootstrap, for a family of at least as many contrasts.
+def _by_holm(contrasts: list[tuple[float, float, float]], n_trainings: int, n_contrasts: int, level: float = 0.95) -> list[str]:
+    """Verdicts on contrasts (estimate, low, high) with bootstrap intervals, adjusted by Holm for ``n_contrasts``.
 
     Student's t with ``n_trainings - 1`` degrees of freedom; a bootstrap over m trainings has ``(m - 1) / m`` of their variance.
-    Contrasts of the family whose intervals are not known count as if they came last, by which none is called too much.
+    Contrasts without known intervals rank last, which is conservative.
     """
     from scipy.stats import norm, t
 
@@ -130,9 +132,9 @@ def _by_holm(contrasts: list[tuple[float, float, float]], n_trainings: int, fami
         error = (high - low) / (2 * norm.ppf((1 + level) / 2)) * math.sqrt(n_trainings / (n_trainings - 1))
         return float(2 * t.sf(abs(at) / max(error, 1e-9), n_trainings - 1))
 
-    alone, words, worst = [p(*contrast) for contrast in contrasts], ["undecided"] * len(contrasts), 0.0
-    for rank, i in enumerate(sorted(range(len(alone)), key=alone.__getitem__)):
-        worst = max(worst, (family - rank) * alone[i])
+    p_values, words, worst = [p(*contrast) for contrast in contrasts], ["undecided"] * len(contrasts), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, (n_contrasts - rank) * p_values[i])
         if worst < 1 - level:
             words[i] = "supported" if contrasts[i][0] > 0 else "reversed"
     return words
@@ -142,7 +144,7 @@ def _by_holm(contrasts: list[tuple[float, float, float]], n_trainings: int, fami
 
 
 def amend(results: Path, listed: dict[str, Any] | None = None) -> list[Path]:
-    """Amend every finding of a results folder, and the executed notebook that states it; returns the files that changed."""
+    """Amend every finding of a results folder and its executed notebook; returns the changed files."""
     changed = []
     for path in sorted((results / "findings").glob("*.json")):
         record = json.loads(path.read_text())
@@ -156,7 +158,7 @@ def amend(results: Path, listed: dict[str, Any] | None = None) -> list[Path]:
 
 
 def _without_tables(folder: Path, record: dict[str, Any], listed: dict[str, Any]) -> list[Path]:
-    """Delete the tables of what is withdrawn from a finding; returns their files."""
+    """Delete the tables of a finding's withdrawn statements; returns their files."""
     claims = listed["claims"].get(record["name"], ()) if "said" in record else ()
     gone = [path for claim in claims for name in claim.get("tables", ()) for path in sorted(folder.glob(f"{name}.*"))]
     for path in gone:
@@ -170,7 +172,7 @@ def _written(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Iterator[P
 
 
 def struck(notebook: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """An executed notebook with a banner on top, its finding struck out and stated anew; the same again changes nothing."""
+    """An executed notebook with a banner on top and its finding struck out and restated; idempotent."""
     cells = [cell for cell in notebook["cells"] if TAG not in cell["metadata"].get("tags", [])]
     cells = [_finding_cell(cell, record) if "finding" in cell["metadata"].get("tags", []) else cell for cell in cells]
     banner = {"cell_type": "markdown", "id": TAG, "metadata": {"tags": [TAG]}, "source": banner_of(record).splitlines(True)}
@@ -178,16 +180,16 @@ def struck(notebook: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def banner_of(record: dict[str, Any]) -> str:
-    """What no longer stands, and why, as Markdown."""
+    """The withdrawn statements of a finding with their reasons, as Markdown."""
     lines = [
         f"> **Not all of this stands.** This copy was executed on {record['date'][:10]}. A verdict now needs {MIN_TRAININGS} "
         "trainings of each side, is adjusted for several contrasts, and is called supported, reversed or undecided; where a "
         "cell, table or figure below says (not) replicated or names a winner, read the finding at the end."
     ]
-    whys = dict.fromkeys(taken["why"] for taken in record["withdrawn"])
+    whys = dict.fromkeys(entry["why"] for entry in record["withdrawn"])
     lines += [">", "> Withdrawn:", ">"] if whys else []
     for why in whys:
-        what = "; ".join(f"~~{as_markdown(taken['text'])}~~" for taken in record["withdrawn"] if taken["why"] == why)
+        what = "; ".join(f"~~{as_markdown(entry['text'])}~~" for entry in record["withdrawn"] if entry["why"] == why)
         lines.append(f"> - {what}. {as_markdown(why)}")
     lines += [">", "> Read with care:", ">"] if record["notes"] else []
     lines += [f"> - {as_markdown(note)}" for note in record["notes"]]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from rvlm.caches import Code, keep, make_room
+from rvlm.caches import Code, make_room, register
 from rvlm.files import artifacts_dir, config_hash, file_hash, make_folder, reserve
 from rvlm.vlm.backbones import language_model, vision_features, vision_modules
 from rvlm.vlm.prompts import PromptBuilder
@@ -47,10 +47,10 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
         settings = {"frames": content_of(images[name]), **tower}
         folder = artifacts_dir() / "features" / config_hash(settings)
         if not folder.is_dir():
-            CODE.refuse_changed()
+            CODE.require_unchanged()
             make_room()
             make_folder(folder, lambda part, name=name: _write(part / "features.npy", model, prompter, images[name]))
-        paths[name] = keep(folder, CODE, settings) / "features.npy"
+        paths[name] = register(folder, CODE, settings) / "features.npy"
     return {name: np.load(paths[name], mmap_mode="r") for name in names}
 
 

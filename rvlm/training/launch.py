@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from rvlm.caches import use, use_inputs, write_made
-from rvlm.files import atomic_write, commits
+from rvlm.caches import use, use_inputs, write_provenance
+from rvlm.files import atomic_write, hub_commits
 from rvlm.processes import PASSIVE, exit_when_process_ends
 from rvlm.training.stages import Stage
 from rvlm.training.trainer import DIVERGED, TrainingDiverged, log_history, train_stage_in_process
@@ -71,12 +71,12 @@ def prepare(stage: Stage) -> Path:
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / DIVERGED).unlink(missing_ok=True)
-    stage.code.refuse_changed()
+    stage.code.require_unchanged()
     told = dataclasses.asdict(stage)
     atomic_write(partial / "stage.json", json.dumps(told, indent=1))
-    atomic_write(partial / "commits.json", json.dumps({name: of for name, of in commits.items() if name == stage.init}))
+    atomic_write(partial / "commits.json", json.dumps({name: of for name, of in hub_commits.items() if name == stage.init}))
     inputs = (stage.init, *stage.data, *stage.vqa_data)
-    write_made(partial, stage.code, told, inputs)
+    write_provenance(partial, stage.code, told, inputs)
     use_inputs(inputs)
     return partial
 
@@ -120,7 +120,7 @@ def _requested_worker(folder: Path) -> None:
 
 def _stage_in(folder: Path) -> Stage:
     """The stage that is trained in a folder, from the commit that is in its name; what it is made from is in use from now on."""
-    commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
+    hub_commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
     stage = Stage(**json.loads((folder / "stage.json").read_text()))
     use_inputs((stage.init, *stage.data, *stage.vqa_data))
     return stage

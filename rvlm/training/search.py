@@ -170,7 +170,7 @@ def search(
         storage: Address; the study's own SQLite file if left out.
         n_threads: Of each training.
         seed: Of the order in which the grid is tried.
-        scored_on: What stands for the data that the score reads, as `rvlm.files.hash_of_tree` of its folder.
+        scored_on: What stands for the data that the score reads, as `rvlm.files.folder_hash` of its folder.
 
     Returns:
         The study.

@@ -13,7 +13,7 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from rvlm.caches import Code
-from rvlm.files import artifacts_dir, config_hash, hash_of_model, hash_of_tree
+from rvlm.files import artifacts_dir, config_hash, folder_hash, model_hash
 from rvlm.policy.config import FINETUNING_MODES, check_settings
 from rvlm.vlm import quantization
 
@@ -226,11 +226,11 @@ class Stage:
         shared = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing")
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared}
         content |= {"data": self._content_of(self.data), "vqa_data": self._content_of(self.vqa_data)}
-        content |= {"init": hash_of_model(self.init), "precision": self.computes_in, "code": self.code.hash}
+        content |= {"init": model_hash(self.init), "precision": self.computes_in, "code": self.code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{config_hash(content)}"
 
     def _content_of(self, folders: Sequence[str]) -> list[str]:
         try:
-            return [hash_of_tree(folder) for folder in folders]
+            return [folder_hash(folder) for folder in folders]
         except ValueError as error:
             raise ValueError(f"stage {self.name!r}: {error}") from error

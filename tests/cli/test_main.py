@@ -13,7 +13,7 @@ import pytest
 from rvlm import report
 from rvlm.cli import lab
 from rvlm.cli.main import main
-from rvlm.cli.run import tried
+from rvlm.cli.run import make_job
 from rvlm.experiments import recipes
 from rvlm.files import RESULTS, ROOT
 from rvlm.report.notebooks import InvalidRun, parameters_of, parse_parameters
@@ -86,15 +86,15 @@ def test_choices_folders_and_lists_are_checked_too(words, message, home, capsys)
 def test_values_are_read_as_the_notebook_means_them(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    job, places = tried("04", [("windows", "2,3"), ("n_frames", "12_000")])
+    job, paths = make_job("04", [("windows", "2,3"), ("n_frames", "12_000")])
     assert job.parameters == {"windows": [2, 3], "n_frames": 12000} and job.notebook.parent == ROOT / "notebooks"
-    assert places.results == home / "tried" / f"04_history-{job.key}" and places.artifacts == home
-    assert tried("00", [("policy_folder", "mine")])[0].parameters == {"policy_folder": str(tmp_path / "mine")}
-    assert tried("03", [("learning_rate", "1")])[0].parameters == {"learning_rate": 1}
-    assert tried("look_first", [])[0].key != tried("0", [("seed", "1")])[0].key
+    assert paths.results == home / "tried" / f"04_history-{job.key}" and paths.artifacts == home
+    assert make_job("00", [("policy_folder", "mine")])[0].parameters == {"policy_folder": str(tmp_path / "mine")}
+    assert make_job("03", [("learning_rate", "1")])[0].parameters == {"learning_rate": 1}
+    assert make_job("look_first", [])[0].key != make_job("0", [("seed", "1")])[0].key
     own = tmp_path / "04_history.ipynb"  # an edited copy does not write where the notebook itself does
     own.write_text((ROOT / "notebooks" / own.name).read_text().replace("# 04", "# 4"))
-    assert tried(str(own), [])[1].results != tried("04", [])[1].results
+    assert make_job(str(own), [])[1].results != make_job("04", [])[1].results
 
 
 TOY = [
@@ -129,7 +129,7 @@ def test_a_try_runs_from_anywhere_and_leaves_results_and_readme_alone(home, tmp_
     (record,) = report.load_findings(folder)
     assert (record["sentence"], record["profile"]) == ("It is 3.", None)
     assert "00_toy: started, with n = 3" in done.stdout and str(folder / "notebooks/00_toy.ipynb") in done.stdout
-    assert "It is 3." in done.stdout and "tried, at no profile's parameters" in done.stdout
+    assert "It is 3." in done.stdout and "parameters of no profile" in done.stdout
     outputs = json.dumps(json.loads((folder / "notebooks/00_toy.ipynb").read_text())["cells"])
     assert folder.name in outputs and "PASSIVE 0" in outputs
     assert not list(tmp_path.glob("out*")) and {p.name for p in tmp_path.iterdir()} == {"00_toy.ipynb", "home"}
@@ -179,7 +179,7 @@ def test_jupyterlab_opens_copies_and_keeps_those_that_were_changed(tmp_path):
     assert lab.copy_notebooks(tracked.parent, copy.parent) == [] and copy.read_bytes() == mine
     edit(tracked, "n = 3  # how many [1]")
     (line,) = lab.copy_notebooks(tracked.parent, copy.parent)
-    assert line.startswith("00_toy.ipynb: you have changed this copy, so it is kept") and copy.read_bytes() == mine
+    assert line.startswith("00_toy.ipynb: you have edited this copy, so it is kept") and copy.read_bytes() == mine
 
 
 def test_kernels_of_jupyterlab_write_results_of_their_own(home, monkeypatch):

@@ -186,7 +186,7 @@ def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "posix_fallocate", full)
-    with pytest.raises(files.NoRoomError, match=r"frames/.*: expected room for 320 bytes, got \d+ that are free \(No space"):
+    with pytest.raises(files.DiskFullError, match=r"frames/.*: expected 320 bytes of free disk space, got \d+ \(No space"):
         frame_cache.cached_frames({"n": 1}, {}, lambda: (1, 8, 8, 3), lambda out: pytest.fail("written to"))
     assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
 

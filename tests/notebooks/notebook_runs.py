@@ -7,6 +7,7 @@ import nbformat
 
 from rvlm import report
 from rvlm.cli import reproduce
+from rvlm.cli.execution import RunPaths
 from rvlm.envs.gl import choose_gl
 from rvlm.files import ROOT
 
@@ -15,17 +16,17 @@ STEMS = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ip
 
 def run_and_find(stem, artifacts, tmp_path):
     choose_gl()
-    places = reproduce.RunPaths(ROOT, ROOT / "notebooks", tmp_path / "results", artifacts)
-    (job,) = reproduce.plan(places, "smoke", only=[stem])
-    reproduce.run(job, places, "smoke", is_quiet=True)
+    paths = RunPaths(ROOT, ROOT / "notebooks", tmp_path / "results", artifacts)
+    (job,) = reproduce.plan_jobs(paths, "smoke", only=[stem])
+    reproduce.run_notebook(job, paths, "smoke", is_quiet=True)
 
-    found = report.load_findings(places.results)
+    found = report.load_findings(paths.results)
     assert found and all(f["name"].startswith(stem[:3]) for f in found), [f["name"] for f in found]
-    figures = {path.name for path in (places.results / "figures").iterdir()}
+    figures = {path.name for path in (paths.results / "figures").iterdir()}
     both = {f"{name[:-4]}.{suffix}" for name in figures for suffix in ("pdf", "png")}
     assert figures == both and figures and all(name.startswith(stem[:3]) for name in figures), figures
 
-    path = places.results / "notebooks" / f"{stem}.ipynb"
+    path = paths.results / "notebooks" / f"{stem}.ipynb"
     nbformat.validate(nbformat.read(path, as_version=4))
     assert path.stat().st_size < 12e6, "an executed notebook goes into git: show fewer or smaller pictures"
     outputs = json.dumps([cell["outputs"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"])

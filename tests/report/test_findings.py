@@ -17,7 +17,7 @@ from PIL import Image
 from rvlm import report
 from rvlm.files import ROOT, artifacts_dir, atomic_write, results_dir
 from rvlm.report import plots
-from rvlm.report.page import chapters, html_report
+from rvlm.report.page import html_report, list_notebooks
 from rvlm.report.readme import BOARD, PARTS, board, update_readme, updated_readme
 from rvlm.statistics import holm, newcombe, paired_difference, verdict, wilson
 
@@ -201,8 +201,8 @@ def test_directories_follow_the_environment(monkeypatch, tmp_path):
 
 
 def test_show_source_looks_through_decorators():
-    text = report.show_source(chapters).data
-    assert text.startswith("`rvlm/report/page.py`\n```python\n") and "def chapters(" in text
+    text = report.show_source(list_notebooks).data
+    assert text.startswith("`rvlm/report/page.py`\n```python\n") and "def list_notebooks(" in text
 
 
 def test_a_rate_may_be_said_as_a_percentage(results):

@@ -24,16 +24,16 @@ def test_a_word_is_an_action_in_the_cards_convention(robot):
 
 def test_driving_by_hand_and_by_script():
     env = Tabletop(image_size=32)
-    told = widgets.scripted_teleop(env, ["down", "left", "left"], seed=3)
-    assert told["image"].shape == (4, 32, 32, 3) and told["action"].shape == (3, 7)
-    moved = told["state"][-1] - told["state"][0]
+    driven = widgets.scripted_teleop(env, ["down", "left", "left"], seed=3)
+    assert driven["image"].shape == (4, 32, 32, 3) and driven["action"].shape == (3, 7)
+    moved = driven["state"][-1] - driven["state"][0]
     assert moved[1] < -0.02 and moved[2] < -0.01  # [m]
 
     box = widgets.teleoperate(env, seed=3, size=32)
-    label, screens, felt, keys, *_ = box.children
-    before, picture = felt.value, screens.children[0].value
-    button(keys, "left").click()
-    assert felt.value != before and screens.children[0].value != picture and "m" in felt.value
+    label, screens, state_label, moves, *_ = box.children
+    before, picture = state_label.value, screens.children[0].value
+    button(moves, "left").click()
+    assert state_label.value != before and screens.children[0].value != picture and "m" in state_label.value
     assert label.value.startswith("“") and "step 1 of 60" in label.value
     env.close()
 
@@ -52,18 +52,18 @@ def driven():
 def test_toggles_and_buttons_may_come_from_any_thread(driven):
     """JupyterLab delivers them in two; an OpenGL context belongs to the one that made it."""
     _, box = driven
-    label, screens, _, keys, last, trouble = box.children
+    label, screens, _, moves, last, error = box.children
     seen = set()
     with ThreadPoolExecutor(1) as other:
         for step in range(4):
             fingers = last.children[0]
             other.submit(setattr, fingers, "value", not fingers.value).result()
             seen.add(screens.children[0].value)
-            button(keys, "closer").click()
+            button(moves, "closer").click()
             seen.add(screens.children[0].value)
-            assert trouble.value == "" and f"step {2 * step + 2} of 50" in label.value
+            assert error.value == "" and f"step {2 * step + 2} of 50" in label.value
         other.submit(button(last, "new scene").click).result()
-    assert len(seen) == 8 and "step 0 of 50" in label.value and trouble.value == ""
+    assert len(seen) == 8 and "step 0 of 50" in label.value and error.value == ""
 
 
 def test_the_widget_leaves_the_environment_that_it_was_given_alone(driven):
@@ -77,13 +77,13 @@ def test_the_widget_leaves_the_environment_that_it_was_given_alone(driven):
 
 def test_what_goes_wrong_is_written_into_the_widget(driven, monkeypatch):
     _, box = driven
-    *_, keys, _, trouble = box.children
+    *_, moves, _, error = box.children
     monkeypatch.setattr(Tabletop, "step", lambda *_: 1 / 0)
-    button(keys, "left").click()
-    assert "ZeroDivisionError: division by zero" in trouble.value
+    button(moves, "left").click()
+    assert "ZeroDivisionError: division by zero" in error.value
     monkeypatch.undo()
-    button(keys, "left").click()
-    assert trouble.value == "", "and it goes on"
+    button(moves, "left").click()
+    assert error.value == "", "and it goes on"
 
 
 def test_an_environment_that_cannot_be_made_again_is_refused():
@@ -92,4 +92,4 @@ def test_an_environment_that_cannot_be_made_again_is_refused():
             pass
 
     with pytest.raises(TypeError, match=r"keeps what it was made with; Bare lacks \['port'\]"):
-        widgets.own_copy(Bare(1))
+        widgets.env_factory(Bare(1))

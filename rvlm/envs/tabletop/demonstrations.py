@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.caches import Code, keep
+from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
 from rvlm.data.writer import record_dataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
@@ -174,6 +174,6 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
         )
     make, folder = functools.partial(make_shard, collection=collection), collection.folder
     if not folder.exists():
-        CODE.refuse_changed()
+        CODE.require_unchanged()
     record_dataset(folder, collection.spec, make, n_shards, n_workers, progress, HELD_OUT)
-    return keep(folder, CODE, asdict(collection))
+    return register(folder, CODE, asdict(collection))

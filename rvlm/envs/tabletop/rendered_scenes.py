@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from rvlm.caches import Code, keep
+from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.success import DRAWER_OPEN, is_held
@@ -122,11 +122,11 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         jobs.append((root / f"{robot}-{seed}-{n}x{image_size}-{keys[robot]}", robot, seed, n, image_size))
     todo = [job for job in jobs if not job[0].exists()]
     if todo:
-        CODE.refuse_changed()
+        CODE.require_unchanged()
         for _ in tqdm(in_parallel(make_scenes, todo, n_workers), f"render {n_scenes} scenes", len(todo), unit="part"):
             pass
     names = ("robot", "seed", "n_scenes", "image_size")
-    return [keep(folder, CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
+    return [register(folder, CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
 
 
 class Scenes:
