@@ -171,12 +171,27 @@ def test_tests_stand_in_the_rooms_of_what_they_test():
     assert not wrong, f"tests of a module that stand elsewhere than in its room: {wrong}"
 
 
-def test_the_layout_lists_every_module():
-    layout = (ROOT / "docs/layout.md").read_text()
-    inside = ("tabletop", "plots/", "statistics/")  # which stand there as one line each
-    modules = [Path(name).name for name in MODULES if not any(own in name for own in inside)]
-    unlisted = [name for name in modules if name not in ("__init__.py", "__main__.py") and name not in layout]
-    assert not unlisted, f"add one line each to the tree of docs/layout.md: {unlisted}"
+def children(package: Path) -> set[str]:
+    """Modules and packages that stand in a package's folder, by name."""
+    names = [Path(name).relative_to(package).parts for name in MODULES if Path(name).is_relative_to(package)]
+    return {parts[0].removesuffix(".py") for parts in names} - {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.endswith("/__init__.py") and name != "rvlm/__init__.py"])
+def test_a_folder_lists_its_modules(name):
+    _, _, listed = (ast.get_docstring(tree(name)) or "").partition("\nModules:\n")
+    named, there = re.findall(r"^    (\w+): \S", listed, re.MULTILINE), children(Path(name).parent)
+    assert len(named) == len(set(named)), f"{name}: listed twice"
+    assert set(named) == there, f"{name}, under Modules: not listed {there - set(named)}, not there {set(named) - there}"
+
+
+def test_the_layout_lists_every_folder():
+    text = (ROOT / "docs/layout.md").read_text()
+    tree_of_package = text[text.index("\nrvlm/") : text.index("\ndata_cards/")]
+    named = set(re.findall(r"^  (\w+)/ ", tree_of_package, re.MULTILINE))
+    modules = re.search(r"^  \(modules\) +([\w, ]+):", tree_of_package, re.MULTILINE)
+    named |= set(modules.group(1).split(", ")) if modules else set()
+    assert named == children(Path("rvlm")), "the tree of docs/layout.md has a line per folder, and the modules beside them"
 
 
 def test_a_clone_is_small_and_holds_nothing_that_is_built():

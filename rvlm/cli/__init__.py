@@ -1,4 +1,15 @@
-"""The command line: one module per command, combined in `rvlm.cli.main`."""
+"""The command line: one module per command, combined in `rvlm.cli.main`.
+
+Modules:
+    kernels: the kernel in which papermill runs a notebook.
+    execution: one notebook, executed in its own kernel.
+    reproduce: run the notebooks in order, skipping those that are up to date.
+    run: one notebook with parameters of your own.
+    lab: JupyterLab on copies of the notebooks.
+    cache: list caches, and delete them.
+    ship: make the shipped models.
+    main: the parser, and the read-only commands.
+"""
 
 import argparse
 from typing import Any

@@ -1,1 +1,12 @@
-"""Why a policy fails: checks from the data to the closed loop, and injected faults that test them."""
+"""Why a policy fails: checks from the data to the closed loop, and faults to test them with.
+
+Modules:
+    results: result of a check, and the fix for each fault.
+    inputs: what is diagnosed: a policy, its training data, and the environment.
+    misreadings: common errors in reading images and actions.
+    data_checks: does the data follow its card, does the hand move as commanded.
+    policy_checks: statistics, conventions, and predictions on training frames.
+    env_checks: initial states, images, and the effect of recorded actions.
+    checklist: the checks in order; the first that fails names the fault.
+    faults: faults to inject, which the checks must name.
+"""

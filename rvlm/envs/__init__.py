@@ -1,4 +1,10 @@
-"""Environments: each a `gymnasium.Env` that declares its actions by an `ActionSpec`. Importing this registers them."""
+"""Environments: each a `gymnasium.Env` that declares its actions by an `ActionSpec`. Importing this registers them.
+
+Modules:
+    gl: which OpenGL renders without a screen.
+    tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
+    real_robot: a real robot (LeRobot's `Robot`) behind safety limits.
+"""
 
 import gymnasium
 

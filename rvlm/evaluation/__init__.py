@@ -1,1 +1,10 @@
-"""How good a policy is: rollouts, closed loop, open loop, chains, protocols, questions about scenes."""
+"""How good a policy is: closed loop, open loop, chains, protocols, visual question answering.
+
+Modules:
+    rollouts: batched rollouts, and input ablations of the policy.
+    closed_loop: closed-loop evaluation with fixed, distinct seeds.
+    open_loop: distance between predicted and recorded actions.
+    chains: tasks in sequence: CALVIN's chains of five.
+    protocols: settings and the generalisation gap, shortcut probes, leaks.
+    vqa: visual question answering, against majority and blank-image baselines.
+"""

@@ -1,1 +1,7 @@
-"""Recipes: which stages make a policy, few-shot adaptation, continual learning, DAgger."""
+"""Which stages make a policy, and what is compared.
+
+Modules:
+    recipes: sequences of stages: the shipped models, and the recipes that are compared.
+    few_shot: few-shot adaptation and continual learning.
+    dagger: DAgger: the expert labels the policy's own rollouts.
+"""

@@ -1,4 +1,15 @@
-"""Results: findings, tables, pages, plots, widgets. The functions that notebooks call are here, the rest in the modules."""
+"""Results: findings, tables, pages, plots, widgets. The functions that notebooks call are here, the rest in the modules.
+
+Modules:
+    findings: findings, export of figures and tables, provenance.
+    withdrawn: withdrawn statements, out of findings and executed notebooks.
+    copies: executed notebooks, made small.
+    notebooks: parameters of notebooks: cells, profiles, validation.
+    page: the HTML report.
+    readme: the computed parts of the README.
+    plots: the figures, all in one style.
+    widgets: teleoperation in a notebook.
+"""
 
 from rvlm.report.findings import (
     Finding,

@@ -5,6 +5,13 @@ trainings and episodes, and verdict words have a stated rule. statsmodels and sc
 which method is used where.
 
 Taught in: 06_evaluate (rates), 03_attach_an_action_head (the probe).
+
+Modules:
+    proportions: intervals of proportions over several trainings.
+    intervals: rates, means and paired differences, over episodes and trainings.
+    power: minimum detectable difference, and variance between trainings.
+    verdicts: the verdict on a contrast, and Holm's adjustment.
+    probes: linear probes of features, and their R².
 """
 
 from rvlm.statistics.intervals import (

@@ -1,1 +1,14 @@
-"""Training stages: their data, cached features, trainer, launch, search, and what a step costs."""
+"""Training stages: data, initial weights and a budget, run resumably in processes of their own.
+
+Modules:
+    stages: `Stage`: the configuration of a training, and its folder.
+    features: features of a frozen vision tower, computed once per frame.
+    detection: stage 0: detection pre-training of the vision tower.
+    stage_data: model, processor, samples and collator of each kind of stage.
+    trainer_checkpoints: checkpoints of a running training, and resuming from the newest whole one.
+    trainer: one process of a stage, on `transformers.Trainer`.
+    launch: run stages, alone or in parallel.
+    search: hyperparameter search with Optuna, one storage for many workers.
+    memory_plan: parameters, memory and time of a training step, from configurations alone.
+    cost: memory and FLOPs of forward and backward, on fake tensors or measured.
+"""

@@ -1,1 +1,16 @@
-"""Vision-language models of any family: processors, prompts, backbones, adapters, the small one that ships, tiny ones."""
+"""Vision-language models of any family, as a backbone that is read at `<act>`.
+
+Modules:
+    processors: a family's own processor, also without its video part.
+    templates: chat templates: the prompt format of a family.
+    prompts: the one prompt builder: images and instructions to tokens, with `<act>`.
+    backbones: load a model, find its parts, freeze them, read hidden states at `<act>`.
+    quantization: precision of the weights, and 4 bits by bitsandbytes.
+    adapters: LoRA, DoRA and QLoRA by peft.
+    question_answering: questions and answers as batches for the next-token loss.
+    causality: whether attention over the prompt is causal, by trying it.
+    small: the small model that ships, untrained.
+    tiny: tiny models of many families, built offline.
+    tiny_models: builders of the tiny models, one per family.
+    tiny_templates: chat templates of the tiny models.
+"""

@@ -1,6 +1,21 @@
 """A MuJoCo tabletop with scripted experts, several arms and domain switches.
 
 Importing this chooses how MuJoCo draws without a screen, before anything imports MuJoCo.
+
+Modules:
+    scene: the scene as MJCF text, and the domain switches.
+    arms: arms of primitive geometry, with true kinematics.
+    real_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
+    world: one MuJoCo model of scene and arm, and its true state.
+    success: success conditions, from the true state.
+    tasks: task families: instruction templates, success condition, initial state.
+    sampling: feasible tasks of a scene, and sampling one of them.
+    experts: scripted experts: the next action from the true state.
+    failures: classification of failed episodes.
+    env: the `gymnasium.Env`.
+    demonstrations: demonstrations with injected noise and the expert's labels.
+    rendered_scenes: rendered scenes with their true state, for vision-language data.
+    questions: questions and answers about a scene.
 """
 
 import os

@@ -3,6 +3,18 @@
 Every function takes plain arrays and returns a matplotlib ``Figure`` that is already as wide as a paper's column
 (`COLUMN_IN`) or page (`PAGE_IN`). A title is a sentence, axes carry units, colour never speaks alone, and the same action
 dimension or policy structure has the same colour everywhere (`dimension_color`, `structure_color`).
+
+Modules:
+    style: sizes, fonts and colours of all figures.
+    charts: estimates and curves with intervals.
+    rates: success rates, and titles that name a winner only where the intervals do.
+    losses: loss curves.
+    motion: actions over time, distributions, the path of the hand.
+    images: film strips, galleries, overlays, players.
+    tokens: token sequences by role, and attention masks.
+    diagnosis: results of diagnostic checks, their evidence, failures by kind.
+    memory: memory of training against GPUs, planned against measured.
+    stages: continual learning and hyperparameter search.
 """
 
 from rvlm.report.plots.charts import error_by_bins, estimates, lines
