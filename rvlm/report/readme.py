@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def board(results: Path) -> str:
     interval = "95 % interval, unadjusted" if is_old else "95 % interval"
     head = ["Claim", "Paper", f"Here: points ({interval})", "Trainings x episodes", "Verdict"]
     notes = [_pretraining(found), UNADJUSTED if is_old else ADJUSTED] if rows else []
-    return _table(head, rows) + "".join(f"\n{note}\n" for note in notes)
+    return _table(head, rows) + "".join(f"\n{_wrapped(note)}\n" for note in notes)
 
 
 def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
@@ -164,10 +165,11 @@ def success(results: Path, notebooks: Path | None = None) -> str:
     if record is None:
         return ""
     rate = record["interval"]["shipped policy"]
-    return (
-        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in unseen scenes (95 % "
-        f"interval {100 * rate['low']:.0f} to {100 * rate['high']:.0f} %); without language or with black images, next to none.\n"
+    sentence = (
+        f"The policy that ships solves **{100 * rate['rate']:.0f} %** of {rate['n']} episodes in unseen scenes (95 % interval "
+        f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f} %); without language or with black images, next to none."
     )
+    return f"{_wrapped(sentence)}\n"
 
 
 def taken_back(results: Path, notebooks: Path | None = None) -> str:
@@ -178,7 +180,7 @@ def taken_back(results: Path, notebooks: Path | None = None) -> str:
         for taken in record.get("withdrawn", ()):
             reason = re.split(r"(?<=[.:;]) ", taken["why"])[0].rstrip(".:;")
             lines.setdefault(f"{taken['what']}. {reason}.", set()).add(record["name"][:2])
-    return "".join(f"- **{', '.join(sorted(numbers))}**: {as_markdown(line)}\n" for line, numbers in lines.items())
+    return "".join(_wrapped(f"- **{', '.join(sorted(of))}**: {as_markdown(line)}", "  ") + "\n" for line, of in lines.items())
 
 
 PARTS: dict[str, Callable[..., str]] = {
@@ -188,6 +190,11 @@ PARTS: dict[str, Callable[..., str]] = {
     "notebooks": notebooks_table,
     "withdrawn": taken_back,
 }
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Prose in lines of at most 128 columns."""
+    return textwrap.fill(text, 128, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
