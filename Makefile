@@ -1,4 +1,4 @@
-# make reproduce | test | wheel | lint | lab | bench | lock | clean. Each sets up what it needs; nothing is done twice.
+# make reproduce | test | wheel | lint | lab | bench | lock | clean. Each target sets up what it needs; nothing is done twice.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -8,7 +8,7 @@ PYTHON  ?= python3
 PROFILE ?= cpu
 WORKERS ?= 2
 WHEEL_PYTHON ?= python3.12
-# Where torch is found. A smaller build without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Package index of torch. A smaller build without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
 VENV  := .venv
@@ -17,7 +17,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK  := requirements.lock
 TORCH ?= $(shell grep -m 1 '^torch==' $(LOCK))
 STAMP := $(VENV)/.installed
-# Present while an installation is under way: one that was killed is thrown away and made anew.
+# Present while an installation is in progress: an interrupted one is deleted and repeated.
 UNDER_WAY := $(VENV)/.under-way
 GL := $(BIN)/python rvlm/envs/gl.py
 CAN_APT := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
@@ -66,12 +66,12 @@ gl: $(STAMP)
 reproduce: env
 	@$(WITH_GL) $(BIN)/rvlm reproduce --profile $(PROFILE)
 
-# One thread a process: at these model sizes two processes of one thread beat one process of two.
+# One thread per process: at these model sizes two processes of one thread are faster than one process of two.
 test: env
 	@$(WITH_GL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The wheel in an empty environment outside the clone: by default on Python 3.12 where there is one, in the versions of the lock.
-# What 3.11 needs is shown by tests/test_wheel.py without installing anything again.
+# Test the wheel in an empty environment outside the clone: by default on Python 3.12 if there is one, with the locked versions.
+# tests/test_wheel.py tests 3.11 without installing anything again.
 wheel: $(STAMP) gl
 	@python=""; for name in $(WHEEL_PYTHON) "$$HOME"/.pyenv/versions/3.12.*/bin/python; do \
 	  if [ -z "$$python" ] && "$$name" -c 'import ensurepip, venv' 2>/dev/null; then python="$$name"; fi; done; \
@@ -92,16 +92,16 @@ lint: $(STAMP)
 	@$(BIN)/codespell
 	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r $(BIN)/nbstripout --verify --keep-id
 
-# On copies in artifacts/lab; options for JupyterLab: make lab ARGS="--no-browser --port 8899"
+# JupyterLab on copies in artifacts/lab; options for JupyterLab: make lab ARGS="--no-browser --port 8899"
 lab: env
 	@$(WITH_GL) $(BIN)/rvlm lab $(ARGS)
 
 bench: env
 	@$(WITH_GL) export RVLM_RESULTS="$${RVLM_RESULTS:-results}"; for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
 
-# The ranges of pyproject.toml and everything they pull in, resolved in an environment of its own. torch stays as it is
-# locked, unless another is named: make lock TORCH=torch==2.14.0
-# Left out: torch's CUDA libraries, which belong to the build of torch that a machine chooses.
+# Resolve the ranges of pyproject.toml and their dependencies in a separate environment. torch keeps its locked version,
+# unless another is given: make lock TORCH=torch==2.14.0
+# Not locked: torch's CUDA libraries, which depend on the build of torch.
 lock:
 	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; echo "lock: resolving pyproject.toml"; \
 	$(PYTHON) -m venv "$$dir/venv"; pip="$$dir/venv/bin/python -m pip --disable-pip-version-check --quiet"; \

@@ -1,8 +1,8 @@
-"""What it saves that an episode that has ended costs nothing more: the shipped policy's evaluation, both ways in turn.
+"""Time saved by no longer stepping finished episodes: the shipped policy's evaluation, both ways in turn.
 
-Every batch of ten episodes of the setting `simple` is rolled out twice: with a policy that goes on with the robots that still
-run, and with the same one that computes an action for all ten until the last has ended. Printed are the ratio of the
-processor's seconds over all episodes, its range over batches, the share of rows that run, and how many outcomes differ.
+Every batch of ten episodes of the setting `simple` is rolled out twice: with a policy that computes actions for the running
+episodes alone, and with one that computes them for all ten until the last has ended. Prints the ratio of CPU seconds over all
+episodes, its range over batches, the share of rows that run, and how many outcomes differ.
 """
 
 import time
@@ -18,7 +18,7 @@ N_EPISODES = 200
 
 
 class AllToTheEnd:
-    """A policy that cannot go on with fewer robots."""
+    """A policy without a smaller batch: it computes actions for all robots until the last episode ends."""
 
     def __init__(self, policy):
         self.reset, self.select_action = policy.reset, policy.select_action
@@ -30,12 +30,12 @@ def main():
     policy, envs = policy_and_envs(evaluation)
     episodes, seconds, differ, rows_used = evaluation.episodes(), [], 0, []
     for batch in range(evaluation.n_batches):
-        asked = episodes[batch * BATCH : (batch + 1) * BATCH]
+        chosen = episodes[batch * BATCH : (batch + 1) * BATCH]
         took, outcomes = [], []
         ways = [policy, AllToTheEnd(policy)]
         for way in ways if batch % 2 else ways[::-1]:
             started = time.process_time()
-            rows = rollout(way, envs[: len(asked)], asked)
+            rows = rollout(way, envs[: len(chosen)], chosen)
             took.append(time.process_time() - started)
             outcomes.append([row["is_success"] for row in rows])
         seconds.append(took if batch % 2 else took[::-1])

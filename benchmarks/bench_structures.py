@@ -1,12 +1,12 @@
-"""What a structure costs, as ratios: against the bare backbone on the same tokens, and against the original's computation.
+"""Cost of each structure as ratios: against the bare backbone on the same tokens, and against the reference implementation.
 
 Each pair of variants takes turns in one process, so a busy machine disturbs both alike; a ratio is the median over rounds of
 the two times of one round. The model is the shipped vision-language model; inputs are noise. Ratios, with their range and the
 hardware, go to `results/benchmarks.json`.
 
-The original's computation, after RoboVLMs' released code (github.com/Robot-VLAs/RoboVLMs), written anew here: the
-language-model head and all hidden states are always computed, each camera is a call of the tower of its own, an interleaved
-sequence repeats the instruction at every frame, and acting encodes the whole window anew at every step.
+The reference implementation is rewritten here after RoboVLMs' released code (github.com/Robot-VLAs/RoboVLMs): the
+language-model head and all hidden states are always computed, each camera is a separate call of the vision tower, an
+interleaved sequence repeats the instruction at every frame, and acting recomputes the whole window at every step.
 """
 
 import json
@@ -37,13 +37,13 @@ STRUCTURES = {
 RNG = np.random.default_rng(0)
 
 
-def made_up_stats(width):
+def random_stats(width):
     accumulator = StatsAccumulator()
     accumulator.update(np.random.default_rng(0).uniform(-1, 1, (100, width)))
     return accumulator.finish()
 
 
-STATS = {"action": made_up_stats(7), "observation.state": made_up_stats(7)}
+STATS = {"action": random_stats(7), "observation.state": random_stats(7)}
 
 
 def frames(*shape):
@@ -56,7 +56,7 @@ def build(settings):
 
 
 def a_batch(model, processor):
-    """Samples with as many frames in all, whatever the structure."""
+    """A batch with the same number of frames for every structure."""
     t = model.config.n_obs_steps
     samples = [
         {
@@ -68,18 +68,18 @@ def a_batch(model, processor):
     return RobotCollator(model.prompt_builder(processor))(samples)
 
 
-# -- the original's computation ----------------------------------------------------------------------------------------
-def original_features(model, input_ids, attention_mask, pixel_values, state):
-    """Features at `<act>` as the original computes them; pixel_values (n, cameras, 3, h, w)."""
+# -- the reference implementation ---------------------------------------------------------------------------------------
+def reference_features(model, input_ids, attention_mask, pixel_values, state):
+    """Features at `<act>` as the reference computes them; pixel_values (n, cameras, 3, h, w)."""
     per_camera = [
         torch.stack(list(model.backbone.model.get_image_features(pixel_values[:, [c]], return_dict=True).pooler_output))
         for c in range(pixel_values.shape[1])
     ]
     images = torch.cat(per_camera, dim=1).flatten(1, 2) if per_camera[0].ndim == 4 else torch.cat(per_camera, dim=1)
     is_act = input_ids == model.config.act_id
-    felt = model.state_projector(state.flatten(0, 1))
+    state_embedding = model.state_projector(state.flatten(0, 1))
     handle = model.backbone.get_input_embeddings().register_forward_hook(
-        lambda module, args, embedded: embedded.index_put((is_act,), felt, accumulate=True)
+        lambda module, args, embedded: embedded.index_put((is_act,), state_embedding, accumulate=True)
     )
     out = model.backbone(
         input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=as_encoder_outputs(images),
@@ -89,7 +89,7 @@ def original_features(model, input_ids, attention_mask, pixel_values, state):
     return out.hidden_states[-1][is_act].unflatten(0, state.shape[:2])
 
 
-def original_tokens(model, processor, n, t):
+def reference_tokens(model, processor, n, t):
     """Token ids of n samples; an interleaved sequence repeats the whole prompt at every frame."""
     ids = model.prompt_builder(processor).token_ids(TEXT)
     rows = [ids * t] * n if model.config.structure == "interleaved" else [ids] * (n * t)
@@ -98,7 +98,7 @@ def original_tokens(model, processor, n, t):
 
 # -- timing ------------------------------------------------------------------------------------------------------------
 def ratio(name, ours, theirs, n_rounds=N_ROUNDS):
-    """Median over rounds of time(ours) / time(theirs), the two in turn."""
+    """Median over rounds of time(ours) / time(theirs), measured in turn."""
     ours(), theirs()
     times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(n_rounds)])
     values = times[:, 0] / times[:, 1]
@@ -118,11 +118,12 @@ def _seconds(run):
 
 
 def training(name, settings):
-    """A training step, forward and backward, against the bare backbone and against the original's computation."""
+    """A training step, forward and backward, against the bare backbone and against the reference implementation."""
     model, processor = build(settings)
     batch = a_batch(model, processor)
     bare = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
-    state, told = batch["state"], original_tokens(model, processor, BATCH // model.config.n_obs_steps, model.config.n_obs_steps)
+    t = model.config.n_obs_steps
+    state, prompts = batch["state"], reference_tokens(model, processor, BATCH // t, t)
 
     def ours():
         model(**batch).loss.backward()
@@ -130,67 +131,67 @@ def training(name, settings):
     def backbone():
         model.backbone.model(**bare, use_cache=False).last_hidden_state.mean().backward()
 
-    def original():
-        features = model.history(original_features(model, **told, pixel_values=batch["pixel_values"], state=state))
+    def reference():
+        features = model.history(reference_features(model, **prompts, pixel_values=batch["pixel_values"], state=state))
         model.head.loss(features, batch["action"], batch["action_mask"])["loss"].backward()
 
     return [
         ratio(f"train step, {name} / bare forward and backward", ours, backbone),
-        ratio(f"train step, {name} / the original's computation", ours, original),
+        ratio(f"train step, {name} / the reference implementation", ours, reference),
     ]
 
 
 def full_window(kind, model, prompter):
-    """A memory whose next observation fills the window, and that observation."""
-    memory, state = kind(model, prompter), torch.zeros(N_ROBOTS, 7)
+    """An observation history whose window is full after the next observation, and that observation."""
+    history, state = kind(model, prompter), torch.zeros(N_ROBOTS, 7)
     with torch.inference_mode():
         for _ in range(WINDOW - 1):
-            memory.add(frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
-    return memory, (frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
+            history.add(frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
+    return history, (frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
 
 
 def acting(name, settings):
-    """A control step of ten robots at a full window, against the original's computation."""
+    """A control step of ten robots at a full window, against the reference implementation."""
     model, processor = build(settings)
     model.eval()
     structure, t = model.config.structure, model.config.n_obs_steps
     prompter, state = model.prompt_builder(processor), torch.zeros(N_ROBOTS, t, 7)
     policy = Policy(model, processor)
     policy.reset(N_ROBOTS)
-    seen = [
+    observations = [
         [{"image": i[0], "wrist_image": i[1], "state": np.zeros(7), "instruction": TEXT} for i in frames(N_ROBOTS)]
         for _ in range(2 * WINDOW)
     ]
-    t_original = t if structure == "interleaved" else 1
-    told = original_tokens(model, processor, N_ROBOTS, t_original)
-    window = frames(N_ROBOTS * t_original)
+    t_reference = t if structure == "interleaved" else 1
+    prompts = reference_tokens(model, processor, N_ROBOTS, t_reference)
+    window = frames(N_ROBOTS * t_reference)
 
     @torch.inference_mode()
     def ours():
-        for observation in seen:  # windows fill and slide on the way
+        for observation in observations:  # windows fill and slide on the way
             policy.select_action(observation)
 
     @torch.inference_mode()
-    def original():
-        for _ in seen:
-            features = original_features(model, **told, pixel_values=prompter.pixels(window), state=state[:, :t_original])
+    def reference():
+        for _ in observations:
+            features = reference_features(model, **prompts, pixel_values=prompter.pixels(window), state=state[:, :t_reference])
             model.head.predict(model.history(features)[:, -1])
 
-    rows = [ratio(f"act, {name}, {2 * WINDOW} steps of {N_ROBOTS} robots / the original's computation", ours, original, 5)]
+    rows = [ratio(f"act, {name}, {2 * WINDOW} steps of {N_ROBOTS} robots / the reference implementation", ours, reference, 5)]
     if structure == "interleaved":
         rows.append(_appending(model, prompter))
     return rows
 
 
 def _appending(model, prompter):
-    """The step that fills the window, appended against recomputed."""
+    """The step that fills the window: appended to the KV cache against recomputed."""
     times = []
     for _ in range(N_ROUNDS + 1):
         pair = []
         for kind in (KVCachedSequence, UncachedSequence):
-            memory, observation = full_window(kind, model, prompter)
+            history, observation = full_window(kind, model, prompter)
             with torch.inference_mode():
-                pair.append(_seconds(lambda memory=memory, observation=observation: (memory.add(*observation), memory.predict())))
+                pair.append(_seconds(lambda h=history, o=observation: (h.add(*o), h.predict())))
         times.append(pair)
     values = np.array(times[1:])[:, 1] / np.array(times[1:])[:, 0]
     row = {"name": f"act, interleaved, full window of {WINDOW}: recomputation / appending", "ratio": np.median(values)}
@@ -200,17 +201,17 @@ def _appending(model, prompter):
 
 
 def flatness():
-    """A control step of a policy head that remembers 16 observations against one that remembers 2."""
-    memories = {}
+    """A control step of a policy head with a window of 16 observations against one of 2."""
+    histories = {}
     for t in (2, 16):
         model, processor = build({**STRUCTURES["policy head (lstm)"], "n_obs_steps": t})
-        memories[t] = FeatureHistory(model.eval(), model.prompt_builder(processor))
+        histories[t] = FeatureHistory(model.eval(), model.prompt_builder(processor))
     observation = (frames(N_ROBOTS), torch.zeros(N_ROBOTS, 7), [TEXT] * N_ROBOTS)
 
     @torch.inference_mode()
     def step(t):
-        memories[t].add(*observation)
-        memories[t].predict()
+        histories[t].add(*observation)
+        histories[t].predict()
 
     for _ in range(16):
         step(2), step(16)

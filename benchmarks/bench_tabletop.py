@@ -1,6 +1,6 @@
-"""Control steps a second of the tabletop on one core: physics alone, with one 64 px frame, and as it is used (two at 96 px).
+"""Control steps per second of the tabletop on one core: physics alone, with one 64 px image, and as used (two at 96 px).
 
-The variants take turns in one process, and time is the process's own, so a busy machine disturbs them little and alike.
+The variants run in turn in one process, and CPU time is measured, so other load disturbs them little and alike.
 Prints the median over rounds with its range, and each variant's cost as a multiple of physics alone.
 """
 
@@ -22,14 +22,14 @@ class NoFrame(Tabletop):
 
 
 class OneFrame(Tabletop):
-    """One small frame a step."""
+    """One small image per step."""
 
     def _observe(self):
         return {"image": self.image("static", 64), "state": self.world.state()}
 
 
 def steps_per_second(env, seed):
-    """Control steps in a second of this process's time, resets left out."""
+    """Control steps per second of CPU time, without resets."""
     env.reset(seed=seed)
     spent = 0.0
     for _ in range(N_STEPS):
@@ -48,7 +48,7 @@ def main():
     rounds = [{name: steps_per_second(env, seed) for name, env in envs.items()} for seed in range(N_ROUNDS + 1)][1:]
     rates = {name: [r[name] for r in rounds] for name in envs}
     base = np.array(rates["physics alone"])
-    print(f"control steps a second and core, franka7, {N_ROUNDS} rounds of {N_STEPS} steps, {os.cpu_count()} cores")
+    print(f"control steps per second and core, franka7, {N_ROUNDS} rounds of {N_STEPS} steps, {os.cpu_count()} cores")
     for name, values in rates.items():
         low, middle, high = np.percentile(values, [0, 50, 100])
         print(

@@ -2,8 +2,8 @@
 
     python benchmarks/experts.py [--seeds 200] [--workers N]
 
-A cell says how many of the seeds the expert solved without noise within 100 control steps. The exit status is 1 where a
-cell is below 95 %.
+A cell is the share of seeds that the expert solves without noise within 100 control steps [%]. The exit status is 1 if a cell
+is below 95 %.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 MAX_STEPS, FLOOR = 100, 0.95
 
 
-class Unseen(Tabletop):
-    """Experts look at states alone, so nothing is drawn."""
+class StateOnly(Tabletop):
+    """Without images: experts use the true state alone."""
 
     def _observe(self):
         return {}
@@ -30,7 +30,7 @@ class Unseen(Tabletop):
 
 def solved(robot, family, n_seeds):
     """Number of seeds from 0 on that the expert solves."""
-    env, n = Unseen(robot, max_steps=MAX_STEPS), 0
+    env, n = StateOnly(robot, max_steps=MAX_STEPS), 0
     for seed in range(n_seeds):
         env.reset(seed=seed, options={"family": family})
         is_success = is_over = False

@@ -1,10 +1,10 @@
-"""SIGKILL at random times while notebooks are reproduced and episodes recorded, until each is done all the same.
+"""SIGKILL at random times while notebooks are reproduced and episodes recorded, until each is finished.
 
     python benchmarks/kill_loop.py [--kills 7] [--seed 0] [--only 01 05 recording]
 
-Each is first done without a break, in an artifacts folder of its own. What comes out of the broken run must be the same, weight
-by weight and file by file, and what was finished at any kill must not have been touched again. The process that is killed is
-drawn too: the command, the notebook's kernel, a trainer, a worker.
+Each is first run without interruption, in its own artifacts folder. The interrupted run must give the same result, weight by
+weight and file by file, and must not write again what was finished at any kill. The killed process is drawn at random: the
+command, the notebook's kernel, a trainer, a worker.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FINISHED = ("home/stages/*/model", "home/datasets/*", "home/scenes/*", "home/rep
 
 
 def record(root: Path) -> None:
-    """What a recording of one's own looks like: random frames, an episode after the other."""
+    """A user's recording: random images, one episode after another."""
     from rvlm.data.actions import ActionSpec
     from rvlm.data.windows import EpisodeWriter
 
@@ -42,22 +42,22 @@ def record(root: Path) -> None:
 
 
 def start(what: str, folder: Path) -> subprocess.Popen:
-    """Begin, or go on with, a notebook or a recording in a folder."""
+    """Start or resume a notebook or a recording in a folder."""
     notebook = [str(Path(sys.executable).with_name("rvlm")), "reproduce", "--profile", "smoke", "--only", what]
     command = [sys.executable, __file__, "--record", str(folder / "demos")] if what == "recording" else notebook
-    places = {"RVLM_HOME": str(folder / "home"), "RVLM_RESULTS": str(folder / "results")}
+    folders = {"RVLM_HOME": str(folder / "home"), "RVLM_RESULTS": str(folder / "results")}
     with (folder / "output.txt").open("ab") as output:
-        return subprocess.Popen(command, env={**os.environ, **places}, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(command, env={**os.environ, **folders}, stdout=output, stderr=output, start_new_session=True)
 
 
 def finished(folder: Path) -> dict[Path, tuple[int, int]]:
-    """What is finished so far: inode and time of writing by path."""
+    """Finished files so far: inode and modification time by path."""
     found = [path for pattern in FINISHED for path in folder.glob(pattern) if "." not in path.name.removesuffix(".json")]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def content(folder: Path) -> Counter:
-    """Weights and recorded files: name of the stage or dataset without its key, file, hash."""
+    """Weights and recorded files, counted by name of the stage or dataset without its key, file, and hash."""
     files = [*folder.glob("home/stages/*/model/**/*.safetensors"), *folder.glob("home/datasets/*/[dv]*/**/*.*")]
     files += folder.glob("demos/[dv]*/**/*.*")
     named = [(path, path.relative_to(folder).parts) for path in files if path.is_file()]
@@ -68,22 +68,22 @@ def content(folder: Path) -> Counter:
 
 
 def victim_of(process: subprocess.Popen, rng: np.random.Generator) -> psutil.Process:
-    """One of the processes that work together, drawn."""
+    """The command or one of its child processes, at random."""
     top = psutil.Process(process.pid)
     return rng.choice(np.array([top, *top.children(recursive=True)], dtype=object))
 
 
 def loop(what: str, n_kills: int, rng: np.random.Generator, base: Path) -> dict:
-    """Do it once without a break, and once with so many kills."""
-    unbroken, broken = base / what / "unbroken", base / what / "broken"
-    for folder in (unbroken, broken):
+    """Run once without interruption, and once with this many kills."""
+    reference, interrupted = base / what / "reference", base / what / "interrupted"
+    for folder in (reference, interrupted):
         folder.mkdir(parents=True)
     started = time.monotonic()
-    if start(what, unbroken).wait():
-        raise RuntimeError(f"{what}: {(unbroken / 'output.txt').read_text()[-2000:]}")
+    if start(what, reference).wait():
+        raise RuntimeError(f"{what}: {(reference / 'output.txt').read_text()[-2000:]}")
     seconds, kills, before = time.monotonic() - started, [], {}
     while len(kills) < n_kills:
-        process = start(what, broken)
+        process = start(what, interrupted)
         try:
             process.wait(rng.uniform(0, seconds / 3))
         except subprocess.TimeoutExpired:
@@ -91,23 +91,28 @@ def loop(what: str, n_kills: int, rng: np.random.Generator, base: Path) -> dict:
             kills.append(" ".join(victim.cmdline())[-40:] if victim.pid != process.pid else "the command")
             victim.send_signal(signal.SIGKILL)
             process.wait()
-        changed = [path for path, stamp in before.items() if finished(broken).get(path) != stamp]
+        changed = [path for path, stamp in before.items() if finished(interrupted).get(path) != stamp]
         if changed:
-            raise AssertionError(f"{what}: done twice, or lost: {changed}")
-        before = finished(broken)
+            raise AssertionError(f"{what}: written twice, or lost: {changed}")
+        before = finished(interrupted)
         if process.returncode == 0:
             break
     for _ in range(3):  # a kill of a worker alone ends the command with an error
-        if not (process.returncode == 0 or start(what, broken).wait()):
+        if not (process.returncode == 0 or start(what, interrupted).wait()):
             break
-    changed = [path for path, stamp in before.items() if finished(broken).get(path) != stamp]
-    is_equal = content(unbroken) == content(broken)
-    told = {"what": what, "seconds_unbroken": round(seconds, 1), "n_kills": len(kills), "killed": Counter(kills)}
-    return {**told, "n_files": content(unbroken).total(), "is_equal": is_equal, "touched_again": [str(path) for path in changed]}
+    changed = [path for path, stamp in before.items() if finished(interrupted).get(path) != stamp]
+    is_equal = content(reference) == content(interrupted)
+    counts = {"what": what, "reference_seconds": round(seconds, 1), "n_kills": len(kills), "killed": Counter(kills)}
+    return {
+        **counts,
+        "n_files": content(reference).total(),
+        "is_equal": is_equal,
+        "written_again": [str(path) for path in changed],
+    }
 
 
 def main() -> int:
-    """Print one line of JSON for each; the exit status says whether all are equal."""
+    """Print one line of JSON for each; the exit status is 0 if all results are equal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,9 +125,9 @@ def main() -> int:
     rng, is_good = np.random.default_rng(arguments.seed), True
     with tempfile.TemporaryDirectory() as folder:
         for what in arguments.only:
-            told = loop(what, arguments.kills, rng, Path(folder))
-            is_good &= told["is_equal"] and not told["touched_again"]
-            print(json.dumps(told), flush=True)
+            outcome = loop(what, arguments.kills, rng, Path(folder))
+            is_good &= outcome["is_equal"] and not outcome["written_again"]
+            print(json.dumps(outcome), flush=True)
     return 0 if is_good else 1
 
 
