@@ -5,7 +5,6 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rvlm.files import PACKAGE, config_hash, file_identity
 
@@ -44,14 +43,15 @@ def _closure(roots: tuple[str, ...], without: tuple[str, ...]) -> dict[str, str]
         name = todo.pop()
         if name in found or name in PLUMBING or any(f"{name}.".startswith(f"{other}.") for other in without):
             continue
-        part, parsed = _part(name), _parsed(*_bytes(name))
-        if part not in parsed:
+        part, source = _part(name), _bytes(name)
+        parts = _parts(*source)
+        if part not in parts:
             raise ValueError(
-                f"expected a function, class or constant {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parsed))}"
+                f"expected a function, class or constant {name!r}; {name.split(':')[0]} has {', '.join(filter(None, parts))}"
             )
-        found[name], imported, named = parsed[part]
+        found[name], imported, named = _hash_and_names(*source, part)
         todo += [module for imported_name in imported for module in _modules(imported_name)]
-        todo += [f"{name.partition(':')[0]}:{other}" for other in named if part and other in parsed]
+        todo += [f"{name.partition(':')[0]}:{other}" for other in named if part and other in parts]
         todo += [] if part else _modules(name.rpartition(".")[0])  # a package's __init__ runs before its modules
     return found
 
@@ -65,7 +65,9 @@ def require_unchanged_code(*roots: str, without: tuple[str, ...] = ()) -> None:
     for name in code_of(*roots, without=without):
         path, now = _bytes(name)
         part, then = _part(name), _at_start.get(path, now)
-        if now != then and _parsed(path, now)[part][0] != _parsed(path, then).get(part, ("",))[0]:
+        if now == then:
+            continue
+        if part not in _parts(path, then) or _hash_and_names(path, now, part)[0] != _hash_and_names(path, then, part)[0]:
             raise ValueError(
                 f"expected the code that this process has loaded; {path} has changed since, so that the result "
                 "would be cached under the hash of other code; restart the kernel or process"
@@ -105,44 +107,58 @@ def _read(path: str, *_: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed(path: Path, source: bytes) -> dict[str, tuple[str, frozenset[str], frozenset[str]]]:
-    """For a module (key "") and each of its functions, classes and constants: hash, names it imports, names it uses."""
-    tree = ast.parse(source)
-    package = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
+def _parts(path: Path, source: bytes) -> dict[str, ast.AST]:
+    """Syntax trees of a module (key "") and of each of its functions, classes and constants, without docstrings."""
+    tree = ast.parse(source, path)
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    for node in ast.walk(tree):
+    for node in _with_statements(tree):
         if isinstance(node, (ast.Module, *named)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    parts: dict[str, Any] = {"": tree, **{node.name: node for node in tree.body if isinstance(node, named)}}
+    parts: dict[str, ast.AST] = {"": tree, **{node.name: node for node in tree.body if isinstance(node, named)}}
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         parts |= {target.id: node for target in targets if isinstance(target, ast.Name)}
-    return {name: (_hash_of(node), frozenset(_imported(node, package)), _named(node)) for name, node in parts.items()}
+    return parts
 
 
-def _named(node: ast.AST) -> frozenset[str]:
-    """Names that a piece of code reads when it runs, without those of type annotations."""
-    annotations = [getattr(n, name, None) for n in ast.walk(node) for name in ("annotation", "returns")]
-    types = {id(n) for annotation in annotations if annotation is not None for n in ast.walk(annotation)}
-    read = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in types)
-    return frozenset(n.id for n in read)
+@functools.lru_cache(maxsize=4096)
+def _hash_and_names(path: Path, source: bytes, part: str) -> tuple[str, frozenset[str], frozenset[str]]:
+    """Of a part of a module: its hash, the names it imports, the names it uses (of a whole module none is asked for)."""
+    node, package = _parts(path, source)[part], ".".join((PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]))
+    imported = (name for statement in _with_statements(node, for_type_checkers=False) for name in _imported(statement, package))
+    used = _named(node) if part else ()
+    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:12], frozenset(imported), frozenset(used)
 
 
-def _hash_of(node: ast.AST) -> str:
-    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:12]
-
-
-def _imported(node: ast.AST, package: str) -> Iterator[str]:
-    """Full names that a piece of code imports when it runs, without those for type checkers alone."""
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+def _with_statements(node: ast.AST, for_type_checkers: bool = True) -> Iterator[ast.AST]:
+    """A piece of code and all statements within it; expressions, the most of a tree, are not entered."""
+    if not for_type_checkers and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
+            yield from _with_statements(child, for_type_checkers)
+
+
+def _named(node: ast.AST) -> Iterator[str]:
+    """Names that a piece of code reads when it runs, without those of type annotations."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield node.id
+    for field, value in ast.iter_fields(node):
+        if field not in ("annotation", "returns"):
+            for child in value if isinstance(value, list) else (value,):
+                if isinstance(child, ast.AST):
+                    yield from _named(child)
+
+
+def _imported(node: ast.AST, package: str) -> list[str]:
+    """Full names that an import statement imports."""
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
+        return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         base = ".".join([*package.split(".")[: len(package.split(".")) + 1 - node.level], *filter(None, [node.module])])
-        yield from (f"{base if node.level else node.module}.{alias.name}" for alias in node.names)
-    for child in ast.iter_child_nodes(node):
-        yield from _imported(child, package)
+        return [f"{base if node.level else node.module}.{alias.name}" for alias in node.names]
+    return []
 
 
 _at_start = {path: path.read_bytes() for path in PACKAGE.rglob("*.py")}
