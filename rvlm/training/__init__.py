@@ -8,6 +8,7 @@ Modules:
     trainer_checkpoints: checkpoints of a running training, and resuming from the newest whole one.
     trainer: one process of a stage, on `transformers.Trainer`.
     launch: run stages, alone or in parallel.
+    preload: what the server imports that training processes are forked from.
     search: hyperparameter search with Optuna, one storage for many workers.
     memory_plan: parameters, memory and time of a training step, from configurations alone.
     cost: memory and FLOPs of forward and backward, on fake tensors or measured.

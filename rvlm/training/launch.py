@@ -163,7 +163,7 @@ def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespa
 def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
     """Start a stage's only process from a server that has imported everything already, which spares seconds a stage."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rvlm.passive", "rvlm.training.launch"])
+    context.set_forkserver_preload(["rvlm.passive", "rvlm.training.preload"])
     environment = {**os.environ, **PASSIVE}
     process = context.Process(target=_single_worker, args=(partial, os.getpid(), n_threads or os.cpu_count(), environment))
     process.start()

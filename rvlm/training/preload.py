@@ -1,0 +1,14 @@
+"""Imported by the server that training processes are forked from: what each of them would do again, done once."""
+
+import contextlib
+import gc
+
+import rvlm.training.launch  # noqa: F401
+
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard  # noqa: F401
+with contextlib.suppress(ImportError):
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("")  # compiles about a thousand regular expressions
+gc.freeze()  # the children's garbage collections pass over all of this
