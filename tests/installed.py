@@ -40,7 +40,7 @@ def main(extras):
     seen = {"image": image, "wrist_image": image, "state": np.zeros(7, np.float32), "instruction": "lift the red cube"}
     (action,) = policy.select_action([seen])
     assert action.shape[-1] == 7 and np.isfinite(action).all() and (action >= spec.low).all() and (action <= spec.high).all()
-    told = {"action": np.round(action, 3).ravel().tolist(), "python": sys.version.split()[0], "extras": extras}
+    result = {"action": np.round(action, 3).ravel().tolist(), "python": sys.version.split()[0], "extras": extras}
 
     if extras == "sim":
         from rvlm.envs.tabletop.env import Tabletop
@@ -51,12 +51,12 @@ def main(extras):
         start = observation["state"].copy()
         for _ in range(5):
             observation, *_ = env.step(policy.select_action([observation])[0])
-        told["moved [m]"] = float(np.abs(observation["state"] - start)[:3].max())
-        assert told["moved [m]"] > 0.005, told
+        result["moved [m]"] = float(np.abs(observation["state"] - start)[:3].max())
+        assert result["moved [m]"] > 0.005, result
         env.close()
     assert list(where.iterdir()) == [], f"acting wrote {list(where.iterdir())}"
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    sys.stdout.write(f"installed: {json.dumps(told)}\n")
+    sys.stdout.write(f"installed: {json.dumps(result)}\n")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def gone(**how):
 
 
 def test_entries_say_size_age_and_whether_code_would_use_them(several):
-    told = {entry.path.name: (entry.kind, entry.state) for entry in list_artifacts()}
-    assert told == {
+    listed = {entry.path.name: (entry.kind, entry.state) for entry in list_artifacts()}
+    assert listed == {
         "stale": ("frames", "stale"), "now": ("frames", "current"), "kept": ("stages", "current"),
         "b.partial": ("stages", "unfinished"),
     }  # fmt: skip
@@ -148,9 +148,9 @@ def test_what_something_is_made_from_stays_meanwhile(several):
     register(a_cache("evaluations", "of it"), VIDEO, {}, [model])
     assert gone(max_bytes=0) == ["data", "now", "stale"]
     release()
-    told = {"name": "toy", "kind": "robot", "data": [data], "init": model, "n_samples": 64}
+    fields = {"name": "toy", "kind": "robot", "data": [data], "init": model, "n_samples": 64}
     a_cache("datasets", "data")
-    atomic_write(several["under way"] / "stage.json", json.dumps(told))
+    atomic_write(several["under way"] / "stage.json", json.dumps(fields))
     release()
     _stage_in(several["under way"])
     assert gone(max_bytes=0) == ["of it"]
@@ -175,8 +175,8 @@ def test_features_have_a_limit(several, monkeypatch):
 
 def test_the_command_lists_and_deletes_what_it_says(several, capsys):
     assert main(["cache"]) == 0
-    told = capsys.readouterr().out
-    assert "frames" in told and "stale" in told and "unfinished" in told and "4 in " in told and several["stale"].is_dir()
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("frames", "stale", "unfinished", "4 in ")) and several["stale"].is_dir()
     assert main(["cache", "--prune", "--older-than", "1d"]) == 0 and "freed 0.00 GB" in capsys.readouterr().out
     assert main(["cache", "--prune", "--stale"]) == 0
     assert "deleted: frames" in capsys.readouterr().out and not several["stale"].exists() and several["now"].is_dir()

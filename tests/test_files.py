@@ -147,43 +147,44 @@ print(*(hash_of_code(*roots.split(","), without=("rvlm.envs.tabletop",)) for roo
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the package's source, which a test may change; `said` gives hashes as a new process sees them."""
+    """A copy of the package's source, which a test may change; `hashes_of` gives its hashes in a new process."""
     source = shutil.copytree(files.PACKAGE, tmp_path / "site" / "rvlm", ignore=shutil.ignore_patterns("assets", "__pycache__"))
 
-    def said(*roots):
+    def hashes_of(*roots):
         environment = {**os.environ, "PYTHONPATH": str(source.parent)}
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", SAY, *roots], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        return told.stdout.split()
+        return done.stdout.split()
 
-    return source, said
+    return source, hashes_of
 
 
 def test_code_is_what_computes_not_what_is_said_about_it(package):
-    source, said = package
+    source, hashes_of = package
     roots = ("rvlm.policy.model", "rvlm.data.writer", "rvlm.evaluation.closed_loop:success_differences")
-    before = said(*roots)
+    before = hashes_of(*roots)
     assert before == [hash_of_code(root, without=("rvlm.envs.tabletop",)) for root in roots], "installed elsewhere, the same code"
     path = source / "policy" / "heads.py"
     plain = path.read_text()
     path.write_text(plain.replace('"""', '"""Other words. ', 1).replace("\nclass ", "\n# A remark.\nclass ", 1))
-    assert path.read_text() != plain and said(*roots) == before
+    assert path.read_text() != plain and hashes_of(*roots) == before
     path.write_text(plain + "\nTWO = 2\n")
-    after = said(*roots)
+    after = hashes_of(*roots)
     assert after[0] != before[0] and after[1:] == before[1:], "heads are imported by the policy, not by the recorder"
 
 
 def test_a_function_stands_for_its_own_source_and_what_it_names(package):
-    source, said = package
+    source, hashes_of = package
     roots = ("rvlm.evaluation.closed_loop:success_differences", "rvlm.evaluation.closed_loop:_read")
-    before = said(*roots)
+    before = hashes_of(*roots)
     path = source / "evaluation" / "closed_loop.py"
     path.write_text(path.read_text().replace("def success_differences(", "def success_differences(*_, ", 1))
-    after = said(*roots)
+    after = hashes_of(*roots)
     assert after[0] != before[0] and after[1] == before[1]
     path.write_text(path.read_text().replace("def _outcomes(", "def _outcomes(*_, ", 1))
-    assert said(*roots)[0] not in (before[0], after[0]) and said(*roots)[1] == before[1], "a function beside it, which it calls"
+    last = hashes_of(*roots)
+    assert last[0] not in (before[0], after[0]) and last[1] == before[1], "a function beside it, which it calls"
 
 
 def test_imports_are_followed_within_functions_and_through_packages():
@@ -230,10 +231,10 @@ code_hash.require_unchanged_code("rvlm.data.video")
 def test_code_that_changed_under_a_running_process_computes_nothing(package):
     source, _ = package
     environment = {**os.environ, "PYTHONPATH": str(source.parent)}
-    told = subprocess.run([sys.executable, "-c", CHANGE], env=environment, cwd=source, capture_output=True, text=True)
-    last = told.stderr.strip().splitlines()
-    assert "video.py has changed since" in last[-1], told.stderr
-    assert "line 10" in told.stderr, "only the last of the four is refused"
+    done = subprocess.run([sys.executable, "-c", CHANGE], env=environment, cwd=source, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()
+    assert "video.py has changed since" in last[-1], done.stderr
+    assert "line 10" in done.stderr, "only the last of the four is refused"
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------

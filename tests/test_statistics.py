@@ -146,11 +146,11 @@ def test_intervals_of_errors_cover_the_truth(m, shape):
 def test_equal_recipes_hardly_ever_earn_a_verdict():
     """Trainings of each pair differ by 10 points; intervals over episodes alone would be wrong four times of ten."""
     rng, words = np.random.default_rng(0), {1: [], 3: []}
-    for m, said in words.items():
+    for m, verdicts in words.items():
         for _ in range(200):
             hard = rng.normal(0.5, 0.25, 100)
             rates = np.clip(hard + rng.normal(0, 0.1 / math.sqrt(2), (2, m, 1)), 0, 1)
-            said.append(verdict(paired_difference(*(rng.random((2, m, 100)) < rates))))
+            verdicts.append(verdict(paired_difference(*(rng.random((2, m, 100)) < rates))))
     assert set(words[1]) == {"one training: no verdict"}
     assert words[3].count("supported") + words[3].count("reversed") < 10
 

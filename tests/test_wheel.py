@@ -88,5 +88,5 @@ def test_the_installed_package_acts_without_a_clone(wheel, extras, tmp_path):
     python, empty = environment(tmp_path / "venv", wheel, extras), tmp_path / "empty"
     empty.mkdir()
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "RVLM_", "OMP_"))}
-    told = run([python, SCRIPT, extras], cwd=empty, env={**bare, "HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
-    assert '"action"' in told and f'"extras": "{extras}"' in told
+    output = run([python, SCRIPT, extras], cwd=empty, env={**bare, "HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    assert '"action"' in output and f'"extras": "{extras}"' in output

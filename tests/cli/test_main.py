@@ -120,10 +120,10 @@ def toy(path):
 def test_a_try_runs_from_anywhere_and_leaves_results_and_readme_alone(home, tmp_path):
     """As a shell would have it: another directory, and none of the variables that the Makefile sets."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "RVLM_"))}
-    told = {"RVLM_HOME": str(home), "RVLM_PROFILE": "cpu", "PYTHONPATH": str(ROOT)}
+    variables = {"RVLM_HOME": str(home), "RVLM_PROFILE": "cpu", "PYTHONPATH": str(ROOT)}
     code = "import sys; from rvlm.cli.main import main; sys.exit(main())"
     words = [sys.executable, "-c", code, "run", str(toy(tmp_path / "00_toy.ipynb")), "-p", "n", "3"]
-    done = subprocess.run(words, cwd=tmp_path, env={**bare, **told}, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=tmp_path, env={**bare, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (folder,) = (home / "tried").iterdir()
     (record,) = report.load_findings(folder)
@@ -185,9 +185,10 @@ def test_jupyterlab_opens_copies_and_keeps_those_that_were_changed(tmp_path):
 def test_kernels_of_jupyterlab_write_results_of_their_own(home, monkeypatch):
     monkeypatch.setenv("RVLM_PROFILE", "cpu")
     monkeypatch.setenv("RVLM_RESULTS", str(RESULTS))
-    told = lab.environment(home / "lab")
-    assert (told["RVLM_RESULTS"], told["RVLM_HOME"]) == (str(home / "lab/results"), str(home)) and "RVLM_PROFILE" not in told
-    assert told["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent), "the terminal finds `rvlm`"
+    environment = lab.environment(home / "lab")
+    assert (environment["RVLM_RESULTS"], environment["RVLM_HOME"]) == (str(home / "lab/results"), str(home))
+    assert "RVLM_PROFILE" not in environment
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent), "the terminal finds `rvlm`"
 
 
 def test_jupyterlab_gets_the_words_that_are_its_own(home, monkeypatch, capsys):

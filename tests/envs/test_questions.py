@@ -81,7 +81,7 @@ def test_offsets_are_measured_from_the_gripper():
 
 
 def test_relations_are_those_of_the_image():
-    said = set()
+    answers = set()
     for question, answer in asked("side", 200):
         match = re.fullmatch(r"is the (.+) (left of|right of|behind|in front of) the (.+) \?", question)
         a, b = (SCENE["static"][NAMES.index(name)] for name in (match[1], match[3]))
@@ -89,8 +89,8 @@ def test_relations_are_those_of_the_image():
         assert answer == ("yes" if truth else "no")
         axis = 0 if match[2] in ("left of", "right of") else 1
         assert abs(a[axis] - b[axis]) > SIDE_MARGIN, "too close to tell"
-        said.add((match[2], answer))
-    assert len(said) == 8
+        answers.add((match[2], answer))
+    assert len(answers) == 8
 
 
 def test_colors_shapes_and_counts_are_true():

@@ -28,7 +28,7 @@ STILL = SPEC.set_gripper(np.zeros(7), True)
 
 
 class Arm:
-    """LeRobot's `Robot`, of an arm that is at once where it is told to be."""
+    """LeRobot's `Robot`, of an arm that reaches every target at once."""
 
     def __init__(self, pose=(0, 0, 0.2, 0, 0, 0)):
         self.values = dict(zip(KEYS, (*pose, 0.08), strict=True))
@@ -174,15 +174,15 @@ def test_no_target_leaves_the_workspace_or_is_more_than_a_step_away(actions, sta
 @settings(max_examples=50, deadline=None)
 @given(arrays(np.float64, (2, 3), elements=st.floats(-1.2, 1.2)), arrays(np.float64, (2, 3), elements=st.floats(0.2, 0.8)))
 def test_the_difference_of_two_poses_leads_from_one_to_the_other(spec, turns, places):
-    """The rotation is about the axes of the world, whatever layout the pose is told in."""
+    """The rotation is about the axes of the world, whatever the pose's rotation layout."""
     wide = dataclasses.replace(spec, low=(-99.0,) * 6 + (-1.0,), high=(99.0,) * 6 + (1.0,))
-    told = dataclasses.replace(spec, rotation=spec.state_rotation)  # the layout of poses
+    pose_spec = dataclasses.replace(spec, rotation=spec.state_rotation)  # the layout of poses
     here, there = LOW + places * (HIGH - LOW)
-    turn = numbers(spec, matrix(told, turns[1]) @ matrix(told, turns[0]).T)
+    turn = numbers(spec, matrix(pose_spec, turns[1]) @ matrix(pose_spec, turns[0]).T)
     arm = Arm((*here, *turns[0]))
     started(arm, wide).step(np.concatenate([(there - here) / 0.04, turn / 0.2, [1.0]]))
     np.testing.assert_allclose(arm.pose[:3], there, atol=1e-9)
-    np.testing.assert_allclose(matrix(told, arm.pose[3:]), matrix(told, turns[1]), atol=1e-6)
+    np.testing.assert_allclose(matrix(pose_spec, arm.pose[3:]), matrix(pose_spec, turns[1]), atol=1e-6)
 
 
 def test_an_absolute_target_is_sent_as_it_is():

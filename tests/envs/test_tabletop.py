@@ -145,9 +145,9 @@ def test_an_instruction_names_exactly_one_object(family, setting):
         env.reset(seed=seed, options={"family": family})
         names = [" ".join(o) for o in env.world.objects]
         assert len(set(names)) == len(names)
-        said = [name for name in names if name in env.task.instruction]
+        named = [name for name in names if name in env.task.instruction]
         meant = [names[i] for i in (env.task.target, env.task.other) if i is not None]
-        assert sorted(said) == sorted(meant) and len(meant) == ALL_FAMILIES[family].n_objects
+        assert sorted(named) == sorted(meant) and len(meant) == ALL_FAMILIES[family].n_objects
 
 
 def test_held_out_wordings_are_never_templates():
@@ -248,10 +248,10 @@ def test_a_pose_does_not_remember_the_cue(unseen, family):
     env, solved = unseen["franka7"], []
     for seed, is_on in [(seed, is_on) for seed in range(10) for is_on in (False, True)]:
         cued(env, seed, family, is_on)
-        told, is_done = env.task, False
+        task, is_done = env.task, False
         for _ in range(60):
             action = marks_its_wrist(env)
-            env.task = told
+            env.task = task
             is_done = env.step(action)[2]
             if is_done:
                 break
@@ -267,10 +267,10 @@ def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):
         cued(env, seed, family, is_on)
         solved["remembers"].append(solve(env, 60) is not None)
         cued(env, seed, family, is_on)
-        told, is_done = env.task, False
+        task, is_done = env.task, False
         for _ in range(60):
             action = env.expert_action() if env.world.is_cue_shown else without_memory(env)
-            env.task = told
+            env.task = task
             is_done = env.step(action)[2]
             if is_done:
                 break
@@ -486,6 +486,6 @@ def test_headless_settings_are_made_before_mujoco_is_imported():
         "print(os.environ['LP_NUM_THREADS'], os.environ.get('MUJOCO_GL'), 'mujoco' in sys.modules)"
     )
     env = {k: v for k, v in os.environ.items() if k != "LP_NUM_THREADS"} | {"MUJOCO_GL": "osmesa"}
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
-    assert told.split() == ["0", "osmesa", "False"]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    assert printed.split() == ["0", "osmesa", "False"]
     assert rvlm.envs.FIRST_HELD_OUT_SEED == 900_000

@@ -272,5 +272,5 @@ def test_the_card_says_what_the_numbers_mean(kept, toy_stats):
     assert f"{toy_stats['action'].count} training frames of {SPEC.robot}" in text
     assert "at 10 Hz; the gripper opens at 1 and closes at -1" in text and "Not measured when this card was written" in text
     assert "Vision-language model: vlm, revision none, a folder" in text and f"torch {torch.__version__}" in text
-    told = model_card(load_vla(folder)[0], {"simple": wilson(84, 100)}, "apache-2.0", ["It has never met a real robot."])
-    assert "| simple | 84/100 | 84% | " in told and "license: apache-2.0" in told and "- It has never met a real robot." in told
+    card = model_card(load_vla(folder)[0], {"simple": wilson(84, 100)}, "apache-2.0", ["It has never met a real robot."])
+    assert "| simple | 84/100 | 84% | " in card and "license: apache-2.0" in card and "- It has never met a real robot." in card

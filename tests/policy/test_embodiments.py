@@ -126,8 +126,8 @@ def test_a_dimension_trains_only_where_it_exists(stage, demos, tmp_path):
         rows = out.reshape(3, 7, -1).abs().sum((0, 2))
         assert (rows[[3, 5]] > 0).all() == has_gradient and (rows[[0, 1, 2, 4, 6]] > 0).all()
         assert batch["action_mask"][..., 3].any() == has_gradient
-    said = spec.unnormalize(np.full((2, 7), 0.5), Embodiment(spec, EpisodeDataset(folder).stats()).stats["action"])
-    assert not said[:, [3, 5]].any() and said[:, 0].all()
+    actions = spec.unnormalize(np.full((2, 7), 0.5), Embodiment(spec, EpisodeDataset(folder).stats()).stats["action"])
+    assert not actions[:, [3, 5]].any() and actions[:, 0].all()
 
 
 def test_absent_dimensions_are_the_arms():
@@ -203,7 +203,7 @@ def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path
         robot = model.embodiment(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
         assert data[i]["instruction"].startswith(f"{robot.spec.robot}: ")
     policy, asked = Policy(model.eval(), processor, spec=ActionSpec.from_card(ROBOTS[2])), []
-    policy.memory.add = lambda images, state, told: asked.extend(told)
+    policy.memory.add = lambda images, state, texts: asked.extend(texts)
     image = np.zeros((48, 48, 3), np.uint8)
     policy._observe([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
     assert asked == [with_embodiment_name(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
@@ -229,22 +229,22 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
     assert model.embodiment_embedding.abs().sum(1).gt(0).tolist() == [True] * 2 + [False] * (MAX_EMBODIMENTS - 2)
     image = np.random.default_rng(0).integers(0, 256, (1, 2, 48, 48, 3), np.uint8)
 
-    def said(name):
+    def features_as(name):
         policy = Policy(model, processor, spec=ActionSpec.from_card(name))
         slow = UncachedSequence(model, policy.prompter)
         for _ in range(2):
-            felt = torch.as_tensor(model.conditioning.align_state(policy.robot, np.zeros((1, 7), np.float32)))
+            state = torch.as_tensor(model.conditioning.align_state(policy.robot, np.zeros((1, 7), np.float32)))
             for memory in (policy.memory, slow):
-                memory.add(image, felt, [TEXTS[0]])
+                memory.add(image, state, [TEXTS[0]])
         assert model.config.structure != "interleaved" or torch.allclose(policy.memory.predict(), slow.predict(), atol=1e-4)
-        told = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
-        return model.history_features(felt[:, None], **told, **policy.prompter(image, [TEXTS[0]]))
+        tokens = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
+        return model.history_features(state[:, None], **tokens, **policy.prompter(image, [TEXTS[0]]))
 
     with torch.inference_mode():
-        one, other = map(said, ROBOTS[:2])
+        one, other = map(features_as, ROBOTS[:2])
         assert (one - other).abs().max() > 1e-6
         torch.nn.init.zeros_(model.embodiment_embedding)
-        assert torch.equal(*map(said, ROBOTS[:2]))
+        assert torch.equal(*map(features_as, ROBOTS[:2]))
 
 
 def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
@@ -308,19 +308,19 @@ def test_shots_are_as_many_of_each_family(stage):
 def test_every_wording_of_a_family_means_the_same():
     for family in ALL_FAMILIES.values():
         all_of_them = tuple(t.format(a="red cube", b="blue ball") for t in family.templates)
-        assert {paraphrases(wording) for wording in all_of_them} == {all_of_them}
+        assert {paraphrases(template) for template in all_of_them} == {all_of_them}
     with pytest.raises(ValueError, match="expected an instruction of the tabletop's families, got 'dance'"):
         paraphrases("dance")
 
 
 def test_instructions_are_paraphrased_or_made_canonical(stage):
-    said = {
+    instructions = {
         how: {data[i]["instruction"] for i in range(48)}
         for how in ("original", "paraphrased", "canonical")
         for data in [drawn(dataclasses.replace(stage, data=stage.data[:1], instructions=how))]
     }
-    assert said["original"] == set(TEXTS[:3]) and len(said["canonical"]) == 3 < len(said["paraphrased"])
-    assert said["paraphrased"] == {wording for text in TEXTS[:3] for wording in paraphrases(text)}
+    assert instructions["original"] == set(TEXTS[:3]) and len(instructions["canonical"]) == 3 < len(instructions["paraphrased"])
+    assert instructions["paraphrased"] == {paraphrase for text in TEXTS[:3] for paraphrase in paraphrases(text)}
 
 
 @pytest.fixture(scope="module")

@@ -147,8 +147,8 @@ def test_state_image_and_language_reach_the_features(toy_vlm, toy_stats, setting
     before = fused(model, batch)
     assert not torch.allclose(fused(model, {**batch, "state": batch["state"] + 1}), before, atol=1e-5)
     assert not torch.allclose(fused(model, {**batch, "pixel_values": -batch["pixel_values"]}), before, atol=1e-5)
-    said = a_batch(model, processor, b=1, texts=[TEXTS[1]])
-    assert not torch.allclose(fused(model, said), before, atol=1e-5)
+    other = a_batch(model, processor, b=1, texts=[TEXTS[1]])
+    assert not torch.allclose(fused(model, other), before, atol=1e-5)
 
 
 def test_without_state_the_state_does_not_matter(toy_vlm, toy_stats):
@@ -232,11 +232,11 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
     """Law 19: token after token in the cache says what one pass over all tokens says, in rows of different lengths."""
     model, processor = build(toy_vlm, toy_stats, TOKENS)
     batch = inputs(a_batch(model, processor, b=3))
-    said = model.head.encode(model.predict(**batch))
+    tokens = model.head.encode(model.predict(**batch))
     state = batch.pop("state")
     with torch.inference_mode():
-        again = model.head.greedy_tokens(model.history_features(state, tokens=said, **batch))
-    assert torch.equal(again[:, 0], said)
+        again = model.head.greedy_tokens(model.history_features(state, tokens=tokens, **batch))
+    assert torch.equal(again[:, 0], tokens)
 
 
 def test_action_tokens_are_known_to_those_behind_them_only(toy_vlm, toy_stats):

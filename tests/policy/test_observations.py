@@ -162,10 +162,10 @@ def test_a_policy_that_does_not_know_its_images_size_takes_one_size_an_episode(t
 
 def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
     def warned():
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             policy.select_action([given(state=np.array([512.0, 0, 0, 0, 0, 0, 0]))])
-        return [str(w.message) for w in told if "in the card's unit" in str(w.message)]
+        return [str(w.message) for w in caught if "in the card's unit" in str(w.message)]
 
     policy.reset()
     (doubt,) = warned()

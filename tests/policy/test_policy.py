@@ -62,9 +62,9 @@ def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_
     for step in range(5):
         observation = observe(rng)
         chunks.append(plain.predict_action_chunk([observation])[0])
-        said = np.stack([SPEC.normalize(chunks[i][step - i], stats) for i in range(max(0, step - 2), step + 1)])
-        weights = np.exp(-0.5 * np.arange(len(said)))
-        mean = (weights[:, None] * said).sum(0) / weights.sum()
+        predicted = np.stack([SPEC.normalize(chunks[i][step - i], stats) for i in range(max(0, step - 2), step + 1)])
+        weights = np.exp(-0.5 * np.arange(len(predicted)))
+        mean = (weights[:, None] * predicted).sum(0) / weights.sum()
         acted = SPEC.normalize(policy.select_action([observation])[0], stats)
         np.testing.assert_allclose(acted[:6], mean[:6], atol=1e-4)
 
@@ -199,12 +199,12 @@ def test_every_combination_learns_an_episode_is_saved_and_acts(
         optimizer.step()
         if loss < 5e-4:
             break
-    said, truth = model.eval().predict(**inputs(batch)), batch["action"][:, -1]
-    assert (said - truth)[..., :6].abs().mean() < 0.1 * truth[..., :6].abs().mean()
-    assert torch.equal(said[..., 6] > 0.5, truth[..., 6] > 0.5)
+    predicted, truth = model.eval().predict(**inputs(batch)), batch["action"][:, -1]
+    assert (predicted - truth)[..., :6].abs().mean() < 0.1 * truth[..., :6].abs().mean()
+    assert torch.equal(predicted[..., 6] > 0.5, truth[..., 6] > 0.5)
     model.save_pretrained(tmp_path, processor)
     loaded, processor = load_vla(tmp_path)
-    assert torch.equal(loaded.predict(**inputs(batch)), said)
+    assert torch.equal(loaded.predict(**inputs(batch)), predicted)
     policy, rng = Policy(loaded, processor), np.random.default_rng(0)
     for _ in range(3):
         action = policy.select_action([observe(rng)])

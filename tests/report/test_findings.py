@@ -76,10 +76,10 @@ def test_a_finding_takes_verdicts_of_the_rule_alone(results):
     rng = np.random.default_rng(0)
     solved = (rng.random((3, 3, 200)) < np.reshape([0.95, 0.3, 0.3], (3, 1, 1))).astype(float)
     gains = holm({"a over b": paired_difference(solved[0], solved[1]), "b over c": paired_difference(solved[1], solved[2])})
-    said = {claim: verdict(gain) for claim, gain in gains.items()}
-    shown = find("Two contrasts.", interval=gains, verdict=said)
+    verdicts = {claim: verdict(gain) for claim, gain in gains.items()}
+    shown = find("Two contrasts.", interval=gains, verdict=verdicts)
     (record,) = report.load_findings()
-    assert record["verdict"] == said == {"a over b": "supported", "b over c": "undecided"}
+    assert record["verdict"] == verdicts == {"a over b": "supported", "b over c": "undecided"}
     assert "**a over b: supported; b over c: undecided**" in shown._repr_markdown_()
     assert "95 % interval (of all contrasts together)" in shown._repr_markdown_()
     assert "sides" not in record["interval"]["a over b"] and record["interval"]["a over b"]["n_trainings"] == 3

@@ -73,25 +73,25 @@ def test_few_trainings_are_judged_by_students_t(n_trainings, word):
 def test_contrasts_are_counted_before_any_is_cut_out_and_with_those_that_no_sentence_states():
     first, second = TWO.format("replicated", "+19", "+9", "+29"), TWO.format("replicated", "+22", "+12", "+32")
     alone = "Other robots help: replicated (+19 points, +9 to +29)."
-    words = [amended(record(said), LISTED)["verdict"] for said in (alone, first, second)]
+    words = [amended(record(sentence), LISTED)["verdict"] for sentence in (alone, first, second)]
     assert words == ["supported", "undecided", "supported"]
     listed = LISTED | {"contrasts": {"08_cross": 3}}
-    assert [amended(record(said), listed)["verdict"] for said in (alone, second)] == ["undecided", "undecided"]
+    assert [amended(record(sentence), listed)["verdict"] for sentence in (alone, second)] == ["undecided", "undecided"]
 
 
 def test_words_come_from_the_digits_that_a_finding_keeps():
     """To whole points this interval would be decided."""
-    kept, said = {"A": {"estimate": 0.156, "low": 0.056, "high": 0.264}}, "A: replicated (+16 points, +6 to +26)."
-    assert amended(record(said), LISTED)["verdict"] == "supported"
-    assert amended(record(said, interval=kept), LISTED)["verdict"] == "undecided"
+    kept, sentence = {"A": {"estimate": 0.156, "low": 0.056, "high": 0.264}}, "A: replicated (+16 points, +6 to +26)."
+    assert amended(record(sentence), LISTED)["verdict"] == "supported"
+    assert amended(record(sentence, interval=kept), LISTED)["verdict"] == "undecided"
 
 
 def test_what_is_said_in_other_words_and_what_goes_with_a_claim(tmp_path):
     claim = LISTED["claims"]["08_cross"][0] | {"keys": ["gain"], "tables": ["08_t"]}
     listed = LISTED | {"claims": {"08_cross": [claim]}}
     listed["reworded"] = {"08_cross": [{"says": r"(\d+) help", "reads": r"\1 of 9 help"}]}
-    said = TWO.format("replicated", "+22", "+12", "+32").replace("robots", "robots 3")
-    found = record(said, interval={"gain": [0.1, 0.2], "robots": [0.3, 0.4]})
+    sentence = TWO.format("replicated", "+22", "+12", "+32").replace("robots", "robots 3")
+    found = record(sentence, interval={"gain": [0.1, 0.2], "robots": [0.3, 0.4]})
     for name, text in (("findings/08_cross.json", json.dumps(found)), ("tables/08_t.csv", ""), ("tables/08_u.csv", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -176,7 +176,7 @@ def test_no_page_says_what_is_withdrawn_unless_it_is_struck_out():
     copies = [path for results in RESULTS for path in sorted((results / "notebooks").glob("*.ipynb"))]
     pages = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
     says = {path: "\n".join(unstruck(text) for text in pages_of(path)) for path in (*pages, *copies)}
-    found = [(path, said.group()) for path, text in says.items() for p in withdrawn()["nowhere"] if (said := re.search(p, text))]
+    found = [(path, hit.group()) for path, text in says.items() for p in withdrawn()["nowhere"] if (hit := re.search(p, text))]
     for results, record in old_findings():
         own = [path for path in copies if path.parent.parent == results and path.name[:3] == record["name"][:3]]
         taken = [t["text"] for t in record.get("withdrawn", ()) if t["text"] in record["said"]]

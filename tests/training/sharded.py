@@ -42,7 +42,8 @@ if __name__ == "__main__":
     dist.all_reduce(losses)
     share = sum(p.to_local().numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     if rank == 0:
-        told = {"losses": (losses / world).tolist(), "world": world, "is_sharded": isinstance(model, FSDPModule), "share": share}
-        Path(sys.argv[3]).write_text(json.dumps(told))
+        result = {"losses": (losses / world).tolist(), "world": world, "share": share}
+        result["is_sharded"] = isinstance(model, FSDPModule)
+        Path(sys.argv[3]).write_text(json.dumps(result))
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may abort an interpreter that is torn down

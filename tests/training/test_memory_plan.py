@@ -37,11 +37,11 @@ CASES = [
 )
 def test_a_step_needs_what_the_plan_says(toy_demos, policy, finetuning, gradient_checkpointing):
     """Parameters exactly, peak memory within a tenth."""
-    told = small_plan(policy, finetuning=finetuning, gradient_checkpointing=gradient_checkpointing)
+    plan = small_plan(policy, finetuning=finetuning, gradient_checkpointing=gradient_checkpointing)
     how = {"finetuning": finetuning, "gradient_checkpointing": gradient_checkpointing, "batch_size": 8, "n_processes": 1}
     used = profile_training_step(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
-    assert (told.parameters, told.trained) == (used["parameters"], used["trained"])
-    assert told.peak == pytest.approx(used["peak"], rel=0.1)
+    assert (plan.parameters, plan.trained) == (used["parameters"], used["trained"])
+    assert plan.peak == pytest.approx(used["peak"], rel=0.1)
 
 
 def test_savers_save_in_the_plan_too():
@@ -86,8 +86,8 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
             plan_memory(*asked, finetuning="lora", rank=2)
         return
-    told = plan_memory(*asked, finetuning="lora", rank=2)
-    assert told.parameters / 1e6 > facts["parameters [M]"] and told.flops > 0 and told.peak > 0
+    plan = plan_memory(*asked, finetuning="lora", rank=2)
+    assert plan.parameters / 1e6 > facts["parameters [M]"] and plan.flops > 0 and plan.peak > 0
     assert ("token types" in facts["reads in order"]) == (name == "paligemma")
 
 

@@ -528,7 +528,8 @@ def test_two_processes_have_the_loss_of_one(stage, tmp_path, finetuning):
     for part in ("loss", "arm_loss", "gripper_loss"):
         one, two = ([e[part] for e in log_history(folder) if part in e] for folder in (tmp_path / "one", twenty.folder))
         assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
-    assert told(tmp_path / "one") == (1, "VLA") and told(twenty.folder) == (2, "DistributedDataParallel")
+    assert world_and_wrapper(tmp_path / "one") == (1, "VLA")
+    assert world_and_wrapper(twenty.folder) == (2, "DistributedDataParallel")
 
 
 def launched(launcher, stage):
@@ -555,7 +556,7 @@ def test_two_processes_by_hand_go_on_after_a_kill(stage):
     assert not stage.folder.exists()
     second = launched(TWO, stage)
     assert second.wait() == 0, second.stdout.read().decode()[-2000:]
-    assert told(stage.folder) == (2, "DistributedDataParallel")
+    assert world_and_wrapper(stage.folder) == (2, "DistributedDataParallel")
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
     losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken.parent)]
     assert losses[0] == losses[1]
@@ -588,15 +589,15 @@ def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_p
     batch = a_batch(model, processor, b=8, texts=TEXTS[:1])
     torch.save(batch, tmp_path / "batch.pt")
     script = Path(__file__).with_name("sharded.py")
-    arguments = [str(script), str(tmp_path / "policy"), str(tmp_path / "batch.pt"), str(tmp_path / "told.json")]
+    arguments = [str(script), str(tmp_path / "policy"), str(tmp_path / "batch.pt"), str(tmp_path / "result.json")]
     done = subprocess.run([sys.executable, "-m", *TWO, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads((tmp_path / "told.json").read_text())
-    assert said["world"] == 2 and said["is_sharded"] and 0.4 < said["share"] < 0.6
-    assert np.allclose(said["losses"], losses_of(model, batch).numpy(), atol=1e-4) and np.ptp(said["losses"]) > 0.01
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["world"] == 2 and result["is_sharded"] and 0.4 < result["share"] < 0.6
+    assert np.allclose(result["losses"], losses_of(model, batch).numpy(), atol=1e-4) and np.ptp(result["losses"]) > 0.01
 
 
-def told(folder):
+def world_and_wrapper(folder):
     """World size and wrapper that the first entry of a log names."""
     entry = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     return entry["n_processes"], entry["wrapper"]

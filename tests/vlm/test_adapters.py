@@ -48,7 +48,7 @@ def adapted(request, toy_vlm, toy_stats, tmp_path_factory):
     return model, processor, folder, batch
 
 
-def said(model, batch):
+def predict(model, batch):
     return model.predict(**inputs(batch))
 
 
@@ -84,7 +84,7 @@ def test_only_the_row_of_act_is_new(adapted, toy_vlm):
 def test_what_is_saved_is_small_and_reloads_to_the_same_action(adapted):
     model, _, folder, batch = adapted
     again, _ = load_vla(folder)
-    assert torch.equal(said(again, batch), said(model, batch))
+    assert torch.equal(predict(again, batch), predict(model, batch))
     assert is_quantized(again) == is_quantized(model)
     names = set(load_file(folder / "model.safetensors"))
     assert names and not any(name.startswith("backbone") for name in names)
@@ -102,12 +102,12 @@ def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     model, processor, folder, batch = adapted
     merged, _ = merge_policy(folder)
     over_full_weights, _ = load_vla(folder, is_quantized=False)
-    assert torch.allclose(said(merged, batch), said(over_full_weights, batch), atol=1e-4)
-    assert is_quantized(model) or torch.allclose(said(merged, batch), said(model, batch), atol=1e-4)
+    assert torch.allclose(predict(merged, batch), predict(over_full_weights, batch), atol=1e-4)
+    assert is_quantized(model) or torch.allclose(predict(merged, batch), predict(model, batch), atol=1e-4)
     assert merged.config.base_model is None and not any("lora" in name for name in merged.state_dict())
     merged.save_pretrained(tmp_path, processor)
     shutil.rmtree(tmp_path / ADAPTERS, ignore_errors=True)
-    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(merged, batch))
+    assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(merged, batch))
 
 
 def test_a_processor_with_bfloat16_reads_layers_in_four_bits_as_any_other(toy_vlm, toy_stats, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_processor_with_bfloat16_reads_layers_in_four_bits_as_any_other(toy_vl
     model, processor = build(toy_vlm, toy_stats, "qlora")
     batch = a_batch(model, processor)
     model.eval().save_pretrained(tmp_path / "adapted", processor)
-    assert torch.equal(said(load_vla(tmp_path / "adapted")[0], batch), said(model, batch))
+    assert torch.equal(predict(load_vla(tmp_path / "adapted")[0], batch), predict(model, batch))
     build(toy_vlm, toy_stats, "full")[0].save_pretrained(tmp_path / "whole", processor)
     in_four_bits = load_vla(tmp_path / "whole", is_quantized=True)[0]
     small = [layer for layer in in_four_bits.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
@@ -165,7 +165,7 @@ def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
     other = tmp_path / "vlm"
     shutil.copytree(toy_vlm, other)
     model, _, _, batch = adapted
-    assert torch.equal(said(load_vla(folder, base_model=other)[0], batch), said(model, batch)), "the same weights elsewhere"
+    assert torch.equal(predict(load_vla(folder, base_model=other)[0], batch), predict(model, batch)), "the same weights elsewhere"
     weights = load_file(other / "model.safetensors")
     save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; say where they are now by base_model="):
@@ -187,11 +187,11 @@ def test_a_policy_is_adapted_and_keeps_what_it_can(saved, finetuning, tmp_path):
     folder, before = saved
     model, processor = modify_policy(folder, finetuning=finetuning, rank=4)
     batch = a_batch(before, processor)
-    off = float((said(model.eval(), batch) - said(before, batch)).abs().max())
+    off = float((predict(model.eval(), batch) - predict(before, batch)).abs().max())
     assert off < (0.2 if finetuning == "qlora" else 1e-5), "new adapters change nothing"
     take_steps(model, batch)
     model.save_pretrained(tmp_path, processor)
-    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(model, batch))
     assert json.loads((tmp_path / "config.json").read_text())["history"] == POLICY_HEAD["history"]
 
 
@@ -199,10 +199,10 @@ def test_adapters_stand_on_adapters(adapted, tmp_path):
     """Of a policy with adapters the next stage sees the merged weights."""
     _, processor, folder, batch = adapted
     onwards, _ = modify_policy(folder, finetuning="lora", rank=2)
-    assert torch.allclose(said(onwards.eval(), batch), said(merge_policy(folder)[0], batch), atol=1e-5)
+    assert torch.allclose(predict(onwards.eval(), batch), predict(merge_policy(folder)[0], batch), atol=1e-5)
     take_steps(onwards, batch, 3)
     onwards.save_pretrained(tmp_path, processor)
-    assert torch.allclose(said(load_vla(tmp_path)[0], batch), said(onwards, batch), atol=1e-6)
+    assert torch.allclose(predict(load_vla(tmp_path)[0], batch), predict(onwards, batch), atol=1e-6)
 
 
 def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
@@ -212,8 +212,8 @@ def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
     take_steps(model, batch)
     model.save_pretrained(tmp_path, processor)
     assert not any(name.startswith("backbone") for name in load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
-    assert torch.equal(said(merge_policy(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(model, batch))
+    assert torch.equal(predict(merge_policy(tmp_path)[0], batch), predict(model, batch))
 
 
 def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
@@ -221,7 +221,7 @@ def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
     model, processor = build(toy_vlm, toy_stats, "head", is_pretrained=False)
     model.eval().save_pretrained(tmp_path, processor)
     batch = a_batch(model, processor)
-    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(model, batch))
     with pytest.raises(ValueError, match="expected weights under adapters that can be loaded again, got random ones"):
         build(toy_vlm, toy_stats, "lora", is_pretrained=False)
 
@@ -236,7 +236,7 @@ def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm
     losses = take_steps(model, batch)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path, processor)
-    assert torch.equal(said(load_vla(tmp_path)[0], batch), said(model, batch))
+    assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(model, batch))
 
 
 def test_four_bits_hold_the_language_model_alone(toy_vlm, toy_stats):

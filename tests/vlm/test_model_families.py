@@ -96,9 +96,9 @@ def test_a_family_without_a_place_for_act_is_refused_with_the_reason(build, toy_
 def named(pattern):
     """Families that the page names where this pattern is found, as they are called here."""
     found = re.findall(pattern, (ROOT / "docs/any_backbone.md").read_text(), re.M | re.S)
-    said = re.split(r",\s+|\s+and\s+", ", ".join(found))
+    listed = re.split(r",\s+|\s+and\s+", ", ".join(found))
     called = {name.replace("_", ""): name for name in FAMILIES}
-    return {called[re.sub(r"[^a-z0-9]", "", name.lower())] for name in said}
+    return {called[re.sub(r"[^a-z0-9]", "", name.lower())] for name in listed}
 
 
 def test_the_page_names_every_family():
@@ -220,11 +220,11 @@ def test_a_prompt_is_written_as_the_family_writes_it(folder):
     processor = load_processor(folder)
     n = 1 if folder.name in ONE_IMAGE else 2
     text = PromptBuilder(processor, n).text(TEXTS[0])
-    said = mark_of(processor) * n + TEXTS[0]
+    prompt = mark_of(processor) * n + TEXTS[0]
     if processor.chat_template:
         content = [{"type": "image"}] * n + [{"type": "text", "text": TEXTS[0]}]
-        said = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert text == said + ACT
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text == prompt + ACT
 
 
 def test_a_processor_without_its_video_part_is_saved_and_loaded_whole(folder, tmp_path):

@@ -97,11 +97,11 @@ def test_a_prompt_is_what_the_library_makes_of_the_template(folders, with_templa
     processor = load_processor(folders(family) if text is None else with_template(family, text))
     for instruction in (TEXTS[0], "  lift TEXT, <u>it</u> ", ""):
         if family == "smolvlm":  # whose own way wants its part for videos
-            said = processor.apply_chat_template(
+            prompt = processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": instruction}]}],
                 add_generation_prompt=True,
             )
-            assert PromptBuilder(processor, 2).text(instruction) == said + ACT
+            assert PromptBuilder(processor, 2).text(instruction) == prompt + ACT
         else:
             assert PromptBuilder(processor, 2).token_ids(instruction) == whole(processor, instruction)
 
@@ -327,12 +327,12 @@ def chunks(model, processor, seen, states, structure):
     for images, state in zip(seen, states, strict=True):
         observation = {"image": images[0], "wrist_image": images[-1], "state": state, "instruction": TEXTS[0]}
         acted.append(policy.predict_action_chunk([observation])[0])
-    felt = policy.robot.stats["observation.state"].normalize(states).astype(np.float32)
+    normalized = policy.robot.stats["observation.state"].normalize(states).astype(np.float32)
     samples = []
     for end in range(len(seen)):
         steps = [max(0, i) for i in range(end - t + 1, end + 1)]
         samples.append({
-            "images": seen[steps], "state": felt[steps], "action": np.zeros((t, 2, 7), np.float32), "dataset_index": 0,
+            "images": seen[steps], "state": normalized[steps], "action": np.zeros((t, 2, 7), np.float32), "dataset_index": 0,
             "action_mask": np.ones((t, 2, 7), bool), "obs_mask": np.arange(end - t + 1, end + 1) >= 0, "instruction": TEXTS[0],
         })  # fmt: skip
     batch = RobotCollator(policy.prompter)(samples)
