@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from rvlm.evaluation.closed_loop import BATCH, Evaluation, policy_and_envs
+from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, policy_and_envs
 from rvlm.evaluation.rollouts import rollout
 from rvlm.experiments.recipes import POLICY
 
@@ -30,7 +30,7 @@ def main():
     policy, envs = policy_and_envs(evaluation)
     episodes, seconds, differ, rows_used = evaluation.episodes(), [], 0, []
     for batch in range(evaluation.n_batches):
-        chosen = episodes[batch * BATCH : (batch + 1) * BATCH]
+        chosen = episodes[batch * EPISODES_PER_BATCH : (batch + 1) * EPISODES_PER_BATCH]
         took, outcomes = [], []
         ways = [policy, AllToTheEnd(policy)]
         for way in ways if batch % 2 else ways[::-1]:

@@ -180,7 +180,7 @@ def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
         ChainEvaluation("random", **shared, length=2),
     ):
         (home / asked.policy[-6:]).mkdir(parents=True)
-        ran = traced(lambda a=asked: closed_loop._run_batch(a, 0, home / a.policy[-6:]))
+        ran = traced(lambda a=asked: closed_loop._cache_batch(a, 0, home / a.policy[-6:]))
         assert ("rvlm.evaluation.rollouts", "rollout") in ran and missing(ran, asked.code) == [], asked
 
 

@@ -20,8 +20,9 @@ from rvlm.caches import Code
 from rvlm.envs.tabletop.scene import DRAWER_RANGE, N_OBJECTS, SETTINGS, SLIDER_RANGE, Setting
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.envs.tabletop.world import World
-from rvlm.evaluation.closed_loop import BATCH, Evaluation, policy_and_envs, success_table
+from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, policy_and_envs
 from rvlm.evaluation.rollouts import rollout
+from rvlm.evaluation.success import success_table
 from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
@@ -157,7 +158,7 @@ def _is_feasible(world: World, chain: tuple, length: int) -> bool:
 
 
 def rollout_chains(
-    policy: Any, envs: Sequence[Any], seeds: Sequence[int], chains: Sequence[tuple], control: str = "none"
+    policy: Any, envs: Sequence[Any], seeds: Sequence[int], chains: Sequence[tuple], ablation: str = "none"
 ) -> list[dict]:
     """Run one chain in each environment, link by link; those that failed stand still.
 
@@ -174,7 +175,7 @@ def rollout_chains(
         if not running:
             break
         episodes = [(seeds[i] + link * SEED_STRIDE, chains[i][link]) for i in running]
-        part = rollout(policy, [envs[i] for i in running], episodes, control, keep_state=link > 0)
+        part = rollout(policy, [envs[i] for i in running], episodes, ablation, keep_state=link > 0)
         rows += [{**row, "seed": seeds[i], "link": link} for i, row in zip(running, part, strict=True)]
         running = [i for i, row in zip(running, part, strict=True) if row["is_success"]]
     return rows
@@ -194,17 +195,16 @@ class ChainEvaluation(Evaluation):
     def code(self) -> Code:
         """The code that its chains depend on."""
         alone = super().code
-        return Code(
-            (*alone.roots, "rvlm.evaluation.chains"), without=(*alone.without, "rvlm.evaluation.closed_loop", "rvlm.statistics")
-        )
+        unused = ("rvlm.evaluation.closed_loop", "rvlm.evaluation.success", "rvlm.statistics")
+        return Code((*alone.roots, "rvlm.evaluation.chains"), without=(*alone.without, *unused))
 
     def run(self, batch: int) -> list[dict]:
         """Roll out one of its batches in this process; rows as `rollout_chains` gives them."""
-        first = self.first_seed + batch * BATCH
+        first = self.first_seed + batch * EPISODES_PER_BATCH
         seeds = range(first, first + self.batch_size(batch))
         policy, envs = policy_and_envs(self)
         chains = sample_chains(seeds, self.families or DEFAULT_TASKS, self.robot, SETTINGS[self.setting], self.length)
-        return rollout_chains(policy, envs[: len(seeds)], seeds, chains, self.control)
+        return rollout_chains(policy, envs[: len(seeds)], seeds, chains, self.ablation)
 
 
 def chain_lengths(episodes: pd.DataFrame) -> pd.Series:

@@ -1,6 +1,6 @@
-"""Open-loop error: how far a policy's actions are from recorded ones when the recording alone decides what it sees.
+"""Open-loop error: distance between predicted and recorded actions on recorded observations.
 
-Cheap, and blind to what the policy's own mistakes would lead to: it stands beside closed-loop success, never in its place.
+Cheap, but it does not measure how the policy's own errors add up: a complement of closed-loop success, no substitute.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,36 +10,36 @@ import numpy as np
 import pandas as pd
 
 from rvlm.data.windows import Windows
-from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, others_instructions, tell
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, permute_instructions, replace_instructions
 from rvlm.policy.collation import RobotCollator
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.statistics import mean_interval
 
 
 def predict_chunks(
-    policy: Any, windows: Any, control: str | InputAblation = "none", batch_size: int = 64
+    policy: Any, windows: Any, ablation: str | InputAblation = "none", batch_size: int = 64
 ) -> dict[str, np.ndarray]:
-    """Action chunks predicted at every frame of recorded episodes, in their order, beside the recorded ones.
+    """Predicted and recorded action chunks at every frame of recorded episodes, in order.
 
     Args:
         policy: A `Policy`.
-        windows: As `policy_windows` cuts them.
-        control: What is taken from the policy, a name in `INPUT_ABLATIONS`, or what else is done to a batch of samples. Language
-            is shuffled by episode: all frames of one are told what another one was told.
+        windows: As `policy_windows` makes them.
+        ablation: A name in `INPUT_ABLATIONS`, or a function of a batch of samples. Shuffled language permutes instructions
+            between episodes, the same for all frames of one.
         batch_size: Frames per forward pass.
 
     Returns:
-        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k, a) false past an episode's end and in dimensions that the robot does
-        not have, `episode_index`, `frame_index` (n,).
+        `predicted`, `recorded` (n, k, a) raw, `mask` (n, k, a), false past an episode's end and in dimensions that the robot
+        does not have, `episode_index` and `frame_index` (n,).
     """
     model, robot = policy.model, policy.robot
-    change = _control(control, windows)
+    ablate = _input_ablation(ablation, windows)
     collate, spec, stats = RobotCollator(policy.prompter), robot.spec, robot.stats["action"]
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
-        batch = collate([model.conditioning(robot, sample) for sample in change(samples)])
+        batch = collate([model.conditioning(robot, sample) for sample in ablate(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)
@@ -48,71 +48,70 @@ def predict_chunks(
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def _control(control: str | InputAblation, windows: Any) -> InputAblation:
-    if not isinstance(control, str):
-        return control
-    if control != "shuffled_language":
-        return INPUT_ABLATIONS[control]
-    said = _others_instructions(windows.dataset, [int(episode) for episode in windows.episodes])
-    return lambda samples: tell(samples, [said[int(sample["episode_index"])] for sample in samples])
+def _input_ablation(ablation: str | InputAblation, windows: Any) -> InputAblation:
+    if not isinstance(ablation, str):
+        return ablation
+    if ablation != "shuffled_language":
+        return INPUT_ABLATIONS[ablation]
+    permuted = _permuted_instructions(windows.dataset, [int(episode) for episode in windows.episodes])
+    return lambda samples: replace_instructions(samples, [permuted[int(sample["episode_index"])] for sample in samples])
 
 
-def _others_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, str]:
-    """For each of these episodes what another one was told: the next one of another family, or else with other words."""
+def _permuted_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, str]:
+    """Episode -> the instruction of the next one of another family (of another instruction, where families are unknown)."""
     first = dataset.episodes["dataset_from_index"].to_numpy()
     instructions = [dataset.tasks[task] for task in dataset.column("task_index")[first]]
     tasks = list(dataset.episodes["family"]) if "family" in dataset.episodes else instructions
 
-    def spare(i: int) -> str | None:
+    def fallback(i: int) -> str | None:
         return next((text for text, task in zip(instructions, tasks, strict=True) if task != tasks[episodes[i]]), None)
 
-    asked, about = [instructions[e] for e in episodes], [tasks[e] for e in episodes]
-    return dict(zip(map(int, episodes), others_instructions(asked, about, spare), strict=True))
+    own, own_tasks = [instructions[e] for e in episodes], [tasks[e] for e in episodes]
+    return dict(zip(map(int, episodes), permute_instructions(own, own_tasks, fallback), strict=True))
 
 
 def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
-    """Recorded episodes cut as this policy reads them, in the statistics of the robot that it acts for."""
+    """Windows of recorded episodes as this policy reads them, normalised with the statistics of its robot."""
     config = policy.model.config
     return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, policy.robot.stats, config.cameras)
 
 
 def open_loop_errors(
-    policy: Any, dataset: Any, episodes: Iterable[int] | None = None, control: str = "none", batch_size: int = 64
+    policy: Any, dataset: Any, episodes: Iterable[int] | None = None, ablation: str = "none", batch_size: int = 64
 ) -> pd.DataFrame:
-    """How far a policy's actions are from recorded ones, frame by frame, when the recording alone decides what it sees.
+    """Open-loop error of a policy, frame by frame.
 
     Args:
         policy: A `Policy`, or the folder of a trained model.
-        dataset: `EpisodeDataset` of the robot that the policy acts for; of a folder's, one that it was trained on.
+        dataset: `EpisodeDataset` of the policy's robot; for the folder of a model, a robot that it was trained on.
         episodes: Held-out ones; all if left out.
-        control: What is taken from the policy, a name in `INPUT_ABLATIONS`.
+        ablation: Input ablation, a name in `INPUT_ABLATIONS`.
         batch_size: Frames per forward pass.
 
     Returns:
-        One row per frame and action dimension that the robot has: episode_index, frame_index, dimension, unit, `first` and
-        `chunk`, the absolute error of the chunk's first action and the mean over the chunk within the episode, in the card's
-        SI units; of the gripper, 1 for a wrong command and 0 for a right one.
+        One row per frame and action dimension that the robot has: episode_index, frame_index, dimension, unit, `first` (the
+        absolute error of the chunk's first action) and `chunk` (its mean over the chunk, within the episode), in the card's SI
+        units; for the gripper, 1 for a wrong command and 0 for a right one.
 
     Raises:
         SpecMismatch: The demonstrations are of another robot.
     """
-    asked = dataset.require_spec()
-    policy = policy if isinstance(policy, Policy) else load_policy(policy, spec=asked)
+    recorded_spec = dataset.require_spec()
+    policy = policy if isinstance(policy, Policy) else load_policy(policy, spec=recorded_spec)
     spec = policy.robot.spec
-    spec.require_same(asked, "policy vs demonstrations")
-    told = predict_chunks(policy, policy_windows(policy, dataset, episodes), control, batch_size)
-    return _error_rows(spec, **told)
+    spec.require_same(recorded_spec, "policy vs demonstrations")
+    return _error_rows(spec, **predict_chunks(policy, policy_windows(policy, dataset, episodes), ablation, batch_size))
 
 
 def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
-    """`open_loop_errors` a policy that always does the mean of the training actions and what the gripper mostly does."""
+    """`open_loop_errors` of the mean training action, with the gripper command that is more frequent in training."""
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
-    seen, asked = np.isin(episode, list(train)), np.isin(episode, list(episodes))
-    constant = spec.set_gripper(action[seen].mean(0), spec.is_open(action[seen]).mean() > 0.5)
-    recorded = action[asked][:, None]
+    is_train, is_test = np.isin(episode, list(train)), np.isin(episode, list(episodes))
+    constant = spec.set_gripper(action[is_train].mean(0), spec.is_open(action[is_train]).mean() > 0.5)
+    recorded = action[is_test][:, None]
     frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
     mask = np.broadcast_to(spec.present, recorded.shape)
-    return _error_rows(spec, np.broadcast_to(constant, recorded.shape), recorded, mask, episode[asked], frame[asked])
+    return _error_rows(spec, np.broadcast_to(constant, recorded.shape), recorded, mask, episode[is_test], frame[is_test])
 
 
 def _error_rows(
@@ -141,14 +140,14 @@ def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.
 
 
 def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
-    """Mean distance between predicted and recorded displacement of the hand, per episode [m], from `open_loop_errors`."""
-    moves = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
-    squared: Any = moves.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
+    """Mean distance between predicted and recorded displacement of the hand, per episode [m], of rows of `open_loop_errors`."""
+    displacement = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
+    squared: Any = displacement.assign(squared=moves[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
     return np.sqrt(squared).groupby("episode_index").mean()
 
 
 def error_table(errors: dict[str, pd.DataFrame], column: str = "first") -> pd.DataFrame:
-    """Open-loop error per dimension with a 95 % interval over episodes; NaN where all are equal.
+    """Open-loop error per dimension with a 95 % interval over episodes, NaN where all are equal.
 
     Args:
         errors: Name in tables and figures -> a table from `open_loop_errors`.

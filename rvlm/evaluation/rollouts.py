@@ -1,4 +1,4 @@
-"""Rolling a policy out: episodes side by side, the controls that take something from the policy, and one that sees nothing."""
+"""Rollouts: episodes in step, input ablations of the policy, and a uniform random baseline."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -6,70 +6,70 @@ from typing import Any
 
 import numpy as np
 
-InputAblation = Callable[[Sequence[dict]], list[dict]]  # what a batch of observations becomes
+InputAblation = Callable[[Sequence[dict]], list[dict]]  # observations of a batch -> the same with an input removed
 
 
 def no_language(observations: Sequence[dict]) -> list[dict]:
-    """The control in which the instruction says nothing.
+    """Empty instructions.
 
     Raises:
-        ValueError: An instruction says nothing already.
+        ValueError: An instruction is empty already.
     """
-    return tell(observations, [""] * len(observations))
+    return replace_instructions(observations, [""] * len(observations))
 
 
 def shuffled_language(observations: Sequence[dict]) -> list[dict]:
-    """The control in which everyone is told what the next one with another instruction should do.
+    """Instructions permuted across the batch: each observation gets the next one's that differs.
 
     Raises:
-        ValueError: All are told the same.
+        ValueError: All instructions are equal.
     """
     instructions = [observation["instruction"] for observation in observations]
-    return tell(observations, others_instructions(instructions, instructions))
+    return replace_instructions(observations, permute_instructions(instructions, instructions))
 
 
-def tell(observations: Sequence[dict], instructions: Sequence[str]) -> list[dict]:
+def replace_instructions(observations: Sequence[dict], instructions: Sequence[str]) -> list[dict]:
     """The same observations with other instructions.
 
     Raises:
-        ValueError: One is told what it was told anyway, so that nothing would be learned from it.
+        ValueError: An instruction stays as it is, so the ablation would measure nothing.
     """
-    same = [i for i, (o, said) in enumerate(zip(observations, instructions, strict=True)) if o["instruction"] == said]
+    pairs = list(zip(observations, instructions, strict=True))
+    same = [new for observation, new in pairs if observation["instruction"] == new]
     if same:
         raise ValueError(
-            f"a control of language must change every instruction; {len(same)} of {len(observations)} stay "
-            f"{instructions[same[0]]!r}: leave the control out, or take episodes with other instructions"
+            f"an ablation of language must change every instruction; {len(same)} of {len(pairs)} stay {same[0]!r}: leave the "
+            "ablation out, or take episodes with other instructions"
         )
-    return [{**o, "instruction": said} for o, said in zip(observations, instructions, strict=True)]
+    return [{**observation, "instruction": new} for observation, new in pairs]
 
 
-def others_instructions(
-    instructions: Sequence[str], tasks: Sequence[str], spare: Callable[[int], str | None] = lambda i: None
+def permute_instructions(
+    instructions: Sequence[str], tasks: Sequence[str], fallback: Callable[[int], str | None] = lambda i: None
 ) -> list[str]:
-    """For each the instruction of the next one (the first comes after the last) whose task is another.
+    """For each episode the instruction of the next one of another task; the first follows the last.
 
     Args:
-        instructions: Of each.
-        tasks: Of each, what it is about, in whatever words.
-        spare: An instruction of another task for the one at a place, where nobody here has another; None if there is none.
+        instructions: Of each episode.
+        tasks: Of each episode, any names.
+        fallback: Index of an episode -> an instruction of another task, for batches of one task; None if there is none.
 
     Raises:
-        ValueError: All have the same task, and there is no spare instruction.
+        ValueError: All episodes have the same task, and there is no fallback.
     """
-    n, told = len(instructions), []
+    n, permuted = len(instructions), []
     for i, task in enumerate(tasks):
         others = (instructions[(i + step) % n] for step in range(1, n) if tasks[(i + step) % n] != task)
-        if (said := next(others, None) or spare(i)) is None:
+        if (other := next(others, None) or fallback(i)) is None:
             raise ValueError(
-                f"shuffled_language: all of {n} have the task {task!r}, so nobody would be told anything else; add episodes of "
-                "another one"
+                f"shuffled_language: expected episodes of several tasks, all of {n} have {task!r}; add episodes of another one"
             )
-        told.append(said)
-    return told
+        permuted.append(other)
+    return permuted
 
 
 def blank_image(observations: Sequence[dict]) -> list[dict]:
-    """The control in which all cameras see black."""
+    """Black images of all cameras."""
     return [{k: np.zeros_like(v) if "image" in k else v for k, v in o.items()} for o in observations]
 
 
@@ -82,25 +82,25 @@ INPUT_ABLATIONS: dict[str, InputAblation] = {
 
 
 class RandomPolicy:
-    """Uniformly random actions in the card's range: others in every episode, the same for the same episode."""
+    """Uniformly random actions in the card's range, seeded by the episode."""
 
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
     def reset(self, n_robots: int = 1) -> None:
-        """Begin anew."""
+        """Begin new episodes."""
         self.seed_episodes(range(n_robots))
 
     def seed_episodes(self, seeds: Iterable[int]) -> None:
-        """Begin the actions that belong to these episodes, one for each robot."""
+        """Seed the actions of each robot's episode."""
         self._rngs = [np.random.default_rng((seed, 1)) for seed in seeds]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with the robots at these places alone."""
+        """Go on with the robots of these indices alone."""
         self._rngs = [self._rngs[row] for row in rows]
 
     def select_action(self, observations: Sequence[dict]) -> np.ndarray:
-        """A raw action (n, a) for each robot, whatever it sees.
+        """A raw action (n, a) for each robot.
 
         Raises:
             ValueError: More or fewer observations than robots.
@@ -114,79 +114,86 @@ def rollout(
     policy: Any,
     envs: Sequence[Any],
     episodes: Sequence[tuple[int, str]],
-    control: str = "none",
+    ablation: str = "none",
     keep_frames: bool = False,
     keep_state: bool = False,
 ) -> list[dict]:
-    """Run one episode in each environment, all in step; one that has ended costs nothing more.
+    """Run one episode in each environment, in step; finished environments are no longer stepped.
 
     Args:
-        policy: Has `reset` and `select_action`, and `keep` if it can go on with fewer robots (else it is shown the last
-            observation of ended episodes until all have ended); None lets the scripted expert act.
+        policy: Has `reset` and `select_action`, and `keep` if it can go on with fewer robots (else it also gets the last
+            observations of finished episodes); None for the scripted expert.
         envs: One per episode.
         episodes: (seed, family) of each.
-        control: What is taken from the policy, a name in `INPUT_ABLATIONS`.
+        ablation: Input ablation, a name in `INPUT_ABLATIONS`.
         keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
-        keep_state: Begin in the scene as it is, where the last task ended.
+        keep_state: Start from the scene's current state instead of a new one.
 
     Returns:
-        Per episode: seed, family, instruction, is_success, failure (a word, from the simulator's state), n_steps, and its
-        share of the time that policy and simulator took [s]: policy_s, simulator_s.
+        Per episode: seed, family, instruction, is_success, failure (one word, from the simulator's state), n_steps, and its
+        share of the time of policy and simulator [s]: policy_s, simulator_s.
     """
-    observations, rows, films = [], [], []
-    for env, (seed, family) in zip(envs, episodes, strict=True):
-        observations.append(env.reset(seed=seed, options={"family": family, "keep_state": keep_state})[0])
-        told = {"seed": seed, "family": family, "instruction": observations[-1]["instruction"]}
-        rows.append({**told, "is_success": False, "failure": "", "n_steps": 0})
-        films.append([])
-    change = _control(control, envs, rows)
+    observations, rows = _reset(policy, envs, episodes, keep_state)
+    ablate, recorded = _input_ablation(ablation, envs, rows), [[] for _ in rows]
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
-    _begin(policy, rows)
     while running:
-        asked = time.perf_counter()
-        actions = _actions(policy, envs, change(observations), running)
-        policy_s += time.perf_counter() - asked
-        left = []
-        for place, (i, action) in enumerate(zip(running, actions, strict=True)):
+        before = time.perf_counter()
+        actions = _actions(policy, envs, ablate(observations), running)
+        policy_s += time.perf_counter() - before
+        unfinished = []
+        for position, (i, action) in enumerate(zip(running, actions, strict=True)):
             if keep_frames:
-                films[i].append((observations[i]["image"], observations[i]["wrist_image"], action))
-            observations[i], _, done, truncated, info = envs[i].step(action)
-            rows[i] |= {"n_steps": rows[i]["n_steps"] + 1, "is_success": bool(info["is_success"])}
-            rows[i]["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
-            left += [] if done or truncated else [place]
-        if hasattr(policy, "keep") and 0 < len(left) < len(running):
-            policy.keep(left)
-        running = [running[place] for place in left]
-    spent = {"policy_s": policy_s, "simulator_s": time.perf_counter() - started - policy_s}
-    for row, film in zip(rows, films, strict=True):
-        row |= {name: seconds / len(rows) for name, seconds in spent.items()}
+                recorded[i].append((observations[i]["image"], observations[i]["wrist_image"], action))
+            observations[i], is_done = _step(envs[i], action, rows[i])
+            unfinished += [] if is_done else [position]
+        if hasattr(policy, "keep") and 0 < len(unfinished) < len(running):
+            policy.keep(unfinished)
+        running = [running[position] for position in unfinished]
+    simulator_s = time.perf_counter() - started - policy_s
+    for row, frames in zip(rows, recorded, strict=True):
+        row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
         if keep_frames:
-            row |= dict(zip(("frames", "wrist_frames", "actions"), map(np.stack, zip(*film, strict=True)), strict=True))
+            row |= dict(zip(("frames", "wrist_frames", "actions"), map(np.stack, zip(*frames, strict=True)), strict=True))
     return rows
 
 
-def _begin(policy: Any, rows: Sequence[dict]) -> None:
+def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], keep_state: bool) -> tuple[list, list[dict]]:
+    """Reset environments and policy: first observations, and the episodes' rows before the first step."""
+    observations, rows = [], []
+    for env, (seed, family) in zip(envs, episodes, strict=True):
+        observations.append(env.reset(seed=seed, options={"family": family, "keep_state": keep_state})[0])
+        row = {"seed": seed, "family": family, "instruction": observations[-1]["instruction"]}
+        rows.append({**row, "is_success": False, "failure": "", "n_steps": 0})
     if policy is not None:
         policy.reset(len(rows))
         if hasattr(policy, "seed_episodes"):
             policy.seed_episodes([row["seed"] for row in rows])
+    return observations, rows
 
 
-def _control(control: str, envs: Sequence[Any], rows: Sequence[dict]) -> InputAblation:
-    """The control of this batch, over all of its episodes; who tells whom is settled at their beginning."""
-    if control != "shuffled_language":
-        return INPUT_ABLATIONS[control]
+def _step(env: Any, action: np.ndarray, row: dict) -> tuple[dict, bool]:
+    """Execute an action and update the episode's row: the next observation, and whether the episode has ended."""
+    observation, _, is_terminated, is_truncated, info = env.step(action)
+    row |= {"n_steps": row["n_steps"] + 1, "is_success": bool(info["is_success"])}
+    row["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
+    return observation, is_terminated or is_truncated
 
-    def spare(i: int) -> str | None:
+
+def _input_ablation(ablation: str, envs: Sequence[Any], rows: Sequence[dict]) -> InputAblation:
+    """The ablation of a batch; the permutation of shuffled language is fixed at its start, over all of its episodes."""
+    if ablation != "shuffled_language":
+        return INPUT_ABLATIONS[ablation]
+
+    def fallback(i: int) -> str | None:
         other = getattr(envs[i].unwrapped, "other_instruction", None)
         return None if other is None else other(rows[i]["family"])
 
-    said = others_instructions([row["instruction"] for row in rows], [row["family"] for row in rows], spare)
-    return lambda observations: tell(observations, said)
+    permuted = permute_instructions([row["instruction"] for row in rows], [row["family"] for row in rows], fallback)
+    return lambda observations: replace_instructions(observations, permuted)
 
 
 def _actions(policy: Any, envs: Sequence[Any], observations: Sequence[dict], running: Sequence[int]) -> np.ndarray:
-    """An action for each episode that runs."""
+    """A raw action (n, a) for each running episode."""
     if policy is None:
         return np.stack([envs[i].unwrapped.expert_action() for i in running])
     if not hasattr(policy, "keep"):

@@ -30,7 +30,7 @@ def verdict(
     difference larger than m shown* if it lies within a stated margin (two one-sided tests); else *undecided*.
 
     Args:
-        difference: from `paired_difference`, `rvlm.evaluation.closed_loop.success_differences` or, of several contrasts, `holm`.
+        difference: from `paired_difference`, `rvlm.evaluation.success.success_differences` or, of several contrasts, `holm`.
         margin: largest difference that counts as none, above 0, in the units of the difference.
         floor: what b reaches without learning (chance, the error of the mean action), in the units of what was compared; b
             has learned where its own interval lies wholly on the better side of it.

@@ -1,4 +1,4 @@
-"""Evaluation: distinct held-out seeds, the same rows whoever runs them, controls that take what they say."""
+"""Evaluation: distinct held-out seeds, the same rows whoever runs them, input ablations that remove what they say."""
 
 import dataclasses
 
@@ -12,8 +12,11 @@ from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 from rvlm.evaluation import closed_loop
-from rvlm.evaluation.closed_loop import BATCH, Evaluation, evaluate, success_table
+from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH as BATCH
+from rvlm.evaluation.closed_loop import Evaluation, evaluate
+from rvlm.evaluation.replay import replay_episode
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
+from rvlm.evaluation.success import success_differences, success_table
 from rvlm.policy.checkpoints import make_policy
 from rvlm.statistics import paired_difference
 
@@ -63,7 +66,7 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
     ("changes", "message"),
     [
         ({"first_seed": FIRST_HELD_OUT_SEED - 1}, "evaluation seeds start at 900000.*got 899999"),
-        ({"control": "blindfold"}, "no control 'blindfold'; there are none, no_language, shuffled_language, blank_image"),
+        ({"ablation": "blindfold"}, "no input ablation 'blindfold'; there are none, no_language, shuffled_language, blank_image"),
         ({"n_episodes": 0}, "expected at least one episode"),
     ],
 )
@@ -72,18 +75,18 @@ def test_what_would_measure_nothing_is_refused(changes, message):
         dataclasses.replace(FEW, **changes)
 
 
-@pytest.mark.parametrize("control", INPUT_ABLATIONS)
-def test_a_control_takes_what_it_says_and_nothing_else(small_envs, control):
+@pytest.mark.parametrize("ablation", INPUT_ABLATIONS)
+def test_an_input_ablation_removes_what_it_says_and_nothing_else(small_envs, ablation):
     seen = {}
-    for name in ("none", control):
+    for name in ("none", ablation):
         policy = Recorder(SPEC)
         rollout(policy, small_envs, EPISODES, name)
         seen[name] = policy.shown[0][0]
-    whole, changed = seen["none"], seen[control]
-    assert (changed["instruction"] == "") == (control == "no_language")
-    assert (changed["instruction"] == whole["instruction"]) == (control in ("none", "blank_image"))
+    whole, changed = seen["none"], seen[ablation]
+    assert (changed["instruction"] == "") == (ablation == "no_language")
+    assert (changed["instruction"] == whole["instruction"]) == (ablation in ("none", "blank_image"))
     for key in ("image", "wrist_image"):
-        assert whole[key].any() and changed[key].any() == (control != "blank_image")
+        assert whole[key].any() and changed[key].any() == (ablation != "blank_image")
         assert changed[key].shape == whole[key].shape
     assert np.array_equal(changed["state"], whole["state"])
 
@@ -92,7 +95,7 @@ def test_a_control_takes_what_it_says_and_nothing_else(small_envs, control):
     "families",
     [("turn_on_light",), ("lift",), ("lift", "lift", "lift"), ("turn_on_light", "turn_on_light"), ("lift", "open_drawer")],
 )
-def test_shuffled_language_tells_everyone_another_family_until_the_last_one_ends(small_envs, families):
+def test_shuffled_language_gives_each_episode_another_family_until_the_last_one_ends(small_envs, families):
     """In a batch of one too, of one family, and where only one episode still runs."""
     episodes = [(FIRST_HELD_OUT_SEED + i, family) for i, family in enumerate(families)]
     envs = small_envs[: len(families)]
@@ -114,9 +117,9 @@ def test_shuffled_language_tells_everyone_another_family_until_the_last_one_ends
         assert [o["instruction"] for o in policy.shown[0]] == [second, first] and policy.shown[-1][0]["instruction"] == first
 
 
-def test_a_control_of_language_that_changes_nothing_is_refused():
+def test_an_ablation_of_language_that_changes_nothing_is_refused():
     same = [{"instruction": "lift it"}] * 3
-    with pytest.raises(ValueError, match="all of 3 have the task 'lift it', so nobody would be told anything else"):
+    with pytest.raises(ValueError, match="expected episodes of several tasks, all of 3 have 'lift it'; add"):
         INPUT_ABLATIONS["shuffled_language"](same)
     with pytest.raises(ValueError, match="must change every instruction; 3 of 3 stay ''"):
         INPUT_ABLATIONS["no_language"]([{"instruction": ""}] * 3)
@@ -149,7 +152,7 @@ class Whole(Recorder):
     keep = property()  # as if there was none
 
 
-def test_an_episode_that_has_ended_stands_still_and_costs_nothing():
+def test_a_finished_episode_is_no_longer_stepped_and_costs_nothing():
     envs = [Tabletop(image_size=16, max_steps=n) for n in (2, 5)]
     for policy, shown in ((Recorder(SPEC), [2, 2, 1, 1, 1]), (Whole(SPEC), [2] * 5)):
         rows = rollout(policy, envs, EPISODES[:2], keep_frames=True)
@@ -203,9 +206,9 @@ def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
     pd.testing.assert_frame_equal(pd.read_parquet(more.folder / "00001.parquet"), whole)
     with pytest.raises(ValueError, match="expected at least one evaluation, got none"):
         evaluate({})
-    told, fewer = (dataclasses.replace(e, control="shuffled_language") for e in (more, FEW))
-    evaluate({"all": told}, show_progress=False)
-    assert not fewer.is_done(0), "among others, someone else's instruction is told"
+    shuffled, fewer = (dataclasses.replace(e, ablation="shuffled_language") for e in (more, FEW))
+    evaluate({"all": shuffled}, show_progress=False)
+    assert not fewer.is_done(0), "in a smaller batch instructions are permuted otherwise"
 
 
 def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
@@ -218,9 +221,9 @@ def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
         got = evaluate({name: asked[name] for name in names}, show_progress=False)["name"].value_counts()
         assert got.to_dict() == {"all": BATCH + 3, "few": 4} and ran == [0, 1]
         ran.clear()
-    told = {name: dataclasses.replace(e, control="shuffled_language") for name, e in asked.items()}
+    shuffled = {name: dataclasses.replace(e, ablation="shuffled_language") for name, e in asked.items()}
     with pytest.raises(ValueError, match=r"expected one number of episodes with shuffled language, .* got 13 and 4"):
-        evaluate({name: told[name] for name in ("few", "all")}, show_progress=False)
+        evaluate({name: shuffled[name] for name in ("few", "all")}, show_progress=False)
 
 
 def in_process(job, batch, folder, ran):
@@ -234,7 +237,7 @@ def in_process(job, batch, folder, ran):
 
 def test_the_folder_follows_settings_and_weights(tmp_path):
     assert dataclasses.replace(FEW, n_episodes=9).folder == FEW.folder
-    for changes in ({"control": "no_language"}, {"setting": "lighting"}, {"n_action_steps": 2}, {"robot": "ur6"}):
+    for changes in ({"ablation": "no_language"}, {"setting": "lighting"}, {"n_action_steps": 2}, {"robot": "ur6"}):
         assert dataclasses.replace(FEW, **changes).folder != FEW.folder
     model = dataclasses.replace(FEW, policy=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"one")
@@ -268,7 +271,7 @@ def test_the_table_is_statsmodels(by):
         assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
 
 
-def judged(rates, n_trainings=3, n_episodes=40):
+def evaluated(rates, n_trainings=3, n_episodes=40):
     """Made-up episodes of several trainings, policies by their chance of success."""
     rng = np.random.default_rng(0)
     rows = [
@@ -280,55 +283,58 @@ def judged(rates, n_trainings=3, n_episodes=40):
     return pd.DataFrame(rows, columns=["name", "training", "seed", "is_success"]).sample(frac=1, random_state=0)
 
 
-def test_gains_pair_episodes_and_trainings():
-    episodes = judged({"a": 0.8, "b": 0.4, "c": 0.1})
-    got = closed_loop.success_differences(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
+def test_differences_pair_episodes_and_trainings():
+    episodes = evaluated({"a": 0.8, "b": 0.4, "c": 0.1})
+    got = success_differences(episodes, {"a over b": ("a", "b"), "c over b": ("c", "b")})
     outcomes = episodes.set_index(["name", "training", "seed"])["is_success"].astype(float).sort_index().unstack()
     a, b, c = (outcomes.loc[name].to_numpy() for name in "abc")
     assert got == {"a over b": paired_difference(a, b), "c over b": paired_difference(c, b)}
     once = episodes[episodes["training"] == "0"].drop(columns="training")
-    assert closed_loop.success_differences(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
+    assert success_differences(once, {"it": ("a", "b")}) == {"it": paired_difference(a[0], b[0])}
 
 
-def test_gains_refuse_policies_that_were_not_judged_alike():
-    episodes = judged({"a": 0.8, "b": 0.4})
+def test_differences_refuse_policies_that_were_not_evaluated_alike():
+    episodes = evaluated({"a": 0.8, "b": 0.4})
     last = episodes["seed"].max()
-    with pytest.raises(ValueError, match=r"same episodes; \[\('b', '0'\)"):
-        closed_loop.success_differences(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
+    with pytest.raises(ValueError, match=r"same episodes for all policies; \[\('b', '0'\)"):
+        success_differences(episodes[(episodes["name"] == "a") | (episodes["seed"] < last)], {"it": ("a", "b")})
     with pytest.raises(ValueError, match="same episodes"):
-        closed_loop.success_differences(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
+        success_differences(episodes[(episodes["name"] == "a") | (episodes["training"] == "0")], {"it": ("a", "b")})
 
 
-def test_gains_refuse_names_that_are_not_there_and_episodes_that_count_twice():
-    episodes = judged({"a": 0.8, "b": 0.4})
-    with pytest.raises(ValueError, match=r"expected claims about policies in 'name', got \['c'\]; there are \['a', 'b'\]"):
-        closed_loop.success_differences(episodes, {"it": ("a", "c")})
+def test_differences_refuse_names_that_are_not_there_and_episodes_that_count_twice():
+    episodes = evaluated({"a": 0.8, "b": 0.4})
+    with pytest.raises(ValueError, match=r"expected contrasts of policies in column 'name', got \['c'\]; there are \['a', 'b'\]"):
+        success_differences(episodes, {"it": ("a", "c")})
     with pytest.raises(ValueError, match=r"expected each episode once, got .* twice, as {'name': 'a', 'training': "):
-        closed_loop.success_differences(pd.concat([episodes, episodes]), {"it": ("a", "b")})
+        success_differences(pd.concat([episodes, episodes]), {"it": ("a", "b")})
+    with pytest.raises(ValueError, match=r"expected each episode once, got 120 twice, as {'name': 'a', 'training': "):
+        success_table(pd.concat([episodes, episodes[episodes["name"] == "a"]]))
     with pytest.raises(ValueError, match=r"expected each episode once, .* a column 'training'"):
-        closed_loop.success_differences(episodes.drop(columns="training"), {"it": ("a", "b")})
+        success_differences(episodes.drop(columns="training"), {"it": ("a", "b")})
 
 
-def test_one_policy_judged_twice_is_not_two_trainings():
-    episodes = judged({"a": 0.8, "b": 0.4})
+def test_one_policy_evaluated_twice_is_not_two_trainings():
+    episodes = evaluated({"a": 0.8, "b": 0.4})
     episodes["policy"] = episodes["name"] + episodes["training"]
-    assert closed_loop.success_differences(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
+    assert success_differences(episodes, {"it": ("a", "b")})["it"].n_trainings == episodes["training"].nunique()
     episodes.loc[episodes["policy"] == "b1", "policy"] = "b0"
-    with pytest.raises(ValueError, match="'b' has 3 trainings, but 2 different weights; one policy judged twice is one training"):
-        closed_loop.success_differences(episodes, {"it": ("a", "b")})
+    with pytest.raises(ValueError, match="'b' has 3 trainings, but 2 different weights; one policy evaluated twice is"):
+        success_differences(episodes, {"it": ("a", "b")})
 
 
 def test_rates_of_several_trainings_get_the_wider_interval():
-    alike, apart = judged({"a": 0.5}), judged({"a": 0.5})
+    alike, apart = evaluated({"a": 0.5}), evaluated({"a": 0.5})
     apart["is_success"] = apart["training"] == "0"  # one training solves all, the others nothing
-    wilson_of = {k: success_table(e.drop(columns="training")).iloc[0] for k, e in {"alike": alike, "apart": apart}.items()}
-    got = {k: success_table(e).iloc[0] for k, e in {"alike": alike, "apart": apart}.items()}
+    tables = {"alike": alike, "apart": apart}
+    wilson_of = {name: success_table(table[["name", "is_success"]]).iloc[0] for name, table in tables.items()}
+    got = {name: success_table(table).iloc[0] for name, table in tables.items()}
     assert got["apart"]["high"] - got["apart"]["low"] > 0.8 and wilson_of["apart"]["high"] < 0.5
     for name, row in got.items():
         assert row["low"] <= wilson_of[name]["low"] and wilson_of[name]["high"] <= row["high"]
         assert row["rate"] == wilson_of[name]["rate"]
 
 
-def test_film_names_the_seeds_that_exist():
+def test_a_replay_names_the_seeds_that_exist():
     with pytest.raises(ValueError, match="seeds 900000 to 900004; got 900005"):
-        closed_loop.replay_episode(Evaluation("random", n_episodes=5), 900_005)
+        replay_episode(Evaluation("random", n_episodes=5), 900_005)

@@ -84,7 +84,7 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
 
 
 def test_a_control_changes_what_the_policy_sees(policy, dataset):
-    plain, blind = (open_loop.open_loop_errors(policy, dataset, control=control) for control in ("none", "blank_image"))
+    plain, blind = (open_loop.open_loop_errors(policy, dataset, ablation=ablation) for ablation in ("none", "blank_image"))
     assert not np.allclose(plain["first"], blind["first"])
 
 
@@ -113,8 +113,8 @@ def test_shuffled_language_changes_every_frame_to_another_family(told, batch_siz
 
 
 def test_shuffled_language_of_one_instruction_is_refused(policy, dataset):
-    with pytest.raises(ValueError, match="all of 2 have the task 'lift the red cube', so nobody would be told anything else"):
-        open_loop.open_loop_errors(policy, dataset, control="shuffled_language")
+    with pytest.raises(ValueError, match="all of 2 have 'lift the red cube'; add episodes"):
+        open_loop.open_loop_errors(policy, dataset, ablation="shuffled_language")
 
 
 def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):
