@@ -1,8 +1,8 @@
-"""Chains: tasks one after another in the same scene, as far as the policy gets.
+"""Long-horizon evaluation: chains of subtasks in one scene, as in CALVIN.
 
-A chain is drawn by CALVIN's rule: tasks of different categories in a random order, each of which can be asked in the state
-that those before it leave behind. The scene is kept between tasks; the first failure ends the chain. Reported are the shares
-of chains with 1 to 5 tasks solved in a row, and their mean length.
+A chain is sampled by CALVIN's rule: subtasks of different categories in a random order, each feasible in the state that those
+before it lead to. The scene is kept between subtasks; the first failure ends the chain. Reported are the success rates of 1 to
+5 subtasks in a row, and the mean number of subtasks in a row.
 
 Source: Mees et al. 2022 (CALVIN, arXiv 2112.03227), section III-D on long-horizon evaluation.
 """
@@ -26,24 +26,24 @@ from rvlm.evaluation.success import success_table
 from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
-N_DRAWS = 1000  # of whole chains, before one is put together task by task
-SEED_STRIDE = 1_000_000  # seeds of two links of a chain are this far apart
+N_DRAWS = 1000  # of whole chains, before a search subtask by subtask
+SEED_STRIDE = 1_000_000  # between the seeds of a chain's subtasks
 _CATEGORY = {"open": "drawer", "close": "drawer", "turn": "light", "move": "slider"}
 
 
 class SymbolicState:
-    """What is known of a scene without simulating it; families ask it what they ask a `World`."""
+    """Symbolic scene state, with the part of `World` that task families need; nothing is simulated."""
 
     def __init__(self, world: World) -> None:
         self._joint_positions = {name: world.joint_position(name) for name in ("drawer", "slider")}
-        self.is_light_on, self.objects, self.n_taken = world.is_light_on, list(world.objects), 0
+        self.is_light_on, self.objects, self.n_occupied = world.is_light_on, list(world.objects), 0
 
     def joint_position(self, name: str) -> float:
         """Joint position of "drawer" or "slider" [m]."""
         return self._joint_positions[name]
 
     def set_joint_position(self, name: str, value: float) -> None:
-        """Set it."""
+        """Set the joint position of "drawer" or "slider" [m]."""
         self._joint_positions[name] = value
 
     def set_light(self, is_on: bool) -> None:
@@ -51,23 +51,23 @@ class SymbolicState:
         self.is_light_on = is_on
 
     def set_appearance(self, i: int, color: str, shape: str) -> None:
-        """A world redraws its object here."""
+        """Symbolic objects keep their appearance."""
 
-    def take(self, n: int) -> None:
-        """So many more objects may be out of reach."""
-        self.n_taken += n
+    def occupy(self, n: int) -> None:
+        """Count `n` more objects as no longer free to manipulate."""
+        self.n_occupied += n
 
     def state(self) -> tuple:
-        """All that `is_feasible` looks at."""
-        return (*self._joint_positions.values(), self.is_light_on, self.n_taken, tuple(self.objects))
+        """All that `is_feasible` depends on."""
+        return (*self._joint_positions.values(), self.is_light_on, self.n_occupied, tuple(self.objects))
 
     def is_feasible(self, family: str) -> bool:
-        """Whether a task of `family` can surely be asked: its fixtures are right, and objects that it needs are left."""
+        """Whether a task of `family` is feasible: its precondition on the fixtures holds, and enough objects are free."""
         kind, scene = ALL_FAMILIES[family], cast(Any, self)
         n_cubes = sum(shape == "cube" for _, shape in self.objects)
         needs_cube = family.split("_")[0] in ("rotate", "stack")
-        is_left = self.n_taken + kind.n_objects <= N_OBJECTS and (not needs_cube or n_cubes > self.n_taken)
-        return kind.can_start(scene) and (kind.n_objects == 0 or is_left)
+        has_objects = self.n_occupied + kind.n_objects <= N_OBJECTS and (not needs_cube or n_cubes > self.n_occupied)
+        return kind.can_start(scene) and (kind.n_objects == 0 or has_objects)
 
 
 EFFECTS: dict[str, Callable[[SymbolicState], None]] = {
@@ -77,32 +77,32 @@ EFFECTS: dict[str, Callable[[SymbolicState], None]] = {
     "turn_off_light": lambda scene: scene.set_light(False),
     "move_slider_left": lambda scene: scene.set_joint_position("slider", -SLIDER_RANGE),
     "move_slider_right": lambda scene: scene.set_joint_position("slider", SLIDER_RANGE),
-    "lift": lambda scene: scene.take(1),
-    "place_in_drawer": lambda scene: scene.take(1),
-    "stack": lambda scene: scene.take(2),
+    "lift": lambda scene: scene.occupy(1),
+    "place_in_drawer": lambda scene: scene.occupy(1),
+    "stack": lambda scene: scene.occupy(2),
 }
 
 
 def category(family: str) -> str:
-    """What a family is about; a chain asks about everything once."""
-    word = family.split("_")[0]
-    return _CATEGORY.get(word, word)
+    """Category of a task family; a chain has at most one subtask of each."""
+    verb = family.split("_")[0]
+    return _CATEGORY.get(verb, verb)
 
 
 def sample_chains(
     seeds: Sequence[int], families: Sequence[str], robot: str, setting: Setting, length: int = LENGTH
 ) -> list[tuple]:
-    """The tasks of one chain per seed, as tuples of families; a scene is drawn, nothing is simulated.
+    """One chain per seed: a tuple of task families. Scenes are sampled, nothing is simulated.
 
     Args:
         seeds: Of the scenes, as `Tabletop.reset` takes them.
-        families: To draw from.
+        families: Task families to sample from.
         robot: Of the tabletop.
-        setting: Likewise.
-        length: Tasks of a chain.
+        setting: Of the tabletop.
+        length: Subtasks per chain.
 
     Raises:
-        ValueError: The families have fewer categories than a chain has tasks, or in a scene no order in which each can be asked.
+        ValueError: Fewer categories than subtasks, or no feasible chain in a scene.
     """
     categories = {category(family) for family in families}
     if len(categories) < length:
@@ -114,9 +114,9 @@ def sample_chains(
     for seed in seeds:
         world.randomize(np_random(seed)[0])
         rng = np.random.default_rng((seed, 5))
-        drawn = (tuple(map(str, rng.choice(list(families), length, replace=False))) for _ in range(N_DRAWS))
-        chain = next((chain for chain in drawn if _is_feasible(world, chain, length)), None)
-        chain = chain or _find(SymbolicState(world), list(families), length, (), rng, set())
+        candidates = (tuple(map(str, rng.choice(list(families), length, replace=False))) for _ in range(N_DRAWS))
+        chain = next((chain for chain in candidates if _is_feasible(world, chain, length)), None)
+        chain = chain or _search(SymbolicState(world), list(families), length, (), rng, set())
         if chain is None:
             raise ValueError(
                 f"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed {seed}: objects are used "
@@ -126,22 +126,22 @@ def sample_chains(
     return chains
 
 
-def _find(scene: SymbolicState, families: list[str], length: int, so_far: tuple, rng: Any, dead: set) -> tuple | None:
-    """A chain that goes on from here, in a random order of search; None if there is none."""
-    if len(so_far) == length:
-        return so_far
-    asked = frozenset(category(family) for family in so_far)
-    state = (asked, *scene.state())
-    candidates = [str(family) for family in rng.permutation(families) if category(family) not in asked]
-    for family in candidates if state not in dead else ():
+def _search(scene: SymbolicState, families: list[str], length: int, prefix: tuple, rng: Any, dead_ends: set) -> tuple | None:
+    """A feasible chain that begins with `prefix`, by depth-first search in random order; None if there is none."""
+    if len(prefix) == length:
+        return prefix
+    used = frozenset(category(family) for family in prefix)
+    state = (used, *scene.state())
+    candidates = [str(family) for family in rng.permutation(families) if category(family) not in used]
+    for family in candidates if state not in dead_ends else ():
         after: Any = copy.deepcopy(scene)
-        if not so_far:
+        if not prefix:
             ALL_FAMILIES[family].prepare(after)
         if after.is_feasible(family):
             EFFECTS.get(family, lambda scene: None)(after)
-            if found := _find(after, families, length, (*so_far, family), rng, dead):
+            if found := _search(after, families, length, (*prefix, family), rng, dead_ends):
                 return found
-    dead.add(state)
+    dead_ends.add(state)
     return None
 
 
@@ -160,46 +160,46 @@ def _is_feasible(world: World, chain: tuple, length: int) -> bool:
 def rollout_chains(
     policy: Any, envs: Sequence[Any], seeds: Sequence[int], chains: Sequence[tuple], ablation: str = "none"
 ) -> list[dict]:
-    """Run one chain in each environment, link by link; those that failed stand still.
+    """Run one chain in each environment, subtask by subtask; failed chains stop.
 
     Returns:
-        Rows of `rollout` with `link`, counted from 0; "cannot be asked" where success did not leave what the next task needs.
+        Rows of `rollout` with `subtask`, counted from 0; failure "infeasible" where the state does not allow the next subtask.
     """
     rows, running = [], list(range(len(envs)))
-    for link in range(len(chains[0])):
-        if link:
-            impossible = [i for i in running if chains[i][link] not in envs[i].unwrapped.feasible()]
-            told = {"instruction": "", "is_success": False, "failure": "cannot be asked", "n_steps": 0}
-            rows += [{"seed": seeds[i], "family": chains[i][link], "link": link, **told} for i in impossible]
-            running = [i for i in running if i not in impossible]
+    for subtask in range(len(chains[0])):
+        if subtask:
+            infeasible = [i for i in running if chains[i][subtask] not in envs[i].unwrapped.feasible()]
+            failed = {"subtask": subtask, "instruction": "", "is_success": False, "failure": "infeasible", "n_steps": 0}
+            rows += [{"seed": seeds[i], "family": chains[i][subtask], **failed} for i in infeasible]
+            running = [i for i in running if i not in infeasible]
         if not running:
             break
-        episodes = [(seeds[i] + link * SEED_STRIDE, chains[i][link]) for i in running]
-        part = rollout(policy, [envs[i] for i in running], episodes, ablation, keep_state=link > 0)
-        rows += [{**row, "seed": seeds[i], "link": link} for i, row in zip(running, part, strict=True)]
+        episodes = [(seeds[i] + subtask * SEED_STRIDE, chains[i][subtask]) for i in running]
+        part = rollout(policy, [envs[i] for i in running], episodes, ablation, keep_state=subtask > 0)
+        rows += [{**row, "seed": seeds[i], "subtask": subtask} for i, row in zip(running, part, strict=True)]
         running = [i for i, row in zip(running, part, strict=True) if row["is_success"]]
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainEvaluation(Evaluation):
-    """A policy and the chains that it is to be judged on; `n_episodes` counts chains.
+    """A policy and the chains to evaluate it on; `n_episodes` counts chains.
 
     Attributes:
-        length: Tasks of a chain.
+        length: Subtasks per chain.
     """
 
     length: int = LENGTH
 
     @property
     def code(self) -> Code:
-        """The code that its chains depend on."""
-        alone = super().code
+        """The code that computes its chains."""
+        episode_code = super().code
         unused = ("rvlm.evaluation.closed_loop", "rvlm.evaluation.success", "rvlm.statistics")
-        return Code((*alone.roots, "rvlm.evaluation.chains"), without=(*alone.without, *unused))
+        return Code((*episode_code.roots, "rvlm.evaluation.chains"), without=(*episode_code.without, *unused))
 
     def run(self, batch: int) -> list[dict]:
-        """Roll out one of its batches in this process; rows as `rollout_chains` gives them."""
+        """Run one of its batches in this process; rows as `rollout_chains` gives them."""
         first = self.first_seed + batch * EPISODES_PER_BATCH
         seeds = range(first, first + self.batch_size(batch))
         policy, envs = policy_and_envs(self)
@@ -208,27 +208,27 @@ class ChainEvaluation(Evaluation):
 
 
 def chain_lengths(episodes: pd.DataFrame) -> pd.Series:
-    """Tasks solved in a row, by chain (its seed); of the rows of one policy."""
+    """Number of subtasks solved in a row per chain (indexed by its seed), from the rows of one policy."""
     solved: Any = episodes.groupby("seed")["is_success"].sum()
     return solved.astype(int)
 
 
 def success_at_k(episodes: pd.DataFrame, length: int = LENGTH) -> pd.DataFrame:
-    """Shares of chains with at least k tasks solved in a row, with 95 % Wilson intervals.
+    """Success rates of the first k subtasks, with 95 % Wilson intervals over chains.
 
     Args:
         episodes: Rows of `rollout_chains`, with `name`.
-        length: Tasks of a chain.
+        length: Subtasks per chain.
 
     Returns:
-        One row per name and k (1 to length): name, in_a_row, successes, n, rate, low, high.
+        One row per name and k (1 to length): name, k, successes, n, rate, low, high.
     """
     solved = [(name, n) for name, group in episodes.groupby("name", sort=False) for n in chain_lengths(group)]
-    rows = [{"name": name, "in_a_row": k, "is_success": n >= k} for name, n in solved for k in range(1, length + 1)]
-    return success_table(pd.DataFrame(rows), ("name", "in_a_row"))
+    rows = [{"name": name, "k": k, "is_success": n >= k} for name, n in solved for k in range(1, length + 1)]
+    return success_table(pd.DataFrame(rows), ("name", "k"))
 
 
 def avg_len(episodes: pd.DataFrame, length: int = LENGTH) -> dict[str, Mean]:
-    """CALVIN's mean number of tasks solved in a row (0 to `length`), by name, with a 95 % interval over chains."""
+    """CALVIN's mean number of subtasks solved in a row (0 to `length`) by name, with a 95 % interval over chains."""
     solved = {str(name): chain_lengths(group) for name, group in episodes.groupby("name", sort=False)}
     return {name: mean_interval(n, bounds=(0, length)) for name, n in solved.items()}

@@ -1,8 +1,8 @@
-"""What a vision-language model knows of scenes that it never saw, against guessing and against answering blindly.
+"""Visual question answering on unseen scenes, against a majority and a blank-image baseline.
 
-An answer is judged token by token: the most likely token at each place, given the question and the true answer so far.
-It counts as right only if every token is, its end included. That is a little kinder than free generation to long answers,
-the same for one-token answers, and a whole batch takes one pass.
+Answers are scored with teacher forcing: the most likely token at each position, given the question and the true answer up to
+it. An answer is correct if all its tokens are, end token included. That favours long answers a little over free generation,
+is the same for answers of one token, and needs one forward pass per batch.
 
 Taught in: 01_load_a_vlm.
 """
@@ -23,13 +23,13 @@ from rvlm.vlm.prompts import PromptBuilder, pad
 from rvlm.vlm.question_answering import VQACollator, encode_vqa
 
 LOCATION = re.compile(r"<loc(\d+)>")
-GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions that are answered in location tokens
-QUESTION_PREFIX = {"color": "what color", "point_wrist": "wrist"}  # where these can't be asked, their makers ask something else
-QUESTIONS = ("side", "color", "shape", "count", "held", "drawer", "light", "gripper")  # ... in a word
+GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions with answers in location tokens
+ONE_WORD = ("side", "color", "shape", "count", "held", "drawer", "light", "gripper")  # ... with answers in a word
+QUESTION_PREFIX = {"color": "what color", "point_wrist": "wrist"}  # of kinds that a scene can turn into another kind
 
 
 class VQAItem(NamedTuple):
-    """One question of an exam: which scene it is about, its kind, and the true answer."""
+    """One question: index of its scene, its kind, and the true answer."""
 
     scene: int
     kind: str
@@ -37,134 +37,134 @@ class VQAItem(NamedTuple):
     answer: str
 
 
-def sample_questions(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_KINDS)) -> list[VQAItem]:
-    """`n_per_kind` questions of each kind, each about a scene drawn at random; all places that are asked for are in view."""
-    rng, exam = np.random.default_rng(seed), []
+def sample_vqa_items(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_KINDS)) -> list[VQAItem]:
+    """`n_per_kind` questions of each kind about scenes drawn at random, without questions about things out of view."""
+    rng, items = np.random.default_rng(seed), []
     for kind in kinds:
-        n_wanted = len(exam) + n_per_kind
-        while len(exam) < n_wanted:
+        n_wanted = len(items) + n_per_kind
+        while len(items) < n_wanted:
             scene = int(rng.integers(len(scenes)))
-            asked = VQAItem(scene, kind, *QUESTION_KINDS[kind][0](scenes[scene][1], rng))
-            if asked.question.startswith(QUESTION_PREFIX.get(kind, "")) and (
-                kind not in GROUNDING or LOCATION.search(asked.answer)
-            ):
-                exam.append(asked)
-    return exam
+            item = VQAItem(scene, kind, *QUESTION_KINDS[kind][0](scenes[scene][1], rng))
+            is_in_view = kind not in GROUNDING or LOCATION.search(item.answer)
+            if item.question.startswith(QUESTION_PREFIX.get(kind, "")) and is_in_view:
+                items.append(item)
+    return items
 
 
 @torch.inference_mode()
 def evaluate_vqa(
-    model: Any, processor: Any, scenes: Any, exam: Sequence[VQAItem], is_blind: bool = False, batch_size: int = 64
+    model: Any, processor: Any, scenes: Any, items: Sequence[VQAItem], blank_images: bool = False, batch_size: int = 64
 ) -> pd.DataFrame:
-    """Let a model answer an exam.
+    """Predict the answers to questions, with teacher forcing.
 
     Args:
         model: as `load_backbone` gives it.
         processor: as `load_processor` gives it.
         scenes: `Scenes`.
-        exam: from `sample_questions`.
-        is_blind: black images: what language alone can answer.
-        batch_size: questions in one pass.
+        items: from `sample_vqa_items`.
+        blank_images: black images, for what language alone can answer.
+        batch_size: questions per forward pass.
 
     Returns:
-        One row per question: kind, question, answer, said, is_right, and `bins_off`, the distance [bins] of each location
-        token from the true one (infinite where another word stands in its place; empty for answers in words).
+        One row per question: kind, question, answer, predicted, is_correct, and `bin_errors`, the distance [bins] of each
+        location token from the true one (infinite for another token in its place; empty for answers in words).
     """
     collate, rows = VQACollator(processor), []
-    for start in range(0, len(exam), batch_size):
-        asked = exam[start : start + batch_size]
-        images = np.stack([scenes[a.scene][0] for a in asked])
-        samples = [(np.zeros_like(i) if is_blind else i, [(a.question, a.answer)]) for i, a in zip(images, asked, strict=True)]
+    for start in range(0, len(items), batch_size):
+        part = items[start : start + batch_size]
+        images = np.stack([scenes[item.scene][0] for item in part])
+        images = np.zeros_like(images) if blank_images else images
+        samples = [(image, [(item.question, item.answer)]) for image, item in zip(images, part, strict=True)]
         batch = {k: v.to(model.device) for k, v in collate(samples).items()}
         labels = batch.pop("labels")[:, 1:].cpu()
-        said = model(**batch, use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        rows += [_judge(processor.tokenizer, *pair) for pair in zip(asked, said, labels, strict=True)]
+        predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1).cpu()
+        rows += [_score_answer(processor.tokenizer, *answer) for answer in zip(part, predicted, labels, strict=True)]
     return pd.DataFrame(rows)
 
 
-def _judge(tokenizer: Any, asked: VQAItem, said: torch.Tensor, true: torch.Tensor) -> dict[str, Any]:
-    """One answer against the truth, both as token ids ``(l,)``; truth is -100 outside the answer."""
-    said, true = said[true >= 0], true[true >= 0]
-    pairs = zip(*(map(_bin, tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (said, true)), strict=True)
-    off = [abs(s - t) if s is not None else np.inf for s, t in pairs if t is not None]
-    text = tokenizer.decode(said).replace(tokenizer.eos_token or "", "").strip()
-    wanted = {"kind": asked.kind, "question": asked.question, "answer": asked.answer}
-    return {**wanted, "said": text, "is_right": bool((said == true).all()), "bins_off": off}
+def _score_answer(tokenizer: Any, item: VQAItem, predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """A row of `evaluate_vqa` from token ids ``(l,)``; labels are -100 outside the answer."""
+    predicted, labels = predicted[labels >= 0], labels[labels >= 0]
+    bins = [map(_location_bin, tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (predicted, labels)]
+    errors = [abs(p - true) if p is not None else np.inf for p, true in zip(*bins, strict=True) if true is not None]
+    text = tokenizer.decode(predicted).replace(tokenizer.eos_token or "", "").strip()
+    question = {"kind": item.kind, "question": item.question, "answer": item.answer}
+    return {**question, "predicted": text, "is_correct": bool((predicted == labels).all()), "bin_errors": errors}
 
 
-def _bin(token: str) -> int | None:
+def _location_bin(token: str) -> int | None:
     match = LOCATION.fullmatch(token)
     return int(match.group(1)) if match else None
 
 
 def majority_baseline(answers: pd.DataFrame) -> pd.DataFrame:
-    """The same exam, had each kind's commonest answer (the commonest bin of each coordinate) always been given."""
-    return pd.concat([_guess(group) for _, group in answers.groupby("kind", sort=False)])
+    """The same rows, with each kind's most frequent answer (for locations the most frequent bin per coordinate) predicted."""
+    return pd.concat([_majority_of_kind(group) for _, group in answers.groupby("kind", sort=False)])
 
 
-def _guess(group: pd.DataFrame) -> pd.DataFrame:
+def _majority_of_kind(group: pd.DataFrame) -> pd.DataFrame:
     true = np.array([[int(b) for b in LOCATION.findall(answer)] for answer in group["answer"]])
-    if true.shape[1] and len(group["bins_off"].iloc[0]):
-        commonest = np.array([np.bincount(axis).argmax() for axis in true.T])
-        off = np.abs(true - commonest)
-        said = "".join(f"<loc{b:02d}>" for b in commonest)
-        return group.assign(said=said, bins_off=off.tolist(), is_right=(off == 0).all(1))
-    commonest = group["answer"].mode().iloc[0]
-    return group.assign(said=commonest, is_right=group["answer"] == commonest)
+    if true.shape[1] and len(group["bin_errors"].iloc[0]):
+        majority = np.array([np.bincount(axis).argmax() for axis in true.T])
+        errors = np.abs(true - majority)
+        predicted = "".join(f"<loc{b:02d}>" for b in majority)
+        return group.assign(predicted=predicted, bin_errors=errors.tolist(), is_correct=(errors == 0).all(1))
+    majority = group["answer"].mode().iloc[0]
+    return group.assign(predicted=majority, is_correct=group["answer"] == majority)
 
 
-def score(answers: pd.DataFrame) -> pd.DataFrame:
-    """Per kind: questions n, and how many answers are right in every token."""
-    table = answers.groupby("kind", sort=False)["is_right"].agg(n="size", successes="sum").reset_index()
+def accuracy_by_kind(answers: pd.DataFrame) -> pd.DataFrame:
+    """Per kind of question (`group`): number of questions `n`, and of correct answers (`successes`)."""
+    table = answers.groupby("kind", sort=False)["is_correct"].agg(n="size", successes="sum").reset_index()
     return table.rename(columns={"kind": "group"})
 
 
-def score_grounding(answers: pd.DataFrame) -> pd.DataFrame:
-    """Per kind that is answered in location tokens, shares in [0, 1].
+def grounding_accuracy(answers: pd.DataFrame) -> pd.DataFrame:
+    """Per kind of question with answers in location tokens, accuracies in [0, 1].
 
-    Columns: questions n, `coordinate` (single coordinates in the exact bin), `place` (all coordinates of an answer), and
-    `within_one` (all at most one bin off).
+    Columns: kind, number of questions n, `coordinate` (single coordinates in the true bin), `location` (all coordinates of an
+    answer), and `within_one` (all at most one bin off).
     """
     rows = []
-    for kind, group in answers[answers["bins_off"].map(len) > 0].groupby("kind", sort=False):
-        off = np.array(group["bins_off"].tolist())  # (n, coordinates)
-        shares = {"coordinate": (off == 0).mean(), "place": (off == 0).all(1).mean(), "within_one": (off <= 1).all(1).mean()}
-        rows.append({"kind": kind, "n": len(group), **shares})
+    for kind, group in answers[answers["bin_errors"].map(len) > 0].groupby("kind", sort=False):
+        errors = np.array(group["bin_errors"].tolist())  # (n, coordinates)
+        exact, near = errors == 0, errors <= 1
+        accuracies = {"coordinate": exact.mean(), "location": exact.all(1).mean(), "within_one": near.all(1).mean()}
+        rows.append({"kind": kind, "n": len(group), **accuracies})
     return pd.DataFrame(rows)
 
 
-def summary(answers: pd.DataFrame) -> dict[str, Rate]:
-    """The exam in five rates with 95 % Wilson intervals.
+def accuracy_summary(answers: pd.DataFrame) -> dict[str, Rate]:
+    """Five accuracies with 95 % Wilson intervals.
 
-    "answer": answers of all kinds with every token right. Parts of it: "coordinate", "place" and "within_one" as in
-    `score_grounding`, for places in the static image; "question", about relations, looks and states in a word or two.
+    "answer": answers of all kinds. Parts of it: "coordinate", "location" and "within_one" as in `grounding_accuracy`, for
+    locations in the static image; "one_word", answers in a word.
     """
-    off = np.array(answers.loc[answers["kind"] == "where", "bins_off"].tolist())
-    asked = answers[answers["kind"].isin(QUESTIONS)]
-    counts = {"answer": answers["is_right"], "coordinate": off == 0, "place": (off == 0).all(1)}
-    counts |= {"within_one": (off <= 1).all(1), "question": asked["is_right"]}
-    return {name: wilson(int(np.sum(right)), int(np.size(right))) for name, right in counts.items()}
+    errors = np.array(answers.loc[answers["kind"] == "where", "bin_errors"].tolist())
+    counts = {"answer": answers["is_correct"], "coordinate": errors == 0, "location": (errors == 0).all(1)}
+    counts |= {"within_one": (errors <= 1).all(1), "one_word": answers.loc[answers["kind"].isin(ONE_WORD), "is_correct"]}
+    return {name: wilson(int(np.sum(correct)), int(np.size(correct))) for name, correct in counts.items()}
 
 
 @torch.inference_mode()
 def generate_answers(
     model: Any, processor: Any, images: np.ndarray, questions: Sequence[str], max_new_tokens: int = 48
 ) -> list[str]:
-    """What the model answers by itself, greedily, to questions about one scene's images ``(n, h, w, 3)`` uint8."""
-    prompter, tokenizer, said = PromptBuilder(processor, len(images)), processor.tokenizer, []
-    pixels = prompter.pixels(images[None]).to(model.device)
+    """Answers to questions about one scene's images ``(n, h, w, 3)`` uint8, by free greedy generation."""
+    prompts, tokenizer, answers = PromptBuilder(processor, len(images)), processor.tokenizer, []
+    pixels = prompts.pixels(images[None]).to(model.device)
     for question in questions:
-        ids, _ = encode_vqa(prompter, [(question, "")])
+        ids, _ = encode_vqa(prompts, [(question, "")])
         prompt = {k: v.to(model.device) for k, v in pad([ids[:-1]], tokenizer.pad_token_id).items()}
         out = model.generate(
             **prompt, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        said.append(tokenizer.decode(out[0, len(ids) - 1 :]).replace(tokenizer.eos_token, "").strip())
-    return said
+        answers.append(tokenizer.decode(out[0, len(ids) - 1 :]).replace(tokenizer.eos_token, "").strip())
+    return answers
 
 
 def decode_locations(texts: Sequence[str]) -> np.ndarray:
-    """Answers in location tokens -> centres of their bins ``(n, 2)`` in [0, 1] (column, row); NaN where one names no place."""
+    """Answers in location tokens -> centres of their bins ``(n, 2)`` in [0, 1] (column, row); NaN for other answers."""
     found = [[int(b) for b in LOCATION.findall(text)] for text in texts]
     return np.array([[(b + 0.5) / N_LOCATIONS for b in bins] if len(bins) == 2 else [np.nan] * 2 for bins in found])

@@ -22,13 +22,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
 
 
-def test_a_chain_asks_about_everything_once_and_is_the_same_for_the_same_seed():
-    drawn = chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    assert drawn == chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    assert drawn[5:6] == chains.sample_chains(SEEDS[5:6], tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    for chain in drawn:
+def test_a_chain_has_one_subtask_per_category_and_is_the_same_for_the_same_seed():
+    sampled = chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    assert sampled == chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    assert sampled[5:6] == chains.sample_chains(SEEDS[5:6], tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    for chain in sampled:
         assert len(chain) == LENGTH == len({category(family) for family in chain})
-    assert len({chain[0] for chain in drawn}) > 8 and len(set(drawn)) > 35
+    assert len({chain[0] for chain in sampled}) > 8 and len(set(sampled)) > 35
 
 
 def test_families_of_too_few_kinds_are_refused():
@@ -46,7 +46,7 @@ def test_families_that_cannot_be_chained_are_refused_by_name():
             chains.sample_chains(SEEDS[:1], families, "franka7", SIMPLE, length)
 
 
-def test_a_chain_that_is_hardly_ever_drawn_is_found(monkeypatch):
+def test_a_chain_that_is_hardly_ever_sampled_is_found(monkeypatch):
     often = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
     monkeypatch.setattr(chains, "N_DRAWS", 0)
     found = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
@@ -58,13 +58,13 @@ def test_a_chain_that_is_hardly_ever_drawn_is_found(monkeypatch):
 
 
 def test_success_leaves_what_the_next_task_needs():
-    """The expert is never asked for what cannot be asked, and the symbols say of fixtures what the simulator does."""
+    """The expert meets no infeasible subtask, and the symbolic state has the simulator's fixtures."""
     asked = ChainEvaluation("expert", n_episodes=12, families=tuple(TASK_FAMILIES), max_steps=60)
     table = evaluate({"expert": asked}, n_workers=2, show_progress=False)
-    assert not (table["failure"] == "cannot be asked").any()
+    assert not (table["failure"] == "infeasible").any()
     assert chains.avg_len(table)["expert"].mean > 4
     for _, rows in table.groupby("seed"):
-        assert rows["link"].tolist() == list(range(len(rows)))
+        assert rows["subtask"].tolist() == list(range(len(rows)))
         assert rows["is_success"].iloc[:-1].all() and (
             rows["is_success"].iloc[-1] == (len(rows) == LENGTH) or len(rows) == LENGTH
         )
@@ -81,14 +81,14 @@ def test_the_scene_is_kept_between_tasks():
     env.close()
 
 
-def test_what_cannot_be_asked_ends_the_chain_and_says_so():
+def test_an_infeasible_subtask_ends_the_chain_and_says_so():
     env = Tabletop(image_size=16, max_steps=40)
     rows = chains.rollout_chains(None, [env], [FIRST_HELD_OUT_SEED], [("open_drawer", "open_drawer", "lift")])
-    assert [(row["is_success"], row["failure"]) for row in rows] == [(True, ""), (False, "cannot be asked")]
+    assert [(row["is_success"], row["failure"]) for row in rows] == [(True, ""), (False, "infeasible")]
     env.close()
 
 
-def test_symbols_follow_the_simulator():
+def test_the_symbolic_state_follows_the_simulator():
     env = Tabletop(image_size=16, max_steps=60)
     for seed in range(6):
         env.reset(seed=seed, options={"family": "lift"})
@@ -103,20 +103,20 @@ def test_lengths_are_those_of_independent_tosses(p):
     """An oracle that solves each task with probability p: k in a row with p ** k, a mean length of their sum."""
     rng, rows = np.random.default_rng(0), []
     for seed in range(4000):
-        for link in range(LENGTH):
-            rows.append({"name": "oracle", "seed": seed, "link": link, "is_success": rng.random() < p})
+        for subtask in range(LENGTH):
+            rows.append({"name": "oracle", "seed": seed, "subtask": subtask, "is_success": rng.random() < p})
             if not rows[-1]["is_success"]:
                 break
     table = pd.DataFrame(rows)
-    in_a_row, mean = chains.success_at_k(table), chains.avg_len(table)["oracle"]
+    rates, mean = chains.success_at_k(table), chains.avg_len(table)["oracle"]
     expected = [p**k for k in range(1, LENGTH + 1)]
-    assert in_a_row["rate"].to_numpy() == pytest.approx(expected, abs=0.02)
+    assert rates["rate"].to_numpy() == pytest.approx(expected, abs=0.02)
     assert sum(expected) == pytest.approx(mean.mean, abs=2 * (mean.high - mean.low)) and mean.n == 4000
-    assert mean.mean == pytest.approx(in_a_row["rate"].sum())
+    assert mean.mean == pytest.approx(rates["rate"].sum())
 
 
 def test_rows_are_the_same_for_any_number_of_workers_and_a_short_run_is_continued():
-    columns, tables = ["seed", "link", "family", "instruction", "is_success", "failure", "n_steps"], []
+    columns, tables = ["seed", "subtask", "family", "instruction", "is_success", "failure", "n_steps"], []
     for n_workers in (1, 2):
         asked = ChainEvaluation("random", n_episodes=12, families=DEFAULT_TASKS, max_steps=3 + n_workers)
         tables.append(evaluate({"a": dataclasses.replace(asked, n_episodes=4)}, n_workers, show_progress=False)[columns])

@@ -1,4 +1,4 @@
-"""An exam is fair (in view, of its kind) and its marks are right; a spoken answer is read as a place."""
+"""Questions are in view and of their kind, answers are scored right, and location tokens are decoded."""
 
 import numpy as np
 import pandas as pd
@@ -30,79 +30,79 @@ SCENE = {
 
 
 def make():
-    texts = [part for asked in vqa.sample_questions(SCENES, 5) for part in asked[2:]]
+    texts = [part for item in vqa.sample_vqa_items(SCENES, 5) for part in item[2:]]
     return small_vlm(train_tokenizer(texts, location_tokens()), image_size=48)
 
 
 SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
 
 
-def test_an_exam_asks_only_what_it_says_it_asks():
-    exam = vqa.sample_questions(SCENES, 20)
-    assert pd.Series([a.kind for a in exam]).value_counts().to_dict() == dict.fromkeys(QUESTION_KINDS, 20)
-    assert {a.answer for a in exam if a.kind == "where_wrist"} == {"<loc04><loc06>"}  # the one thing in view
-    assert {a.question for a in exam if a.kind == "color"} == {"what color is the cube ?"}
-    assert {a.question for a in exam if a.kind == "point_wrist"} == {"wrist red cube"}
-    assert exam == vqa.sample_questions(SCENES, 20)
+def test_questions_are_of_the_kind_that_is_asked_for():
+    items = vqa.sample_vqa_items(SCENES, 20)
+    assert pd.Series([a.kind for a in items]).value_counts().to_dict() == dict.fromkeys(QUESTION_KINDS, 20)
+    assert {a.answer for a in items if a.kind == "where_wrist"} == {"<loc04><loc06>"}  # the one thing in view
+    assert {a.question for a in items if a.kind == "color"} == {"what color is the cube ?"}
+    assert {a.question for a in items if a.kind == "point_wrist"} == {"wrist red cube"}
+    assert items == vqa.sample_vqa_items(SCENES, 20)
 
 
-def test_marks_count_whole_answers_and_bins():
+def test_scores_count_whole_answers_and_bins():
     tokenizer = make()[1].tokenizer
 
-    def judge(answer, said):
-        asked = vqa.VQAItem(0, "where", "where is it ?", answer)
-        true, told = (torch.tensor(tokenizer(text).input_ids) for text in (answer, said))
-        return vqa._judge(tokenizer, asked, torch.cat([told[:1], told]), torch.cat([torch.tensor([-100]), true]))
+    def row(answer, predicted):
+        item = vqa.VQAItem(0, "where", "where is it ?", answer)
+        true, ids = (torch.tensor(tokenizer(text).input_ids) for text in (answer, predicted))
+        return vqa._score_answer(tokenizer, item, torch.cat([ids[:1], ids]), torch.cat([torch.tensor([-100]), true]))
 
     rows = [
-        judge("<loc03><loc04>", "<loc03><loc04>"),
-        judge("<loc03><loc04>", "<loc03><loc05>"),
-        judge("<loc03><loc09>", "<loc03> red"),
+        row("<loc03><loc04>", "<loc03><loc04>"),
+        row("<loc03><loc04>", "<loc03><loc05>"),
+        row("<loc03><loc09>", "<loc03> red"),
     ]
-    assert [r["is_right"] for r in rows] == [True, False, False]
-    assert [r["bins_off"] for r in rows] == [[0, 0], [0, 1], [0, np.inf]]
+    assert [r["is_correct"] for r in rows] == [True, False, False]
+    assert [r["bin_errors"] for r in rows] == [[0, 0], [0, 1], [0, np.inf]]
     answers = pd.DataFrame(rows)
-    (row,) = vqa.score_grounding(answers).to_dict("records")
-    assert (row["n"], row["coordinate"], row["place"], row["within_one"]) == (3, 4 / 6, 1 / 3, 2 / 3)
-    assert vqa.score(answers).to_dict("records") == [{"group": "where", "n": 3, "successes": 1}]
-    guess = vqa.majority_baseline(answers)
-    assert guess["bins_off"].tolist() == [[0, 0], [0, 0], [0, 5]] and guess["is_right"].tolist() == [True, True, False]
+    (found,) = vqa.grounding_accuracy(answers).to_dict("records")
+    assert (found["n"], found["coordinate"], found["location"], found["within_one"]) == (3, 4 / 6, 1 / 3, 2 / 3)
+    assert vqa.accuracy_by_kind(answers).to_dict("records") == [{"group": "where", "n": 3, "successes": 1}]
+    majority = vqa.majority_baseline(answers)
+    assert majority["bin_errors"].tolist() == [[0, 0], [0, 0], [0, 5]] and majority["is_correct"].tolist() == [True, True, False]
 
 
-def test_the_summary_counts_places_and_words_apart():
+def test_the_summary_counts_locations_and_words_apart():
     words = [
-        {"kind": k, "answer": a, "is_right": a == "yes", "bins_off": []}
+        {"kind": k, "answer": a, "is_correct": a == "yes", "bin_errors": []}
         for k in ("drawer", "caption")
         for a in ("yes", "yes", "no")
     ]
-    place = {"kind": "where", "answer": "<loc01><loc02>", "is_right": False, "bins_off": [0, 1]}
-    answers = pd.DataFrame([*words, place])
-    told = {name: (rate.successes, rate.n) for name, rate in vqa.summary(answers).items()}
-    assert told["answer"] == (4, 7), "of all kinds, the hard ones and those in whole sentences too"
-    assert told == {"answer": (4, 7), "coordinate": (1, 2), "place": (0, 1), "within_one": (1, 1), "question": (2, 3)}
-    assert vqa.majority_baseline(answers)["is_right"].tolist() == [True, True, False] * 2 + [True]
+    location = {"kind": "where", "answer": "<loc01><loc02>", "is_correct": False, "bin_errors": [0, 1]}
+    answers = pd.DataFrame([*words, location])
+    counts = {name: (rate.successes, rate.n) for name, rate in vqa.accuracy_summary(answers).items()}
+    assert counts["answer"] == (4, 7), "of all kinds, the hard ones and those in whole sentences too"
+    assert counts == {"answer": (4, 7), "coordinate": (1, 2), "location": (0, 1), "within_one": (1, 1), "one_word": (2, 3)}
+    assert vqa.majority_baseline(answers)["is_correct"].tolist() == [True, True, False] * 2 + [True]
 
 
-def test_a_model_takes_an_exam_and_speaks():
+def test_a_model_answers_with_teacher_forcing_and_freely():
     model, processor = make()
-    exam = vqa.sample_questions(SCENES, 2)
-    answers = vqa.evaluate_vqa(model.eval(), processor, SCENES, exam, batch_size=5)
-    assert answers["answer"].tolist() == [a.answer for a in exam]
-    alone = vqa.evaluate_vqa(model, processor, SCENES, exam[3:4])
-    assert alone["said"].item() == answers["said"][3], "an answer must not depend on its batch"
-    assert answers["bins_off"].map(len).tolist()[:10] == [2] * 8 + [3] * 2
-    said = vqa.generate_answers(
+    items = vqa.sample_vqa_items(SCENES, 2)
+    answers = vqa.evaluate_vqa(model.eval(), processor, SCENES, items, batch_size=5)
+    assert answers["answer"].tolist() == [a.answer for a in items]
+    alone = vqa.evaluate_vqa(model, processor, SCENES, items[3:4])
+    assert alone["predicted"].item() == answers["predicted"][3], "an answer must not depend on its batch"
+    assert answers["bin_errors"].map(len).tolist()[:10] == [2] * 8 + [3] * 2
+    texts = vqa.generate_answers(
         model, processor, SCENES[0][0], ["is the drawer open ?", "describe the scene ."], max_new_tokens=4
     )
-    assert len(said) == 2 and all(isinstance(s, str) for s in said)
+    assert len(texts) == 2 and all(isinstance(s, str) for s in texts)
 
 
-def test_places_are_the_centres_of_bins():
+def test_locations_are_the_centres_of_bins():
     found = vqa.decode_locations(["<loc00><loc15>", "out of view", "<loc01>"])
     assert found[0].tolist() == [0.5 / N_LOCATIONS, 15.5 / N_LOCATIONS] and np.isnan(found[1:]).all()
 
 
-def test_parts_add_up_and_a_ribbon_names_each_token():
+def test_parameters_add_up_and_each_token_has_a_role():
     model, processor = make()
     assert parameter_summary(model)["parameters"].sum() == sum(p.numel() for p in model.parameters())
     tokens, kinds = PromptBuilder(processor, 2).token_roles("is the drawer open")
