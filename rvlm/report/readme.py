@@ -13,7 +13,7 @@ from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
 from rvlm.report.page import FULL, list_notebooks
 from rvlm.report.withdrawn import trainings_of
-from rvlm.statistics.verdicts import WORDS
+from rvlm.statistics.verdicts import VERDICT_PATTERN
 
 
 class Row(NamedTuple):
@@ -101,7 +101,7 @@ def _board_row(row: Row, record: dict[str, Any]) -> list[str]:
     stated = re.search(rf"{row.claim}[^.;]*", record["sentence"])
     text = stated.group() if stated else ""
     at, low, high = (int(x) for x in re.findall(r"[+-]\d+", text)[:3]) if len(re.findall(r"[+-]\d+", text)) >= 3 else (0, 0, 0)
-    word = next(iter(re.findall(rf"{WORDS.pattern}|no verdict", text)), "–")
+    word = next(iter(re.findall(rf"{VERDICT_PATTERN.pattern}|no verdict", text)), "–")
     size = f"{trainings_of(record)} x {row.times * record['n']}"
     return [row.text, _theirs(row.paper), f"{at:+d} ({low:+d} to {high:+d})" if text else "–", size, word]
 

@@ -1,8 +1,8 @@
-"""How sure are we? Intervals, tests, verdicts and power for success rates and errors.
+"""Intervals, tests, verdicts and power for success rates and errors.
 
-Every rate in this project travels with its interval, two recipes are compared by the interval of their difference over
-trainings and episodes, and verdict words have a stated rule. statsmodels and scipy do the arithmetic; this package fixes
-which method is used where.
+Every rate in this project comes with its interval, two recipes are compared by the interval of their difference over trainings
+and episodes, and verdicts follow a stated rule. statsmodels and scipy do the arithmetic; this package fixes which method is
+used where.
 
 Taught in: 06_evaluate (rates), 03_attach_an_action_head (the probe).
 

@@ -1,8 +1,8 @@
 """Intervals and tests of rates, means and paired differences, over episodes and over trainings.
 
-What an interval covers depends on what was drawn. Of one training it covers that policy's true value over all episodes that
-could have been drawn, and says nothing of another training. Of several trainings it covers the recipe's: the mean over all
-trainings and all episodes.
+What an interval covers depends on what was sampled. For one training it covers the true value of that policy over all possible
+episodes, and says nothing about other trainings. For several trainings it covers the recipe's: the mean over all possible
+trainings and episodes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Difference:
     """An estimated difference ``a - b`` with its interval, in the units of what was compared (rates: [-1, 1]).
 
     Attributes:
-        low, high: ends of the interval; NaN where no spread was seen of which an interval could be made.
+        low, high: ends of the interval; NaN where the values have no spread to make it from.
         n_trainings: of each side.
         level: of the interval.
-        p_value: two-sided, adjusted for the contrasts that it was judged with; None before `rvlm.statistics.holm`.
-        sides: what was compared, a and b as ``(m, n)``: of m trainings on n episodes.
-        lower_is_better: the difference is ``b - a``, since what was compared is an error.
+        p_value: two-sided, adjusted for several contrasts; None before `rvlm.statistics.holm`.
+        sides: the values a and b, each ``(m, n)`` of m trainings on n episodes.
+        lower_is_better: the values are errors, and the difference is ``b - a``.
     """
 
     estimate: float
@@ -70,10 +70,10 @@ class Difference:
         """The same difference with its interval at another level.
 
         Raises:
-            ValueError: what was compared is not known.
+            ValueError: the values are not known.
         """
         if self.sides is None:
-            raise ValueError("another level needs the outcomes: give a difference from paired_difference or gains")
+            raise ValueError("another level needs the outcomes: give a difference from paired_difference or success_differences")
         return paired_difference(*self.sides, level=level, lower_is_better=self.lower_is_better)
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ class Mean:
     """A mean over episodes with its interval, in the units of what was averaged.
 
     Attributes:
-        n: episodes.
-        low, high: ends of the interval; NaN where no spread was seen of which an interval could be made.
+        n: number of episodes.
+        low, high: ends of the interval; NaN where the values have no spread to make it from.
     """
 
     mean: float
@@ -101,7 +101,7 @@ class PairedTest:
 
     Attributes:
         only_a, only_b: episodes that only that policy solved.
-        p_value: two-sided; chance of a split at least this uneven if both were equally good.
+        p_value: two-sided; probability of a split at least this uneven if both were equally good.
     """
 
     n: int
@@ -124,7 +124,7 @@ def wilson(successes: SupportsIndex, n: SupportsIndex, level: float = LEVEL) -> 
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"expected 0 <= successes <= n and n > 0; got {successes} successes of {n}; were any episodes run?")
     ends: Any = proportion_confint(successes, n, alpha=1 - level, method="wilson")
-    rate = successes / n  # rounding must not leave the rate outside its own interval
+    rate = successes / n  # rounding must not put the rate outside its interval
     return Rate(successes, n, min(float(ends[0]), rate), max(float(ends[1]), rate))
 
 
@@ -163,17 +163,16 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> PairedTest:
 def success_rate(outcomes: ArrayLike, level: float = LEVEL) -> Rate:
     """Success rate of one policy, or of a recipe's trainings on the same episodes, with its interval.
 
-    One training: Wilson's, which covers this policy's true rate. Several: Wilson's with as many episodes as would give the
-    spread that was seen between trainings (times Student's t for so few) and between episodes, and never more than if all
-    trainings were alike and all their episodes independent; it covers the recipe's true rate, as long as the rates of its
-    trainings are not very skewed (most at zero, few high).
+    One training: Wilson's, which covers this policy's true rate. Several: Wilson's with an effective number of episodes, from
+    the variance between trainings (with Student's t, for they are few) and between episodes, and at most the number of all
+    outcomes; it covers the recipe's true rate, unless the rates of its trainings are very skewed (most at zero, few high).
 
     Args:
         outcomes: success per episode, ``(n,)``, or of m trainings ``(m, n)``; each 0 or 1.
         level: confidence level of the interval.
 
     Raises:
-        ValueError: none, or other numbers than 0 and 1.
+        ValueError: no outcomes, or other numbers than 0 and 1.
 
     Source: Korn and Graubard (1998), Survey Methodology 24 (effective sample size, few degrees of freedom).
     """
@@ -188,14 +187,14 @@ def mean_interval(values: ArrayLike, level: float = LEVEL, bounds: tuple[float, 
     """Mean over episodes, and over trainings where there are several, with Student's t interval.
 
     One training: t over its episodes; it covers this policy's true mean. Several: half-widths of t over trainings' means and
-    of t over episodes' means, added in squares; it covers the recipe's true mean. Equal values leave the interval's ends
-    NaN, for they say nothing of how far the next one may lie off; within bounds, it is how many others may go unseen.
+    of t over episodes' means, added in squares; it covers the recipe's true mean. Equal values have no spread, so the ends are
+    NaN; within bounds they are where a share of unobserved other values, of at most Wilson's bound, would move the mean.
 
     Args:
-        values: one number per episode, ``(n,)``; give one per episode, not one per frame, for frames of an episode are alike.
-            Of m trainings on the same episodes ``(m, n)``.
+        values: one number per episode, ``(n,)``, not one per frame, since frames of an episode are correlated; ``(m, n)`` for m
+            trainings on the same episodes.
         level: confidence level of the interval.
-        bounds: least and largest value that there can be, where there are such.
+        bounds: least and largest possible value, if there are such.
 
     Raises:
         ValueError: no numbers, or numbers that are not finite.
@@ -214,23 +213,23 @@ def mean_interval(values: ArrayLike, level: float = LEVEL, bounds: tuple[float, 
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL, lower_is_better: bool = False) -> Difference:
-    """How much better a is than b on the same episodes, on average, with its interval.
+    """Mean improvement of a over b on the same episodes, with its interval.
 
-    Outcomes of 0 and 1: Newcombe's paired interval; with several trainings each side's interval is that of `success_rate`,
-    and what sides have in common in the same episodes narrows their difference. It has a width at the edges too. Other
-    numbers: that of `mean_interval` over the differences, training by training and episode by episode.
+    Outcomes of 0 and 1: Newcombe's paired interval, from each side's `success_rate` interval and their correlation over
+    episodes; it has a width at rates of 0 and 1 too. Other numbers: `mean_interval` of the differences, training by training
+    and episode by episode.
 
     Args:
-        a: one number per episode, ``(n,)``; of m trainings on the same episodes ``(m, n)``.
+        a: one number per episode, ``(n,)``, or ``(m, n)`` for m trainings on the same episodes.
         b: the same for the other policy or recipe, trainings and episodes in the same order.
         level: confidence level of the interval.
-        lower_is_better: whether the numbers are errors; then the difference is ``b - a``.
+        lower_is_better: the numbers are errors; the difference is ``b - a``.
 
     Returns:
-        The difference. Of one training each it covers the difference of these two policies, of several that of the recipes.
+        The difference; its interval covers that of these two policies for one training each, that of the recipes for several.
 
     Raises:
-        ValueError: other episodes or trainings of a than of b.
+        ValueError: different numbers of episodes or trainings.
 
     Source: Newcombe (1998), Statistics in Medicine 17:2635, method 10 (paired proportions).
     """
@@ -247,7 +246,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL, lower_is
 
 
 def paired(a: ArrayLike, b: ArrayLike, n_axes: Sequence[int] = (1,)) -> tuple[np.ndarray, np.ndarray]:
-    """Two arrays over the same episodes, or an error."""
+    """Two arrays over the same episodes; ValueError for other shapes."""
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim not in n_axes or a.shape != b.shape or a.size == 0:
         raise ValueError(f"paired comparison: expected two arrays (n,) over the same episodes, got {a.shape} and {b.shape}")
@@ -255,7 +254,7 @@ def paired(a: ArrayLike, b: ArrayLike, n_axes: Sequence[int] = (1,)) -> tuple[np
 
 
 def _matrix(values: ArrayLike) -> np.ndarray:
-    """Of m trainings in n episodes, ``(m, n)``."""
+    """Values of m trainings on n episodes, ``(m, n)``."""
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"expected finite numbers, one per episode, (n,) or (m, n) with n > 0; got shape {values.shape}")
@@ -267,7 +266,7 @@ def _is_binary(values: np.ndarray) -> bool:
 
 
 def _half_width(values: np.ndarray, level: float) -> float:
-    """Of the interval of the mean of ``(m, n)`` numbers; NaN where they have no spread."""
+    """Half-width of the interval of the mean of ``(m, n)`` numbers; NaN where they have no spread."""
     from scipy.special import stdtrit
 
     over = [values.mean(axis=axis) for axis in (0, 1) if values.shape[1 - axis] > 1]  # by episode; by training

@@ -1,5 +1,6 @@
-"""What a design can show before it is run, and what made trainings of one recipe differ after it was."""
+"""Power of a design before it is run, and the variance between training seeds after it was."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +11,21 @@ from rvlm.statistics.intervals import LEVEL, Rate
 from rvlm.statistics.proportions import wilson_ends
 from rvlm.statistics.verdicts import MIN_TRAININGS
 
-# Standard deviation of true success rates between trainings of one recipe that a design assumes before there are trainings:
-# in this project's own runs on the tabletop it was 0.01 to 0.18. Where trainings are kept, `seed_variance` measures it.
+# Standard deviation of true success rates between trainings of one recipe, assumed before there are any: it was 0.01 to 0.18
+# in this project's own runs on the tabletop. `seed_variance` estimates it from trainings.
 ASSUMED_SPREAD = 0.07
 
 
 @dataclass(frozen=True)
 class SeedVariance:
-    """How far success rates of several trainings of one recipe lie apart, and how much of that the judging explains.
+    """Spread of success rates between trainings of one recipe, and its share due to evaluation noise.
 
     Attributes:
-        mean: over trainings, in [0, 1].
-        n: trainings.
+        mean: success rate over trainings, in [0, 1].
+        n: number of trainings.
         observed: standard deviation of their rates.
-        evaluation: of it, what a finite number of episodes alone would bring.
-        training: what is left: the standard deviation between trainings judged for ever; 0 where judging explains it all.
+        evaluation: standard deviation that the finite number of episodes alone would cause.
+        training: standard deviation between seeds with infinitely many episodes; 0 where evaluation noise explains all.
     """
 
     mean: float
@@ -35,7 +36,7 @@ class SeedVariance:
 
 
 def seed_variance(rates: Sequence[Rate]) -> SeedVariance:
-    """Take apart what training seeds and what evaluation noise contribute to the spread of success rates.
+    """Separate the variance of training seeds from evaluation noise.
 
     Raises:
         ValueError: fewer than two trainings.
@@ -61,37 +62,41 @@ def minimum_detectable_difference(
     power: float = 0.8,
     level: float = LEVEL,
 ) -> float:
-    """Smallest true difference of two recipes' success rates that a design finds "supported", in [0, 1].
+    """Smallest true difference in success rate that a design finds "supported" with the given power, in [0, 1].
 
-    The design is the one that `rvlm.statistics.paired_difference` judges: both recipes trained equally often, all trainings
-    on the same episodes. Its interval is Newcombe's, of half-widths of t over trainings (few trainings, few degrees of
-    freedom) joined with those over episodes, and varies with the spread that the few trainings happen to show. Of
-    ``n_contrasts`` the difference is taken as the first that Holm's procedure tests, at ``(1 - level) / n_contrasts``; one
-    that others precede is shown at least as often.
+    The design is that of `rvlm.statistics.paired_difference`: both recipes trained equally often, all trainings on the same
+    episodes. Of ``n_contrasts`` the first that Holm's procedure tests is taken, the one with the smallest power.
 
     Args:
-        p: success rate of the first recipe, in [0, 1].
-        n_episodes: that every training is judged on.
-        n_trainings: of each recipe.
-        between: standard deviation of true success rates between trainings of one recipe, in [0, 1]. The default is an
-            assumption, which is to be said with the result; `seed_variance` gives what kept trainings showed.
-        correlation: of the two recipes' outcomes in the same episode, in [0, 1): what pairing is worth.
-        n_contrasts: judged together with Holm's adjustment.
-        power: chance of the verdict where the difference is there.
-        level: one minus the chance of any verdict where nothing differs.
+        p: success rate of the baseline, in [0, 1].
+        n_episodes: per training.
+        n_trainings: per recipe.
+        between: standard deviation of true success rates between trainings of one recipe, in [0, 1]; the default is an
+            assumption, to be stated with the result (`seed_variance` estimates it from trainings).
+        correlation: of the two recipes' outcomes in the same episode, in [0, 1).
+        n_contrasts: adjusted together by Holm's procedure.
+        power: probability of the verdict if the difference is real.
+        level: confidence level of the contrasts together.
 
     Returns:
-        The difference, to a thousandth; ``inf`` where the design can show none: fewer than three trainings of each recipe, or
-        a difference that would have to leave [0, 1] in both directions.
+        The difference, to a thousandth; ``inf`` where the design can show none: fewer than `MIN_TRAININGS` trainings, or a
+        difference that would leave [0, 1] in both directions.
 
     Raises:
         ValueError: rates, correlation or counts out of their range.
-
-    Source: the chance that the lower end of Newcombe's interval (1998, Statistics in Medicine 17, method 10) is above zero,
-        averaged over the spreads that trainings may show.
     """
-    from scipy import stats
+    _check_design(p, n_episodes, n_trainings, between, correlation, n_contrasts, power, level)
+    if n_trainings < MIN_TRAININGS:
+        return math.inf
+    baseline = min(p, 1 - p)  # failures have the mirrored interval of successes
+    design = _Design(baseline, n_episodes, n_trainings, between, correlation, 1 - (1 - level) / n_contrasts)
+    differences = (d / 1000 for d in range(1, round(1000 * (1 - baseline))))
+    return next((d for d in differences if design.power(d) >= power), math.inf)
 
+
+def _check_design(
+    p: float, n_episodes: int, n_trainings: int, between: float, correlation: float, n_contrasts: int, power: float, level: float
+) -> None:
     if not (0 <= p <= 1 and 0 <= correlation < 1 and between >= 0 and min(n_episodes, n_trainings, n_contrasts) >= 1):
         raise ValueError(
             "expected p in [0, 1], correlation in [0, 1), between of at least 0, and at least one episode, training and "
@@ -100,22 +105,42 @@ def minimum_detectable_difference(
         )
     if not (0 < power < 1 and 0 < level < 1):
         raise ValueError(f"expected power and level between 0 and 1; got power={power}, level={level}")
-    if n_trainings < MIN_TRAININGS:
-        return math.inf
-    tail, low = 1 - (1 - level) / n_contrasts / 2, min(p, 1 - p)  # an interval of failures is that of successes, mirrored
-    t, z = float(stats.t.ppf(tail, n_trainings - 1)), float(stats.norm.ppf(tail))
-    df, ranks = 2 * (n_trainings - 1), (np.arange(500) + 0.5) / 500
-    shown = stats.chi2.ppf(ranks, df) / df  # how much of the variance between trainings so few of them may show
 
-    def lacks(difference: float) -> float:
-        """How far the chance of the verdict falls short of the power."""
-        rates = np.clip([low + difference, low], 0.5 / n_episodes, 1 - 0.5 / n_episodes)  # no variance is not to be counted on
+
+@dataclass(frozen=True)
+class _Design:
+    """Two recipes with ``n_trainings`` each on the same ``n_episodes``; parameters as of `minimum_detectable_difference`."""
+
+    p: float
+    n_episodes: int
+    n_trainings: int
+    between: float
+    correlation: float
+    level: float
+
+    @functools.cached_property
+    def _quantiles(self) -> tuple[float, float, np.ndarray]:
+        """Student's t and normal quantile of the level, and quantiles of the sample's share of the variance between trainings."""
+        from scipy import stats
+
+        tail, df = 0.5 + self.level / 2, 2 * (self.n_trainings - 1)
+        shown = stats.chi2.ppf((np.arange(500) + 0.5) / 500, df) / df
+        return float(stats.t.ppf(tail, self.n_trainings - 1)), float(stats.norm.ppf(tail)), shown
+
+    def power(self, difference: float) -> float:
+        """Probability that the interval of a true difference lies above zero, averaged over the spreads trainings may show.
+
+        Source: Newcombe (1998), Statistics in Medicine 17, method 10, with half-widths of t over trainings, few degrees of
+        freedom, joined with those over episodes.
+        """
+        from scipy.special import ndtr
+
+        m, n, (t, z, shown) = self.n_trainings, self.n_episodes, self._quantiles
+        rates = np.clip([self.p + difference, self.p], 0.5 / n, 1 - 0.5 / n)  # samples of rates at 0 or 1 have some variance
         variance = rates * (1 - rates)
-        over_episodes = variance * (1 - correlation) / n_episodes / n_trainings
-        over_trainings = between**2 / n_trainings + over_episodes
+        over_episodes = variance * (1 - self.correlation) / n / m
+        over_trainings = self.between**2 / m + over_episodes
         squared = t**2 * np.outer(shown, over_trainings) + z**2 * over_episodes  # half-widths
         ends = wilson_ends(rates, z**2 * variance / np.maximum(squared, t**2 * over_episodes), z)
         below = np.hypot(rates[0] - ends[0][:, 0], ends[1][:, 1] - rates[1])
-        return power - float(stats.norm.cdf((difference - below) / math.sqrt(over_trainings.sum())).mean())
-
-    return next((d / 1000 for d in range(1, round(1000 * (1 - low))) if lacks(d / 1000) <= 0), math.inf)
+        return float(ndtr((difference - below) / math.sqrt(over_trainings.sum())).mean())

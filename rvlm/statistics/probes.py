@@ -1,4 +1,4 @@
-"""What a linear probe reads from features, and how much of the variance that is."""
+"""Linear probes of features, and the share of variance that they explain."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from rvlm.statistics.intervals import LEVEL, Mean, paired
 
 
 def ridge_probe(features: np.ndarray, targets: np.ndarray, unseen: np.ndarray, penalty: float | int = 10) -> np.ndarray:
-    """What a linear probe reads from features that it was not fitted to: predictions ``(n_unseen, m)``.
+    """Predictions ``(n_unseen, m)`` of a ridge regression on unseen features.
 
     Args:
-        features: ``(n, d)`` that the probe is fitted to.
-        targets: ``(n, m)``, likewise.
+        features: ``(n, d)`` to fit.
+        targets: ``(n, m)`` to fit.
         unseen: features ``(n_unseen, d)``.
         penalty: of the squared weights, on features scaled to unit deviation.
 
@@ -27,9 +27,9 @@ def ridge_probe(features: np.ndarray, targets: np.ndarray, unseen: np.ndarray, p
 
 
 def r_squared(true: ArrayLike, predicted: ArrayLike, seed: int, level: float = LEVEL, n_resamples: int = 2000) -> Mean:
-    """Share of the variance of ``true`` ``(n,)`` that is predicted, with a bootstrap interval over the samples.
+    """Coefficient of determination of predictions of ``true`` ``(n,)``, with a bootstrap interval over the samples.
 
-    1 is all of it, 0 no better than the mean of ``true``.
+    1 is a perfect prediction, 0 no better than the mean of ``true``.
     """
     true, predicted = paired(true, predicted)
     draws = np.random.default_rng(seed).integers(len(true), size=(n_resamples, len(true)))

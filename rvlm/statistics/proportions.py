@@ -1,4 +1,4 @@
-"""Intervals of proportions from outcomes of several trainings: effective numbers of episodes, Newcombe's paired interval."""
+"""Intervals of proportions over several trainings: effective sample sizes, Newcombe's paired interval."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ from numpy.typing import ArrayLike
 
 
 class EffectiveRate:
-    """One side's rate ``p`` over ``(m, n)`` outcomes, and the episodes ``n`` that an interval of its width would need.
+    """Rate ``p`` of ``(m, n)`` outcomes of m trainings on n episodes, and their effective number of episodes, ``n``.
 
-    ``of_episodes`` is the share of the half-width that comes from the draw of episodes, which both sides have in common.
+    ``of_episodes`` is the share of the half-width that is due to the sample of episodes, which both sides have in common.
     """
 
     def __init__(self, outcomes: np.ndarray, level: float) -> None:
@@ -28,7 +28,7 @@ class EffectiveRate:
         self.of_episodes = math.sqrt(by_episode * self.n / variance) / self.z if variance > 0 else 0.0
 
     def ends(self) -> tuple[float, float]:
-        """Of Wilson's interval, for a count that need not be whole."""
+        """Ends of Wilson's interval; the effective number of episodes need not be whole."""
         low, high = wilson_ends(self.p, self.n, self.z)
         return float(low), float(high)
 
@@ -52,7 +52,7 @@ def newcombe_paired(a: np.ndarray, b: np.ndarray, level: float) -> tuple[float, 
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two sides' rates per episode ``(n,)``; where positive with Newcombe's correction for continuity."""
+    """Correlation of two sides' rates per episode ``(n,)``, with Newcombe's continuity correction where positive."""
     n, spread = len(a), float(a.std() * b.std())
     covariance = float((a * b).mean() - a.mean() * b.mean())
     if covariance > 0:

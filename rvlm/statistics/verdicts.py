@@ -1,6 +1,6 @@
-"""Verdicts: the words that a contrast earns, and Holm's adjustment where a notebook states several.
+"""Verdicts on contrasts, and Holm's adjustment for several contrasts.
 
-A verdict is about recipes, so it needs several trainings of each: what one training gives says nothing of another one.
+A verdict is about recipes, so it needs several trainings of each.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from rvlm.statistics.intervals import LEVEL, Difference, mean_interval, success_rate
 
 MIN_TRAININGS = 3  # of each side, for a verdict
-WORDS = re.compile(
+VERDICT_PATTERN = re.compile(
     r"supported|replicated|reversed|undecided|not compared|no difference larger than \S+ shown"
     r"|one training: no verdict|\d+ trainings: no verdict"
 )
@@ -23,22 +23,22 @@ WORDS = re.compile(
 def verdict(
     difference: Difference, margin: float | int | None = None, floor: float | int | None = None, is_published: bool = False
 ) -> str:
-    """What a contrast "a is better than b" has shown.
+    """Verdict on the contrast "a is better than b".
 
-    The rule, in this order: *not compared* if the baseline b has not learned; *one training: no verdict* (or so many) below
-    three trainings of each side; *supported* if the interval lies wholly above zero; *reversed* if wholly below; *no
+    The rule, in this order: *not compared* if the baseline b has not learned; *one training: no verdict* (or *2 trainings*)
+    below three trainings of each side; *supported* if the interval lies wholly above zero; *reversed* if wholly below; *no
     difference larger than m shown* if it lies within a stated margin (two one-sided tests); else *undecided*.
 
     Args:
         difference: from `paired_difference`, `rvlm.evaluation.success.success_differences` or, of several contrasts, `holm`.
         margin: largest difference that counts as none, above 0, in the units of the difference.
-        floor: what b reaches without learning (chance, the error of the mean action), in the units of what was compared; b
-            has learned where its own interval lies wholly on the better side of it.
-        is_published: whether this very claim was published and is tested here under comparable conditions; only then is what
-            is supported called *replicated*.
+        floor: value of a baseline that has not learned (chance, the error of the mean action), in the units of the values; b has
+            learned if its interval lies wholly on the better side of it.
+        is_published: this claim was published and is tested here under comparable conditions; if supported, it is
+            *replicated*.
 
     Raises:
-        ValueError: a margin that is not above 0, or a floor for a difference that does not hold its sides.
+        ValueError: a margin that is not above 0, or a floor for a difference without `sides`.
 
     Source: Schuirmann (1987), Journal of Pharmacokinetics and Biopharmaceutics 15 (equivalence by margin).
     """
@@ -60,19 +60,21 @@ def verdict(
 
 def _has_learned(difference: Difference, floor: float | int) -> bool:
     if difference.sides is None:
-        raise ValueError("a floor needs the outcomes of the baseline: give a difference from paired_difference or gains")
+        raise ValueError(
+            "a floor needs the outcomes of the baseline: give a difference from paired_difference or success_differences"
+        )
     baseline = difference.sides[1]
     own: Any = (success_rate if np.isin(baseline, (0, 1)).all() else mean_interval)(baseline)
     return bool(own.high < floor if difference.lower_is_better else own.low > floor)
 
 
 def check_verdict(word: str) -> str:
-    """The word, if it is one that `verdict` gives.
+    """Check that a word is a verdict, and return it.
 
     Raises:
         ValueError: another word.
     """
-    if not WORDS.fullmatch(word):
+    if not VERDICT_PATTERN.fullmatch(word):
         raise ValueError(
             f"no verdict {word!r}; there are supported, reversed, undecided, no difference larger than m shown, not compared, "
             "one training: no verdict, and, for published claims, replicated; take what rvlm.statistics.verdict gives"
@@ -97,21 +99,20 @@ def p_value(difference: Difference) -> float:
 
 
 def holm(contrasts: Mapping[str, Difference], level: float = LEVEL) -> dict[str, Difference]:
-    """Contrasts that are judged together, adjusted so that a wrong *supported* or *reversed* is as rare as for one.
+    """Contrasts with p-values and intervals adjusted by Holm's procedure (familywise error rate).
 
-    Each comes back with its adjusted p-value and with its interval at the level at which Holm's procedure tests it: of k
-    contrasts the one with the smallest p-value at ``1 - (1 - level) / k``, the next at ``1 - (1 - level) / (k - 1)``, and all
-    from the first that is not rejected on at that one's level. So an interval excludes zero just where the adjusted p-value
-    is below ``1 - level``, and what is drawn and what is said agree.
+    Each interval is at the level at which the procedure tests it: of k contrasts the one with the smallest p-value at
+    ``1 - (1 - level) / k``, the next at ``1 - (1 - level) / (k - 1)``, and all from the first that is not rejected on at that
+    one's level. So an interval excludes zero exactly if the adjusted p-value is below ``1 - level``.
 
     Args:
-        contrasts: what is claimed -> difference, as `success_differences` gives them; those of a whole notebook.
-        level: of the family.
+        contrasts: name -> difference, as `success_differences` gives them, all of a notebook.
+        level: one minus the familywise error rate.
 
     Source: Holm (1979), Scandinavian Journal of Statistics 6.
     """
     alone = {claim: p_value(difference) for claim, difference in contrasts.items()}
-    adjusted, worst, left = {}, 0.0, len(alone)  # left: contrasts that are not rejected yet
+    adjusted, worst, left = {}, 0.0, len(alone)  # left: contrasts not yet rejected
     for rank, claim in enumerate(sorted(alone, key=lambda claim: alone[claim])):
         worst = max(worst, min(1.0, (len(alone) - rank) * alone[claim]))
         adjusted[claim] = replace(contrasts[claim].at(1 - (1 - level) / left), p_value=worst)
