@@ -103,7 +103,7 @@ def told(dataset, tmp_path):
 def test_shuffled_language_changes_every_frame_to_another_family(told, batch_size, episodes):
     data, texts = told
     windows = Windows(data, episodes=episodes)
-    change = open_loop._control("shuffled_language", windows)
+    change = open_loop._input_ablation("shuffled_language", windows)
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         for sample, changed in zip(samples, change(samples), strict=True):
