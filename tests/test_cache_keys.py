@@ -77,7 +77,7 @@ def codes():
         "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
         "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
-        "demonstrations": demonstrations.CODE, "corrections": dagger.CODE, "scenes": rendered_scenes.CODE,
+        "demonstrations": demonstrations.CODE, "corrections": dagger.DAGGER_CODE, "scenes": rendered_scenes.CODE,
     }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
     asked = dagger.DAggerCollection(str(saved[0]), dataclasses.replace(few, max_steps=2))
     assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.CODE) == []
-    assert missing(traced(lambda: list(dagger.make_shard(0, asked))), dagger.CODE) == []
+    assert missing(traced(lambda: list(dagger.dagger_shard(0, asked))), dagger.DAGGER_CODE) == []
     assert missing(traced(lambda: rendered_scenes.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), rendered_scenes.CODE) == []
 
 

@@ -40,6 +40,7 @@ def _ship(arguments: argparse.Namespace) -> int:
             f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}"
         )
     from rvlm.experiments import recipes
+    from rvlm.experiments.release import release
 
     target = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name]
     if not arguments.install:
@@ -49,7 +50,7 @@ def _ship(arguments: argparse.Namespace) -> int:
         "vlm": lambda: recipes.vision_language(sizes["n_scenes"], sizes["n_samples"]),
         "policy": lambda: recipes.main_policy(sizes["n_episodes"], sizes["n_samples"]),
     }
-    print(recipes.release(stages[name](), target, f"rvlm {name} --profile {profile}"))
+    print(release(stages[name](), target, f"rvlm {name} --profile {profile}"))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 Modules:
     recipes: sequences of stages: the shipped models, and the recipes that are compared.
+    release: a model to the place that the package ships it from.
     few_shot: few-shot adaptation and continual learning.
     dagger: DAgger: the expert labels the policy's own rollouts.
 """

@@ -1,4 +1,4 @@
-"""A policy's own mistakes, corrected: it acts, the scripted expert says what it would have done there (DAgger).
+"""DAgger: the policy acts, and the scripted expert labels each observation with its own action.
 
 Source: Ross, Gordon and Bagnell 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning"
 (arXiv 1011.0686), algorithm 3.1 with the policy alone acting.
@@ -19,63 +19,63 @@ from rvlm.envs.tabletop.env import Tabletop
 from rvlm.files import artifacts_dir, commit_on_hub, config_hash, model_hash
 from rvlm.policy.policy import Policy, load_policy
 
-CODE = Code(("rvlm.experiments.dagger",))
-FIRST_SEED = 700_000  # of scenes that no demonstration has shown, below those that are held out
+DAGGER_CODE = Code(("rvlm.experiments.dagger",))
+FIRST_SEED = 700_000  # of scenes without demonstrations, below the held-out ones
 
 
 @dataclass(frozen=True)
 class DAggerCollection:
-    """Episodes that a policy acts in and the expert corrects.
+    """Episodes of a policy, with the expert's actions as labels.
 
     Attributes:
         policy: Folder of a trained model.
-        like: Robot, families, image size and time limit, as of demonstrations; `n_episodes` of them, whether solved or not.
+        settings: Robot, families, image size, time limit and number of episodes; failed episodes are kept too.
     """
 
     policy: str
-    like: Collection
+    settings: Collection
 
     @property
     def folder(self) -> Path:
-        """Where the dataset is: the robot, and the hash of these settings, the robot's card, the policy and the code."""
-        made_by = {"spec": asdict(self.like.spec), "policy": model_hash(self.policy), "code": CODE.hash}
-        key = config_hash({**asdict(self.like), **made_by})
-        return artifacts_dir() / "datasets" / f"dagger_{self.like.robot}-{key}"
+        """Folder of the dataset, named by the robot and a hash of settings, data card, policy and code."""
+        made_by = {"spec": asdict(self.settings.spec), "policy": model_hash(self.policy), "code": DAGGER_CODE.hash}
+        key = config_hash({**asdict(self.settings), **made_by})
+        return artifacts_dir() / "datasets" / f"dagger_{self.settings.robot}-{key}"
 
 
 def rollout_with_expert_labels(policy: Policy, env: Tabletop, seed: int, family: str) -> dict[str, np.ndarray]:
-    """One episode in which the policy acts; `action` is the expert's, at what the policy has come to.
+    """One episode in which the policy acts; `action` is the expert's, in the state that the policy has reached.
 
     Returns:
-        Columns as `rollout_expert` gives them, whether solved or not.
+        Columns as `rollout_expert` gives them, for failed episodes too.
     """
     policy.reset()
     frames, _ = rollout_expert(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
     return frames
 
 
-def make_shard(index: int, corrections: DAggerCollection) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
-    """The episodes of one shard."""
-    like = corrections.like
-    env = Tabletop(like.robot, like.image_size, like.families, max_steps=like.max_steps)
-    policy = load_policy(corrections.policy, revision=commit_on_hub(corrections.policy), spec=env.action_spec)
-    for i in range(index * PER_SHARD, min((index + 1) * PER_SHARD, like.n_episodes)):
-        family, seed = like.families[i % len(like.families)], FIRST_SEED + like.first_seed + i
+def dagger_shard(index: int, collection: DAggerCollection) -> Iterator[tuple[dict[str, np.ndarray], str, dict[str, Any]]]:
+    """Frames, instruction and extra columns of each episode of one shard."""
+    settings = collection.settings
+    env = Tabletop(settings.robot, settings.image_size, settings.families, max_steps=settings.max_steps)
+    policy = load_policy(collection.policy, revision=commit_on_hub(collection.policy), spec=env.action_spec)
+    for i in range(index * PER_SHARD, min((index + 1) * PER_SHARD, settings.n_episodes)):
+        family, seed = settings.families[i % len(settings.families)], FIRST_SEED + settings.first_seed + i
         frames = rollout_with_expert_labels(policy, env, seed, family)
         yield frames, env.task.instruction, {"family": family, "seed": seed}
     env.close()
 
 
-def collect_corrections(corrections: DAggerCollection, n_workers: int = 2, progress: bool = True) -> Path:
-    """Record the episodes unless they are there; killed, it goes on where it was.
+def collect_corrections(collection: DAggerCollection, n_workers: int = 2, progress: bool = True) -> Path:
+    """Record the episodes, unless they are cached; a run that was killed is resumed.
 
     Returns:
         Folder of a LeRobotDataset v3.0.
     """
-    like, folder = corrections.like, corrections.folder
+    settings, folder = collection.settings, collection.folder
     if not folder.exists():
-        CODE.require_unchanged()
-    use_inputs([corrections.policy])
-    make, n_shards = functools.partial(make_shard, corrections=corrections), -(-like.n_episodes // PER_SHARD)
-    record_dataset(folder, like.spec, make, n_shards, n_workers, progress, HELD_OUT)
-    return register(folder, CODE, asdict(corrections), [corrections.policy])
+        DAGGER_CODE.require_unchanged()
+    use_inputs([collection.policy])
+    make, n_shards = functools.partial(dagger_shard, collection=collection), -(-settings.n_episodes // PER_SHARD)
+    record_dataset(folder, settings.spec, make, n_shards, n_workers, progress, HELD_OUT)
+    return register(folder, DAGGER_CODE, asdict(collection), [collection.policy])

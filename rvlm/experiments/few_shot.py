@@ -1,4 +1,4 @@
-"""New tasks for a trained policy: few demonstrations (support) judged on new scenes (query), and tasks one after another."""
+"""Few-shot adaptation to new tasks (support and query sets), and continual learning of a sequence of tasks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from rvlm.training.stages import ROBOT, Stage
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """An experiment with few demonstrations.
+    """A few-shot experiment.
 
     Attributes:
         families: Held-out task families.
-        shots: Demonstrations of each family that a policy is shown (support).
-        n_query: Episodes of new scenes that it is judged on, families taking turns.
-        n_samples: Budget of each adaptation; the same whatever the shots.
-        seeds: Of adaptations; each draws its own support.
-        n_support: Demonstrations of each family that shots are drawn from.
-        robot: Embodiment.
-        changes: Fields of `Stage` that differ from its own.
+        shots: Numbers of demonstrations per family to train on (support set).
+        n_query: Evaluation episodes in new scenes, alternating between families (query set).
+        n_samples: Training budget, the same for all shots.
+        seeds: Of trainings; each draws its own support set.
+        n_support: Demonstrations per family to draw shots from.
+        robot: Of the tabletop.
+        changes: Fields of `Stage` to change from its defaults.
     """
 
     families: tuple[str, ...]
@@ -40,26 +40,26 @@ class FewShot:
 
     @property
     def support(self) -> Collection:
-        """Demonstrations that shots are drawn from; a tenth of them is held out, as ever."""
+        """Demonstrations to draw shots from; a tenth of them is held out, as by `split`."""
         return Collection(self.robot, self.n_support * len(self.families), self.families)
 
     def stage(self, init: str | Path, shots: int, seed: int, **changes: Any) -> Stage:
-        """Adapt `init`, a policy or a vision-language model, to so many shots."""
-        fixed = {"shots": shots, "seed": seed, "n_processes": 1, "policy": ONE_STEP, **self.changes, **changes}
-        return Stage("few_shot", ROBOT, (str(collect_demonstrations(self.support)),), str(init), self.n_samples, **fixed)
+        """The stage that fine-tunes `init`, a policy or a vision-language model, on `shots` demonstrations per family."""
+        fields = {"shots": shots, "seed": seed, "n_processes": 1, "policy": ONE_STEP, **self.changes, **changes}
+        return Stage("few_shot", ROBOT, (str(collect_demonstrations(self.support)),), str(init), self.n_samples, **fields)
 
     def query(self, policy: str | Path) -> Evaluation:
-        """The new scenes."""
+        """The evaluation of a policy on the query set."""
         return Evaluation(str(policy), self.n_query, robot=self.robot, families=self.families)
 
 
 def few_shot_experiment(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_workers: int = 2) -> pd.DataFrame:
-    """Adapt every start to every number of shots with every seed, and judge each on the query set.
+    """Fine-tune every start on every number of shots with every seed, and evaluate each on the query set.
 
     Args:
-        starts: Name -> `init`, and fields of `Stage` that this start needs (`is_pretrained`, `finetuning`).
-        experiment: What is asked.
-        n_workers: Processes that evaluate.
+        starts: Name -> `init`, and other fields of `Stage` (`is_pretrained`, `finetuning`).
+        experiment: Tasks, shots and seeds.
+        n_workers: Processes of the evaluation.
 
     Returns:
         Episodes as `rvlm.evaluation.closed_loop.evaluate` gives them, with columns `start`, `shots` and `training` (the seed).
@@ -79,29 +79,29 @@ def few_shot_experiment(starts: Mapping[str, Mapping[str, Any]], experiment: Few
 def continual_learning(
     init: str | Path, tasks: Mapping[str, Collection], n_samples: int, replay: float, seed: int = 0, **changes: Any
 ) -> dict[str, Path]:
-    """Continual learning: the tasks of each collection after those before it.
+    """Continual learning: fine-tune on one collection after another, with replay of earlier ones.
 
     Args:
-        init: A policy.
-        tasks: Name -> demonstrations, in the order in which they come.
-        n_samples: Budget of each.
-        replay: Share of samples that are demonstrations of what came before; 0 for none.
+        init: Folder of a policy.
+        tasks: Name -> demonstrations, in order of training.
+        n_samples: Budget of each stage.
+        replay: Share of samples from earlier collections; 0 for none.
         seed: Of every stage.
-        changes: Fields of `Stage` that differ from its own.
+        changes: Fields of `Stage` to change from its defaults.
 
     Returns:
-        Name -> the policy after these tasks.
+        Name -> folder of the policy after this collection.
     """
     if not 0 <= replay < 1:
         raise ValueError(f"expected replay as a share from 0 to below 1, got {replay}")
-    before: list[str] = []
+    earlier: list[str] = []
     models, model = {}, Path(init)
     for name, collection in tasks.items():
         new = str(collect_demonstrations(collection))
         data, weights = (new,), ()
-        if replay and before:
-            data, weights = (new, *before), (1 - replay, *[replay / len(before)] * len(before))
-        fixed = {"seed": seed, "n_processes": 1, "weights": weights, **changes}
-        model = train(Stage("continual", ROBOT, data, str(model), n_samples, **fixed), n_threads=1)
-        models[name], before = model, [*before, new]
+        if replay and earlier:
+            data, weights = (new, *earlier), (1 - replay, *[replay / len(earlier)] * len(earlier))
+        fields = {"seed": seed, "n_processes": 1, "weights": weights, **changes}
+        model = train(Stage("continual", ROBOT, data, str(model), n_samples, **fields), n_threads=1)
+        models[name], earlier = model, [*earlier, new]
     return models

@@ -21,10 +21,10 @@ from rvlm.experiments.recipes import (
     ExperimentSetup,
     low_data_target,
     random_backbone_policy,
-    release,
     train_recipe,
     train_recipes_parallel,
 )
+from rvlm.experiments.release import release
 from rvlm.policy.model import VLAConfig
 from rvlm.training.stages import DETECTION, Stage
 from rvlm.vlm.backbones import SMALL_VLM
@@ -34,7 +34,7 @@ SHORT = {"batch_size": 8, "n_processes": 1}
 
 
 @pytest.fixture(scope="module")
-def course(home):
+def experiment(home):
     """Ten demonstrations each of two robots."""
     return ExperimentSetup(Collection(**TINY), (Collection("ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
 
@@ -51,13 +51,13 @@ def test_a_recipe_is_its_stages_in_order_at_one_budget():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_followed(course, recipe):
-    models = train_recipe(recipe, course, n_threads=1)
+def test_every_recipe_trains_its_stages(experiment, recipe):
+    models = train_recipe(recipe, experiment, n_threads=1)
     assert len(models) == len(RECIPES[recipe])
     for step, model in zip(RECIPES[recipe], models, strict=True):
         stage = stage_of(model)
         assert (stage["name"], len(stage["data"])) == (step.name, 2 if step.robots == "all" else 1)
-        assert stage["n_samples"] == 16 * step.share and bool(stage["vqa_data"]) == step.asks
+        assert stage["n_samples"] == 16 * step.share and bool(stage["vqa_data"]) == step.with_vqa
         assert stage["is_pretrained"] == (recipe != "scratch")
     starts = [str(SMALL_VLM), *map(str, models)]
     assert [stage_of(model)["init"] for model in models] == starts[: len(models)]
@@ -93,21 +93,21 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
     assert (probe.freeze_vision, probe.is_pretrained, probe.finetuning) == (True, False, "head")
 
 
-def test_what_recipes_share_is_trained_once(course):
+def test_what_recipes_share_is_trained_once(experiment):
     """Two halves that begin alike are one stage; followed again, nothing is trained."""
-    made = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    made = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], experiment, seeds=[0])
     stamp = {path: path.stat().st_mtime_ns for models in made.values() for path in models}
-    again = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], course, seeds=[0])
+    again = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], experiment, seeds=[0])
     assert again == made and {path: path.stat().st_mtime_ns for path in stamp} == stamp
-    half = dataclasses.replace(course, n_samples=32)
+    half = dataclasses.replace(experiment, n_samples=32)
     assert train_recipe("vl -> in_domain -> cross_embodiment", half, n_threads=1)[0] == made["vl -> in_domain", 0][0]
 
 
-def test_recipes_that_mean_nothing_are_refused(course):
+def test_recipes_that_mean_nothing_are_refused(experiment):
     with pytest.raises(ValueError, match="no recipe 'vl'; there are scratch, vl -> in_domain"):
-        train_recipe("vl", course)
-    with pytest.raises(ValueError, match="learns from other robots too; expected others with demonstrations, got none"):
-        train_recipe("vl -> co_train", dataclasses.replace(course, others=()))
+        train_recipe("vl", experiment)
+    with pytest.raises(ValueError, match="trains on other robots too; expected demonstrations in others, got none"):
+        train_recipe("vl -> co_train", dataclasses.replace(experiment, others=()))
 
 
 def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
@@ -137,13 +137,13 @@ def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
 
 
 def test_corrections_say_what_the_expert_would_have_done_where_the_policy_went(home):
-    like = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
-    data = EpisodeDataset(collect_corrections(DAggerCollection(str(POLICY), like), n_workers=1))
+    settings = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
+    data = EpisodeDataset(collect_corrections(DAggerCollection(str(POLICY), settings), n_workers=1))
     assert data.n_episodes == 3 and sorted(data.episodes["seed"]) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert FIRST_SEED + 100_000 < FIRST_HELD_OUT_SEED
     said, done = data.column("action"), data.column("action_executed")
     assert not np.allclose(said, done) and said.shape == done.shape
-    assert DAggerCollection(str(SMALL_VLM), like).folder != DAggerCollection(str(POLICY), like).folder
+    assert DAggerCollection(str(SMALL_VLM), settings).folder != DAggerCollection(str(POLICY), settings).folder
 
 
 def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch
             except FileNotFoundError:
                 seen.add("missing")
 
-    monkeypatch.setattr("rvlm.experiments.recipes.train", trained)
+    monkeypatch.setattr("rvlm.experiments.release.train", trained)
     stage = Stage("toy", DETECTION, ("scenes",), "vlm", 64)
     release(stage, target, "a command")
     looking = threading.Thread(target=look)
