@@ -142,10 +142,9 @@ def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.
 def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
     """Mean distance between predicted and recorded displacement of the hand, per episode [m], of rows of `open_loop_errors`."""
     displacement = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
-    squared: Any = (
-        displacement.assign(squared=displacement[column] ** 2).groupby(["episode_index", "frame_index"])["squared"].sum()
-    )
-    return np.sqrt(squared).groupby("episode_index").mean()
+    squared: Any = displacement[column] ** 2
+    of_frame: Any = squared.groupby([displacement["episode_index"], displacement["frame_index"]]).sum()
+    return np.sqrt(of_frame).groupby("episode_index").mean()
 
 
 def error_table(errors: dict[str, pd.DataFrame], column: str = "first") -> pd.DataFrame:

@@ -131,8 +131,8 @@ class RecipeStage:
 
 
 _CROSS, _OWN = RecipeStage("cross_embodiment", "all", 0.5), RecipeStage("in_domain", "target", 0.5)
-# Sequences of stages after vision-language pre-training ("vl"), all with one budget. Source: RoboVLMs (arXiv 2412.14058), section on
-# cross-embodiment data: in-domain alone, cross-embodiment, and both ("post-train").
+# Sequences of stages after vision-language pre-training ("vl"), all with one budget. Source: RoboVLMs (arXiv 2412.14058), section
+# on cross-embodiment data: in-domain alone, cross-embodiment, and both ("post-train").
 RECIPES: dict[str, tuple[RecipeStage, ...]] = {
     "scratch": (RecipeStage("in_domain", "target", 1.0),),
     "vl -> in_domain": (RecipeStage("in_domain", "target", 1.0),),
