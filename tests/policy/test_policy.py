@@ -190,18 +190,19 @@ def test_every_combination_learns_an_episode_is_saved_and_acts(
     settings = {**settings, "cameras": list(cameras), "has_state": has_state}
     model, processor = build(request.getfixturevalue(family), toy_stats, settings)
     batch = a_batch(model, processor, b=2, n_cameras=len(cameras))
-    optimizer = torch.optim.AdamW(model.train().parameters(), 4e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if loss < 5e-4:
+    truth, optimizer = batch["action"][:, -1], torch.optim.AdamW(model.parameters(), 4e-3, fused=True)
+    for _ in range(15):
+        for _ in range(10):
+            optimizer.zero_grad()
+            model.train()(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        predicted = model.eval().predict(**inputs(batch))
+        is_near = (predicted - truth)[..., :6].abs().mean() < 0.1 * truth[..., :6].abs().mean()
+        if is_near and torch.equal(predicted[..., 6] > 0.5, truth[..., 6] > 0.5):
             break
-    predicted, truth = model.eval().predict(**inputs(batch)), batch["action"][:, -1]
-    assert (predicted - truth)[..., :6].abs().mean() < 0.1 * truth[..., :6].abs().mean()
-    assert torch.equal(predicted[..., 6] > 0.5, truth[..., 6] > 0.5)
+    else:
+        pytest.fail("not learned in 150 steps")
     model.save_pretrained(tmp_path, processor)
     loaded, processor = load_vla(tmp_path)
     assert torch.equal(loaded.predict(**inputs(batch)), predicted)
