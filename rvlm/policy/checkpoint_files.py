@@ -1,6 +1,6 @@
-"""What the folder of a checkpoint must hold: configuration, weights and processor, each there, whole and understood.
+"""Checks of a checkpoint's folder: configuration, weights and processor, each present, complete and readable.
 
-Weights are compared with weights: a hash of what the tensors hold stands for them, in whatever files they are.
+Weights are identified by a hash of the tensors' values, however they are split into files.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
-    """A folder, or a name on the Hub, from which a model can't be loaded whole."""
+    """A folder, or a name on the Hub, from which a model cannot be loaded completely."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def is_policy(folder: Path) -> bool:
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, each there and whole.
+    """The files of a model's weights, each present and complete.
 
     Raises:
         CheckpointError: Which file is missing or cut short.
@@ -65,10 +65,10 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where they begin [byte].
+    """Header of a safetensors file, and the offset of its data [byte].
 
     Raises:
-        CheckpointError: It is not there, or not whole.
+        CheckpointError: It is missing or truncated.
     """
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*"))) or "nothing"
@@ -93,9 +93,9 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def weights_hash(folder: Path) -> str:
-    """Twelve characters that stand for the weights in a model's folder, in whatever files and however cut.
+    """Hash (twelve characters) of the weights in a model's folder, however they are split into files.
 
-    Names, types, shapes and values count, of adapters too. A policy's own backbone stands in its configuration.
+    Covers names, types, shapes and values, adapters included; a separate base model is named in the configuration.
 
     Raises:
         CheckpointError: A file is missing or cut short.
@@ -103,21 +103,21 @@ def weights_hash(folder: Path) -> str:
     paths = [*weights_in(folder), *sorted(folder.glob("adapter/*.safetensors"))]
     stamps = ((path, path.stat()) for path in paths)
     parts = [_tensors(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for p, s in stamps]
-    return config_hash({name: told for part in parts for name, told in part.items()})
+    return config_hash({name: entry for part in parts for name, entry in part.items()})
 
 
 @functools.lru_cache(maxsize=256)
 def _tensors(path: str, *_: int) -> dict[str, Any]:
-    """Type, shape and a hash of the values of each tensor in a file, read once as long as it stays as it is."""
+    """Type, shape and hash of the values of each tensor in a file; read once while the file does not change."""
     header, start = header_of(Path(path))
-    told = {}
+    entries = {}
     with Path(path).open("rb") as file:
         for name, tensor in header.items():
             if name != "__metadata__":
                 first, end = tensor["data_offsets"]
                 file.seek(start + first)
-                told[name] = [tensor["dtype"], tensor["shape"], _hash_of(file, end - first)]
-    return told
+                entries[name] = [tensor["dtype"], tensor["shape"], _hash_of(file, end - first)]
+    return entries
 
 
 def _hash_of(file: Any, length: int) -> str:
@@ -132,23 +132,23 @@ def read_config(folder: Path) -> Any:
     """The configuration in a policy's folder.
 
     Raises:
-        CheckpointError: It is none of a policy, has unknown fields, or says what can't be.
+        CheckpointError: It is not a policy's, has unknown fields, or an unsupported combination.
     """
     values = read_json(folder / CONFIG)
     if values.get("model_type") != VLAConfig.model_type:
         raise CheckpointError(
-            f"{folder / CONFIG}: expected a policy (model_type {VLAConfig.model_type!r}), got {values.get('model_type')!r}; of a "
-            "vision-language model make_policy makes one"
+            f"{folder / CONFIG}: expected a policy (model_type {VLAConfig.model_type!r}), got {values.get('model_type')!r}; "
+            "make one of a vision-language model by make_policy"
         )
     with naming(folder / CONFIG):
         return checked(folder, VLAConfig.from_dict(values))
 
 
 def checked(folder: Path, config: Any) -> Any:
-    """A configuration from a policy's folder, if this version understands it.
+    """The configuration, if this version supports it.
 
     Raises:
-        CheckpointError: It has unknown fields, or says what can't be.
+        CheckpointError: It has unknown fields, or an unsupported combination.
     """
     unknown = set(config.to_diff_dict()) - set(VLAConfig.__annotations__) - set(PreTrainedConfig().to_dict()) - {"architectures"}
     if unknown:
@@ -165,7 +165,7 @@ def checked(folder: Path, config: Any) -> Any:
 
 @contextlib.contextmanager
 def naming(where: Path) -> Iterator[None]:
-    """Errors of others, in words that name the folder or file."""
+    """Turn errors of libraries into a `CheckpointError` that names the folder or file."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -187,10 +187,10 @@ def policy_processor(folder: Path, config: Any) -> Any:
         processor: Any = load_processor(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         there = ", ".join(sorted(p.name for p in folder.glob("*")))
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder}: expected the policy's processor (processor_config.json, tokenizer.json, tokenizer_config.json), "
-            f"got {said}; the folder holds {there}; save it with the policy: save_pretrained(folder, processor)"
+            f"got {reason}; the folder holds {there}; save it with the policy: save_pretrained(folder, processor)"
         ) from error
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     if act_id != config.act_id:
@@ -201,8 +201,8 @@ def policy_processor(folder: Path, config: Any) -> Any:
     return processor
 
 
-def refuse_no_numbers(folder: Path, model: Any) -> None:
-    """Refuse weights that are not finite.
+def check_finite(folder: Path, model: Any) -> None:
+    """Refuse NaN and infinite weights.
 
     Raises:
         CheckpointError: Which ones.

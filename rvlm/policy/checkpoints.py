@@ -1,4 +1,4 @@
-"""Policies from and to folders: made of a vision-language model, remade with other settings, loaded, merged."""
+"""Make a policy of a vision-language model, load it, modify its structure, merge its adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.policy import hub
 from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
 from rvlm.policy.model import VLA
-from rvlm.policy.pretrained import held, non_backbone_weights
+from rvlm.policy.pretrained import load_kwargs, non_backbone_weights
 from rvlm.vlm.backbones import freeze_unused, load_backbone
 from rvlm.vlm.processors import ACT, load_processor
 
@@ -34,24 +34,24 @@ def make_policy(
         vlm: Folder or Hub name.
         spec: Of the demonstrations that it will be trained on.
         stats: Of their training episodes: "action" and "observation.state".
-        is_pretrained: False for random weights: no vision-language pre-training.
+        is_pretrained: False for random weights, without vision-language pre-training.
         revision: Commit, branch or tag of a name on the Hub; the last commit if left out. The policy remembers the commit.
-        finetuning: What of the backbone learns (`set_trainable`).
+        finetuning: What of the backbone is trained (`set_trainable`).
         rank: Of adapters.
-        precision: What a backbone that stands still is held in: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
+        precision: Of a frozen backbone: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
         settings: Fields of `VLAConfig`: structure, head, history, window.
 
     Returns:
         The policy's model and its processor.
 
     Raises:
-        TypeError: An unknown setting, with those that exist.
-        ValueError: A combination that means nothing, a family that has no place for `<act>`, or no such model.
+        TypeError: An unknown setting.
+        ValueError: An unsupported combination, a family that has no position for `<act>`, or no such model.
     """
     check_settings(settings)
     folder = hub.fetch(vlm, revision)
     processor = load_processor(folder)
-    backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **held(folder, finetuning, precision))
+    backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **load_kwargs(folder, finetuning, precision))
     left_out = ("quantization_config", "_name_or_path")
     is_folder = Path(vlm).is_dir()
     config = VLAConfig(
@@ -74,25 +74,25 @@ def make_policy(
 
 @torch.inference_mode()
 def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
-    """Read a blank prompt, so that a family in which `<act>` has no place is refused before anything is trained."""
+    """One forward pass of a blank prompt, so that a family without a position for `<act>` is refused before training."""
     prompter = model.prompt_builder(processor)
     blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
     model.backbone_forward(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
 
 
 def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
-    """Say what of the backbone learns; history, head, state and robots' tokens always do.
+    """Set which weights of the backbone are trained; all others of the policy always are.
 
     Args:
         model: Without adapters.
         finetuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
             (adapters on a language model that is held in 4 bits).
         rank: Of adapters.
-        base: Where the backbone came from (`rvlm.policy.hub.origin`); what stands still is not saved again. None if from nowhere.
-        precision: What it is held in where it stands still.
+        base: Origin of the backbone (`rvlm.policy.hub.origin`), since frozen weights are not stored; None if it cannot be loaded.
+        precision: Of frozen weights.
 
     Raises:
-        ValueError: An unknown finetuning, or adapters on a backbone that was not loaded for them or can't be loaded again.
+        ValueError: An unknown mode, or adapters on a backbone that was not loaded for them or has no origin.
     """
     if finetuning not in FINETUNING_MODES:
         raise ValueError(f"no finetuning {finetuning!r}; there are {', '.join(FINETUNING_MODES)}")
@@ -122,22 +122,22 @@ def modify_policy(
     precision: str = "auto",
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
-    """A trained policy with other settings, say with a memory: what still fits keeps its weights, what is new is random.
+    """A trained policy with other settings, such as a history: parts of equal shape keep their weights, new ones are random.
 
     Args:
-        folder: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub; adapters are merged.
+        folder: Of a saved policy, or its Hub name; adapters are merged.
         revision: Commit, branch or tag of a name on the Hub.
-        finetuning: What of the backbone learns (`set_trainable`).
+        finetuning: What of the backbone is trained (`set_trainable`).
         rank: Of adapters.
         precision: As `make_policy` takes it.
-        settings: Fields of `VLAConfig`, as `make_policy` takes them; what is left out stays as it is.
+        settings: Fields of `VLAConfig` to change.
 
     Returns:
         The policy's model, with the old one's spec and statistics, and its processor.
 
     Raises:
-        TypeError: An unknown setting, with those that exist.
-        ValueError: A combination that means nothing.
+        TypeError: An unknown setting.
+        ValueError: An unsupported combination.
     """
     check_settings(settings)
     where = hub.fetch(folder, revision)
@@ -158,26 +158,26 @@ def modify_policy(
 
 
 def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
-    """Load a policy strictly: the model, set to evaluate, and its processor.
+    """Load a policy strictly: the model in evaluation mode, and its processor.
 
     Args:
-        name: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub.
+        name: Folder of a saved policy, or its Hub name.
         options: Of `VLA.from_pretrained`: `revision`, `base_model`, `is_quantized`, `device`, ...
 
     Raises:
-        ValueError: What is missing, cut short, of another version or unlike what it was trained on, by folder and file.
+        ValueError: As `VLA.from_pretrained`.
     """
     model = VLA.from_pretrained(name, **options)
     return model, model.processor
 
 
 def merge_policy(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:
-    """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
+    """A policy with adapters merged into its backbone; it is then saved with the backbone.
 
-    What was trained over 4 bits is merged into the full weights, whose rounding it then no longer answers for.
+    QLoRA adapters are merged into the full-precision weights, without the 4-bit rounding they were trained with.
 
     Args:
-        name: Where `VLA.save_pretrained` has put model and processor, or a name on the Hub.
+        name: Folder of a saved policy, or its Hub name.
         options: Of `VLA.from_pretrained`.
     """
     model = VLA.merged(name, **options)

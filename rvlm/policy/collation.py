@@ -13,8 +13,8 @@ class RobotCollator:
     """Windows of demonstrations to the batch that `VLA.forward` takes.
 
     Args:
-        prompter: As `VLA.prompt_builder` gives it. If it interleaves, the observations of a sample share one prompt, and those
-            before the episode's start are left out of it; else each has its own, in the order of the b * t observations.
+        prompter: Of `VLA.prompt_builder`. Interleaved, the observations of a sample share one prompt, without those before the
+            episode's start; else each of the b * t observations has its own, in that order.
     """
 
     def __init__(self, prompter: PromptBuilder) -> None:
@@ -30,7 +30,7 @@ class RobotCollator:
         else:
             seen = [images for s in samples for images in s["images"]]
             n_steps, texts = [1] * len(seen), [s["instruction"] for s in samples for _ in s["images"]]
-        flat = np.stack(seen) if len({images.shape for images in seen}) == 1 else seen  # datasets differ in their images' size
+        flat = np.stack(seen) if len({images.shape for images in seen}) == 1 else seen  # datasets differ in image size
         if seen[0].dtype == np.uint8:
             prompts = self.prompter(flat, texts, n_steps)
         else:

@@ -1,8 +1,8 @@
 """What a policy is made of: structure, head, history and window, and which of them go together.
 
 Three structures say where history lives (RoboVLMs, arXiv 2412.14058, section on VLA formulations): nowhere ("one_step"),
-in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in a module that fuses what was read at each
-observation alone ("policy_head").
+in the backbone's own sequence o1 `<act>` o2 `<act>` ... ("interleaved"), or in a module that fuses the features of single
+observations ("policy_head").
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from rvlm.policy.heads import HEADS
 from rvlm.policy.histories import HISTORIES, MAX_OBS_STEPS
 
-FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone learns
+FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone is trained
 EMBODIMENT_CONDITIONING = (None, "name", "token")
-MAX_EMBODIMENTS = 32  # that have tokens
+MAX_EMBODIMENTS = 32  # rows of the embodiment embedding
 CONTINUOUS = ("mlp", "flow")
-STRUCTURES = {  # structure -> (heads, histories) that go with it; with a history or a sequence come several observations
+STRUCTURES = {  # structure -> (heads, histories) that it supports; all but "one_step" take several observations
     "one_step": (("mlp", "flow", "tokens"), (None,)),
     "interleaved": (CONTINUOUS, (None,)),
     "policy_head": (CONTINUOUS, tuple(HISTORIES)),
@@ -34,7 +34,7 @@ class VLAConfig(PreTrainedConfig):
         history: Name in `HISTORIES`, for "policy_head" only.
         n_obs_steps: Observations that the policy sees (t).
         chunk_size: Actions that it predicts (k).
-        n_action_steps: Actions of a chunk that it is meant to execute before it predicts anew.
+        n_action_steps: Actions of a chunk that are executed before the next prediction.
         cameras: Names of the card's cameras, in the order of the prompt's images.
         has_state: Whether proprioception enters.
         image_size: Height and width of the images that it was trained on [px]; None where that is not known.
@@ -75,9 +75,9 @@ class VLAConfig(PreTrainedConfig):
 
 
 OF_DATA = {"image_size", "spec", "stats", "embodiments", "embodiment_ids"}
-MADE = {"model_type", "backbone", "act_id", "vlm", "base_model", *OF_DATA}  # no settings: they come of the data and the backbone
+MADE = {"model_type", "backbone", "act_id", "vlm", "base_model", *OF_DATA}  # not settings: derived from data and backbone
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - MADE)
-AutoConfig.register(VLAConfig.model_type, VLAConfig)  # so that the library knows what a policy's folder is
+AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_structure(config: VLAConfig) -> None:
-    """Refuse combinations that mean nothing.
+    """Refuse unsupported combinations.
 
     Raises:
         ValueError: Unknown or contradicting structure, head, history, window or embodiment, with what is possible.
@@ -126,7 +126,7 @@ def check_structure(config: VLAConfig) -> None:
 
 
 def supported_combinations() -> list[str]:
-    """Every valid combination of structure, heads, histories and window, in words."""
+    """Every supported combination of structure, heads, histories and window, as text."""
     return [
         f"{structure} with {' or '.join(heads)}, "
         f"{'no history' if histories == (None,) else ' or '.join(map(str, histories))}, "

@@ -1,4 +1,4 @@
-"""The robots that a policy was trained on: what their actions mean, their statistics, and how the policy is conditioned on them.
+"""The robots that a policy was trained on: conventions, statistics, and how the policy is conditioned on which one acts.
 
 Source: per-dataset statistics as in Open X-Embodiment (arXiv 2310.08864), section IV.
 """
@@ -17,7 +17,7 @@ from rvlm.files import config_hash
 
 @dataclasses.dataclass(frozen=True)
 class Embodiment:
-    """A robot as a policy knows it.
+    """A robot that a policy was trained on.
 
     Attributes:
         spec: What its actions mean.
@@ -28,7 +28,7 @@ class Embodiment:
     stats: dict[str, NormStats]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint, with a checksum: spec and statistics that were not saved together are refused when they are read."""
+        """For a checkpoint, with a checksum over spec and statistics: `from_dict` refuses a mixture of two."""
         content = {"spec": self.spec.to_dict(), "stats": {name: s.to_dict() for name, s in self.stats.items()}}
         return {**content, "checksum": config_hash(content)}
 
@@ -51,7 +51,7 @@ class Embodiment:
 
 
 def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
-    """The robot that a policy is for, and the others that it was trained on, by dataset, from its `VLAConfig`.
+    """The target robot of a policy, and the others that it was trained on by dataset, from its `VLAConfig`.
 
     Raises:
         ValueError: There is none, a robot's parts do not belong together, or the cameras are not those of its card.
@@ -61,7 +61,7 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
     spec = ActionSpec.from_dict(config.spec)
     stats = {name: NormStats.from_dict(values) for name, values in config.stats.items()}
     missing = [column for column in ("action", "observation.state") if column not in stats]
-    if missing and stats:  # with none at all it is a model of shapes alone, as a plan and a probe make it
+    if missing and stats:  # without any it is for shapes only, as in a memory plan
         raise ValueError(f"expected statistics of 'action' and 'observation.state', got {sorted(stats)}; add {missing}")
     unknown = [c for c in config.cameras if c not in spec.cameras]
     if unknown or not config.cameras:
@@ -73,11 +73,11 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
 
 @dataclasses.dataclass(frozen=True)
 class EmbodimentConditioning:
-    """How samples of any robot become samples of a policy; knows the policy's configuration, not its network.
+    """Conditions samples of any robot for one policy; depends on the policy's configuration, not on its network.
 
     Attributes:
         kind: None, "name" (the robot's name before the instruction) or "token" (its index behind the state).
-        state_names: Dimensions of the state as the policy takes it: those of the robot that it is for.
+        state_names: State dimensions that the policy takes: the target robot's.
         ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
     """
 
@@ -86,14 +86,14 @@ class EmbodimentConditioning:
     ids: tuple[str, ...]
 
     def __call__(self, embodiment: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample with `state` and `instruction` as the policy takes them."""
+        """The sample with its state aligned and, by "name", the robot before its instruction."""
         instruction = sample["instruction"]
         if self.kind == "name":
             instruction = with_embodiment_name(embodiment.spec, instruction)
         return {**sample, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
 
     def align_state(self, embodiment: Embodiment, state: np.ndarray) -> np.ndarray:
-        """A robot's normalised state (..., s) in the policy's order; with tokens (..., s + 1), the robot's index last."""
+        """A normalised state (..., s) in the policy's order; by "token" (..., s + 1), with the robot's index last."""
         state = reorder_state(state, embodiment.spec.state_names, self.state_names)
         if self.kind != "token":
             return state
@@ -102,12 +102,12 @@ class EmbodimentConditioning:
 
 
 def with_embodiment_name(spec: ActionSpec, instruction: str) -> str:
-    """The instruction with the robot's name before it."""
+    """The instruction, prefixed by the robot's name."""
     return f"{spec.robot}: {instruction}"
 
 
 def reorder_state(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """A state (..., s) of one robot in the order of another's: by name, zero where the robot has no such quantity."""
+    """A state (..., s) in another robot's order, matched by name; zero for dimensions that this robot does not have."""
     if tuple(names) == tuple(wanted):
         return state
     out = np.zeros((*state.shape[:-1], len(wanted)), state.dtype)

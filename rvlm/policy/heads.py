@@ -1,7 +1,7 @@
-"""Action heads: from the features read at `<act>` to actions, all with the same `loss` and `predict`.
+"""Action heads: hidden states at `<act>` to actions, all with the same `loss` and `predict`.
 
-A head names how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one
-per token for discrete ones.
+A head says how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one per
+token for discrete ones.
 Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on action heads.
 """
 
@@ -15,7 +15,7 @@ ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` where `mask` is true, both of one shape; zero where it never is."""
+    """Mean of `values` where `mask` is true; zero where it is nowhere true."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -29,7 +29,7 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 def continuous_action_loss(
     arm: torch.Tensor, logit: torch.Tensor, is_open: torch.Tensor, mask: torch.Tensor, gripper_weight: float
 ) -> dict[str, torch.Tensor]:
-    """The loss of continuous actions: the arm's errors (..., k, a - 1) and the gripper's cross entropy, where `mask` is true.
+    """Masked loss of continuous actions: regression of the arm plus binary cross entropy of the gripper.
 
     Args:
         arm: Error of each arm dimension (..., k, a - 1).
@@ -85,16 +85,16 @@ class MLPHead(nn.Module):
 class FlowHead(nn.Module):
     """Conditional flow matching of the arm's chunk, and classification of the gripper.
 
-    A small network is told the feature, a chunk between noise and action, and how far between; it says which action that
-    chunk leads to, and with it the velocity there. Acting follows the velocity in a few Euler steps from noise that is drawn
-    once, with the weights, so that the same observation always gets the same actions.
+    A small denoiser is conditioned on the feature and the flow time, and predicts the clean action (x1) of a noised chunk, which
+    gives the velocity. Inference takes a few Euler steps from one noise sample that is stored with the weights, so the policy is
+    deterministic.
 
     Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 
     Args:
         width, chunk_size, n_dims, hidden, gripper_weight: As of `MLPHead`.
         n_euler_steps: From noise to action.
-        n_noise_samples: Noises and times that each feature is trained with at once; the backbone runs once for all.
+        n_noise_samples: Noise and time samples for each feature and update; the backbone runs once for all of them.
     """
 
     n_queries = 1
@@ -120,19 +120,17 @@ class FlowHead(nn.Module):
         self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def predict_clean_action(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """The action (..., k, a - 1) that a chunk of that shape leads to at `time` (..., 1), 0 for noise and 1 for actions."""
+        """Clean action x1 (..., k, a - 1) of a noised chunk of that shape at flow time (..., 1): 0 is noise, 1 is action."""
         waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
         return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
 
     def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
-        arm = (action * mask)[..., :-1].expand(
-            self.n_noise_samples, *action[..., :-1].shape
-        )  # what does not count is not seen either
+        arm = (action * mask)[..., :-1].expand(self.n_noise_samples, *action[..., :-1].shape)  # masked action dims are zeroed
         noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
-        between = (1 - time[..., None]) * noise + time[..., None] * arm
+        noised = (1 - time[..., None]) * noise + time[..., None] * arm
         error = (
-            (self.predict_clean_action(features.expand(self.n_noise_samples, *features.shape), between, time) - arm) ** 2
+            (self.predict_clean_action(features.expand(self.n_noise_samples, *features.shape), noised, time) - arm) ** 2
         ).mean(0)
         return continuous_action_loss(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
 
@@ -146,19 +144,19 @@ class FlowHead(nn.Module):
 
 
 class TokensHead(nn.Module):
-    """Discrete actions: every dimension of every action in the chunk is one token, of `n_bins`, in the model's own sequence.
+    """Discrete actions: each dimension of each action is one of `n_bins` tokens in the backbone's own sequence.
 
-    The tokens are added ones, and their embeddings live here instead of in the vision-language model's table: a small
-    vocabulary has no ids to spare, words keep their meaning, and a frozen or quantised table stays as it is. In the sequence
-    each token's place is held by an `<act>`, to whose embedding is added which place it is and, if autoregressive, the token
-    before it; the token itself is read from the hidden state there.
+    Action tokens are added to the vocabulary, but their embeddings live here and not in the backbone's table: a small vocabulary
+    has no spare ids, words keep their meaning, and a frozen or quantised table is unchanged. In the sequence each position is an
+    `<act>`, whose embedding gets a position embedding and, if autoregressive, the embedding of the previous token; the token is
+    predicted from the hidden state there.
 
     Source: RT-2 (arXiv 2307.15818), section 3.2; parallel decoding as in OpenVLA-OFT (arXiv 2502.19645), section IV.
 
     Args:
         width, chunk_size, n_dims: As of `MLPHead`.
         n_bins: Per dimension.
-        decoding: "autoregressive", each token knowing those before it, or "parallel", all in one pass.
+        decoding: "autoregressive", each token conditioned on those before it, or "parallel", all in one pass.
     """
 
     def __init__(self, width: int, chunk_size: int, n_dims: int, n_bins: int = 256, decoding: str = "autoregressive") -> None:
@@ -174,7 +172,7 @@ class TokensHead(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_bins))
 
     def encode(self, action: torch.Tensor) -> torch.Tensor:
-        """Normalised actions (..., k, a) to tokens (..., N), in the order in which they are said."""
+        """Normalised actions (..., k, a) to tokens (..., N), in decoding order."""
         ids = torch.from_numpy(self.tokenizer.encode(action.detach().cpu().numpy()))
         return ids.to(action.device).flatten(-2)
 
@@ -184,25 +182,25 @@ class TokensHead(nn.Module):
         return torch.from_numpy(action).to(ids.device, torch.float32)
 
     def query_embeddings(self, n: int, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """What is added to the embeddings of the `<act>` of n observations (n, N, d), given the tokens `ids` (n, N)."""
-        places = self.token_position_embeddings.expand(n, -1, -1)
+        """Added to the embeddings of the N `<act>` of n observations: (n, N, d), given teacher-forced tokens `ids` (n, N)."""
+        positions = self.token_position_embeddings.expand(n, -1, -1)
         if self.tokens is None or ids is None:
-            return places
-        return torch.cat([places[:, :1], places[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
+            return positions
+        return torch.cat([positions[:, :1], positions[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
 
     def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Cross entropy, at features (..., N, d), of normalised actions (..., k, a) where `mask` (..., k, a) is true."""
+        """Cross entropy at features (..., N, d) of normalised actions (..., k, a) where `mask` (..., k, a) is true."""
         logits = self.out(features)
         errors = F.cross_entropy(logits.flatten(0, -2), self.encode(action).flatten(), reduction="none")
         loss = masked_mean(errors, mask.flatten())
         return {"loss": loss, "token_loss": loss}
 
     def greedy_tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """The likeliest token (...) at each feature (..., d)."""
+        """Most likely token (...) at each feature (..., d)."""
         return self.out(features).argmax(-1)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """Normalised actions (..., k, a) from the features (..., N, d) at all places; the gripper's bins lie in [0, 1]."""
+        """Normalised actions (..., k, a) from the features (..., N, d); the gripper's bins lie in [0, 1]."""
         return self.decode(self.greedy_tokens(features))
 
 

@@ -1,4 +1,4 @@
-"""Policy-head histories: fuse the features of several observations before a head.
+"""History modules of the policy-head structure: fuse the features of several observations before the head.
 
 Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations.
 """
@@ -13,10 +13,10 @@ MAX_OBS_STEPS = 256  # observations that the GPT history can hold
 
 
 class LSTMHistory(nn.Module):
-    """Fuses the features of t observation steps, oldest first, each seeing only its past.
+    """Causal LSTM over the features of t observation steps, oldest first.
 
-    A forward pass always starts from the zero state and keeps none behind. Forget gates begin nearly open, else what was seen
-    fades by half at every step (Jozefowicz et al. 2015, section 2.2).
+    Stateless: every forward pass starts from the zero state. Forget gates start nearly open (Jozefowicz et al. 2015, section
+    2.2); else the past decays by half at every step.
     """
 
     def __init__(self, width: int, n_layers: int = 1) -> None:
@@ -33,7 +33,7 @@ class LSTMHistory(nn.Module):
 
 
 class GPTHistory(nn.Module):
-    """The same by a small causal transformer (GPT-2's, of transformers)."""
+    """A small causal transformer (transformers' GPT-2) over the same features."""
 
     def __init__(self, width: int, n_layers: int = 2) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class GPTHistory(nn.Module):
         plain: dict[str, Any] = {"vocab_size": 1, **{f"{name}_pdrop": 0.0 for name in ("resid", "embd", "attn")}}
         self.norm = nn.LayerNorm(width)
         self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
-        self.gpt.set_input_embeddings(None)  # features come in, not words
+        self.gpt.set_input_embeddings(None)  # its inputs are features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(b, t, d) to (b, t, d)."""

@@ -1,7 +1,7 @@
-"""Models by the name of a folder or on the Hub: where their files are, and sending a policy there.
+"""Models by folder or Hub name: resolve and download them, and upload policies.
 
-A name on the Hub means whatever its last commit holds, so all that is kept names the commit too. Only safetensors, JSON and texts
-are ever fetched: no pickles, no code.
+A Hub name means its last commit, which changes, so the commit is always recorded too. Only safetensors, JSON and text files are
+downloaded: no pickles, no code.
 """
 
 import json
@@ -16,7 +16,7 @@ from rvlm.policy.checkpoint_files import CONFIG, INDEX, CheckpointError, read_js
 
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.md")
 NOT_FETCHED = ("onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*")
-INSIDE = "backbone"  # where a policy on the Hub keeps the model that it stands on, if that came from a folder
+INSIDE = "backbone"  # a policy's base model inside its folder on the Hub, if that was a local folder
 
 
 def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path:
@@ -28,7 +28,7 @@ def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path
         options: Of `huggingface_hub.snapshot_download`: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
     Raises:
-        CheckpointError: There is neither, or a folder is asked for a revision.
+        CheckpointError: Neither exists, or a folder is given with a revision.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -39,11 +39,11 @@ def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path
         fetched = huggingface_hub.snapshot_download(
             str(name), revision=revision, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED), **options
         )
-    except (OSError, ValueError) as error:  # whatever the client says of names, networks and rights
+    except (OSError, ValueError) as error:  # unknown names, no network, no access
         at = f" at revision {revision!r}" if revision else ""
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"no folder {folder}; and no such name on the Hub{at} ({type(error).__name__}: {said}); check the name and, of "
+            f"no folder {folder}; and no such name on the Hub{at} ({type(error).__name__}: {reason}); check the name and, of "
             "one on the Hub, revision, network and access"
         ) from error
     return Path(fetched)
@@ -62,12 +62,10 @@ def origin(name: str | Path, folder: Path) -> dict[str, Any]:
 
 
 def put_backbone_inside(folder: Path) -> None:
-    """Copy the model that a saved policy stands on into the policy's folder, where it came from a folder; so it can be moved.
-
-    Where that is a policy over another folder, what it stands on goes into it likewise.
+    """Copy a saved policy's base model into its folder, if that is a local folder; recursively, if that is a policy.
 
     Raises:
-        CheckpointError: What it stands on is no longer where it was.
+        CheckpointError: The base model is no longer where it was.
     """
     config = read_json(folder / CONFIG)
     base = config.get("base_model")
@@ -75,9 +73,7 @@ def put_backbone_inside(folder: Path) -> None:
         return
     source = Path(base["name"])
     if not source.is_dir():
-        raise CheckpointError(
-            f"{folder}: expected the model that it stands on in {source}, got none; merge it first: merge_policy"
-        )
+        raise CheckpointError(f"{folder}: expected its base model in {source}, got none; merge it first: merge_policy")
     wanted = [path for path in source.rglob("*") if path.is_file() and any(path.match(pattern) for pattern in FETCHED)]
     for path in wanted:
         target = folder / INSIDE / path.relative_to(source)
@@ -98,15 +94,15 @@ def send(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Send a policy's folder to the Hub as one commit; weights of an earlier one that it does not have are taken away.
+    """Upload a policy's folder to the Hub as one commit; weights of the previous commit are deleted.
 
     Args:
-        folder: All of it is sent.
+        folder: Uploaded whole.
         repo_id: Name on the Hub; made if it does not exist.
-        commit_message: Of `huggingface_hub`, as are those that follow.
-        commit_description: More of it.
-        private: Whether a name that is made now is private.
-        token: Who sends.
+        commit_message: Of `huggingface_hub`, as all that follow.
+        commit_description: Its body.
+        private: Of a repository that is created.
+        token: Of the account.
         revision: Branch; the main one if left out.
         create_pr: Whether to propose the commit, not make it.
 

@@ -1,4 +1,4 @@
-"""Find out what a vision-language model needs by trying it: how its prompt is written, what it reads in order, what can adapt."""
+"""Inspect a vision-language model by running it: prompt format, causality, KV cache, parameters, LoRA targets."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rvlm.vlm.prompts import PromptBuilder
 
 
 def parameter_summary(model: PreTrainedModel) -> pd.DataFrame:
-    """What a vision-language model is made of: part, class, blocks, parameters (shared ones once) and their share [%]."""
+    """Table of the parts of a vision-language model: class, blocks, parameters (shared ones once) and their share [%]."""
     rows, counted = [], set()
     embeddings = {"token embeddings": model.get_input_embeddings()}
     for name, part in (embeddings | dict(model.base_model.named_children()) | {"rest (language-model head)": model}).items():
@@ -29,12 +29,12 @@ def parameter_summary(model: PreTrainedModel) -> pd.DataFrame:
 
 
 def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
-    """Whether an interleaved policy of this model passes each observation through it once, tried with three.
+    """Whether an interleaved policy of this model can append observations to its KV cache, tried with three.
 
-    Else the whole window is computed again at every step (`rvlm.policy.observation_history.UncachedSequence`).
+    Else the whole window is recomputed at every step (`rvlm.policy.observation_history.UncachedSequence`).
 
     Raises:
-        ValueError: The family takes one image a prompt, or does not read in order.
+        ValueError: The family takes one image a prompt, or its attention is not causal.
     """
     from rvlm.policy.config import VLAConfig
     from rvlm.policy.model import VLA
@@ -49,13 +49,13 @@ def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
 
 
 def inspect_vlm(vlm: str | Path) -> pd.Series:
-    """What a vision-language model is and needs, each found by trying.
+    """What a vision-language model is and needs, found by running it.
 
     Args:
         vlm: Folder or Hub name.
 
     Returns:
-        Facts by name; of a family that has no place for `<act>`, its class and the reason alone.
+        Facts by name; of a family without a position for `<act>`, its class and the reason only.
     """
     processor: Any = load_processor(vlm)
     model = load_backbone(vlm, processor).eval()
@@ -64,27 +64,27 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     try:
         prompter = PromptBuilder(processor, 1, n_queries=2)
-        is_in_order = ensure_causal_attention(model, prompter, act_id)
+        is_causal = ensure_causal_attention(model, prompter, act_id)
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
     tower, has_several = vision_modules(model), prompter.layout != "first"
-    kept = {True: "yes", False: "no, the window is computed again"}
+    cached = {True: "yes", False: "no, the window is recomputed"}
     n_tokens = sum(i in prompter.image_ids for i in prompter.token_ids("lift it"))
     return pd.Series({
         **facts,
         "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "width of hidden states": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "side of images [px]": prompter.image_size,
-        "tokens of an image": n_tokens,
+        "image size [px]": prompter.image_size,
+        "tokens per image": n_tokens,
         "several images": "yes" if has_several else "no",
         "prompt": prompter.text("…").split(ACT)[0],
-        "reads in order": "if told by token types" if prompter.is_causal_by_type else "yes" if is_in_order else "no",
-        "an observation is read once": kept[can_append_to_cache(model, processor)] if is_in_order and has_several else "–",
-        "pads on the": processor.tokenizer.padding_side,
+        "causal attention": "if given token types" if prompter.is_causal_by_type else "yes" if is_causal else "no",
+        "appends to KV cache": cached[can_append_to_cache(model, processor)] if is_causal and has_several else "–",
+        "padding side": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,
-        "type": str(model.dtype).removeprefix("torch."),
-        "adapters on": lora_target_pattern(model).split("(")[-1].strip(")").replace("|", ", "),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "LoRA targets": lora_target_pattern(model).split("(")[-1].strip(")").replace("|", ", "),
         "freezable": ", ".join(name for name, part in model.base_model.named_children() if any(part is t for t in tower)),
-        "structures": "all" if is_in_order and has_several else "one_step, policy_head",
+        "structures": "all" if is_causal and has_several else "one_step, policy_head",
     })  # fmt: skip

@@ -1,8 +1,8 @@
 """`VLA = VLM + action head + history`: any image-text-to-text model of transformers as a robot policy.
 
-The backbone is not changed: its tokenizer has one more token, `<act>`, and the policy reads the base model's hidden
-state where it stands (the language-model head is not computed). Proprioception, and action tokens where there are some,
-enter as learned offsets of that token's input embedding, and so does the robot, where each has a token of its own.
+The backbone is not changed: its tokenizer gets one more token, `<act>`, and the policy reads the base model's hidden state at
+that position (the language-model head is not computed). Proprioception, teacher-forced action tokens and the embodiment
+embedding enter as learned offsets of that token's input embedding.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from rvlm.vlm.prompts import PromptBuilder
 
 
 class VLA(SavedPolicy):
-    """A vision-language-action model: backbone, history, head, and what its actions mean.
+    """A vision-language-action model: backbone, history, head, and the action spec.
 
-    Saved and loaded like any transformers model, by safetensors only; spec and statistics travel in the configuration,
-    and the processor in the same folder.
+    Saved and loaded like any transformers model, as safetensors; spec and statistics are in the configuration, the processor in
+    the same folder.
     """
 
     config_class = VLAConfig
@@ -43,7 +43,7 @@ class VLA(SavedPolicy):
         self.spec, self.stats = own.spec, own.stats
         if backbone is None and config.base_model is not None:
             raise ValueError(
-                f"expected the backbone that this policy stands on, {config.base_model['name']}, got none; load it by "
+                f"expected the backbone of this policy, {config.base_model['name']}, got none; load it by "
                 "VLA.from_pretrained(folder)"
             )
         if backbone is None:
@@ -64,33 +64,33 @@ class VLA(SavedPolicy):
         self.post_init()
 
     def register_embodiments(self, robots: Sequence[Embodiment]) -> None:
-        """Know these robots from now on; the first is the one that the policy is for.
+        """Add embodiments to the policy; the first becomes its target robot.
 
-        Statistics that it knows already stay as they are: what was learned was learned in them.
+        Statistics of known robots are kept: the policy was trained with them.
         """
         known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
-        met = list(dict.fromkeys([*self.conditioning.ids, *(robot.spec.dataset for robot in robots)]))
+        ids = list(dict.fromkeys([*self.conditioning.ids, *(robot.spec.dataset for robot in robots)]))
         known = {**{robot.spec.dataset: robot for robot in robots}, **known}
-        if self.embodiment_embedding is not None and len(met) > MAX_EMBODIMENTS:
+        if self.embodiment_embedding is not None and len(ids) > MAX_EMBODIMENTS:
             raise ValueError(
-                f"expected at most {MAX_EMBODIMENTS} robots with tokens of their own, got {len(met)}; tell them by name"
+                f"expected at most {MAX_EMBODIMENTS} embodiments, got {len(ids)}; take embodiment_conditioning='name'"
             )
         first = known.pop(robots[0].spec.dataset)
-        self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, met
+        self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, ids
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
 
     @property
     def conditioning(self) -> EmbodimentConditioning:
-        """How samples of its robots become its own; knows nothing of the network, so that a dataset may hold it."""
+        """Conditions samples on their robot; holds nothing of the network, so a dataset can keep it."""
         ids = self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
         return EmbodimentConditioning(self.config.embodiment_conditioning, tuple(self.spec.state_names), tuple(ids))
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:
-        """The robot of this spec, as it was when the policy was trained.
+        """The robot of this spec, with the statistics of training.
 
         Raises:
-            SpecMismatch: The policy knows no such robot, or knows it by other conventions.
+            SpecMismatch: The policy was not trained on this robot, or with other conventions.
         """
         known = self.embodiments.get(spec.dataset, Embodiment(self.spec, self.stats))
         known.spec.require_same(spec)
@@ -100,25 +100,24 @@ class VLA(SavedPolicy):
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""
 
     def prompt_builder(self, processor: ProcessorMixin) -> PromptBuilder:
-        """What makes this policy's prompts, in training and in evaluation.
+        """The builder of this policy's prompts, in training and in evaluation.
 
-        Where a sequence is continued (several observations, or token after token), shorter prompts are filled up on the
-        left, so that what is appended stands right behind each of them.
+        Where the KV cache is extended (interleaved observations, autoregressive tokens), prompts are padded on the left.
         """
         is_interleaved = self.config.structure == "interleaved"
         side = "left" if is_interleaved or self.is_autoregressive else "right"
         prompter = PromptBuilder(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
         if side == "left" and not ensure_causal_attention(self.backbone, prompter, self.config.act_id):
             raise ValueError(
-                f"expected a model that reads in order, but {self.backbone.config.model_type!r} looks ahead within its prompt; "
-                "history in its sequence and tokens said one after another are not possible: take structure='policy_head', or "
+                f"expected a causal model, but {self.backbone.config.model_type!r} attends bidirectionally within its prompt; "
+                "interleaved history and autoregressive tokens are not possible: take structure='policy_head', or "
                 "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
             )
         return prompter
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether actions are said token after token."""
+        """Whether actions are decoded autoregressively."""
         return isinstance(self.head, TokensHead) and self.head.is_autoregressive
 
     def backbone_forward(
@@ -131,23 +130,23 @@ class VLA(SavedPolicy):
     def action_query_embeddings(
         self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """What is added to the embeddings of the `<act>` of n observations (n * N, d), or None.
+        """Offsets of the input embeddings of the `<act>` of n observations (n * N, d), or None.
 
         Args:
             n: Observations.
-            state: (n, s) as `conditioning` gives it; stands at the first `<act>` of each.
-            tokens: (n, N) that the head is told in training.
+            state: (n, s) as `conditioning` gives it; added at the first `<act>` of each.
+            tokens: (n, N), teacher-forced.
 
         Raises:
-            ValueError: The policy has a state, or a token of each robot, and another one or none was given.
+            ValueError: The policy takes a state or an embodiment index, and none or one of another width was given.
         """
-        felt = self._state_embedding(state)
+        proprio = self._state_embedding(state)
         if not isinstance(self.head, TokensHead):
-            return felt
-        told = self.head.query_embeddings(n, tokens)
-        if felt is not None:
-            told = torch.cat([told[:, :1] + felt[:, None], told[:, 1:]], dim=1)
-        return told.flatten(0, 1)
+            return proprio
+        queries = self.head.query_embeddings(n, tokens)
+        if proprio is not None:
+            queries = torch.cat([queries[:, :1] + proprio[:, None], queries[:, 1:]], dim=1)
+        return queries.flatten(0, 1)
 
     def _state_embedding(self, state: torch.Tensor | None) -> torch.Tensor | None:
         if self.state_projector is None and self.embodiment_embedding is None:
@@ -155,11 +154,11 @@ class VLA(SavedPolicy):
         width = len(self.spec.state_names) + (self.embodiment_embedding is not None)
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"one of {state.shape[-1]}"
-            raise ValueError(f"expected a state (n, {width}), got {got}; `VLA.conditioning` makes it of a robot's own")
+            raise ValueError(f"expected a state (n, {width}), got {got}; see `VLA.conditioning.align_state`")
         if self.embodiment_embedding is None:
             return cast(nn.Module, self.state_projector)(state)
-        token = self.embodiment_embedding[state[:, -1].long()]
-        return token if self.state_projector is None else token + self.state_projector(state[:, :-1])
+        embodiment = self.embodiment_embedding[state[:, -1].long()]
+        return embodiment if self.state_projector is None else embodiment + self.state_projector(state[:, :-1])
 
     def observation_features(
         self,
@@ -173,7 +172,7 @@ class VLA(SavedPolicy):
         Args:
             input_ids: (b, l), with n observations in all.
             state: (n, s), as `conditioning` gives it.
-            tokens: (n, N), the action tokens that the head is told in training.
+            tokens: (n, N), teacher-forced action tokens.
             inputs: As `backbone_forward` takes them.
         """
         n_queries = self.head.n_queries
@@ -184,20 +183,20 @@ class VLA(SavedPolicy):
     def history_features(
         self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, tokens: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:
-        """Features (b, t, d) of t observation steps, each knowing those before it; (b, t, N, d) where the head reads N.
+        """Features (b, t, d) of t observation steps, each with its past; (b, t, N, d) where the head reads N.
 
         Args:
             state: (b, t, s), as `conditioning` gives it.
             obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
-            tokens: (b * t, N), the action tokens that the head is told in training.
-            inputs: Prompts of the b * t observations, in that order; of b sequences where they are interleaved.
+            tokens: (b * t, N), teacher-forced action tokens.
+            inputs: Prompts of the b * t observations, in that order; interleaved, of b sequences.
         """
         if self.config.structure != "interleaved":
             features = self.observation_features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
             return self.history(features)
-        is_there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
-        read = self.observation_features(state=state[is_there], **inputs)
-        return read.new_zeros(*state.shape[:2], read.shape[-1]).index_put((is_there,), read)
+        valid = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
+        features = self.observation_features(state=state[valid], **inputs)
+        return features.new_zeros(*state.shape[:2], features.shape[-1]).index_put((valid,), features)
 
     def forward(
         self,
@@ -209,20 +208,19 @@ class VLA(SavedPolicy):
         labels: torch.Tensor | None = None,
         **inputs: Any,
     ) -> ModelOutput:
-        """Loss on a batch of actions, or, where `labels` (b, l) are given, on a batch of answers.
+        """Loss on a batch of actions or, with `labels`, on a batch of answers (VQA).
 
         Args:
             state: (b, t, s), as `conditioning` gives it.
             action: (b, t, k, a), normalised, the gripper in {0, 1}.
-            action_mask: (b, t, k, a), false where an action does not count: past the episode's end, before its start, or in a
-                dimension that the robot does not have.
+            action_mask: (b, t, k, a), false past the episode's end, before its start, and in dimensions that the robot lacks.
             obs_mask: (b, t), false before the episode's start.
-            dataset_index: (b,), whose card and statistics the actions follow.
-            labels: (b, l), token ids that the vision-language model is to answer; -100 where it is not asked.
+            dataset_index: (b,), of the dataset whose card and statistics the actions follow.
+            labels: (b, l), token ids of the answers; -100 elsewhere.
             inputs: As `history_features` takes them.
 
         Returns:
-            `loss`, and the parts that the head names (`arm_loss`, `gripper_loss`; `token_loss`) or `answer_loss`.
+            `loss`, and its parts: `arm_loss` and `gripper_loss`, `token_loss`, or `answer_loss`.
         """
         if labels is not None:
             loss = self.backbone(labels=labels, **inputs).loss
@@ -241,23 +239,23 @@ class VLA(SavedPolicy):
     def _generate_tokens(
         self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
     ) -> torch.Tensor:
-        """Normalised actions (b, k, a), token after token in the key-value cache; prompts are padded on the left."""
+        """Normalised actions (b, k, a), decoded greedily with a KV cache; prompts are padded on the left."""
         b, n_tokens = len(input_ids), self.head.n_queries
-        prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>: all others hold the place of tokens to come
+        prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>; the others are placeholders of later tokens
         offsets = cast(torch.Tensor, self.action_query_embeddings(b, state)).unflatten(0, (b, n_tokens))
-        known = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
-        known |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
-        hidden, cache = self.backbone_forward(offsets=offsets[:, 0], use_cache=True, **known)
-        said = [self.head.greedy_tokens(hidden)]
+        prefix = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
+        prefix |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
+        hidden, cache = self.backbone_forward(offsets=offsets[:, 0], use_cache=True, **prefix)
+        generated = [self.head.greedy_tokens(hidden)]
         for i in range(1, n_tokens):
             end = prefix_len + i
-            told = offsets[:, i] + self.head.tokens(said[-1])
+            offset = offsets[:, i] + self.head.tokens(generated[-1])
             step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
-            for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 are told
-                step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # of images at every step
-            hidden, cache = self.backbone_forward(offsets=told, past_key_values=cache, use_cache=True, **step)
-            said.append(self.head.greedy_tokens(hidden))
-        return self.head.decode(torch.stack(said, dim=1))
+            for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 take
+                step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # images at every step
+            hidden, cache = self.backbone_forward(offsets=offset, past_key_values=cache, use_cache=True, **step)
+            generated.append(self.head.greedy_tokens(hidden))
+        return self.head.decode(torch.stack(generated, dim=1))
 
 
-AutoModel.register(VLAConfig, VLA)  # so that the library loads a policy as any model, once this module is imported
+AutoModel.register(VLAConfig, VLA)  # AutoModel loads policies once this module is imported

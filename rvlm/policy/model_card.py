@@ -1,6 +1,6 @@
-"""The card that travels with a policy: what its numbers mean, what it was trained on, how well it does, and where it ends.
+"""The model card of a policy: conventions, statistics, training data, success rates and limits.
 
-What the policy itself knows is computed from it; success, licence and further limits are said by whoever knows them.
+Everything that the policy holds is computed from it; success, licence and further limits are arguments.
 """
 
 import functools
@@ -16,8 +16,8 @@ from rvlm.statistics import Rate
 
 LIMITS = (
     "It was trained for the robot, cameras, image size and control rate below; anything else is refused, or untested.",
-    "It knows the tasks and wordings of its demonstrations. What it does when told something else is not known.",
-    "Nothing in it avoids collisions or keeps limits of force: what carries out its actions must.",
+    "It was trained on the tasks and instructions of its demonstrations. Its behaviour under other instructions is not known.",
+    "It does not avoid collisions or limit forces: the robot's controller must.",
 )
 
 
@@ -27,39 +27,43 @@ def model_card(
     license_name: str | None = None,
     limits: Sequence[str] = (),
 ) -> str:
-    """Text of a policy's `README.md`, with the Hub's metadata before it.
+    """Text of a policy's `README.md`, with the Hub's metadata first.
 
     Args:
         model: `VLA`.
-        success: Setting, in words -> success rate with its interval, as `rvlm.statistics.wilson` gives it.
+        success: Name of a setting -> success rate with its interval, as `rvlm.statistics.wilson` gives it.
         license_name: As the Hub names it, such as "apache-2.0"; the licences of base model and data bind it.
-        limits: What else it can't do, one sentence each.
+        limits: Further limitations, one sentence each.
     """
     config, vlm = model.config, model.config.vlm or {}
-    matter: dict[str, Any] = {"library_name": "rvlm", "pipeline_tag": "robotics", "tags": ["robotics", "vision-language-action"]}
-    matter |= {"license": license_name} if license_name else {}
-    matter |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
+    metadata: dict[str, Any] = {
+        "library_name": "rvlm",
+        "pipeline_tag": "robotics",
+        "tags": ["robotics", "vision-language-action"],
+    }
+    metadata |= {"license": license_name} if license_name else {}
+    metadata |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
     size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
     robots = [Embodiment(model.spec, model.stats), *model.embodiments.values()]
-    made_of = [
+    parts_of = [
         f"Vision-language model: {vlm.get('name', 'not recorded')}, revision {vlm.get('revision') or 'none, a folder'}.",
         f"Backbone: {config.backbone['model_type']}; "
         + (
-            f"saved apart: {config.base_model['finetuning']} over weights {config.base_model['weights']}."
+            f"referenced, not stored: {config.base_model['finetuning']} over weights {config.base_model['weights']}."
             if config.base_model
-            else "saved whole."
+            else "stored."
         ),
         f"Structure {config.structure}, head {config.head}, history {config.history or 'none'}, {config.n_obs_steps} "
         f"observation(s); predicts {config.chunk_size} actions, executes {config.n_action_steps}.",
-        f"Sees {', '.join(config.cameras)} ({size or 'size not recorded'}, uint8 RGB){' and the state' * config.has_state}.",
+        f"Inputs: {', '.join(config.cameras)} ({size or 'size not recorded'}, uint8 RGB){' and the state' * config.has_state}.",
     ]
     parts = [
-        "---\n" + yaml.safe_dump(matter, sort_keys=False) + "---",
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
         f"# A robot policy for {model.spec.robot}",
         "```python\nfrom rvlm import load_policy\n\npolicy = load_policy(folder_or_hub_name, revision=commit)\n```",
-        "## What it is made of\n" + _list(made_of),
+        "## Model\n" + _list(parts_of),
         *(part for robot in robots for part in _robot(robot)),
-        "## How well it does\n" + _success(success or {}),
+        "## Success\n" + _success(success or {}),
         "## Limits\n" + _list([*LIMITS, *limits]),
         "## Licence\n" + (license_name or "Not stated. The licences of base model and data bind it."),
         "## Made by\n" + _made_by(),
@@ -68,10 +72,10 @@ def model_card(
 
 
 def _robot(robot: Embodiment) -> list[str]:
-    """What the actions and the state of a robot mean, and the numbers that they were normalised by."""
+    """Conventions of a robot's actions and state, and their normalisation statistics."""
     spec, action, state = robot.spec, robot.stats["action"], robot.stats["observation.state"]
     kind = "displacements" if spec.is_delta else "target poses"
-    absent = f" It cannot move in {', '.join(spec.absent)}." if spec.absent else ""
+    absent = f" It has no {', '.join(spec.absent)}." if spec.absent else ""
     actions = [
         (name, unit, f"{_number(low)} to {_number(high)}", _number(scale), *_quantiles(action, i))
         for i, (name, unit, low, high, scale) in enumerate(
@@ -110,7 +114,7 @@ def _success(success: Mapping[str, Rate]) -> str:
 
 @functools.cache
 def _code() -> dict[str, Any]:
-    return provenance()  # once a process: git is asked
+    return provenance()  # once a process, since it calls git
 
 
 def _made_by() -> str:

@@ -1,6 +1,6 @@
-"""What a policy keeps of past observations while it acts, for every structure: `add` an observation of each robot, `predict`.
+"""Observation histories while acting, one class a structure: `add` an observation of each robot, then `predict`.
 
-All robots move in step: each `add` brings one observation of every one of them; `keep` drops those that are done.
+Robots act in a batch: each `add` takes one observation of every robot; `keep` drops those that are done.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from rvlm.vlm.prompts import PromptBuilder
 
 
 class SingleObservation:
-    """One step: nothing but the newest observation."""
+    """One-step structure: the newest observation only."""
 
     def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         self.model, self.prompter = model, prompter
@@ -31,14 +31,14 @@ class SingleObservation:
         return self.model.predict(**self._inputs)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with the robots at these places alone, from the next `add` on."""
-        self._inputs = {}  # the next observation is all that counts
+        """Keep the robots at these indices, from the next `add` on."""
+        self._inputs = {}
 
 
 class FeatureHistory:
-    """Policy head: the features at `<act>` of the last t observations, each passed through the backbone once.
+    """Policy-head structure: features at `<act>` of the last t observations, each computed once.
 
-    A window that is not full yet is filled with its oldest observation, as in training.
+    A window that is not full is padded with its oldest observation, as in training.
     """
 
     def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
@@ -63,32 +63,32 @@ class FeatureHistory:
 
 
 class UncachedSequence:
-    """Interleaved, the slow way: the whole sequence passes through the backbone at every step.
+    """Interleaved structure without KV cache: the whole sequence is recomputed at every step.
 
-    When the window is full, the next observation begins a new one that keeps the newest half: every length up to a full
-    window was trained, and the cache of `KVCachedSequence` then need not be made anew at every step.
+    When the window is full, the next observation starts a new one that keeps the newest half: every length up to a full window
+    was trained, and the KV cache of `KVCachedSequence` need not be rebuilt at every step.
     """
 
     def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         self.model, self.prompter = model, prompter
-        self._seen: list[tuple[Any, torch.Tensor]] = []  # per observation: what is seen, and felt (n, ...)
+        self._steps: list[tuple[Any, torch.Tensor]] = []  # per observation: images or features, and state (n, ...)
         self._instructions: list[str] = []
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         self._push(images, state, instructions)
 
-    def _push(self, seen: Any, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def _push(self, vision: Any, state: torch.Tensor, instructions: Sequence[str]) -> None:
         n_obs_steps = self.model.config.n_obs_steps
-        if len(self._seen) == n_obs_steps:
-            del self._seen[: n_obs_steps - n_obs_steps // 2]
-        self._seen.append((seen, state))
+        if len(self._steps) == n_obs_steps:
+            del self._steps[: n_obs_steps - n_obs_steps // 2]
+        self._steps.append((vision, state))
         self._instructions = list(instructions)
 
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
-        images, state = zip(*self._seen, strict=True)
-        n, length = len(self._instructions), len(self._seen)
+        images, state = zip(*self._steps, strict=True)
+        n, length = len(self._instructions), len(self._steps)
         flat = np.stack(images, axis=1).reshape(n * length, *images[0].shape[1:])
         prompts = _prompts(self.model, self.prompter, flat, self._instructions, [length] * n)
         return self.model.predict(torch.stack(state, dim=1), **prompts)
@@ -96,26 +96,26 @@ class UncachedSequence:
     def keep(self, rows: Sequence[int]) -> None:
         """As `SingleObservation.keep`."""
         rows = list(rows)
-        self._seen = [(seen[rows], state[rows]) for seen, state in self._seen]
+        self._steps = [(vision[rows], state[rows]) for vision, state in self._steps]
         self._instructions = [self._instructions[row] for row in rows]
 
 
 class KVCachedSequence(UncachedSequence):
-    """Interleaved, the fast way: a new observation is appended to the sequence in the backbone's key-value cache.
+    """Interleaved structure with KV cache: a new observation is appended to the backbone's cached sequence.
 
-    What the vision tower made of the window's images is kept too, for the steps at which a new window begins. Images whose text
-    depends on them (`PromptBuilder.is_separable`) go the slow way.
+    Image features of the window are kept too, for the steps at which a new window starts. Images on which the prompt's text
+    depends (`PromptBuilder.is_separable`) are recomputed.
     """
 
     def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
         super().__init__(model, prompter)
         self._cache: Any = None
-        self._mask = self._read = torch.empty(0)
+        self._mask = self._hidden = torch.empty(0)
 
     @staticmethod
     @torch.inference_mode()
     def matches_uncached(model: VLA, prompter: PromptBuilder) -> bool:
-        """Whether this model's cache can be appended to: tried once on noise, beside the slow way.
+        """Whether appending to this model's cache gives what recomputing gives: tried once, on noise.
 
         False for families whose processor gives more than pixels, or whose positions depend on the whole sequence.
         """
@@ -123,48 +123,48 @@ class KVCachedSequence(UncachedSequence):
         noise = rng.integers(0, 256, (length, 2, prompter.n_images, side, side, 3), np.uint8)
         if not prompter.sees_pixels_alone:
             return False
-        fast, slow = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
+        cached, uncached = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
         for images in noise:
-            at_rest = np.zeros((2, len(model.spec.state_names)), np.float32)
-            state = torch.as_tensor(model.conditioning.align_state(model.embodiment(model.spec), at_rest), device=model.device)
-            for memory in (fast, slow):
-                memory.add(images, state, ["lift it", "lift the other one"])
+            zero_state = np.zeros((2, len(model.spec.state_names)), np.float32)
+            state = torch.as_tensor(model.conditioning.align_state(model.embodiment(model.spec), zero_state), device=model.device)
+            for history in (cached, uncached):
+                history.add(images, state, ["lift it", "lift the other one"])
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-        return torch.allclose(fast.predict(), slow.predict(), rtol=0, atol=tolerance)
+        return torch.allclose(cached.predict(), uncached.predict(), rtol=0, atol=tolerance)
 
     def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         if not self.prompter.is_separable(*images.shape[-3:-1]):
             return super().add(images, state, instructions)
-        is_same, length = list(instructions) == self._instructions, len(self._seen)
+        is_same, length = list(instructions) == self._instructions, len(self._steps)
         pixels = self.prompter.pixels(images).to(self.model.device)
         self._push(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
-        if is_same and len(self._seen) == length + 1 and self._cache is not None:
+        if is_same and len(self._steps) == length + 1 and self._cache is not None:
             self._decode_step()
         else:
             self._prefill()
 
     def predict(self) -> torch.Tensor:
         """Normalised chunks (n, k, a)."""
-        return super().predict() if self._cache is None else self.model.head.predict(self._read)
+        return super().predict() if self._cache is None else self.model.head.predict(self._hidden)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """As `SingleObservation.keep`; what is in the cache of the others goes."""
+        """As `SingleObservation.keep`; the cache too."""
         super().keep(rows)
         if self._cache is not None:
             kept = torch.as_tensor(list(rows), device=self._mask.device)
             self._cache.batch_select_indices(kept)
-            self._mask, self._read = self._mask[kept], self._read[kept]
+            self._mask, self._hidden = self._mask[kept], self._hidden[kept]
 
     def _prefill(self) -> None:
-        """Read the whole window at once."""
-        n, length = len(self._instructions), len(self._seen)
+        """Pass the whole window through the backbone."""
+        n, length = len(self._instructions), len(self._steps)
         tokens = self.prompter.tokens(self._instructions, [length] * n)
         self._forward(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device), length, None)
 
     def _decode_step(self) -> None:
-        """Read the newest observation behind all that is in the cache."""
-        text, n, length = self._instructions[0], len(self._instructions), len(self._seen)
+        """Append the newest observation to the cache."""
+        text, n, length = self._instructions[0], len(self._instructions), len(self._steps)
         before, now = (self.prompter.token_ids(text, steps) for steps in (length - 1, length))
         new = torch.tensor(now[len(before) :], device=self.model.device)
         mask = torch.cat([self._mask, self._mask.new_ones(n, len(new))], dim=1)
@@ -172,12 +172,12 @@ class KVCachedSequence(UncachedSequence):
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, length: int, cache: Any) -> None:
         """One pass over the last `length` observations of each robot."""
-        seen, state = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*self._seen[-length:], strict=True))
+        features, state = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*self._steps[-length:], strict=True))
         hidden, self._cache = self.model.backbone_forward(
-            input_ids, self.model.action_query_embeddings(len(state), state), image_features=seen,
+            input_ids, self.model.action_query_embeddings(len(state), state), image_features=features,
             attention_mask=mask, past_key_values=cache, use_cache=True,
         )  # fmt: skip
-        self._mask, self._read = mask, hidden.unflatten(0, (-1, length))[:, -1]
+        self._mask, self._hidden = mask, hidden.unflatten(0, (-1, length))[:, -1]
 
 
 def _prompts(

@@ -1,7 +1,7 @@
-"""What an observation must be before a policy acts on it: of the kind that the policy was trained on, or refused.
+"""Checks an observation before the policy acts on it: of the kind that the policy was trained on, or refused.
 
-Silence is the worst answer here: images in [0, 1] look black, channels that come first look like noise, a state in
-millimetres looks like a hand far away, and each of them still gives an action.
+Unchecked, images in [0, 1] look black, channels first look like noise, a state in millimetres like a distant hand, and each of
+them still yields an action.
 """
 
 import math
@@ -14,9 +14,9 @@ import numpy as np
 from rvlm.data.instructions import flaw_of
 from rvlm.policy.embodiments import Embodiment
 
-FAR = 10.0  # spans of the training data beyond which a state is doubted
-LEAST_SPAN = 0.1  # of a quantity that hardly moved in training [m, or the card's unit]
-TURN = 2 * np.pi  # farther than this from each other no two angles are [rad]
+FAR = 10.0  # ranges of the training data beyond which a state is warned of
+MIN_RANGE = 0.1  # of a dimension that hardly moved in training [m, or the card's unit]
+FULL_TURN = 2 * np.pi  # the largest difference of two angles [rad]
 
 
 class ObservationError(ValueError):
@@ -28,10 +28,10 @@ class Expected:
     """The observations that a policy takes.
 
     Attributes:
-        images: Keys of the images in an observation, in the order of the policy's cameras.
-        image_size: Height and width of the images that it was trained on [px]; None where that is not known.
-        robot: Whose state it is.
-        words: What an instruction must not hold, for the prompt means something else by it.
+        images: Image keys of an observation, in the policy's camera order.
+        image_size: Height and width of the training images [px]; None if unknown.
+        robot: Of the state.
+        words: Special tokens of the prompt, which an instruction must not contain.
     """
 
     images: tuple[str, ...]
@@ -40,7 +40,7 @@ class Expected:
     words: tuple[str, ...]
 
     def check(self, observations: Any, n_robots: int) -> tuple[int, int]:
-        """Refuse what differs; the size (h, w) of the images [px] if nothing does.
+        """Size (h, w) of the images [px], if the observations are valid.
 
         Raises:
             ObservationError: What was expected, of which robot, and what came.
@@ -71,7 +71,7 @@ class Expected:
         """
         if self.image_size not in (None, tuple(size)):
             raise ObservationError(
-                f"{what}: expected {self.image_size} (h, w), as in training, got {tuple(size)}; {_mend_size(self.image_size)}"
+                f"{what}: expected {self.image_size} (h, w), as in training, got {tuple(size)}; {_size_fix(self.image_size)}"
             )
 
     def _check_keys(self, observation: Any, i: int) -> None:
@@ -95,7 +95,7 @@ class Expected:
         if not np.isfinite(numbers).all():
             wrong = [name for name, is_finite in zip(spec.state_names, np.isfinite(numbers), strict=True) if not is_finite]
             raise ObservationError(
-                f"robot {i}: expected a state of finite numbers, got {numbers.tolist()}; see to the sensors of {', '.join(wrong)}"
+                f"robot {i}: expected a state of finite numbers, got {numbers.tolist()}; check the sensors of {', '.join(wrong)}"
             )
 
     def _check_instruction(self, instruction: Any, i: int) -> None:
@@ -108,22 +108,22 @@ class Expected:
         inside = [word for word in self.words if word in instruction]
         if inside:
             raise ObservationError(
-                f"robot {i}: expected an instruction in words, got {instruction!r}; {inside} stand for images and actions in the "
+                f"robot {i}: expected an instruction in words, got {instruction!r}; {inside} are special tokens of the "
                 "prompt; leave them out"
             )
 
-    def far(self, observations: Sequence[Mapping[str, Any]]) -> str:
-        """Which state lies far outside of what training saw, in words; empty if none does."""
+    def range_warning(self, observations: Sequence[Mapping[str, Any]]) -> str:
+        """A warning about a state far outside the training range; empty if there is none."""
         stats, spec = self.robot.stats["observation.state"], self.robot.spec
-        room = FAR * np.maximum(stats.max - stats.min, LEAST_SPAN)
-        room = np.where(np.array(spec.state_units) == "rad", TURN, room)
+        margin = FAR * np.maximum(stats.max - stats.min, MIN_RANGE)
+        margin = np.where(np.array(spec.state_units) == "rad", FULL_TURN, margin)
         for i, observation in enumerate(observations):
             state = np.asarray(observation["state"], np.float64)
-            beyond = np.flatnonzero((state < stats.min - room) | (state > stats.max + room))
+            beyond = np.flatnonzero((state < stats.min - margin) | (state > stats.max + margin))
             if len(beyond):
                 at = int(beyond[0])
                 return (
-                    f"robot {i}: state {spec.state_names[at]!r} is {state[at]:.6g} [{spec.state_units[at]}], in training it lay "
+                    f"robot {i}: state {spec.state_names[at]!r} is {state[at]:.6g} [{spec.state_units[at]}], in training it was "
                     f"between {stats.min[at]:.6g} and {stats.max[at]:.6g}: is it in the card's unit?"
                 )
         return ""
@@ -132,7 +132,7 @@ class Expected:
 def _array(value: Any, key: str, i: int) -> np.ndarray:
     try:
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor on a GPU, or that learns
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged rows; a tensor on a GPU, or with gradient
         raise ObservationError(f"robot {i}: expected {key!r} as a numpy array, got {type(value).__name__} ({error})") from error
 
 
@@ -144,15 +144,15 @@ def _image_size(value: Any, key: str, i: int, size: tuple[int, int] | None) -> t
     if not is_right or (size is not None and image.shape[:2] != tuple(size)):
         raise ObservationError(
             f"robot {i}: expected {key!r} as ({height}, {width}, 3) uint8 RGB, as in training; got {image.shape} {image.dtype}; "
-            f"{_mend(image, size)}"
+            f"{_image_fix(image, size)}"
         )
     return image.shape[0], image.shape[1]
 
 
-def _mend(image: np.ndarray, size: tuple[int, int] | None) -> str:
-    """What to do about an image of another kind."""
+def _image_fix(image: np.ndarray, size: tuple[int, int] | None) -> str:
+    """The fix for an image of another kind."""
     if image.size == 0:
-        return "see to the camera: the image holds no pixel"
+        return "check the camera: the image holds no pixel"
     if image.ndim == 4:
         return "give one image a camera, without an axis for batch or time"
     if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] not in (1, 3, 4):
@@ -168,8 +168,8 @@ def _mend(image: np.ndarray, size: tuple[int, int] | None) -> str:
         return "images in [0, 1] are (255 * image).round().astype(np.uint8)"
     if image.dtype != np.uint8:
         return "give 8 bits a colour, from 0 to 255, as uint8"
-    return _mend_size(size)
+    return _size_fix(size)
 
 
-def _mend_size(size: tuple[int, int] | None) -> str:
+def _size_fix(size: tuple[int, int] | None) -> str:
     return f"resize or crop to {size}, as the recordings of training were made, or train at this size"

@@ -1,6 +1,6 @@
-"""A trained model in the loop: observations in, raw robot actions out, any number of robots side by side.
+"""A trained model in closed loop: observations in, raw robot actions out, for a batch of robots.
 
-The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`. All robots move in step.
+The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from rvlm.policy.observations import Expected, ObservationError
 from rvlm.vlm.templates import mark_of, special_words
 
 Observation = dict[str, Any]
-Observations = Sequence[Observation] | Any  # whatever comes is looked at, so that the refusal is in words
+Observations = Sequence[Observation] | Any  # anything is checked, and refused with a message
 
 
 class Policy:
@@ -30,16 +30,15 @@ class Policy:
     Args:
         model: As `load_vla` gives it.
         processor: Likewise.
-        n_action_steps: Actions executed of each predicted chunk before predicting anew: 1 re-plans at every step, the chunk's
-            size executes chunks whole. As the policy was made for, if left out.
-        ensemble: Execute the mean of what all chunks say that reach a step, weighted by exp(-ensemble * i), i counted from
-            the oldest chunk on; None executes the newest chunk alone. Source: temporal ensembling of ACT (Zhao et al. 2023,
-            arXiv 2304.13705), section IV-B.
-        spec: The environment's, by which the robot is chosen of those that the policy knows; refused where it disagrees. The
-            robot that the policy is for, if left out.
+        n_action_steps: Actions executed of each predicted chunk before the next prediction: 1 re-plans at every step,
+            `chunk_size` executes whole chunks. Default: the policy's own.
+        ensemble: Temporal ensembling: execute the mean over all chunks that cover a step, weighted by exp(-ensemble * i), i
+            counted from the oldest chunk; None executes the newest chunk only. Source: ACT (Zhao et al. 2023, arXiv
+            2304.13705), section IV-B.
+        spec: The environment's, which selects the embodiment; conventions that differ are refused. Default: the target robot.
 
     Raises:
-        ValueError: More actions than are predicted, an ensemble of chunks that do not overlap, an unknown camera.
+        ValueError: `n_action_steps` beyond the chunk, an ensemble of chunks that do not overlap, an unknown camera.
     """
 
     def __init__(
@@ -80,32 +79,32 @@ class Policy:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images to show it [px]: as in training or, where that is not known, as its backbone takes."""
+        """Height and width of its input images [px]: as in training, or the backbone's own if unknown."""
         return self.expected.image_size or (self.prompter.image_size, self.prompter.image_size)
 
     def reset(self, n_robots: int = 1) -> None:
-        """Forget everything: queued actions, chunks of an ensemble, and what is remembered of past observations.
+        """Clear queued actions, chunks of the ensemble and the observation history.
 
         Raises:
-            ValueError: No number of robots from 1 on.
+            ValueError: Fewer than one robot.
         """
         if n_robots < 1:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
-        self.n_robots, self.memory = n_robots, self._history_cls(self.model, self.prompter)
-        self._size: tuple[int, int] | None = None  # of the images since then
+        self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompter)
+        self._size: tuple[int, int] | None = None  # of the images since the reset
         self._has_warned = False
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
 
     def select_action(self, observations: Observations) -> np.ndarray:
-        """The next raw action (n, a) of each robot; predicts a new chunk where the old one is used up.
+        """The next raw action (n, a) of each robot; predicts a new chunk when the queue is empty.
 
         Args:
-            observations: One per robot, in the order of the last calls: `image`, `wrist_image` (h, w, 3) uint8 RGB; `state`
+            observations: One per robot, always in the same order: `image`, `wrist_image` (h, w, 3) uint8 RGB; `state`
                 (s,) in the card's units; `instruction`.
 
         Raises:
-            ObservationError: An observation differs in kind from those of training: number, images, state, instruction.
+            ObservationError: Number, images, state or instruction differ in kind from training.
             ValueError: The model's action is not finite.
         """
         self._check(observations)
@@ -117,10 +116,10 @@ class Policy:
         return self._queue.popleft()
 
     def keep(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Go on with the robots at these places alone, in this order; their actions are what they would have been.
+        """Continue with the robots at these indices, in this order; their actions do not change.
 
         Raises:
-            ValueError: No robots, or one that there is not.
+            ValueError: No index, or one out of range.
         """
         given, rows = rows, np.asarray(rows).tolist()
         kind = np.asarray(given).dtype.kind
@@ -128,12 +127,12 @@ class Policy:
             hint = "; of a mask give np.flatnonzero(mask)" * (kind == "b")
             raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {given}{hint}")
         self.n_robots = len(rows)
-        self.memory.keep(rows)
+        self.history.keep(rows)
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
 
     def predict_action_chunk(self, observations: Observations) -> np.ndarray:
-        """Raw action chunks (n, k, a) for these observations, which join the robots' histories."""
+        """Raw action chunks (n, k, a) for these observations, which are added to the histories."""
         self._check(observations)
         self._observe(observations)
         return self._unnormalized(self._predict())
@@ -146,51 +145,51 @@ class Policy:
                 "or begin with reset()"
             )
         self._size = size
-        if not self._has_warned and (doubt := self.expected.far(observations)):
+        if not self._has_warned and (warning := self.expected.range_warning(observations)):
             self._has_warned = True
-            warnings.warn(doubt, stacklevel=3)
+            warnings.warn(warning, stacklevel=3)
 
     @torch.inference_mode()
     def _observe(self, observations: Observations) -> None:
-        """The newest observations join what is remembered."""
+        """Add the newest observations to the history."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
-        told = [
-            self.model.conditioning(self.robot, {"state": felt, "instruction": o["instruction"]})
-            for felt, o in zip(state, observations, strict=True)
+        samples = [
+            self.model.conditioning(self.robot, {"state": s, "instruction": o["instruction"]})
+            for s, o in zip(state, observations, strict=True)
         ]
-        felt = torch.as_tensor(np.stack([t["state"] for t in told]), dtype=torch.float32, device=self.model.device)
-        self.memory.add(images, felt, [t["instruction"] for t in told])
+        aligned = torch.as_tensor(np.stack([s["state"] for s in samples]), dtype=torch.float32, device=self.model.device)
+        self.history.add(images, aligned, [s["instruction"] for s in samples])
 
     @torch.inference_mode()
     def _predict(self) -> torch.Tensor:
-        """Normalised chunks (n, k, a) from all that is remembered."""
-        return self.memory.predict()
+        """Normalised chunks (n, k, a) from the history."""
+        return self.history.predict()
 
     def _next_chunk(self) -> torch.Tensor:
-        """The normalised chunk to execute: the newest one, or what the ensemble of chunks says for this one step (n, 1, a)."""
+        """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""
         newest = self._predict()
         if self.ensemble is None:
             return newest
         self._chunks.append(newest)
         n = len(self._chunks)
-        said = torch.stack([chunk[:, n - 1 - i] for i, chunk in enumerate(self._chunks)])  # about this step, oldest first
-        weights = torch.exp(-self.ensemble * torch.arange(n, device=said.device))[:, None, None]
-        return ((weights * said).sum(0) / weights.sum())[:, None]
+        candidates = torch.stack([chunk[:, n - 1 - i] for i, chunk in enumerate(self._chunks)])  # for this step, oldest first
+        weights = torch.exp(-self.ensemble * torch.arange(n, device=candidates.device))[:, None, None]
+        return ((weights * candidates).sum(0) / weights.sum())[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
         if not chunk.isfinite().all():
             wrong = (~chunk.isfinite()).any(1).nonzero().tolist()
             names = [f"{self.robot.spec.names[dim]} of robot {i}" for i, dim in wrong]
             raise ValueError(
-                f"expected finite actions of the model, got others for {', '.join(names)}; its weights overflow or are no "
-                "numbers: load them anew, in float32, or train again"
+                f"expected finite actions of the model, got others for {', '.join(names)}; its weights or activations "
+                "overflow: load it in float32, or train it again"
             )
         return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
 
 
 def record_rollout(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:
-    """One episode of one robot, with all that it saw, felt, did and meant to do; a new chunk is predicted at every step.
+    """One episode of one robot: observations, executed actions and the chunk predicted at every step.
 
     Returns:
         Per step "image" and "wrist_image" (n, h, w, 3), "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
@@ -202,8 +201,8 @@ def record_rollout(policy: Policy, env: Any, seed: int, family: str | None = Non
     is_success = is_over = False
     while not (is_success or is_over):
         chunk = policy.predict_action_chunk([observation])[0]
-        seen = {k: observation[k] for k in ("image", "wrist_image", "state")}
-        steps.append({**seen, "action": chunk[0], "chunk": chunk})
+        observed = {k: observation[k] for k in ("image", "wrist_image", "state")}
+        steps.append({**observed, "action": chunk[0], "chunk": chunk})
         observation, _, is_success, is_over, _ = env.step(chunk[0])
     columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
     return {**columns, "instruction": observation["instruction"], "seed": seed, "is_success": is_success}
@@ -223,7 +222,7 @@ def load_policy(
         name: A saved model's folder, or its name on the Hub.
         revision: Commit, branch or tag of a name on the Hub.
         base_model: Folder of the backbone, of a policy that was saved without it.
-        device: Where it computes; where its weights were loaded to if left out.
+        device: Of the computation; where its weights are loaded if left out.
         options: Of `Policy`: `n_action_steps`, `ensemble`, `spec`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Save and load a policy, both directions in one place: whole, or what it has learned around a model that is named.
+"""Save and load a policy, both directions in one place: complete, or with its frozen backbone referenced.
 
-A folder holds `config.json` (structure, what actions mean, statistics, origin), weights as safetensors, adapters in peft's own
-form, the processor and a model card. What is loaded is the trained policy whole, or an error that names folder and file.
+A folder holds `config.json` (structure, action spec, statistics, origin), weights as safetensors, adapters in peft's format, the
+processor and a model card. Loading gives the complete trained policy, or an error that names folder and file.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from rvlm.policy.checkpoint_files import (
     CONFIG,
     INDEX,
     CheckpointError,
+    check_finite,
     checked,
     header_of,
     is_policy,
@@ -27,7 +28,6 @@ from rvlm.policy.checkpoint_files import (
     policy_processor,
     read_config,
     read_json,
-    refuse_no_numbers,
     weights_in,
 )
 from rvlm.policy.config import VLAConfig
@@ -44,15 +44,15 @@ from rvlm.vlm.quantization import dtype_of, nf4_config
 
 CARD = "README.md"
 DOWNLOAD = {"cache_dir", "force_download", "local_files_only", "token"}  # options of fetching
-AUTOMATIC = {"_from_auto", "adapter_kwargs", "trust_remote_code"}  # what AutoModel hands over; remote code is never run
+AUTOMATIC = {"_from_auto", "adapter_kwargs", "trust_remote_code"}  # passed by AutoModel; remote code is never run
 
 
 class SavedPolicy(PreTrainedModel):
-    """What `VLA` is saved and loaded by, with the library's verbs and parameters.
+    """Saving and loading of `VLA`, with the library's methods and parameters.
 
     Attributes:
-        adapters: Those in its backbone, to save and merge them.
-        processor: That it was made or loaded with, and is saved with.
+        adapters: `peft.PeftModel` around its backbone, or None.
+        processor: Made or loaded, and saved, with it.
     """
 
     adapters: Any
@@ -76,26 +76,26 @@ class SavedPolicy(PreTrainedModel):
         save_original_format: bool = True,
         **push_options: Any,
     ) -> None:
-        """Save weights, configuration, processor and model card, so that the folder is whole or says that it is not.
+        """Save weights, configuration, processor and model card; a folder that is incomplete cannot be loaded.
 
-        A frozen backbone is referenced in the configuration, not stored; its adapters are stored in peft's own form.
-        All is written beside the folder first; of a folder that exists the configuration goes first and comes back last.
+        A frozen backbone is referenced in the configuration, not stored; its adapters are stored in peft's format.
+        Written to a temporary folder first; of an existing folder the configuration is removed first and replaced last.
 
         Args:
-            save_directory: Made if it does not exist.
-            processor: The one that the policy was made or loaded with, if left out.
-            card: Text of the card, as `rvlm.policy.model_card.model_card` makes it; made here if left out.
-            is_main_process: False where another process saves.
-            state_dict: Weights, where they are not the model's own, as of a model that is spread over processes.
-            save_function: Not read; callers of the library hand it over. Weights are always safetensors.
-            push_to_hub: Also send it to the Hub.
+            save_directory: Created if it does not exist.
+            processor: Default: the policy's own.
+            card: Text of the model card; default `rvlm.policy.model_card.model_card`.
+            is_main_process: False in processes that must not save.
+            state_dict: Weights, if not the model's own: of a sharded model.
+            save_function: Ignored; passed by callers in the library. Weights are always safetensors.
+            push_to_hub: Also upload it.
             max_shard_size: Of the library.
             save_original_format: Of the library.
             push_options: `repo_id` (the folder's name if left out), and what `push_to_hub` takes.
 
         Raises:
-            ValueError: There is no processor, without which nobody could load the policy, or the path is a file.
-            TypeError: Options that are not read.
+            ValueError: There is no processor, or the path is a file.
+            TypeError: Unknown options.
         """
         if push_options and not push_to_hub:
             raise TypeError(f"save_pretrained does not take {sorted(push_options)} without push_to_hub=True; leave them out")
@@ -133,12 +133,10 @@ class SavedPolicy(PreTrainedModel):
     def push_to_hub(
         self, repo_id: str, processor: ProcessorMixin | None = None, *, card: str | None = None, **options: Any
     ) -> Any:
-        """Send the policy to the Hub with all that is needed to load it.
-
-        That is its processor, its card and, if it stands on a model in a folder, that model.
+        """Upload the policy with its processor, its card and, if that is a local folder, its base model.
 
         Args:
-            repo_id: Name on the Hub; made if it does not exist.
+            repo_id: Name on the Hub; created if it does not exist.
             processor: As of `save_pretrained`.
             card: As of `save_pretrained`.
             options: Of `rvlm.policy.hub.send`: `commit_message`, `private`, `token`, `revision` (a branch), `create_pr`, ...
@@ -164,19 +162,19 @@ class SavedPolicy(PreTrainedModel):
         config: Any = None,
         **options: Any,
     ) -> Any:
-        """The trained policy whole, set to evaluate, with its processor as `processor`; or an error.
+        """The complete trained policy in evaluation mode, with its `processor`; or an error.
 
         Args:
             pretrained_model_name_or_path: Folder, or name on the Hub.
             revision: Commit, branch or tag on the Hub.
-            base_model: Where the backbone is now (folder or Hub name), of a policy saved without it; if not where it was.
-            is_quantized: Whether to hold the backbone in 4 bits; as it was trained, if left out.
-            device: Where to put it.
-            config: The folder's, where it was read before.
+            base_model: Folder or Hub name of a referenced backbone, if it has moved.
+            is_quantized: Whether to load the backbone in 4 bits; default: as trained.
+            device: Moved there.
+            config: The folder's, if read already.
             options: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
         Raises:
-            CheckpointError: Folder and file that are missing, cut short, of another version, or hold weights that are no numbers.
+            CheckpointError: A file is missing, truncated or of another version, or weights are NaN or infinite.
             ValueError: A weight is missing, unexpected or mismatched.
             TypeError: An option that policies do not have.
         """
@@ -198,7 +196,7 @@ class SavedPolicy(PreTrainedModel):
                 if is_whole
                 else cls._over(folder, config, base_model, is_quantized, processor)
             )
-        refuse_no_numbers(folder, model)
+        check_finite(folder, model)
         model.processor = processor
         return (model if device is None else model.to(device)).eval()
 
@@ -221,32 +219,32 @@ class SavedPolicy(PreTrainedModel):
 
             read_json(folder / ADAPTERS / "adapter_config.json")
             model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
-        model.fill(folder)
+        model.load_own_weights(folder)
         return model
 
     @classmethod
     def _backbone(cls, folder: Path, config: Any, base_model: Any, is_quantized: bool | None, processor: Any) -> PreTrainedModel:
-        """What a policy's head and adapters stand on: a vision-language model, or the backbone of another policy."""
-        told = config.base_model
-        inside = folder / told["name"]
-        name = base_model or (inside if inside.is_dir() else told["name"])
-        where = hub.fetch(name, told.get("revision") if str(name) == told["name"] else None)
+        """The base model under head and adapters: a vision-language model, or the backbone of another policy."""
+        saved = config.base_model
+        inside = folder / saved["name"]
+        name = base_model or (inside if inside.is_dir() else saved["name"])
+        where = hub.fetch(name, saved.get("revision") if str(name) == saved["name"] else None)
         found = hub.origin(name, where)
-        if found["weights"] != told["weights"]:
-            at = f" at revision {told['revision']}" if told.get("revision") else ""
+        if found["weights"] != saved["weights"]:
+            at = f" at revision {saved['revision']}" if saved.get("revision") else ""
             raise CheckpointError(
-                f"{folder}: it was trained on {told['name']}{at} with weights {told['weights']}; got {name} with "
-                f"{found['weights']}; say where they are now by base_model=, or train it anew"
+                f"{folder}: it was trained on {saved['name']}{at} with weights {saved['weights']}; got {name} with "
+                f"{found['weights']}; give their present place by base_model=, or train it again"
             )
-        config.base_model = {**told, **found}
-        finetuning = told["finetuning"] if is_quantized is None else "qlora" if is_quantized else "full"
-        precision = told.get("precision", "auto")
+        config.base_model = {**saved, **found}
+        finetuning = saved["finetuning"] if is_quantized is None else "qlora" if is_quantized else "full"
+        precision = saved.get("precision", "auto")
         if is_policy(where):
             return cls.from_pretrained(where, is_quantized=True).backbone if finetuning == "qlora" else cls.merged(where).backbone
-        return load_backbone(where, processor, **held(where, finetuning, precision))
+        return load_backbone(where, processor, **load_kwargs(where, finetuning, precision))
 
-    def fill(self, folder: str | Path) -> None:
-        """Weights of a policy that was saved without its backbone from its folder; strictly.
+    def load_own_weights(self, folder: str | Path) -> None:
+        """Load the weights of a policy whose backbone is referenced from its folder; strictly.
 
         Raises:
             ValueError: A weight is missing, unexpected or mismatched.
@@ -263,7 +261,7 @@ class SavedPolicy(PreTrainedModel):
 
     @classmethod
     def merged(cls, name: str | Path, **options: Any) -> Any:
-        """A policy with its backbone, and adapters added to the weights that they stand on; it can then be saved whole.
+        """A policy with adapters merged into its backbone; it is then saved with the backbone.
 
         Args:
             name: Folder, or name on the Hub.
@@ -282,7 +280,7 @@ class SavedPolicy(PreTrainedModel):
 
 
 def _put(part: Path, folder: Path) -> None:
-    """Give what is written its place; stopped in between, the folder has no configuration and can't be loaded."""
+    """Move a written folder into place; if interrupted, the folder has no configuration and cannot be loaded."""
     if not folder.exists():
         part.rename(folder)
         return
@@ -296,12 +294,12 @@ def _put(part: Path, folder: Path) -> None:
 
 
 def non_backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of history, head, state and robots' tokens: all but the backbone's."""
+    """All weights but the backbone's: history, head, state projector, embodiment embedding."""
     return {name: value for name, value in weights.items() if not name.startswith("backbone.")}
 
 
-def held(vlm: Path, finetuning: str, precision: str = "auto") -> dict[str, Any]:
-    """How the weights of a backbone are held: those that learn in full, others by `precision` or in 4 bits."""
+def load_kwargs(vlm: Path, finetuning: str, precision: str = "auto") -> dict[str, Any]:
+    """Options of `load_backbone`: full precision if it is trained, else `precision` or 4 bits."""
     if finetuning == "full":
         return {}
     dtype = dtype_of(precision)

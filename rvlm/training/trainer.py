@@ -92,7 +92,7 @@ class StageTrainer(Trainer):
         """A policy that is saved without its backbone puts its weights together itself."""
         policy: Any = self.model
         if getattr(getattr(policy, "config", None), "base_model", None) is not None:  # a detector has no configuration
-            policy.fill(resume_from_checkpoint)
+            policy.load_own_weights(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -48,7 +48,7 @@ def test_the_librarys_own_verbs_give_the_trained_policy(kept):
 
 def test_a_policy_without_its_backbone_is_not_made_up(toy_vlm, toy_stats):
     config = perturbed_policy(toy_vlm, toy_stats, "head")[0].config
-    with pytest.raises(ValueError, match=r"expected the backbone that this policy stands on, .*vlm, got none; load it by"):
+    with pytest.raises(ValueError, match=r"expected the backbone of this policy, .*vlm, got none; load it by"):
         VLA(config)
 
 

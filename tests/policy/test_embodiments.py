@@ -203,7 +203,7 @@ def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path
         robot = model.embodiment(EpisodeDataset(stage.data[int(data.part[i])]).require_spec())
         assert data[i]["instruction"].startswith(f"{robot.spec.robot}: ")
     policy, asked = Policy(model.eval(), processor, spec=ActionSpec.from_card(ROBOTS[2])), []
-    policy.memory.add = lambda images, state, texts: asked.extend(texts)
+    policy.history.add = lambda images, state, texts: asked.extend(texts)
     image = np.zeros((48, 48, 3), np.uint8)
     policy._observe([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
     assert asked == [with_embodiment_name(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
@@ -234,9 +234,9 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
         slow = UncachedSequence(model, policy.prompter)
         for _ in range(2):
             state = torch.as_tensor(model.conditioning.align_state(policy.robot, np.zeros((1, 7), np.float32)))
-            for memory in (policy.memory, slow):
-                memory.add(image, state, [TEXTS[0]])
-        assert model.config.structure != "interleaved" or torch.allclose(policy.memory.predict(), slow.predict(), atol=1e-4)
+            for history in (policy.history, slow):
+                history.add(image, state, [TEXTS[0]])
+        assert model.config.structure != "interleaved" or torch.allclose(policy.history.predict(), slow.predict(), atol=1e-4)
         tokens = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
         return model.history_features(state[:, None], **tokens, **policy.prompter(image, [TEXTS[0]]))
 
@@ -271,7 +271,7 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
     with pytest.raises(ValueError, match=r"expected a state \(n, 8\), got one of 7"):
         alone.action_query_embeddings(1, torch.zeros(1, 7))
     strangers = [Embodiment(dataclasses.replace(after.spec, dataset=f"robot {i}"), after.stats) for i in range(MAX_EMBODIMENTS)]
-    with pytest.raises(ValueError, match="expected at most 32 robots with tokens of their own, got 35"):
+    with pytest.raises(ValueError, match="expected at most 32 embodiments, got 35"):
         after.register_embodiments(strangers)
     with pytest.raises(ValueError, match="no embodiment_conditioning 'tag'; there are None, name, token"):
         STAGE_BUILDERS[ROBOT](dataclasses.replace(first, policy={**ONE_STEP, "embodiment_conditioning": "tag"}))

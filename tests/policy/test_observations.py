@@ -66,7 +66,7 @@ IMAGES = {
         r"\(48, 48, 3\) uint8 RGB.*got \(96, 96, 3\) uint8; resize or crop to \(48, 48\)",
     ),
     "wider": (np.zeros((48, 64, 3), np.uint8), r"got \(48, 64, 3\) uint8; resize or crop"),
-    "empty": (np.zeros((0, 48, 3), np.uint8), r"\(0, 48, 3\) uint8; see to the camera"),
+    "empty": (np.zeros((0, 48, 3), np.uint8), r"\(0, 48, 3\) uint8; check the camera"),
     "nothing": (None, r"got \(\) object"),
     "rows of different lengths": ([[1, 2], [3]], r"as a numpy array, got list"),
 }
@@ -78,7 +78,7 @@ def test_an_image_of_another_kind_is_refused(policy, key, image, named):
     policy.reset()
     with pytest.raises(ObservationError, match=rf"robot 0: expected '{key}' .*{named}"):
         policy.select_action([given(**{key: image})])
-    assert not policy.memory._features, "what was refused is not remembered"
+    assert not policy.history._features, "what was refused is not remembered"
 
 
 STATES = {
@@ -89,8 +89,8 @@ STATES = {
     "truth": (np.zeros(7, bool), r"of bool"),
     "complex": (np.zeros(7, complex), r"of complex128"),
     "nothing": (None, r"got shape \(\) of object"),
-    "not a number": (np.array([0, 0, np.nan, 0, 0, 0, 0]), r"finite numbers, got .*nan.*see to the sensors of z"),
-    "infinite": (np.array([0, np.inf, 0, 0, 0, 0, -np.inf]), r"see to the sensors of y, gripper_opening"),
+    "not a number": (np.array([0, 0, np.nan, 0, 0, 0, 0]), r"finite numbers, got .*nan.*check the sensors of z"),
+    "infinite": (np.array([0, np.inf, 0, 0, 0, 0, -np.inf]), r"check the sensors of y, gripper_opening"),
 }
 
 
@@ -119,7 +119,7 @@ def test_an_instruction_is_one_text(policy, instruction):
 @pytest.mark.parametrize("word", ["<act>", "<image>"])
 def test_an_instruction_that_means_something_else_to_the_prompt_is_refused(policy, word):
     policy.reset()
-    with pytest.raises(ObservationError, match=rf"\['{word}'\] stand for images and actions in the prompt"):
+    with pytest.raises(ObservationError, match=rf"\['{word}'\] are special tokens of the prompt"):
         policy.select_action([given(instruction=f"lift the {word}")])
 
 
@@ -169,7 +169,7 @@ def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
 
     policy.reset()
     (doubt,) = warned()
-    assert doubt.startswith("robot 0: state 'x' is 512 [m], in training it lay between") and not warned()
+    assert doubt.startswith("robot 0: state 'x' is 512 [m], in training it was between") and not warned()
     policy.reset()
     assert warned()
     policy.reset()
@@ -185,8 +185,8 @@ def test_an_angle_is_doubted_in_degrees_and_not_for_being_new(policy):
         seen = dataclasses.replace(robot.stats["observation.state"], min=np.full(7, low), max=np.full(7, high))
         known = dataclasses.replace(robot, stats={**robot.stats, "observation.state": seen})
         checks = dataclasses.replace(policy.expected, robot=known)
-        assert checks.far([{"state": np.array([low] * 5 + [fits, low])}]) == ""
-        assert f"state 'yaw' is {odd:g} [rad]" in checks.far([{"state": np.array([low] * 5 + [odd, low])}])
+        assert checks.range_warning([{"state": np.array([low] * 5 + [fits, low])}]) == ""
+        assert f"state 'yaw' is {odd:g} [rad]" in checks.range_warning([{"state": np.array([low] * 5 + [odd, low])}])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

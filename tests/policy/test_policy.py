@@ -132,9 +132,9 @@ def test_every_observation_passes_through_the_tower_once(toy_vlm, toy_stats):
 def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monkeypatch):
     """Where the fast way does not say what the slow way says, the slow way acts."""
     model, processor = build(toy_vlm, toy_stats, INTERLEAVED)
-    assert isinstance(Policy(model, processor).memory, KVCachedSequence)
+    assert isinstance(Policy(model, processor).history, KVCachedSequence)
     monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self: None)
-    memory = Policy(model, processor).memory
+    history = Policy(model, processor).history
     assert type(memory) is UncachedSequence
 
 

@@ -81,14 +81,14 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
     facts = inspect_vlm(tmp_path)
     has_all = name not in ("kosmos2", "florence2")
     assert (facts["structures"], facts["several images"]) == (("all", "yes") if has_all else ("one_step, policy_head", "no"))
-    asked = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens of an image"]), ONE_STEP)
+    asked = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens per image"]), ONE_STEP)
     if name in ("idefics", "florence2"):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
             plan_memory(*asked, finetuning="lora", rank=2)
         return
     plan = plan_memory(*asked, finetuning="lora", rank=2)
     assert plan.parameters / 1e6 > facts["parameters [M]"] and plan.flops > 0 and plan.peak > 0
-    assert ("token types" in facts["reads in order"]) == (name == "paligemma")
+    assert ("token types" in facts["causal attention"]) == (name == "paligemma")
 
 
 def test_what_a_profiler_writes_past_python_stays_out_of_the_notebook(capfd):

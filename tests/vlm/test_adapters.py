@@ -168,7 +168,7 @@ def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
     assert torch.equal(predict(load_vla(folder, base_model=other)[0], batch), predict(model, batch)), "the same weights elsewhere"
     weights = load_file(other / "model.safetensors")
     save_file({name: value + 0.01 for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; say where they are now by base_model="):
+    with pytest.raises(ValueError, match=r"it was trained on .*; got .*vlm with .*; give their present place by base_model="):
         load_vla(folder, base_model=other)
 
 

@@ -33,7 +33,7 @@ HEIRS_TOO = ("one-step, tokens", "interleaved", "policy head")
 IMPOSSIBLE = {
     ("kosmos2", "interleaved"): "one image a prompt",
     ("florence2", "interleaved"): "one image a prompt",
-    ("florence2", "one-step, tokens"): "looks ahead",
+    ("florence2", "one-step, tokens"): "attends bidirectionally",
 }
 
 
