@@ -8,6 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rvlm.data.actions import ActionSpec
+from rvlm.policy.config import VLAConfig
+from rvlm.policy.model import VLA
+from rvlm.policy.observation_history import KVCachedSequence
 from rvlm.vlm.adapters import lora_target_pattern
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.causality import ensure_causal_attention
@@ -36,10 +39,6 @@ def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
     Raises:
         ValueError: The family takes one image a prompt, or its attention is not causal.
     """
-    from rvlm.policy.config import VLAConfig
-    from rvlm.policy.model import VLA
-    from rvlm.policy.observation_history import KVCachedSequence
-
     spec = ActionSpec.from_card("tabletop_franka7")
     policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras[:1], "has_state": False}
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)

@@ -135,7 +135,7 @@ def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monk
     assert isinstance(Policy(model, processor).history, KVCachedSequence)
     monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self: None)
     history = Policy(model, processor).history
-    assert type(memory) is UncachedSequence
+    assert type(history) is UncachedSequence
 
 
 @STRUCTURES
