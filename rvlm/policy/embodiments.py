@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Num
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.files import config_hash
@@ -92,7 +93,7 @@ class EmbodimentConditioning:
             instruction = with_embodiment_name(embodiment.spec, instruction)
         return {**sample, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
 
-    def align_state(self, embodiment: Embodiment, state: np.ndarray) -> np.ndarray:
+    def align_state(self, embodiment: Embodiment, state: Num[np.ndarray, "*n _"]) -> Num[np.ndarray, "*n _"]:
         """A normalised state (..., s) in the policy's order; by "token" (..., s + 1), with the robot's index last."""
         state = reorder_state(state, embodiment.spec.state_names, self.state_names)
         if self.kind != "token":
@@ -106,7 +107,7 @@ def with_embodiment_name(spec: ActionSpec, instruction: str) -> str:
     return f"{spec.robot}: {instruction}"
 
 
-def reorder_state(state: np.ndarray, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+def reorder_state(state: Num[np.ndarray, "*n _"], names: Sequence[str], wanted: Sequence[str]) -> Num[np.ndarray, "*n _"]:
     """A state (..., s) in another robot's order, matched by name; zero for dimensions that this robot does not have."""
     if tuple(names) == tuple(wanted):
         return state

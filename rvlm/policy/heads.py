@@ -6,7 +6,8 @@ Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on
 """
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvlm.data.actions import ActionTokenizer
@@ -14,7 +15,7 @@ from rvlm.data.actions import ActionTokenizer
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(values: Float[Tensor, "*n"], mask: Bool[Tensor, "*n"]) -> Float[Tensor, ""]:
     """Mean of `values` where `mask` is true; zero where it is nowhere true."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
@@ -27,8 +28,12 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 
 
 def continuous_action_loss(
-    arm: torch.Tensor, logit: torch.Tensor, is_open: torch.Tensor, mask: torch.Tensor, gripper_weight: float
-) -> dict[str, torch.Tensor]:
+    arm: Float[Tensor, "*n k arm"],
+    logit: Float[Tensor, "*n k"],
+    is_open: Float[Tensor, "*n k"],
+    mask: Bool[Tensor, "*n k a"],
+    gripper_weight: float,
+) -> dict[str, Float[Tensor, ""]]:
     """Masked loss of continuous actions: regression of the arm plus binary cross entropy of the gripper.
 
     Args:
@@ -66,17 +71,19 @@ class MLPHead(nn.Module):
         self.shape, self.arm_loss, self.gripper_weight = (chunk_size, n_dims), ARM_LOSSES[arm_loss], gripper_weight
         self.layers = nn.Sequential(nn.LayerNorm(width), *mlp(width, hidden, chunk_size * n_dims))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
         """(..., d) to (..., k, a): arm in normalised units, gripper as a logit of being open."""
         return self.layers(features).unflatten(-1, self.shape)
 
-    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(
+        self, features: Float[Tensor, "*n d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
+    ) -> dict[str, Float[Tensor, ""]]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
         predicted = self(features)
         arm = self.arm_loss(predicted[..., :-1], action[..., :-1], reduction="none")
         return continuous_action_loss(arm, predicted[..., -1], action[..., -1], mask, self.gripper_weight)
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
+    def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
         """Normalised actions (..., k, a); the gripper is the probability of being open."""
         predicted = self(features)
         return torch.cat([predicted[..., :-1], predicted[..., -1:].sigmoid()], dim=-1)
@@ -98,7 +105,7 @@ class FlowHead(nn.Module):
     """
 
     n_queries = 1
-    initial_noise: torch.Tensor
+    initial_noise: Tensor
 
     def __init__(
         self,
@@ -119,12 +126,16 @@ class FlowHead(nn.Module):
         self.gripper = mlp(width, hidden, chunk_size)
         self.register_buffer("initial_noise", torch.randn(self.shape))
 
-    def predict_clean_action(self, features: torch.Tensor, chunk: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def predict_clean_action(
+        self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*n k arm"], time: Float[Tensor, "*n 1"]
+    ) -> Float[Tensor, "*n k arm"]:
         """Clean action x1 (..., k, a - 1) of a noised chunk of that shape at flow time (..., 1): 0 is noise, 1 is action."""
         waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
         return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
 
-    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(
+        self, features: Float[Tensor, "*n d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
+    ) -> dict[str, Float[Tensor, ""]]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
         arm = (action * mask)[..., :-1].expand(self.n_noise_samples, *action[..., :-1].shape)  # masked action dims are zeroed
         noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
@@ -134,7 +145,7 @@ class FlowHead(nn.Module):
         ).mean(0)
         return continuous_action_loss(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
+    def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
         """Normalised actions (..., k, a); the gripper is the probability of being open."""
         chunk = self.initial_noise.expand(*features.shape[:-1], *self.shape)
         for step in range(self.n_euler_steps):
@@ -171,35 +182,37 @@ class TokensHead(nn.Module):
             nn.init.normal_(self.tokens.weight, std=width**-0.5)
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_bins))
 
-    def encode(self, action: torch.Tensor) -> torch.Tensor:
+    def encode(self, action: Float[Tensor, "*n k a"]) -> Int[Tensor, "*n N"]:
         """Normalised actions (..., k, a) to tokens (..., N), in decoding order."""
         ids = torch.from_numpy(self.tokenizer.encode(action.detach().cpu().numpy()))
         return ids.to(action.device).flatten(-2)
 
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+    def decode(self, ids: Int[Tensor, "*n N"]) -> Float[Tensor, "*n k a"]:
         """Tokens (..., N) to normalised actions (..., k, a)."""
         action = self.tokenizer.decode(ids.unflatten(-1, self.shape).cpu().numpy())
         return torch.from_numpy(action).to(ids.device, torch.float32)
 
-    def query_embeddings(self, n: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def query_embeddings(self, n: int, ids: Int[Tensor, "n N"] | None = None) -> Float[Tensor, "n N d"]:
         """Added to the embeddings of the N `<act>` of n observations: (n, N, d), given teacher-forced tokens `ids` (n, N)."""
         positions = self.token_position_embeddings.expand(n, -1, -1)
         if self.tokens is None or ids is None:
             return positions
         return torch.cat([positions[:, :1], positions[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
 
-    def loss(self, features: torch.Tensor, action: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(
+        self, features: Float[Tensor, "*n N d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
+    ) -> dict[str, Float[Tensor, ""]]:
         """Cross entropy at features (..., N, d) of normalised actions (..., k, a) where `mask` (..., k, a) is true."""
         logits = self.out(features)
         errors = F.cross_entropy(logits.flatten(0, -2), self.encode(action).flatten(), reduction="none")
         loss = masked_mean(errors, mask.flatten())
         return {"loss": loss, "token_loss": loss}
 
-    def greedy_tokens(self, features: torch.Tensor) -> torch.Tensor:
+    def greedy_tokens(self, features: Float[Tensor, "*n d"]) -> Int[Tensor, "*n"]:
         """Most likely token (...) at each feature (..., d)."""
         return self.out(features).argmax(-1)
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
+    def predict(self, features: Float[Tensor, "*n N d"]) -> Float[Tensor, "*n k a"]:
         """Normalised actions (..., k, a) from the features (..., N, d); the gripper's bins lie in [0, 1]."""
         return self.decode(self.greedy_tokens(features))
 

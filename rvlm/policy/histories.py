@@ -5,8 +5,8 @@ Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations.
 
 from typing import Any
 
-import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 MAX_OBS_STEPS = 256  # observations that the GPT history can hold
@@ -27,7 +27,7 @@ class LSTMHistory(nn.Module):
             if name.startswith("bias_ih"):
                 nn.init.constant_(bias[width : 2 * width], 2.0)  # PyTorch's order is input, forget, cell, output
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """(b, t, d) to (b, t, d)."""
         return features + self.lstm(self.norm(features))[0]
 
@@ -44,7 +44,7 @@ class GPTHistory(nn.Module):
         self.gpt = GPT2Model(GPT2Config(**size, **plain, use_cache=False, bos_token_id=None, eos_token_id=None))
         self.gpt.set_input_embeddings(None)  # its inputs are features
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """(b, t, d) to (b, t, d)."""
         return features + self.gpt(inputs_embeds=self.norm(features)).last_hidden_state
 

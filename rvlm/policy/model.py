@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
@@ -121,15 +122,15 @@ class VLA(SavedPolicy):
         return isinstance(self.head, TokensHead) and self.head.is_autoregressive
 
     def backbone_forward(
-        self, input_ids: torch.Tensor, offsets: torch.Tensor | None = None, **inputs: Any
-    ) -> tuple[torch.Tensor, Any]:
+        self, input_ids: Int[Tensor, "b l"], offsets: Float[Tensor, "n d"] | None = None, **inputs: Any
+    ) -> tuple[Float[Tensor, "n d"], Any]:
         """One pass of the backbone, as `rvlm.vlm.backbones.action_query_states`, in the head's precision."""
         hidden, cache = action_query_states(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
         return hidden.to(next(self.head.parameters()).dtype), cache
 
     def action_query_embeddings(
-        self, n: int, state: torch.Tensor | None, tokens: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+        self, n: int, state: Float[Tensor, "n _"] | None, tokens: Int[Tensor, "n N"] | None = None
+    ) -> Float[Tensor, "queries d"] | None:
         """Offsets of the input embeddings of the `<act>` of n observations (n * N, d), or None.
 
         Args:
@@ -162,11 +163,11 @@ class VLA(SavedPolicy):
 
     def observation_features(
         self,
-        input_ids: torch.Tensor,
-        state: torch.Tensor | None = None,
-        tokens: torch.Tensor | None = None,
+        input_ids: Int[Tensor, "b l"],
+        state: Float[Tensor, "n _"] | None = None,
+        tokens: Int[Tensor, "n N"] | None = None,
         **inputs: Any,
-    ) -> torch.Tensor:
+    ) -> Float[Tensor, "n ... d"]:
         """Hidden states at the `<act>` of n observations: (n, d), or (n, N, d) where the head reads N of them.
 
         Args:
@@ -181,8 +182,12 @@ class VLA(SavedPolicy):
         return hidden.unflatten(0, (n, n_queries)) if n_queries > 1 else hidden
 
     def history_features(
-        self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, tokens: torch.Tensor | None = None, **inputs: Any
-    ) -> torch.Tensor:
+        self,
+        state: Float[Tensor, "b t _"],
+        obs_mask: Bool[Tensor, "b t"] | None = None,
+        tokens: Int[Tensor, "n N"] | None = None,
+        **inputs: Any,
+    ) -> Float[Tensor, "b t ... d"]:
         """Features (b, t, d) of t observation steps, each with its past; (b, t, N, d) where the head reads N.
 
         Args:
@@ -200,12 +205,12 @@ class VLA(SavedPolicy):
 
     def forward(
         self,
-        state: torch.Tensor | None = None,
-        action: torch.Tensor | None = None,
-        action_mask: torch.Tensor | None = None,
-        obs_mask: torch.Tensor | None = None,
-        dataset_index: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        state: Float[Tensor, "b t _"] | None = None,
+        action: Float[Tensor, "b t k a"] | None = None,
+        action_mask: Bool[Tensor, "b t k a"] | None = None,
+        obs_mask: Bool[Tensor, "b t"] | None = None,
+        dataset_index: Int[Tensor, " b"] | None = None,
+        labels: Int[Tensor, "b l"] | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """Loss on a batch of actions or, with `labels`, on a batch of answers (VQA).
@@ -230,15 +235,17 @@ class VLA(SavedPolicy):
         return ModelOutput(**self.head.loss(self.history_features(state, obs_mask, tokens, **inputs), action, action_mask))
 
     @torch.inference_mode()
-    def predict(self, state: torch.Tensor, obs_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, state: Float[Tensor, "b t _"], obs_mask: Bool[Tensor, "b t"] | None = None, **inputs: Any
+    ) -> Float[Tensor, "b k a"]:
         """Normalised actions (b, k, a) from the last of t observation steps; arguments as `history_features` takes them."""
         if self.is_autoregressive:
             return self._generate_tokens(state[:, -1], **inputs)
         return self.head.predict(self.history_features(state, obs_mask, **inputs)[:, -1])
 
     def _generate_tokens(
-        self, state: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
-    ) -> torch.Tensor:
+        self, state: Float[Tensor, "b _"], input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], **inputs: Any
+    ) -> Float[Tensor, "b k a"]:
         """Normalised actions (b, k, a), decoded greedily with a KV cache; prompts are padded on the left."""
         b, n_tokens = len(input_ids), self.head.n_queries
         prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>; the others are placeholders of later tokens

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from rvlm.policy.model import VLA
 from rvlm.vlm.backbones import vision_features
@@ -22,11 +24,11 @@ class SingleObservation:
         self.model, self.prompter = model, prompter
         self._inputs: dict[str, torch.Tensor] = {}
 
-    def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """Add one observation of n robots: images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.conditioning` gives it."""
         self._inputs = {**_prompts(self.model, self.prompter, images, instructions), "state": state[:, None]}
 
-    def predict(self) -> torch.Tensor:
+    def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
         return self.model.predict(**self._inputs)
 
@@ -45,13 +47,13 @@ class FeatureHistory:
         self.model, self.prompter = model, prompter
         self._features: deque[torch.Tensor] = deque(maxlen=model.config.n_obs_steps)
 
-    def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         self._features.append(
             self.model.observation_features(state=state, **_prompts(self.model, self.prompter, images, instructions))
         )
 
-    def predict(self) -> torch.Tensor:
+    def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
         missing = self.model.config.n_obs_steps - len(self._features)
         stacked = torch.stack([self._features[0]] * missing + list(self._features), dim=1)
@@ -74,7 +76,7 @@ class UncachedSequence:
         self._steps: list[tuple[Any, torch.Tensor]] = []  # per observation: images or features, and state (n, ...)
         self._instructions: list[str] = []
 
-    def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         self._push(images, state, instructions)
 
@@ -85,7 +87,7 @@ class UncachedSequence:
         self._steps.append((vision, state))
         self._instructions = list(instructions)
 
-    def predict(self) -> torch.Tensor:
+    def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
         images, state = zip(*self._steps, strict=True)
         n, length = len(self._instructions), len(self._steps)
@@ -132,7 +134,7 @@ class KVCachedSequence(UncachedSequence):
         tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
         return torch.allclose(cached.predict(), uncached.predict(), rtol=0, atol=tolerance)
 
-    def add(self, images: np.ndarray, state: torch.Tensor, instructions: Sequence[str]) -> None:
+    def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         if not self.prompter.is_separable(*images.shape[-3:-1]):
             return super().add(images, state, instructions)
@@ -144,7 +146,7 @@ class KVCachedSequence(UncachedSequence):
         else:
             self._prefill()
 
-    def predict(self) -> torch.Tensor:
+    def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
         return super().predict() if self._cache is None else self.model.head.predict(self._hidden)
 

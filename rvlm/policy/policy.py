@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.cards import IMAGE_KEYS
@@ -96,7 +97,7 @@ class Policy:
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
 
-    def select_action(self, observations: Observations) -> np.ndarray:
+    def select_action(self, observations: Observations) -> Float[np.ndarray, "n a"]:
         """The next raw action (n, a) of each robot; predicts a new chunk when the queue is empty.
 
         Args:
@@ -131,7 +132,7 @@ class Policy:
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
 
-    def predict_action_chunk(self, observations: Observations) -> np.ndarray:
+    def predict_action_chunk(self, observations: Observations) -> Float[np.ndarray, "n k a"]:
         """Raw action chunks (n, k, a) for these observations, which are added to the histories."""
         self._check(observations)
         self._observe(observations)

@@ -162,7 +162,7 @@ def test_state_is_required_where_the_policy_has_one(toy_vlm, toy_stats):
     batch = inputs(a_batch(model, processor))
     batch.pop("obs_mask")
     batch.pop("state")
-    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; `VLA.conditioning` makes it"):
+    with pytest.raises(ValueError, match=r"expected a state \(n, 7\), got none; see `VLA.conditioning.align_state`"):
         model.observation_features(**batch)
 
 
