@@ -1,5 +1,6 @@
 """Toys that several test modules share: a vision-language model and demonstrations, both real and tiny."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads must not spin
@@ -16,6 +17,12 @@ from toy_data import TEXTS, TOY, toy_frames
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_first_notebooks.py", "test_later_notebooks.py"))
+
+
+def pytest_collection_finish():
+    """What is imported stays: a garbage collection, of which a training has several, else goes through it for a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
