@@ -66,9 +66,9 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
         is_causal = ensure_causal_attention(model, prompter, act_id)
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
-    tower, has_several = vision_modules(model), prompter.layout != "first"
+    tower, has_several = vision_modules(model), prompter.input_format != "image_first"
     cached = {True: "yes", False: "no, the window is recomputed"}
-    n_tokens = sum(i in prompter.image_ids for i in prompter.token_ids("lift it"))
+    n_tokens = sum(i in prompter.image_token_ids for i in prompter.token_ids("lift it"))
     return pd.Series({
         **facts,
         "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),

@@ -123,7 +123,7 @@ class KVCachedSequence(UncachedSequence):
         """
         rng, side, length = np.random.default_rng(0), prompter.image_size, min(3, model.config.n_obs_steps)
         noise = rng.integers(0, 256, (length, 2, prompter.n_images, side, side, 3), np.uint8)
-        if not prompter.sees_pixels_alone:
+        if not prompter.uses_pixel_values_only:
             return False
         cached, uncached = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
         for images in noise:

@@ -19,7 +19,7 @@ from rvlm.policy.checkpoints import load_vla
 from rvlm.policy.model import VLA
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
 from rvlm.policy.observations import Expected, ObservationError
-from rvlm.vlm.templates import mark_of, special_words
+from rvlm.vlm.templates import image_token, special_tokens
 
 Observation = dict[str, Any]
 Observations = Sequence[Observation] | Any  # anything is checked, and refused with a message
@@ -69,7 +69,7 @@ class Policy:
         self.n_action_steps = int(n_action_steps)
         self.prompter = model.prompt_builder(processor)
         size: Any = model.config.image_size
-        words = tuple({mark_of(processor), *special_words(processor.tokenizer)})
+        words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure

@@ -1,7 +1,7 @@
-"""Processors of any image-text-to-text family, also where a part that is never used here cannot be made.
+"""Processors of any image-text-to-text family, also without the video processor, which needs torchvision.
 
-A family's own processor turns images and text into what its model reads. Several families' processors hold a part for videos
-that needs torchvision; where it is missing the rest is put together without it.
+A family's own processor makes model inputs of images and text. Where torchvision is missing, it is built from its image
+processor and tokenizer alone.
 """
 
 import copy
@@ -17,46 +17,46 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from rvlm.vlm.templates import choose, mark_of
+from rvlm.vlm.templates import image_token, select_chat_template
 
 ACT = "<act>"
-DEFAULT_IMAGE_SIZE = 224  # side of images for families that take any [px]
-INPUT_FORMATS = ("marked", "listed", "first")
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else the library asks, and runs a repository's own code at a "y"
+DEFAULT_IMAGE_SIZE = 224  # for families that take images of any size [px]
+INPUT_FORMATS = ("placeholder", "interleaved", "image_first")
+NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}  # by default the library asks, and "y" runs a repository's code
 
 
 class NullVideoProcessor:
-    """Stands where a processor keeps its part for videos."""
+    """Placeholder for a processor's video processor."""
 
     merge_size = temporal_patch_size = 2
     num_frames = fps = 1
 
 
 class VideoFreeProcessorMixin:
-    """What a processor's class is mixed with so that it does without its part for videos."""
+    """Mixin that lets a family's processor class work without a video processor."""
 
-    _kept: dict[str, Any]
+    _settings: dict[str, Any]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-        """Any part will do."""
+        """Accept a component of any class."""
         return type(argument)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Save the parts for images and text, and the settings, as `load_processor` reads them."""
+        """Save image processor, tokenizer and settings, as `load_processor` reads them."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "processor_config.json").write_text(json.dumps(self._kept, indent=1))
+        (Path(folder) / "processor_config.json").write_text(json.dumps(self._settings, indent=1))
 
 
 def load_processor(name_or_path: str | Path) -> ProcessorMixin:
-    """The processor of a vision-language model, with `<act>` in its tokenizer and one chat template, if it has any.
+    """The processor of a vision-language model, with `<act>` in its tokenizer and at most one chat template.
 
     Raises:
-        ImportError: The family's processor needs a package that is not here, and cannot do without it.
-        ValueError: It needs code of its own, or has several chat templates and no default.
+        ImportError: The family's processor needs a package that is not installed.
+        ValueError: It needs remote code, or has several chat templates and no default.
     """
     try:
-        processor = _loaded(name_or_path)
+        processor = _auto_processor(name_or_path)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -64,119 +64,121 @@ def load_processor(name_or_path: str | Path) -> ProcessorMixin:
             f"{name_or_path}: expected a model of a class in transformers, got one that brings code of its own, which is never "
             "run here; take a model of a family that the library knows"
         ) from error
-    processor.chat_template = processor.tokenizer.chat_template = choose(processor)
+    processor.chat_template = processor.tokenizer.chat_template = select_chat_template(processor)
     if ACT not in processor.tokenizer.get_vocab():
         processor.tokenizer.add_special_tokens({"extra_special_tokens": [ACT]}, replace_extra_special_tokens=False)
     return processor
 
 
-def _loaded(name_or_path: str | Path) -> Any:
+def _auto_processor(name_or_path: str | Path) -> Any:
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **NO_CODE)
+        return AutoProcessor.from_pretrained(name_or_path, **NO_REMOTE_CODE)
     except (ImportError, ValueError):
         if is_torchvision_available():
             raise
-        return _assembled(str(name_or_path))
+        return _without_video_processor(str(name_or_path))
 
 
-def _assembled(name_or_path: str) -> Any:
-    """The family's processor from its parts for images and text."""
-    kept, _ = ProcessorMixin.get_processor_dict(name_or_path)
-    template = kept.pop("chat_template", None)
-    named = getattr(transformers, kept.get("processor_class") or "", None)
-    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, **NO_CODE))]
-    settings = {k: v for k, v in kept.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
-    parts = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-    loaded = {name: part.from_pretrained(name_or_path, **NO_CODE) for name, part in parts.items()}
-    made = type(family.__name__, (VideoFreeProcessorMixin, family), {"_kept": {**settings, "processor_class": family.__name__}})
-    return made(**loaded, video_processor=NullVideoProcessor(), chat_template=template, **settings)
+def _without_video_processor(name_or_path: str) -> Any:
+    """The family's processor from its image processor and tokenizer."""
+    config, _ = ProcessorMixin.get_processor_dict(name_or_path)
+    template = config.pop("chat_template", None)
+    named = getattr(transformers, config.get("processor_class") or "", None)
+    family: Any = named or PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, **NO_REMOTE_CODE))]
+    settings = {k: v for k, v in config.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
+    auto = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    components = {name: cls.from_pretrained(name_or_path, **NO_REMOTE_CODE) for name, cls in auto.items()}
+    saved = {"_settings": {**settings, "processor_class": family.__name__}}
+    video_free = type(family.__name__, (VideoFreeProcessorMixin, family), saved)
+    return video_free(**components, video_processor=NullVideoProcessor(), chat_template=template, **settings)
 
 
-def pictures(images: np.ndarray) -> list[Image.Image]:
-    """Images (n, h, w, 3) uint8 in the form that every family's processor takes."""
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Images (n, h, w, 3) uint8 as PIL images, which every family's processor takes."""
     return [Image.fromarray(image) for image in images]
 
 
-def blank(side: int) -> Image.Image:
-    """A black image."""
+def black_image(side: int) -> Image.Image:
+    """A black square image; side in px."""
     return Image.new("RGB", (side, side))
 
 
-def side_of_images(processor: Any) -> int:
-    """Side of the images that a family looks at [px], read off what comes back of one of `DEFAULT_IMAGE_SIZE`.
+def detect_image_size(processor: Any) -> int:
+    """Side of a model's input images [px], found by processing one of `DEFAULT_IMAGE_SIZE`.
 
-    A family that takes any size gets that one; one that resizes all images, or cuts them into tiles, the side of these.
+    `DEFAULT_IMAGE_SIZE` if the family takes any size; the side of resized images or tiles otherwise.
     """
-    part = processor.image_processor
-    given = part(images=[blank(DEFAULT_IMAGE_SIZE)], return_tensors="pt")
-    seen = {"pixel_values": given} if isinstance(given, torch.Tensor) else dict(given)
-    pixels, grid = seen["pixel_values"], seen.get("image_grid_thw", seen.get("spatial_shapes"))
+    image_processor = processor.image_processor
+    output = image_processor(images=[black_image(DEFAULT_IMAGE_SIZE)], return_tensors="pt")
+    vision = {"pixel_values": output} if isinstance(output, torch.Tensor) else dict(output)
+    pixels, grid = vision["pixel_values"], vision.get("image_grid_thw", vision.get("spatial_shapes"))
     if grid is not None:
-        return int(grid[0][-1]) * int(part.patch_size)
+        return int(grid[0][-1]) * int(image_processor.patch_size)
     tile = pixels if isinstance(pixels, torch.Tensor) else torch.as_tensor(pixels[0])
     is_image = tile.ndim > 2 and tile.shape[-3] == 3
     return int(tile.shape[-1]) if is_image else DEFAULT_IMAGE_SIZE
 
 
-class KnownImages:
-    """Stands where a processor keeps its part for images, and gives back what came of as many of these sizes before."""
+class CachedImageProcessor:
+    """Wraps an image processor: the output depends only on number and size of the images, is cached, and has zero pixels."""
 
-    def __init__(self, part: Any) -> None:
-        self._part, self._kept = part, {}
+    def __init__(self, image_processor: Any) -> None:
+        self._image_processor, self._cache = image_processor, {}
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else is the part's own."""
+        """Public attributes are the wrapped processor's."""
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._part, name)
+        return getattr(self._image_processor, name)
 
     def __call__(self, images: Any, *_: Any, **options: Any) -> Any:
-        """As the part itself, but for the pixels, which are those of no image."""
+        """The wrapped processor's output for images of these sizes, with zero pixels."""
         key = repr((_sizes(images), sorted(options.items())))
-        if key not in self._kept:
-            seen = self._part(images, **options)
-            self._kept[key] = _empty(seen) if isinstance(seen, torch.Tensor) else {k: _empty(v) for k, v in seen.items()}
-        kept = self._kept[key]
-        return BatchFeature(dict(kept)) if isinstance(kept, dict) else kept
+        if key not in self._cache:
+            output = self._image_processor(images, **options)
+            is_tensor = isinstance(output, torch.Tensor)
+            self._cache[key] = _zero_pixels(output) if is_tensor else {k: _zero_pixels(v) for k, v in output.items()}
+        cached = self._cache[key]
+        return BatchFeature(dict(cached)) if isinstance(cached, dict) else cached
 
 
-def _empty(value: Any) -> Any:
-    """Zeros in the shape of pixels, which take no memory; anything else as it is."""
+def _zero_pixels(value: Any) -> Any:
+    """Floating-point tensors (pixels) as expanded zeros, which take no memory; anything else unchanged."""
     is_pixels = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.new_zeros(()).expand(value.shape) if is_pixels else value
 
 
 def _sizes(images: Any) -> Any:
-    return [_sizes(part) for part in images] if isinstance(images, (list, tuple)) else getattr(images, "size", None)
+    return [_sizes(image) for image in images] if isinstance(images, (list, tuple)) else getattr(images, "size", None)
 
 
-def knowing_images(processor: Any) -> Any:
-    """A copy of a processor that looks at images of one size once: the tokenizer alone then makes all other texts' ids."""
-    known = copy.copy(processor)
-    known.image_processor = KnownImages(processor.image_processor)
-    return known
+def with_cached_images(processor: Any) -> Any:
+    """A copy of a processor that processes images of one size once, so that further texts cost only the tokenizer."""
+    cached = copy.copy(processor)
+    cached.image_processor = CachedImageProcessor(processor.image_processor)
+    return cached
 
 
 def detect_input_format(processor: Any, image_size: int) -> str:
-    """How a family's processor takes images and text, found by trying with one black image.
+    """The format in which a family's processor takes images and text, found by trying with one black image.
 
-    "marked": each image by a token in the text; "listed": images and texts as one list, in their order; "first": one image for
-    each text, which the processor sets before it.
+    "placeholder": an image token in the text for each image; "interleaved": one list of images and texts, in order;
+    "image_first": one image per text, which the processor puts first.
 
     Raises:
-        ValueError: It takes them in none of these ways; with what it said.
+        ValueError: It takes none of these formats; with its errors.
     """
-    image, said = blank(image_size), []
-    ways: dict[str, Any] = {"listed": (None, [[image, ACT]]), "first": ([image], [ACT])}
+    image, errors = black_image(image_size), []
+    formats: dict[str, Any] = {"interleaved": (None, [[image, ACT]]), "image_first": ([image], [ACT])}
     if isinstance(getattr(processor, "image_token", None), str):
-        ways = {"marked": ([[image]], [mark_of(processor) + ACT]), **ways}
-    for name, (images, text) in ways.items():
+        formats = {"placeholder": ([[image]], [image_token(processor) + ACT]), **formats}
+    for name, (images, text) in formats.items():
         try:
             if "pixel_values" in processor(images=images, text=text, return_tensors="pt"):
                 return name
         except (TypeError, ValueError, AttributeError) as error:
-            said.append(f"{name}: {error}")
+            errors.append(f"{name}: {error}")
     raise ValueError(
-        f"expected a processor that takes images with text, {', '.join(INPUT_FORMATS)}; got {type(processor).__name__}, which "
-        f"says {'; '.join(said)}; take a family that reads images as tokens of its text, such as SmolVLM or Qwen-VL"
+        f"expected a processor that takes images with text ({', '.join(INPUT_FORMATS)}); got {type(processor).__name__}, which "
+        f"raises {'; '.join(errors)}; take a family with image tokens in its text, such as SmolVLM or Qwen-VL"
     )

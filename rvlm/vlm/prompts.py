@@ -1,9 +1,10 @@
-"""Prompts: images and instructions to what a vision-language model reads, with `<act>` where actions are read.
+"""Prompts: images and instructions as inputs of a vision-language model, with `<act>` where the action head reads.
 
-The family's own processor and chat template say how a prompt is written; the same object serves training and evaluation.
+The family's own processor and chat template write the prompt; one object does it for training and evaluation.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,42 +12,40 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from rvlm.vlm.processors import ACT, detect_input_format, knowing_images, pictures, side_of_images
-from rvlm.vlm.templates import Chat, any_of, mark_of, special_words
+from rvlm.vlm.processors import ACT, detect_image_size, detect_input_format, to_pil, with_cached_images
+from rvlm.vlm.templates import ChatTemplate, image_token, special_tokens, token_pattern
 
-MOST_KEPT = 4096  # instructions whose token ids are remembered
-TEXT = {"input_ids", "attention_mask"}
-WORDS = "lift it"  # an instruction to try a processor with
+MAX_CACHED_PROMPTS = 4096
+TEXT_KEYS = {"input_ids", "attention_mask"}
+EXAMPLE_INSTRUCTION = "lift it"  # to try a processor with
 
-Images = np.ndarray | Sequence[np.ndarray]  # of observations: one array (m, n_images, h, w, 3), or a list where sizes differ
+Images = np.ndarray | Sequence[np.ndarray]  # one array (m, n_images, h, w, 3), or a list of m arrays if sizes differ
 
 
 class PromptBuilder:
-    """Images and instructions to what the backbone reads; the same object serves training and evaluation.
+    """Images and instructions as the backbone's inputs.
 
-    The text is the turn of a user as the model's chat template writes it, images and instruction, up to where the answer begins,
-    and `<act>`; further observations of the same sequence follow as images and `<act>` alone, their words as the template writes
-    them behind those before (it may number them: the first image of the second observation of two cameras is the third).
-    Where the family's processor only rescales and normalises an image of the model's size, which is tried once, prompts are made
-    without it: token ids are remembered per text, pixels are two operations. Other families, and other sizes, go through the
-    whole processor, and all that it gives is handed on.
+    The text is a user's turn (images and instruction) as the model's chat template writes it, up to where the answer begins, and
+    `<act>`. Further observations of the same sequence follow as images and `<act>`, with the image tokens that the template
+    would write next (it may number them). Where the family's processor only rescales and normalises images of the model's size,
+    which is tried once, prompts are made without it, from cached token ids. Other families and image sizes go through the whole
+    processor, and all its outputs are passed on.
 
     Args:
         processor: The backbone's processor.
         n_images: Images per observation.
         n_queries: `<act>` per observation: the positions that the action head reads.
-        padding_side: "right" or "left", the side on which shorter prompts are filled up.
+        padding_side: "right" or "left".
         is_interleaved: Whether the observations of a sample share one prompt, o1 `<act>` o2 `<act>` ...
 
     Attributes:
         image_size: Side of the images that the model takes without resizing [px].
-        layout: How the processor takes images and text (`detect_input_format`).
-        image_ids: Token ids that hold the place of images; known with the first prompt.
-        is_causal_by_type: Whether the family must be told by token types that no token may look ahead.
+        input_format: How the processor takes images and text (`detect_input_format`).
+        image_token_ids: Ids of image tokens; empty before the first prompt.
+        is_causal_by_type: Whether token types make all of the prompt causal, in families that have such types.
 
     Raises:
-        ValueError: The processor takes no images with text, one image a prompt and more are asked for, or its chat template
-            cannot be used.
+        ValueError: The processor takes no images with text, takes only one per prompt, or its chat template cannot be used.
     """
 
     def __init__(
@@ -60,193 +59,194 @@ class PromptBuilder:
         self.processor, self.n_images, self.n_queries = processor, n_images, n_queries
         self.padding_side, self.is_interleaved = padding_side, is_interleaved
         self.is_causal_by_type = False
-        self.image_size = side_of_images(processor)
-        self.layout = detect_input_format(processor, self.image_size)
-        if self.layout == "first" and (n_images > 1 or is_interleaved):
+        self.image_size = detect_image_size(processor)
+        self.input_format = detect_input_format(processor, self.image_size)
+        if self.input_format == "image_first" and (n_images > 1 or is_interleaved):
             raise ValueError(
-                f"expected one image a prompt, for {type(processor).__name__} sets it before the text itself; got {n_images} an "
+                f"expected one image a prompt, which {type(processor).__name__} puts before the text; got {n_images} an "
                 f"observation{', interleaved' * is_interleaved}; take one camera, with structure 'one_step' or 'policy_head'"
             )
-        self.chat = Chat(processor, n_images) if self.layout == "marked" else None
-        if self.chat is not None and is_interleaved:
-            self.chat.images(n_images, 2 * n_images)
-        self.image_ids: set[int] = set()
-        self._special = any_of([mark_of(processor), *special_words(processor.tokenizer)])
-        self._of_text = knowing_images(processor)
-        self._ids: dict[tuple[str, int], list[int]] = {}
+        self.template = ChatTemplate(processor, n_images) if self.input_format == "placeholder" else None
+        if self.template is not None and is_interleaved:
+            self.template.image_markup(n_images, 2 * n_images)
+        self.image_token_ids: set[int] = set()
+        self._special_pattern = token_pattern([image_token(processor), *special_tokens(processor.tokenizer)])
+        self._text_processor = with_cached_images(processor)
+        self._cached_ids: dict[tuple[str, int], list[int]] = {}
         self._is_separable: dict[tuple[int, ...], bool] = {}
-        self._first, self._options = "", {}
-        if self.layout == "marked":
-            self._first, self._options = self._beginning()
+        self._extra_bos, self._bos_options = "", {}
+        if self.input_format == "placeholder":
+            self._extra_bos, self._bos_options = self._find_single_bos()
 
-    def _beginning(self) -> tuple[str, dict[str, bool]]:
-        """What to take off the text, and what to tell the tokenizer, for a prompt to begin with one token of its beginning."""
-        word, text = self.processor.tokenizer.bos_token, self.text(WORDS)
-        if word is None:
+    def _find_single_bos(self) -> tuple[str, dict[str, bool]]:
+        """The BOS token to remove from the text, and the tokenizer's options, for a prompt to have no duplicate of it."""
+        tokenizer = self.processor.tokenizer
+        bos, text, images = tokenizer.bos_token, self.text(EXAMPLE_INSTRUCTION), self._black_images(1)
+        if bos is None:
             return "", {}
-        bos, most, seen = self.processor.tokenizer.convert_tokens_to_ids(word), max(1, text.count(word)), self._blank(1)
-        ways: list[tuple[str, dict[str, bool]]] = [("", {}), ("", {"add_special_tokens": False}), (word, {})]
-        for self._first, self._options in ways:
-            if self._processed(seen, [WORDS], [1], self._of_text)["input_ids"][0].tolist().count(bos) <= most:
-                return self._first, self._options
+        options: list[tuple[str, dict[str, bool]]] = [("", {}), ("", {"add_special_tokens": False}), (bos, {})]
+        for self._extra_bos, self._bos_options in options:
+            ids = self._run_processor(images, [EXAMPLE_INSTRUCTION], [1], self._text_processor)["input_ids"][0].tolist()
+            if ids.count(tokenizer.convert_tokens_to_ids(bos)) <= max(1, text.count(bos)):
+                return self._extra_bos, self._bos_options
         raise ValueError(
-            f"expected one {word} at the beginning of a prompt, got more of {type(self.processor).__name__}: its template, its "
+            f"expected one {bos} at the beginning of a prompt, got more of {type(self.processor).__name__}: its template, its "
             "tokenizer and its own code each write one; take it out of the chat template"
         )
 
-    def _blank(self, n_steps: int) -> np.ndarray:
+    def _black_images(self, n_steps: int) -> np.ndarray:
         return np.zeros((n_steps, self.n_images, self.image_size, self.image_size, 3), np.uint8)
 
     @functools.cached_property
-    def _plain(self) -> dict[str, torch.Tensor]:
-        """What the processor makes of an image of the model's size, where `_scaled` makes the same pixels; else nothing."""
-        noise = np.random.default_rng(0).integers(0, 256, self._blank(1).shape, np.uint8)
-        whole = self._processed(noise, [WORDS], [1])
-        if not _are_pixels_alone(whole):
+    def _rescaled_example(self) -> dict[str, torch.Tensor]:
+        """The processor's output for an image of the model's size, if `_normalize` gives the same pixels; else empty."""
+        noise = np.random.default_rng(0).integers(0, 256, self._black_images(1).shape, np.uint8)
+        output = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
+        if not _has_pixel_values_only(output):
             return {}
-        ours, theirs = self._scaled(noise), whole["pixel_values"]
+        ours, theirs = self._normalize(noise), output["pixel_values"]
         is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
-        return whole if is_same else {}
+        return output if is_same else {}
 
-    def _processed(
-        self, images: Images, instructions: Sequence[str], n_steps: Sequence[int], process: Any = None
+    def _run_processor(
+        self, images: Images, instructions: Sequence[str], n_steps: Sequence[int], processor: Any = None
     ) -> dict[str, torch.Tensor]:
-        process, observations = process or self.processor, iter(images)
-        rows = [[pictures(next(observations)) for _ in range(n)] for n in n_steps]
-        queries, options = ACT * self.n_queries, {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
-        if self.layout == "marked":
-            texts = [self.text(text, n).replace(self._first, "", 1) for text, n in zip(instructions, n_steps, strict=True)]
-            seen = [[image for step in row for image in step] for row in rows]
-            batch = dict(process(images=seen, text=texts, **options, **self._options))
-        elif self.layout == "listed":
-            steps = [
-                zip(row, [text + queries, *[queries] * (len(row) - 1)], strict=True)
-                for row, text in zip(rows, instructions, strict=True)
-            ]
-            batch = dict(process(text=[[part for seen, said in row for part in (*seen, said)] for row in steps], **options))
-        else:
-            process.tokenizer.padding_side = self.padding_side  # KosMos-2 looks nowhere else
-            texts = [text + queries for text in instructions]
-            batch = dict(process(images=[row[0][0] for row in rows], text=texts, **options))
+        """Batch of prompts from the family's processor; with left padding, tokens after the last `<act>` are dropped."""
+        processor, remaining = processor or self.processor, iter(images)
+        samples = [[to_pil(next(remaining)) for _ in range(n)] for n in n_steps]
+        if self.input_format == "image_first":
+            processor.tokenizer.padding_side = self.padding_side  # KosMos-2 ignores the option
+        options = {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
+        batch = dict(processor(**self._processor_inputs(samples, instructions), **options))
         batch.pop("labels", None)
-        if self.padding_side == "left":  # what a family says behind the last <act> is not said, for more may follow there
-            shape, is_act = batch["input_ids"].shape, batch["input_ids"] == process.tokenizer.convert_tokens_to_ids(ACT)
+        if self.padding_side == "left":
+            shape, is_act = batch["input_ids"].shape, batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids(ACT)
             end = int(is_act.nonzero()[:, 1].max()) + 1
             batch = {k: v[:, :end] if v.shape[:2] == shape else v for k, v in batch.items()}
         if self.is_causal_by_type:
             batch["token_type_ids"] = torch.ones_like(batch["token_type_ids"])
         return batch
 
-    def _scaled(self, images: np.ndarray) -> torch.Tensor:
+    def _processor_inputs(self, samples: Sequence[Sequence[list]], instructions: Sequence[str]) -> dict[str, Any]:
+        """Samples (PIL images of each observation) and instructions in the processor's `input_format`."""
+        queries, pairs = ACT * self.n_queries, list(zip(samples, instructions, strict=True))
+        if self.input_format == "placeholder":
+            texts = [self.text(text, len(sample)).replace(self._extra_bos, "", 1) for sample, text in pairs]
+            return {"images": [list(itertools.chain(*sample)) for sample in samples], "text": texts, **self._bos_options}
+        if self.input_format == "image_first":
+            return {"images": [sample[0][0] for sample in samples], "text": [text + queries for text in instructions]}
+        steps = [[[*sample[0], text + queries], *([*images, queries] for images in sample[1:])] for sample, text in pairs]
+        return {"text": [list(itertools.chain(*parts)) for parts in steps]}
+
+    def _normalize(self, images: np.ndarray) -> torch.Tensor:
         """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
-        part = self.processor.image_processor
-        scale = part.rescale_factor / np.asarray(part.image_std, np.float32)
-        shift = np.asarray(part.image_mean, np.float32) / np.asarray(part.image_std, np.float32)
+        config = self.processor.image_processor
+        scale = config.rescale_factor / np.asarray(config.image_std, np.float32)
+        shift = np.asarray(config.image_mean, np.float32) / np.asarray(config.image_std, np.float32)
         channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
         return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
 
     @property
-    def sees_pixels_alone(self) -> bool:
-        """Whether all that the family is given of an image of the model's size is its pixels."""
+    def uses_pixel_values_only(self) -> bool:
+        """Whether the model's only vision input for an image of its size is `pixel_values`."""
         return self.is_separable(self.image_size, self.image_size)
 
     def is_separable(self, height: int, width: int) -> bool:
-        """Whether images of this size [px] become pixels beside a text that does not depend on them; tried once a size.
+        """Whether images of this size [px] leave the text as it is and become pixels alone; tried once a size.
 
-        Then their features can be computed once and kept. Not so where a family cuts wide images into tiles, fills them up, or
-        counts their rows and columns.
+        Their features can then be cached. False where a family tiles or pads them, or encodes their rows and columns.
         """
         if (height, width) not in self._is_separable:
-            shape = (1, self.n_images, height, width, 3)
-            whole = self._processed(np.random.default_rng(0).integers(0, 256, shape, np.uint8), [WORDS], [1])
-            own = self._processed(self._blank(1), [WORDS], [1])
+            noise = np.random.default_rng(0).integers(0, 256, (1, self.n_images, height, width, 3), np.uint8)
+            resized = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
+            native = self._run_processor(self._black_images(1), [EXAMPLE_INSTRUCTION], [1])
             self._is_separable[height, width] = (
-                _are_pixels_alone(whole)
-                and torch.equal(whole["input_ids"], own["input_ids"])
-                and whole["pixel_values"].shape == own["pixel_values"].shape
+                _has_pixel_values_only(resized)
+                and torch.equal(resized["input_ids"], native["input_ids"])
+                and resized["pixel_values"].shape == native["pixel_values"].shape
             )
         return self._is_separable[height, width]
 
     def can_skip_processor(self, images: Images) -> bool:
-        """Whether prompts of these images are made without the processor."""
+        """Whether prompts with these images need only cached token ids and `_normalize`."""
         shapes = {image.shape[-3:-1] for image in images}
-        return shapes == {(self.image_size, self.image_size)} and bool(self._plain)
+        return shapes == {(self.image_size, self.image_size)} and bool(self._rescaled_example)
 
     def text(self, instruction: str, n_steps: int = 1) -> str:
-        """The prompt of `n_steps` observations as text, before the processor expands the image words.
+        """The prompt of `n_steps` observations as text, before the processor expands the image tokens.
 
         Raises:
-            ValueError: The instruction holds a special token, such as `<act>` or an image's.
+            ValueError: The instruction contains a special token, such as `<act>` or an image's.
         """
-        found = self._special.search(instruction)
+        found = self._special_pattern.search(instruction)
         if found:
             raise ValueError(
-                f"expected an instruction in words, got {instruction!r}; {found.group()} is the prompt's own: take it out"
+                f"expected an instruction in words, got {instruction!r}; {found.group()} is a special token: take it out"
             )
         n, queries = self.n_images, ACT * self.n_queries
-        if self.chat is None:
-            image = mark_of(self.processor) * n
+        if self.template is None:
+            image = image_token(self.processor) * n
             return f"{image}{instruction}{queries}" + (image + queries) * (n_steps - 1)
-        words = self.chat.images(n, n * n_steps)
-        later = ["".join(words[n * i : n * (i + 1)]) + queries for i in range(n_steps - 1)]
-        return self.chat(instruction, n) + queries + "".join(later)
+        markup = self.template.image_markup(n, n * n_steps)
+        later = ["".join(markup[n * i : n * (i + 1)]) + queries for i in range(n_steps - 1)]
+        return self.template(instruction, n) + queries + "".join(later)
 
     def token_ids(self, instruction: str, n_steps: int = 1) -> list[int]:
-        """Token ids of the prompt of `n_steps` observations of images of the model's size, expanded by the processor itself.
+        """Token ids of a prompt of `n_steps` observations with images of the model's size, image tokens expanded.
 
         Raises:
             ValueError: As `text`.
         """
-        ids = self._ids.pop((instruction, n_steps), None) or self._tokenized(instruction, n_steps)
-        self._ids[instruction, n_steps] = ids  # the last one asked for stands last
-        if len(self._ids) > MOST_KEPT:
-            self._ids.pop(next(iter(self._ids)))
+        ids = self._cached_ids.pop((instruction, n_steps), None) or self._tokenize(instruction, n_steps)
+        self._cached_ids[instruction, n_steps] = ids  # most recently used last
+        if len(self._cached_ids) > MAX_CACHED_PROMPTS:
+            self._cached_ids.pop(next(iter(self._cached_ids)))
         return list(ids)
 
-    def _tokenized(self, instruction: str, n_steps: int) -> list[int]:
+    def _tokenize(self, instruction: str, n_steps: int) -> list[int]:
         self.text(instruction)
-        whole = self._processed(self._blank(n_steps), [instruction], [n_steps], self._of_text)
-        process: Any = self.processor
-        names = [getattr(process, "image_token_id", -1), *(getattr(process, "image_token_ids", None) or [])]
-        # one of them holds places, others may stand around them
-        by_name = [whole["input_ids"] == (-1 if name is None else name) for name in names]
-        where = whole.get("image_embeds_position_mask", max(by_name, key=torch.sum))  # KosMos-2 says it by a mask
-        self.image_ids = {int(whole["input_ids"][0, i]) for i in where[0].nonzero().flatten()}
-        return whole["input_ids"][0].tolist()
+        batch = self._run_processor(self._black_images(n_steps), [instruction], [n_steps], self._text_processor)
+        processor: Any = self.processor
+        candidates = [getattr(processor, "image_token_id", -1), *(getattr(processor, "image_token_ids", None) or [])]
+        # one of them is the placeholder, others may mark an image's begin and end
+        masks = [batch["input_ids"] == (-1 if token is None else token) for token in candidates]
+        is_image = batch.get("image_embeds_position_mask", max(masks, key=torch.sum))  # KosMos-2 gives the mask itself
+        self.image_token_ids = {int(batch["input_ids"][0, i]) for i in is_image[0].nonzero().flatten()}
+        return batch["input_ids"][0].tolist()
 
     def token_roles(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
-        """Tokens of the prompt of `n_steps` observations as texts, and the kind of each, for `rvlm.report.plots.token_map`.
+        """Tokens of the prompt of `n_steps` observations, and each one's role, for `rvlm.report.plots.tokens.token_map`.
 
-        Proprioception has no token of its own: it is added to the embedding of `<act>`.
+        Roles: "image", "instruction", "action" or "other". Proprioception is added to the embedding of `<act>`.
         """
         tokenizer, ids = self.processor.tokenizer, self.token_ids(instruction, n_steps)
-        kinds = {**dict.fromkeys(self.image_ids, "image"), tokenizer.convert_tokens_to_ids(ACT): "action"}
-        special = dict.fromkeys(tokenizer.added_tokens_decoder, "other")
-        return tokenizer.convert_ids_to_tokens(ids), [{**special, **kinds}.get(i, "instruction") for i in ids]
+        roles = dict.fromkeys(tokenizer.added_tokens_decoder, "other") | dict.fromkeys(self.image_token_ids, "image")
+        roles[tokenizer.convert_tokens_to_ids(ACT)] = "action"
+        return tokenizer.convert_ids_to_tokens(ids), [roles.get(i, "instruction") for i in ids]
 
     def vision_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """Pixels of images (n, m, h, w, 3) uint8, or features (n, m, tokens, d) of a frozen tower as they are."""
+        """`pixel_values` of images (n, m, h, w, 3) uint8, or `image_features` from cached ones (n, m, tokens, d)."""
         if images.dtype == np.uint8:
             return {"pixel_values": self.pixels(images)}
         return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
 
     def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """What the processor makes of images (b, n, h, w, 3) uint8 RGB: float32, in the shape that the family takes.
+        """`pixel_values` of images (b, n, h, w, 3) uint8 RGB: float32, in the family's own shape.
 
         Raises:
-            ValueError: The text depends on images of this size, so that their pixels mean nothing without it (`is_separable`).
+            ValueError: The text depends on images of this size (`is_separable`).
         """
         if self.can_skip_processor(images):
-            scaled = self._scaled(images)
-            return scaled if self._plain["pixel_values"].ndim == scaled.ndim else scaled.flatten(0, 1)
+            scaled = self._normalize(images)
+            return scaled if self._rescaled_example["pixel_values"].ndim == scaled.ndim else scaled.flatten(0, 1)
         height, width = images.shape[-3:-1]
         if not self.is_separable(height, width):
             raise ValueError(
-                f"expected images that {type(self.processor).__name__} takes as whole pictures, got {height} x {width}, which it "
-                f"cuts into tiles, fills up, or places in rows and columns; resize them to {self.image_size} x {self.image_size} "
+                f"expected images that {type(self.processor).__name__} processes without the text, got {height} x {width}, which "
+                f"it tiles, pads, or encodes in rows and columns; resize them to {self.image_size} x {self.image_size} "
                 "or give them with their text"
             )
-        return self._processed(images, [WORDS] * len(images), [1] * len(images))["pixel_values"]
+        return self._run_processor(images, [EXAMPLE_INSTRUCTION] * len(images), [1] * len(images))["pixel_values"]
 
     def __call__(
         self, images: Images, instructions: Sequence[str], n_steps: Sequence[int] | None = None
@@ -254,44 +254,44 @@ class PromptBuilder:
         """Batch of prompts.
 
         Args:
-            images: (m, n_images, h, w, 3) uint8 RGB of all observations, those of one prompt side by side; or a list of m, where
-                they have several sizes.
+            images: (m, n_images, h, w, 3) uint8 RGB of all m observations, prompt by prompt; or a list of m arrays if sizes
+                differ.
             instructions: b texts.
-            n_steps: Observations of each prompt; one each if left out.
+            n_steps: Observations of each prompt; default one each.
 
         Returns:
-            `input_ids`, `attention_mask` (b, l) int64, `pixel_values`, and what else the family's processor gives.
+            `input_ids`, `attention_mask` (b, l) int64, `pixel_values`, and other outputs of the family's processor.
         """
         n_steps = [1] * len(instructions) if n_steps is None else list(n_steps)
         if not self.can_skip_processor(images):
-            return self._processed(images, instructions, n_steps)
+            return self._run_processor(images, instructions, n_steps)
         batch = {**self.tokens(instructions, n_steps), "pixel_values": self.pixels(np.asarray(images))}
-        if "pixel_attention_mask" in self._plain:
+        if "pixel_attention_mask" in self._rescaled_example:
             shape = batch["pixel_values"].select(-3, 0).shape
-            batch["pixel_attention_mask"] = self._plain["pixel_attention_mask"].new_ones(()).expand(shape)
+            batch["pixel_attention_mask"] = self._rescaled_example["pixel_attention_mask"].new_ones(()).expand(shape)
         return batch
 
     def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-        """The text half of a batch: `input_ids` and `attention_mask` (b, l)."""
+        """Text inputs of a batch: `input_ids` and `attention_mask` (b, l)."""
         n_steps = [1] * len(instructions) if n_steps is None else n_steps
         rows = [self.token_ids(text, n) for text, n in zip(instructions, n_steps, strict=True)]
         return pad(rows, self.processor.tokenizer.pad_token_id, self.padding_side)
 
 
-def _are_pixels_alone(batch: dict[str, torch.Tensor]) -> bool:
-    """Whether a prompt is text and whole pixels: no sizes, places or types, and no mask that leaves pixels out."""
+def _has_pixel_values_only(batch: dict[str, torch.Tensor]) -> bool:
+    """Whether a prompt is text and unmasked pixels, without image sizes, positions or token types."""
     mask = batch.get("pixel_attention_mask")
-    is_whole = mask is None or bool(mask.all())
-    return is_whole and set(batch) <= {*TEXT, "pixel_values", "pixel_attention_mask"}
+    is_unmasked = mask is None or bool(mask.all())
+    return is_unmasked and set(batch) <= {*TEXT_KEYS, "pixel_values", "pixel_attention_mask"}
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Token id rows of different lengths as `input_ids` and `attention_mask` (b, l), padded on one side."""
+    """Rows of token ids as `input_ids` and `attention_mask` (b, l), padded on one side."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
+        positions = slice(length - len(row), length) if side == "left" else slice(len(row))
+        ids[i, positions] = torch.tensor(row)
+        mask[i, positions] = 1
     return {"input_ids": ids, "attention_mask": mask}

@@ -1,4 +1,4 @@
-"""What a backbone's weights are held in: a precision, or 4 bits by bitsandbytes.
+"""Number formats of a backbone's weights: a floating-point precision, or 4 bits by bitsandbytes.
 
 Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3: 4-bit NormalFloat, double quantisation.
 """
@@ -13,17 +13,17 @@ from rvlm.vlm.backbones import vision_modules
 
 
 def precision() -> torch.dtype:
-    """The type that this machine computes in fastest: bfloat16 where the GPU has it, float16 on others, float32 on the CPU."""
+    """This machine's compute dtype: bfloat16, float16 on GPUs without it, float32 on the CPU."""
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def dtype_of(precision_name: str) -> torch.dtype:
-    """The type of "fp32", "bf16" or "fp16"; of "auto" the one that this machine computes in fastest.
+    """The dtype named "fp32", "bf16" or "fp16"; for "auto", `precision()`.
 
     Raises:
-        ValueError: An unknown precision, with those that exist.
+        ValueError: An unknown name; with the known ones.
     """
     known = {"auto": precision(), "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision_name not in known:
@@ -32,34 +32,34 @@ def dtype_of(precision_name: str) -> torch.dtype:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A vision-language model's modules without their weights: they take no memory."""
+    """A vision-language model on the meta device: modules without memory for weights."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
 def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
-    """Hold the language model's linear layers in 4 bits; vision tower, connector and heads stay as they are.
+    """4-bit NormalFloat for the language model's linear layers; vision tower, connector and heads are not quantised.
 
     Args:
         name_or_path: Vision-language model, or policy around one.
-        prefix: Of the backbone's modules, where it is part of a policy.
-        dtype: What is computed in; what this machine is fastest in, if left out.
+        prefix: Of the backbone's modules, if it is part of a policy.
+        dtype: Compute dtype; default `precision()`.
 
     Raises:
-        ImportError: bitsandbytes cannot be used here.
+        ImportError: bitsandbytes cannot be imported.
     """
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
-            f"4 bits are bitsandbytes' doing, which cannot be used here ({error}); install it, or take finetuning='lora'"
+            f"expected bitsandbytes for weights in 4 bits, got {error}; install it, or take finetuning='lora'"
         ) from error
     config: Any = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if prefix:
         config = AutoConfig.for_model(**config.backbone)
     model = meta_model(config)
-    still = {id(part) for part in vision_modules(model)} | {id(model.get_output_embeddings())}
-    names = [prefix + name for name, module in model.named_modules() if id(module) in still]
+    skipped = {id(part) for part in vision_modules(model)} | {id(model.get_output_embeddings())}
+    names = [prefix + name for name, module in model.named_modules() if id(module) in skipped]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -70,5 +70,5 @@ def nf4_config(name_or_path: str | Path, prefix: str = "", dtype: torch.dtype | 
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether some of its layers are held in 4 bits."""
+    """Whether the model has 4-bit layers."""
     return any(type(module).__name__ == "Linear4bit" for module in model.modules())

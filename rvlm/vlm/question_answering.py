@@ -1,4 +1,4 @@
-"""Questions about images and their answers as batches for the next-token loss."""
+"""Visual question answering (VQA) batches for the next-token loss."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from rvlm.vlm.processors import ACT
 from rvlm.vlm.prompts import PromptBuilder, pad
 
 
-def encode_vqa(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+def encode_vqa(prompt_builder: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of images, questions and answers, and labels that supervise the answers alone (-100 elsewhere)."""
-    tokenizer = prompter.processor.tokenizer
-    prompt = prompter.token_ids("")
+    tokenizer = prompt_builder.processor.tokenizer
+    prompt = prompt_builder.token_ids("")
     ids = prompt[: prompt.index(tokenizer.convert_tokens_to_ids(ACT))]
     labels = [-100] * len(ids)
     texts = [text for question, answer in pairs for text in (question, answer)]
@@ -26,19 +26,23 @@ def encode_vqa(prompter: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tup
 
 
 class VQACollator:
-    """Scenes with drawn questions to a batch for the next-token loss."""
+    """Images with questions and answers as a batch for the next-token loss.
+
+    Raises:
+        ValueError: The family has other vision inputs than `pixel_values`.
+    """
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.prompter = PromptBuilder(processor, n_images=2)
-        if not self.prompter.sees_pixels_alone:
+        self.prompt_builder = PromptBuilder(processor, n_images=2)
+        if not self.prompt_builder.uses_pixel_values_only:
             raise ValueError(
-                f"expected a family that is given nothing of images but pixels, got that of {type(processor).__name__}; "
-                "train such a one on dialogues by its own recipe, and its policy here"
+                f"expected a family whose only vision input is pixel_values, got that of {type(processor).__name__}; "
+                "train it on VQA by its own recipe, and its policy here"
             )
 
     def __call__(self, samples: Sequence[tuple[np.ndarray, list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
         """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
-        ids, labels = zip(*(encode_vqa(self.prompter, pairs) for _, pairs in samples), strict=True)
-        pad_id = self.prompter.processor.tokenizer.pad_token_id
-        seen = self.prompter.vision_inputs(np.stack([images for images, _ in samples]))
-        return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], **seen}
+        ids, labels = zip(*(encode_vqa(self.prompt_builder, pairs) for _, pairs in samples), strict=True)
+        pad_id = self.prompt_builder.processor.tokenizer.pad_token_id
+        vision = self.prompt_builder.vision_inputs(np.stack([images for images, _ in samples]))
+        return {**pad(ids, pad_id), "labels": pad(labels, -100)["input_ids"], **vision}

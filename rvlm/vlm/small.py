@@ -1,4 +1,4 @@
-"""The small vision-language model that ships: SmolVLM's class, small enough to train on two CPU cores, and its tokenizer."""
+"""The small vision-language model that ships and its tokenizer: SmolVLM's class, small enough to train on two CPU cores."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,7 +21,7 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<gl
 
 
 def train_tokenizer(texts: Sequence[str], extra_tokens: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose words are those of `texts`; any other text still has an encoding."""
+    """A byte-level BPE tokenizer trained on `texts`; any other text still has an encoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,22 +45,22 @@ def small_vlm(
     vision_layers: int = 3,
     text_layers: int = 3,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """An untrained Idefics3 model (SmolVLM's class) small enough to train on two CPU cores, and its processor.
+    """An untrained Idefics3 model (SmolVLM's class) and its processor.
 
-    Weights are drawn with standard deviation 1 / sqrt(width); the library's default of 0.02 leaves so narrow a model on
-    a plateau.
+    Weights are initialised with standard deviation 1 / sqrt(width); with the library's default of 0.02, training of so narrow a
+    model stays on a plateau.
     """
     scale_factor, n_heads = 2, 4
 
-    def size(width: int, n_layers: int) -> dict[str, Any]:
-        spread = {"initializer_range": width**-0.5, "hidden_size": width, "intermediate_size": 3 * width}
-        return {**spread, "num_hidden_layers": n_layers, "num_attention_heads": n_heads}
+    def transformer(width: int, n_layers: int) -> dict[str, Any]:
+        widths = {"initializer_range": width**-0.5, "hidden_size": width, "intermediate_size": 3 * width}
+        return {**widths, "num_hidden_layers": n_layers, "num_attention_heads": n_heads}
 
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     vocabulary = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, **special}
     config = Idefics3Config(
-        vision_config={**size(vision_width, vision_layers), "image_size": image_size, "patch_size": patch_size},
-        text_config={**size(width, text_layers), "model_type": "llama", "num_key_value_heads": n_heads, **vocabulary},
+        vision_config={**transformer(vision_width, vision_layers), "image_size": image_size, "patch_size": patch_size},
+        text_config={**transformer(width, text_layers), "model_type": "llama", "num_key_value_heads": n_heads, **vocabulary},
         scale_factor=scale_factor,
         image_token_id=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         tie_word_embeddings=True,
@@ -77,7 +77,7 @@ def small_vlm(
 
 
 def grid_encoding(side: int, width: int) -> torch.Tensor:
-    """Sines and cosines of row and column of a square grid, (side * side, width), from which position can be read linearly.
+    """Sinusoidal position embeddings of a square grid's patches: (side * side, width), rows in the first half.
 
     Source: Vaswani et al. 2017, section 3.5, in two dimensions as in He et al. 2021 (MAE), appendix A.1.
     """

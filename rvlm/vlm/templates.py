@@ -1,7 +1,7 @@
-"""Chat templates: what a family writes around images and an instruction, found by rendering them, never by cutting words.
+"""Chat templates: how a family writes images and an instruction, found by rendering its template, never by splitting the text.
 
-A template may number images, set them first, trim the text, begin with a system turn or a date: a prompt is what it renders of
-the images and the instruction themselves, up to where the answer begins.
+A template may number the images, put them first, trim the text, or begin with a system turn or a date. A prompt is what it
+renders of the images and the instruction, up to where the answer begins.
 """
 
 import itertools
@@ -11,99 +11,99 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-DAY = datetime(2025, 1, 1)  # that every template is told, so that a policy is trained and acts on the same prompt
-CODES = ("-d", "-m", "-H", "-I", "-j", *"aAbBdFHIjmMpSTuUwWyY")  # of `strftime`
-ONE, OTHER = "\ue123\ue124", "\ue125\ue126"  # stand for an instruction; private use, so that nobody else writes them
+FIXED_DATE = datetime(2025, 1, 1)  # today's date in every template, so that training and deployment have the same prompt
+STRFTIME_CODES = ("-d", "-m", "-H", "-I", "-j", *"aAbBdFHIjmMpSTuUwWyY")
+SENTINEL, OTHER_SENTINEL = "\ue123\ue124", "\ue125\ue126"  # example instructions, of private-use characters
 
 
-def choose(processor: Any) -> str | None:
-    """The chat template of a processor or, where it has none, of its tokenizer, with the day fixed; None where there is none.
+def select_chat_template(processor: Any) -> str | None:
+    """The chat template of a processor, else of its tokenizer, with the date fixed; None if there is none.
 
     Raises:
         ValueError: Several, none of which is the default.
     """
-    kept = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    if isinstance(kept, dict) and len(kept) > 1 and "default" not in kept:
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(template, dict) and len(template) > 1 and "default" not in template:
         raise ValueError(
-            f"{processor.tokenizer.name_or_path}: expected one chat template, or one named 'default'; got {sorted(kept)}; "
+            f"{processor.tokenizer.name_or_path}: expected one chat template, or one named 'default'; got {sorted(template)}; "
             "save one of them as chat_template.jinja in a copy of the folder"
         )
-    if isinstance(kept, dict):
-        kept = kept.get("default") or next(iter(kept.values()), None)
-    return _on_one_day(kept) if kept else None
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return _with_fixed_date(template) if template else None
 
 
-def _on_one_day(template: str) -> str:
-    """The template with its own `strftime_now`, which says `DAY` whenever it is asked."""
+def _with_fixed_date(template: str) -> str:
+    """The template with its own `strftime_now`, which formats `FIXED_DATE`."""
     if "strftime_now" not in template or "macro strftime_now" in template:
         return template
-    said = "".join(f"|replace('%{code}', '{DAY.strftime('%' + code)}')" for code in CODES)
-    return "{%- macro strftime_now(format) -%}{{ format" + said + " }}{%- endmacro -%}" + template
+    filters = "".join(f"|replace('%{code}', '{FIXED_DATE.strftime('%' + code)}')" for code in STRFTIME_CODES)
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}" + template
 
 
-def mark_of(processor: Any) -> str:
-    """The word that stands for an image in a family's prompts."""
+def image_token(processor: Any) -> str:
+    """The placeholder token of an image in a family's prompts."""
     return getattr(processor, "image_token", None) or "<image>"
 
 
-class Chat:
-    """How a family writes images and an instruction as the turn of a user, up to where its answer begins.
+class ChatTemplate:
+    """How a family writes images and an instruction as a user's turn, up to where its answer begins.
 
     Args:
-        processor: Its `chat_template` says how; without one, image words stand before the instruction.
-        n_images: That a prompt begins with.
+        processor: With a `chat_template`; without one, image tokens come before the instruction.
+        n_images: Images at the beginning of a prompt.
 
     Raises:
-        ValueError: The template does not write the images or the instruction, with what it said.
+        ValueError: The template does not write the images or the instruction; with its output or error.
     """
 
     def __init__(self, processor: Any, n_images: int) -> None:
-        self._processor, self._mark = processor, mark_of(processor)
-        self._special = any_of(special_words(processor.tokenizer))
-        self._content = self._contents()[0]
+        self._processor, self._image_token = processor, image_token(processor)
+        self._special_pattern = token_pattern(special_tokens(processor.tokenizer))
+        self._content = self._content_formats()[0]
         if getattr(processor, "chat_template", None):
-            self._content = self._understood(n_images)
+            self._content = self._detect_content_format(n_images)
 
     def __call__(self, instruction: str, n_images: int) -> str:
         """The turn with this many images, as text."""
         return self._render(self._content(instruction, n_images))
 
-    def images(self, start: int, stop: int) -> list[str]:
-        """The words of images start to stop (counted from 0) of a conversation that begins with others, as "Picture 3: <image>".
+    def image_markup(self, start: int, stop: int) -> list[str]:
+        """The text of images start to stop (counted from 0) of a conversation, each as in "Picture 3: <image>".
 
         Raises:
-            ValueError: The template does not write one image more as one word more.
+            ValueError: One more image changes more than the insertion of its text.
         """
-        turns = [self(ONE, i) for i in range(start, stop + 1)]
-        words = [self._inserted(*pair) for pair in itertools.pairwise(turns)]
-        if None in words:
+        turns = [self(SENTINEL, i) for i in range(start, stop + 1)]
+        markup = [self._inserted_text(*pair) for pair in itertools.pairwise(turns)]
+        if None in markup:
             raise ValueError(
-                f"expected a chat template that writes an image more as a word more, got {turns[words.index(None) + 1]!r} after "
-                f"{turns[words.index(None)]!r}; take structure 'one_step' or 'policy_head', or give the model another template"
+                f"expected a chat template that inserts one text for one more image, got {turns[markup.index(None) + 1]!r} after "
+                f"{turns[markup.index(None)]!r}; take structure 'one_step' or 'policy_head', or give the model another template"
             )
-        return [word for word in words if word is not None]
+        return [text for text in markup if text is not None]
 
-    def _contents(self) -> list[Any]:
-        """Ways to tell a template of images and text: by parts, or as one string."""
+    def _content_formats(self) -> list[Any]:
+        """A turn's content as one string, and as a list of parts."""
         return [
-            lambda text, n: self._mark * n + text,
+            lambda text, n: self._image_token * n + text,
             lambda text, n: [{"type": "image"}] * n + [{"type": "text", "text": text}],
         ]
 
-    def _understood(self, n_images: int) -> Any:
-        said = []
-        for content in reversed(self._contents()):
+    def _detect_content_format(self, n_images: int) -> Any:
+        errors = []
+        for content in reversed(self._content_formats()):
             try:
-                one, other = (self._render(content(text, n_images)) for text in (ONE, OTHER))
+                one, other = (self._render(content(text, n_images)) for text in (SENTINEL, OTHER_SENTINEL))
             except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-                said.append(f"{type(error).__name__}: {error}")
+                errors.append(f"{type(error).__name__}: {error}")
                 continue
-            if one.count(self._mark) == n_images and one.replace(ONE, OTHER) == other != one:
+            if one.count(self._image_token) == n_images and one.replace(SENTINEL, OTHER_SENTINEL) == other != one:
                 return content
-            said.append(f"it writes {one!r}")
+            errors.append(f"it writes {one!r}")
         raise ValueError(
-            f"expected a chat template that writes {n_images} image(s) as {self._mark} and the instruction, got that of "
-            f"{type(self._processor).__name__}: {'; '.join(said)}; give the model another chat template"
+            f"expected a chat template that writes {n_images} image(s) as {self._image_token} and the instruction, got that of "
+            f"{type(self._processor).__name__}: {'; '.join(errors)}; give the model another chat template"
         )
 
     def _render(self, content: Any) -> str:
@@ -111,22 +111,22 @@ class Chat:
             return content
         return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def _inserted(self, short: str, long: str) -> str | None:
-        """What was written into `short` to make `long`, no special word cut; None where more has changed."""
-        inner = {i for found in self._special.finditer(long) for i in range(found.start() + 1, found.end())}
+    def _inserted_text(self, short: str, long: str) -> str | None:
+        """What was inserted into `short` to make `long`, without splitting a special token; None if more has changed."""
+        inside_token = {i for found in self._special_pattern.finditer(long) for i in range(found.start() + 1, found.end())}
         n, pairs = len(long) - len(short), enumerate(zip(short, long, strict=False))
-        n_alike = next((i for i, (one, other) in pairs if one != other), len(short))
-        for start in range(n_alike, -1, -1):
-            if long[:start] + long[start + n :] == short and not inner & {start, start + n}:
+        prefix_len = next((i for i, (one, other) in pairs if one != other), len(short))
+        for start in range(prefix_len, -1, -1):
+            if long[:start] + long[start + n :] == short and not inside_token & {start, start + n}:
                 return long[start : start + n] if n > 0 else None
         return None
 
 
-def special_words(tokenizer: Any) -> list[str]:
-    """The special tokens of a tokenizer, `<act>` among them: what an instruction must not hold."""
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer, `<act>` among them: an instruction must not contain them."""
     return sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special})
 
 
-def any_of(words: list[str]) -> re.Pattern:
-    """Finds words in a text, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+def token_pattern(tokens: list[str]) -> re.Pattern:
+    """A pattern that finds any of these tokens in a text, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")

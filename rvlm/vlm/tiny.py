@@ -1,8 +1,7 @@
-"""Tiny vision-language models of many families, built offline with random weights: one entry makes a folder.
+"""Tiny vision-language models of many families, built offline with random weights.
 
-They show what a family's code does, in seconds and without a download; what they say means nothing. A new family is one more
-entry of `FAMILIES`, with its builder in `rvlm.vlm.tiny_models` and the form of its prompts in `rvlm.vlm.tiny_templates`; the
-tests go through them all.
+They exercise a family's code in seconds, without a download; their outputs are meaningless. A new family is one more entry of
+`FAMILIES`, with its builder in `rvlm.vlm.tiny_models` and its chat template in `rvlm.vlm.tiny_templates`; the tests cover all.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ from rvlm.vlm.tiny_models import SIDE, TEXTS
 
 __all__ = ["FAMILIES", "SIDE", "TEXTS", "UNSUPPORTED", "tiny_vlm"]
 
-UNSUPPORTED = {tiny_models.blip: "reads its prompt elsewhere"}
+UNSUPPORTED = {tiny_models.blip: "exposes no hidden states of its text"}
 FAMILIES = {
     build.__name__: build
     for build in (
@@ -41,12 +40,12 @@ FAMILIES = {
 
 
 def tiny_vlm(name: str) -> str:
-    """Folder of a tiny model of a family, made once; any other name (a folder, one on the Hub) is given back.
+    """Folder of a family's tiny model, built once; any other name (a folder, a model on the Hub) is returned unchanged.
 
     Args:
-        name: A key of `FAMILIES` or the name of a function in `UNSUPPORTED`, such as "qwen2_5_vl".
+        name: A key of `FAMILIES`, such as "qwen2_5_vl", or the name of a builder in `UNSUPPORTED`.
     """
-    build = (FAMILIES | {refused.__name__: refused for refused in UNSUPPORTED}).get(name)
+    build = (FAMILIES | {builder.__name__: builder for builder in UNSUPPORTED}).get(name)
     if build is None:
         return name
     code = "-".join(file_hash(Path(str(module.__file__)))[:8] for module in (tiny_models, tiny_templates))

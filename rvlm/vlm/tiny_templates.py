@@ -1,8 +1,8 @@
-"""Chat templates of the tiny families: the layout of turns, image words and beginnings that their sisters on the Hub have.
+"""Chat templates of the tiny families, with the turns, image tokens and BOS tokens of their published counterparts.
 
-Written anew after the published ones, without tools, videos and answers: what a prompt of images and an instruction meets. Among
-them are templates that number images or set them first, trim the text, begin with a system turn or a date, refuse a wrong order
-of turns, and write the token of a beginning that their tokenizer writes too.
+Written anew after those on the Hub, without tools, videos and answers. Among them are templates that number images or put them
+first, trim the text, begin with a system turn or a date, require a certain order of turns, and write a BOS token that their
+tokenizer adds too.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _QWEN2 = "{%- set n = namespace(images=0) %}" + _HELPFUL + _CHATML.replace("IMAG
 _QWEN3 = _CHATML.replace("IMAGE", _VISION)
 _THINKING = _QWEN3.replace("assistant\\n", "assistant\\n<think>\\n")
 
-_SAID_BY_NAME = (  # SmolVLM, Idefics2 and 3: images where they stand, a space before a turn that begins with words
+_ROLE_NAMES = (  # SmolVLM, Idefics2 and 3: images in place, a space before a turn that begins with text
     "{% for message in messages %}{{ message['role'].capitalize() }}"
     "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
@@ -52,7 +52,7 @@ _ONEVISION = (
 _MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     + _IMAGES_FIRST
-    + "{{ ' [/INST]' }}{% else %}{{ raise_exception('only a user speaks here') }}{% endif %}{% endfor %}"
+    + "{{ ' [/INST]' }}{% else %}{{ raise_exception('only user turns are supported') }}{% endif %}{% endfor %}"
 )
 
 _GEMMA = """\
@@ -86,19 +86,20 @@ _LLAMA = """\
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
 _IM = ("<|im_start|>", "<|im_end|>")
+_HEADER = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-FORMS: dict[str, dict[str, Any]] = {  # family -> its template, the special words in it, and whether its tokenizer writes BOS
-    "smolvlm": {"template": "<|im_start|>" + _SAID_BY_NAME, "words": _IM[:1]},
-    "idefics2": {"template": _SAID_BY_NAME, "adds_bos": True},
-    "idefics3": {"template": "{{ bos_token }}" + _SAID_BY_NAME, "adds_bos": True},
-    "qwen2_vl": {"template": _QWEN2, "words": _IM},
-    "qwen2_5_vl": {"template": _QWEN2.replace("add_vision_id", "true"), "words": _IM},
-    "qwen3_vl": {"template": _QWEN3, "words": _IM},
-    "qwen3_5": {"template": _THINKING, "words": (*_IM, "<think>", "</think>")},
+CHAT_FORMATS: dict[str, dict[str, Any]] = {  # family -> chat template, its special tokens, whether the tokenizer adds BOS
+    "smolvlm": {"template": "<|im_start|>" + _ROLE_NAMES, "special_tokens": _IM[:1]},
+    "idefics2": {"template": _ROLE_NAMES, "adds_bos": True},
+    "idefics3": {"template": "{{ bos_token }}" + _ROLE_NAMES, "adds_bos": True},
+    "qwen2_vl": {"template": _QWEN2, "special_tokens": _IM},
+    "qwen2_5_vl": {"template": _QWEN2.replace("add_vision_id", "true"), "special_tokens": _IM},
+    "qwen3_vl": {"template": _QWEN3, "special_tokens": _IM},
+    "qwen3_5": {"template": _THINKING, "special_tokens": (*_IM, "<think>", "</think>")},
     "llava": {"template": _LLAVA, "adds_bos": True},
     "llava_next": {"template": _MISTRAL, "adds_bos": True},
-    "llava_onevision": {"template": _ONEVISION, "words": _IM},
-    "internvl": {"template": _CHATML.replace("IMAGE", "{{- '<IMG_CONTEXT>\\n' }}"), "words": _IM},
-    "gemma3": {"template": _GEMMA, "words": ("<start_of_turn>", "<end_of_turn>"), "adds_bos": True},
-    "mllama": {"template": _LLAMA, "words": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "adds_bos": True},
+    "llava_onevision": {"template": _ONEVISION, "special_tokens": _IM},
+    "internvl": {"template": _CHATML.replace("IMAGE", "{{- '<IMG_CONTEXT>\\n' }}"), "special_tokens": _IM},
+    "gemma3": {"template": _GEMMA, "special_tokens": ("<start_of_turn>", "<end_of_turn>"), "adds_bos": True},
+    "mllama": {"template": _LLAMA, "special_tokens": _HEADER, "adds_bos": True},
 }

@@ -238,7 +238,7 @@ def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stag
     towers = {name for name in before if "visual." in name or "vision_model." in name}
     learned = {name for name in before if not torch.equal(before[name], after[f"backbone.{name}"])}
     assert towers and learned and not towers & learned and not list((tmp_path / "home").glob("features/*/*.npy"))
-    with pytest.raises(ValueError, match="expected a family that is given nothing of images but pixels, got that of"):
+    with pytest.raises(ValueError, match="expected a family whose only vision input is pixel_values, got that of"):
         VQACollator(load_processor(frozen.init))
 
 

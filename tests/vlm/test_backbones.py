@@ -48,18 +48,18 @@ def test_prompts_equal_the_processors_own(family, side, request):
 
 
 def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
-    prompter, pictures = PromptBuilder(processor, 2), images()
-    prompter(pictures, TEXTS[:2])
+    prompt_builder, pictures = PromptBuilder(processor, 2), images()
+    prompt_builder(pictures, TEXTS[:2])
     monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: pytest.fail("the processor ran again"))
     monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *_, **__: pytest.fail("the image part ran again"))
-    assert prompter(pictures, TEXTS[:2])["pixel_values"].shape == (2, 2, 3, 48, 48)
+    assert prompt_builder(pictures, TEXTS[:2])["pixel_values"].shape == (2, 2, 3, 48, 48)
 
 
 def test_a_processor_that_does_more_takes_the_whole_way(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
-    prompter, pictures = PromptBuilder(processor, 1), images(n=1)
-    monkeypatch.setattr(PromptBuilder, "_scaled", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
-    torch.testing.assert_close(prompter.pixels(pictures), own(processor, pictures, TEXTS[:2])["pixel_values"])
+    prompt_builder, pictures = PromptBuilder(processor, 1), images(n=1)
+    monkeypatch.setattr(PromptBuilder, "_normalize", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
+    torch.testing.assert_close(prompt_builder.pixels(pictures), own(processor, pictures, TEXTS[:2])["pixel_values"])
 
 
 def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):

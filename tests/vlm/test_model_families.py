@@ -15,7 +15,7 @@ from rvlm.policy.policy import Policy, load_policy
 from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
-from rvlm.vlm.templates import mark_of
+from rvlm.vlm.templates import image_token
 from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS, UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ def test_a_prompt_is_written_as_the_family_writes_it(folder):
     processor = load_processor(folder)
     n = 1 if folder.name in ONE_IMAGE else 2
     text = PromptBuilder(processor, n).text(TEXTS[0])
-    prompt = mark_of(processor) * n + TEXTS[0]
+    prompt = image_token(processor) * n + TEXTS[0]
     if processor.chat_template:
         content = [{"type": "image"}] * n + [{"type": "text", "text": TEXTS[0]}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -159,7 +159,7 @@ def test_a_template_that_counts_images_is_refused_where_more_follow(with_templat
     counting = "{{ messages[0]['content'] | selectattr('type', 'equalto', 'image') | list | length }} images: "
     processor = load_processor(with_template("llava", template("<image>", before=counting)))
     assert PromptBuilder(processor, 2).text("lift").startswith("2 images: <u><image><image>lift")
-    with pytest.raises(ValueError, match=r"(?s)expected a chat template that writes an image more as a word more.*'one_step'"):
+    with pytest.raises(ValueError, match=r"(?s)expected a chat template that inserts one text for one more image.*'one_step'"):
         PromptBuilder(processor, 2, 1, "left", True)
 
 
@@ -225,13 +225,13 @@ def test_an_instruction_with_any_special_word_is_refused(folders, word):
 
 def test_new_instructions_are_the_tokenizers_work_alone_and_old_ones_are_forgotten(folders, monkeypatch):
     processor = load_processor(folders("llava"))
-    prompter = PromptBuilder(processor, 2)
-    prompter.token_ids(TEXTS[0])
+    prompt_builder = PromptBuilder(processor, 2)
+    prompt_builder.token_ids(TEXTS[0])
     part = type(processor.image_processor)
     monkeypatch.setattr(part, "__call__", lambda *_, **__: pytest.fail("images were looked at again"))
-    monkeypatch.setattr(prompts, "MOST_KEPT", 2)
-    ids = [prompter.token_ids(f"lift {i} cubes") for i in range(9)]
-    assert len(prompter._ids) == 2 and len({tuple(i) for i in ids}) == 9
+    monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 2)
+    ids = [prompt_builder.token_ids(f"lift {i} cubes") for i in range(9)]
+    assert len(prompt_builder._cached_ids) == 2 and len({tuple(i) for i in ids}) == 9
 
 
 def test_pictures_come_as_the_kind_that_every_processor_takes(folders, monkeypatch):
@@ -257,11 +257,11 @@ def test_the_images_side_is_that_of_a_tile(folders):
     processor = load_processor(folders("idefics3"))
     part = processor.image_processor
     part.size, part.max_image_size, part.do_image_splitting = {"longest_edge": 4 * SIDE}, {"longest_edge": SIDE}, True
-    prompter = PromptBuilder(processor, 1)
+    prompt_builder = PromptBuilder(processor, 1)
     seen = np.zeros((1, 1, SIDE, SIDE, 3), np.uint8)
-    assert prompter.image_size == SIDE and not prompter.can_skip_processor(seen)
-    batch = prompter(seen, ["lift"])
-    assert batch["pixel_values"].shape[1] == 17 and torch.equal(batch["input_ids"], prompter.tokens(["lift"])["input_ids"])
+    assert prompt_builder.image_size == SIDE and not prompt_builder.can_skip_processor(seen)
+    batch = prompt_builder(seen, ["lift"])
+    assert batch["pixel_values"].shape[1] == 17 and torch.equal(batch["input_ids"], prompt_builder.tokens(["lift"])["input_ids"])
 
 
 @pytest.mark.parametrize("family", ["idefics2", "internvl", "llava_next", "qwen2_vl", "mllama", "smolvlm"])
@@ -293,7 +293,9 @@ def test_features_are_kept_only_of_images_that_the_text_does_not_depend_on(folde
     wide = np.zeros((2, 1, 24, 40, 3), np.uint8)
     assert apart.is_separable(24, 40) and apart.pixels(wide).shape == (2, 1, 3, SIDE, SIDE)
     assert bound.is_separable(SIDE, SIDE) and not bound.is_separable(24, 40)
-    with pytest.raises(ValueError, match=r"expected images that InternVLProcessor takes as whole pictures, got 24 x 40.*resize"):
+    with pytest.raises(
+        ValueError, match=r"expected images that InternVLProcessor processes without the text, got 24 x 40.*resize"
+    ):
         bound.pixels(wide)
 
 
@@ -303,8 +305,8 @@ def test_reading_in_order_is_tried_without_dropout(folders):
     config = AutoConfig.from_pretrained(folder)
     config.text_config.dropout = 0.5
     model = type(load_backbone(folder, processor))(config).train()
-    prompter = PromptBuilder(processor, 1, n_queries=3, padding_side="left")
-    assert ensure_causal_attention(model, prompter, processor.tokenizer.convert_tokens_to_ids(ACT)) and model.training
+    prompt_builder = PromptBuilder(processor, 1, n_queries=3, padding_side="left")
+    assert ensure_causal_attention(model, prompt_builder, processor.tokenizer.convert_tokens_to_ids(ACT)) and model.training
     assert not load_backbone(folder, processor, is_pretrained=False).training
 
 
@@ -359,14 +361,14 @@ def test_acting_reads_what_training_read_square_and_wide(folders, toy_stats, fam
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("idefics", "kosmos2", "florence2")])
 def test_all_that_a_processor_gives_is_handed_on_and_ids_are_its_own(folders, family):
     processor = load_processor(folders(family))
-    prompter = PromptBuilder(processor, 2)
+    prompt_builder = PromptBuilder(processor, 2)
     seen = np.random.default_rng(0).integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
-    ours = prompter(seen, TEXTS[:2])
+    ours = prompt_builder(seen, TEXTS[:2])
     pictures = [[Image.fromarray(image) for image in images] for images in seen]
-    how = {"padding": True, "padding_side": "right", "return_tensors": "pt", **prompter._options}
-    theirs = processor(images=pictures, text=[prompter.text(text) for text in TEXTS[:2]], **how)
+    how = {"padding": True, "padding_side": "right", "return_tensors": "pt", **prompt_builder._bos_options}
+    theirs = processor(images=pictures, text=[prompt_builder.text(text) for text in TEXTS[:2]], **how)
     assert set(ours) == set(theirs) - {"labels"}
     for key, value in ours.items():
         assert torch.allclose(value.double(), torch.as_tensor(theirs[key]).double(), atol=1e-5), key
-    rows = prompter.tokens(TEXTS[:2])
+    rows = prompt_builder.tokens(TEXTS[:2])
     assert torch.equal(rows["input_ids"], ours["input_ids"]) and torch.equal(rows["attention_mask"], ours["attention_mask"])
