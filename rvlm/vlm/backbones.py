@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -157,7 +158,9 @@ def freeze_vision(model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompts: int | None = None) -> torch.Tensor:
+def vision_features(
+    model: PreTrainedModel, pixel_values: Float[torch.Tensor, "..."], n_prompts: int | None = None
+) -> Float[torch.Tensor, "n p d"]:
     """Image features (n, images * tokens, d) of n prompts, as the language model receives them.
 
     Args:
@@ -171,7 +174,7 @@ def vision_features(model: PreTrainedModel, pixel_values: torch.Tensor, n_prompt
     return rows.reshape(n_prompts or len(pixel_values), -1, rows.shape[-1])
 
 
-def as_encoder_outputs(image_features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
+def as_encoder_outputs(image_features: Float[torch.Tensor, "n p d"]) -> dict[str, BaseModelOutputWithPooling]:
     """Features from `vision_features` as an input of transformers' models, instead of pixels."""
     rows: Any = _PerImageFeatures(image_features)
     return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
@@ -199,11 +202,11 @@ def _position_ids_after_cache(model: PreTrainedModel, attention_mask: torch.Tens
 def action_query_states(
     model: PreTrainedModel,
     act_id: int,
-    input_ids: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    image_features: torch.Tensor | None = None,
+    input_ids: Int[torch.Tensor, "b l"],
+    offsets: Float[torch.Tensor, "m d"] | None = None,
+    image_features: Float[torch.Tensor, "n p d"] | None = None,
     **inputs: Any,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[Float[torch.Tensor, "m d"], Any]:
     """Hidden states at `<act>` from one forward pass of the base model, without the language-model head.
 
     Args:

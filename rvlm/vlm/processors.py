@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from jaxtyping import UInt8
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -93,7 +94,7 @@ def _without_video_processor(name_or_path: str) -> Any:
     return video_free(**components, video_processor=NullVideoProcessor(), chat_template=template, **settings)
 
 
-def to_pil(images: np.ndarray) -> list[Image.Image]:
+def to_pil(images: UInt8[np.ndarray, "n h w 3"]) -> list[Image.Image]:
     """Images (n, h, w, 3) uint8 as PIL images, which every family's processor takes."""
     return [Image.fromarray(image) for image in images]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, UInt8
 from transformers import ProcessorMixin
 
 from rvlm.vlm.processors import ACT, detect_image_size, detect_input_format, to_pil, with_cached_images
@@ -19,7 +20,7 @@ MAX_CACHED_PROMPTS = 4096
 TEXT_KEYS = {"input_ids", "attention_mask"}
 EXAMPLE_INSTRUCTION = "lift it"  # to try a processor with
 
-Images = np.ndarray | Sequence[np.ndarray]  # one array (m, n_images, h, w, 3), or a list of m arrays if sizes differ
+Images = UInt8[np.ndarray, "m n h w 3"] | Sequence[UInt8[np.ndarray, "n _ _ 3"]]  # of m observations; a list if sizes differ
 
 
 class PromptBuilder:
@@ -138,7 +139,7 @@ class PromptBuilder:
         steps = [[[*sample[0], text + queries], *([*images, queries] for images in sample[1:])] for sample, text in pairs]
         return {"text": [list(itertools.chain(*parts)) for parts in steps]}
 
-    def _normalize(self, images: np.ndarray) -> torch.Tensor:
+    def _normalize(self, images: UInt8[np.ndarray, "b n h w 3"]) -> Float[torch.Tensor, "b n 3 h w"]:
         """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
         config = self.processor.image_processor
         scale = config.rescale_factor / np.asarray(config.image_std, np.float32)
@@ -224,13 +225,15 @@ class PromptBuilder:
         roles[tokenizer.convert_tokens_to_ids(ACT)] = "action"
         return tokenizer.convert_ids_to_tokens(ids), [roles.get(i, "instruction") for i in ids]
 
-    def vision_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
+    def vision_inputs(
+        self, images: UInt8[np.ndarray, "n m h w 3"] | Float[np.ndarray, "n m p d"]
+    ) -> dict[str, Float[torch.Tensor, "..."]]:
         """`pixel_values` of images (n, m, h, w, 3) uint8, or `image_features` from cached ones (n, m, tokens, d)."""
         if images.dtype == np.uint8:
             return {"pixel_values": self.pixels(images)}
         return {"image_features": torch.from_numpy(images.reshape(len(images), -1, images.shape[-1]).astype(np.float32))}
 
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
+    def pixels(self, images: UInt8[np.ndarray, "b n h w 3"]) -> Float[torch.Tensor, "..."]:
         """`pixel_values` of images (b, n, h, w, 3) uint8 RGB: float32, in the family's own shape.
 
         Raises:
@@ -271,7 +274,7 @@ class PromptBuilder:
             batch["pixel_attention_mask"] = self._rescaled_example["pixel_attention_mask"].new_ones(()).expand(shape)
         return batch
 
-    def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, Int[torch.Tensor, "b l"]]:
         """Text inputs of a batch: `input_ids` and `attention_mask` (b, l)."""
         n_steps = [1] * len(instructions) if n_steps is None else n_steps
         rows = [self.token_ids(text, n) for text, n in zip(instructions, n_steps, strict=True)]
@@ -285,7 +288,7 @@ def _has_pixel_values_only(batch: dict[str, torch.Tensor]) -> bool:
     return is_unmasked and set(batch) <= {*TEXT_KEYS, "pixel_values", "pixel_attention_mask"}
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict[str, Int[torch.Tensor, "b l"]]:
     """Rows of token ids as `input_ids` and `attention_mask` (b, l), padded on one side."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad_id)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from transformers import ProcessorMixin
 
 from rvlm.vlm.processors import ACT
@@ -40,7 +41,7 @@ class VQACollator:
                 "train it on VQA by its own recipe, and its policy here"
             )
 
-    def __call__(self, samples: Sequence[tuple[np.ndarray, list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[tuple[UInt8[np.ndarray, "2 h w 3"], list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
         """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
         ids, labels = zip(*(encode_vqa(self.prompt_builder, pairs) for _, pairs in samples), strict=True)
         pad_id = self.prompt_builder.processor.tokenizer.pad_token_id

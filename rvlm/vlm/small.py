@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -76,7 +77,7 @@ def small_vlm(
     return model, processor
 
 
-def grid_encoding(side: int, width: int) -> torch.Tensor:
+def grid_encoding(side: int, width: int) -> Float[torch.Tensor, "p d"]:
     """Sinusoidal position embeddings of a square grid's patches: (side * side, width), rows in the first half.
 
     Source: Vaswani et al. 2017, section 3.5, in two dimensions as in He et al. 2021 (MAE), appendix A.1.

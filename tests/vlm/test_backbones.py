@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from toy_data import TEXTS, TOY
 from transformers import LlavaForConditionalGeneration
@@ -11,8 +12,8 @@ from rvlm.data.actions import ActionSpec
 from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.collation import RobotCollator
 from rvlm.policy.policy import Policy
-from rvlm.vlm.backbones import load_backbone
-from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.backbones import as_encoder_outputs, load_backbone
+from rvlm.vlm.processors import ACT, load_processor, to_pil
 from rvlm.vlm.prompts import PromptBuilder, pad
 from rvlm.vlm.question_answering import encode_vqa
 from rvlm.vlm.small import small_vlm, train_tokenizer
@@ -33,6 +34,16 @@ def own(processor, pictures, texts):
     """What the family's own processor makes of the prompt's text and images."""
     whole = [f"{processor.image_token * pictures.shape[1]}{text}{ACT}" for text in texts]
     return processor(images=[list(p) for p in pictures], text=whole, padding=True, padding_side="right", return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [(to_pil, np.zeros((2, 8, 8, 4), np.uint8)), (as_encoder_outputs, torch.zeros(2, 3))],
+    ids=["pixels", "features"],
+)
+def test_a_wrong_shape_in_a_signature_is_refused(call, wrong):
+    with pytest.raises(TypeCheckError, match=r"n h w 3|n p d"):
+        call(wrong)
 
 
 @pytest.mark.parametrize("family", ["toy_vlm", "llava"])
