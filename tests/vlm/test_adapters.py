@@ -1,4 +1,4 @@
-"""Adapters: little learns, little is saved, what is reloaded or merged acts alike, and nothing else fits in silently."""
+"""Adapters: few weights are trained and saved, reloaded or merged policies act alike, other weights are refused."""
 
 import json
 import shutil
@@ -52,13 +52,13 @@ def predict(model, batch):
     return model.predict(**inputs(batch))
 
 
-def test_adapters_and_act_learn_and_nothing_else_of_the_backbone(adapted, toy_vlm):
+def test_only_adapters_and_the_act_embedding_of_a_backbone_are_trained(adapted, toy_vlm):
     model, *_ = adapted
-    learns = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in learns} == {"backbone", "head", "state_projector"}
-    within = {name for name in learns if name.startswith("backbone")}
-    assert all("lora_" in name or "trainable_tokens" in name for name in within)
-    assert any("trainable_tokens" in name for name in within)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trainable} == {"backbone", "head", "state_projector"}
+    in_backbone = {name for name in trainable if name.startswith("backbone")}
+    assert all("lora_" in name or "trainable_tokens" in name for name in in_backbone)
+    assert any("trainable_tokens" in name for name in in_backbone)
     tower = {id(p) for part in vision_modules(model.backbone) for p in part.parameters()}
     assert not tower & {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -72,7 +72,7 @@ def test_every_linear_layer_of_the_language_model_is_adapted(adapted):
     assert len(layers) == 7 * len(decoder.layers)
 
 
-def test_only_the_row_of_act_is_new(adapted, toy_vlm):
+def test_only_the_embedding_of_act_changes(adapted, toy_vlm):
     model, processor, *_ = adapted
     before = load_backbone(toy_vlm, processor).get_input_embeddings().weight
     ids = torch.arange(len(before))
@@ -81,7 +81,7 @@ def test_only_the_row_of_act_is_new(adapted, toy_vlm):
     assert changed.nonzero().flatten().tolist() == [model.config.act_id]
 
 
-def test_what_is_saved_is_small_and_reloads_to_the_same_action(adapted):
+def test_a_small_checkpoint_reloads_to_the_same_action(adapted):
     model, _, folder, batch = adapted
     again, _ = load_vla(folder)
     assert torch.equal(predict(again, batch), predict(model, batch))
@@ -91,14 +91,14 @@ def test_what_is_saved_is_small_and_reloads_to_the_same_action(adapted):
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja", ".md"}
 
 
-def test_a_reloaded_policy_goes_on_learning(adapted):
+def test_a_reloaded_policy_can_be_trained_further(adapted):
     _, _, folder, batch = adapted
     again, _ = load_vla(folder)
     losses = take_steps(again, batch)
     assert losses[-1] < losses[0] and again.adapters is not None
 
 
-def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
+def test_a_merged_policy_acts_like_the_adapted_one(adapted, tmp_path):
     model, processor, folder, batch = adapted
     merged, _ = merge_policy(folder)
     over_full_weights, _ = load_vla(folder, is_quantized=False)
@@ -110,16 +110,16 @@ def test_merged_adapters_act_alike_without_them(adapted, tmp_path):
     assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(merged, batch))
 
 
-def test_a_processor_with_bfloat16_reads_layers_in_four_bits_as_any_other(toy_vlm, toy_stats, tmp_path, monkeypatch):
+def test_a_cpu_with_bfloat16_computes_4_bit_layers_like_any_other(toy_vlm, toy_stats, tmp_path, monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     model, processor = build(toy_vlm, toy_stats, "qlora")
     batch = a_batch(model, processor)
     model.eval().save_pretrained(tmp_path / "adapted", processor)
     assert torch.equal(predict(load_vla(tmp_path / "adapted")[0], batch), predict(model, batch))
     build(toy_vlm, toy_stats, "full")[0].save_pretrained(tmp_path / "whole", processor)
-    in_four_bits = load_vla(tmp_path / "whole", is_quantized=True)[0]
-    small = [layer for layer in in_four_bits.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
-    assert small and not any(layer.support_avx512bf16_for_cpu for layer in small) and is_quantized(in_four_bits)
+    quantized = load_vla(tmp_path / "whole", is_quantized=True)[0]
+    small = [layer for layer in quantized.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
+    assert small and not any(layer.support_avx512bf16_for_cpu for layer in small) and is_quantized(quantized)
 
 
 def test_an_adapted_policy_acts(adapted):
@@ -141,7 +141,7 @@ def copied(adapted, tmp_path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", f"{ADAPTERS}/adapter_model.safetensors"])
 @pytest.mark.parametrize(
-    ("spoil", "word"),
+    ("corrupt", "problem"),
     [
         (lambda w, name: w.pop(name), "missing"),
         (lambda w, name: w.update(more=torch.zeros(1)), "unexpected"),
@@ -149,14 +149,14 @@ def copied(adapted, tmp_path):
     ],
     ids=["missing", "unexpected", "mismatched"],
 )
-def test_a_checkpoint_with_other_weights_is_refused_by_name(adapted, tmp_path, file, spoil, word):
+def test_a_checkpoint_with_other_weights_is_refused_by_name(adapted, tmp_path, file, corrupt, problem):
     """Law 25."""
     folder = copied(adapted, tmp_path)
     weights = load_file(folder / file)
     name = sorted(weights)[0]
-    spoil(weights, name)
+    corrupt(weights, name)
     save_file(weights, folder / file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"(?s){word}.*{'more' if word == 'unexpected' else name}"):
+    with pytest.raises(ValueError, match=rf"(?s){problem}.*{'more' if problem == 'unexpected' else name}"):
         load_vla(folder)
 
 
@@ -172,7 +172,7 @@ def test_adapters_on_other_weights_are_refused(adapted, toy_vlm, tmp_path):
         load_vla(folder, base_model=other)
 
 
-def test_what_means_nothing_is_refused(toy_vlm, toy_stats, tmp_path):
+def test_an_impossible_finetuning_is_refused(toy_vlm, toy_stats, tmp_path):
     with pytest.raises(ValueError, match="no finetuning 'lra'; there are full, head, lora, dora, qlora"):
         build(toy_vlm, toy_stats, "lra")
     model, processor = build(toy_vlm, toy_stats, "lora")
@@ -183,7 +183,7 @@ def test_what_means_nothing_is_refused(toy_vlm, toy_stats, tmp_path):
 
 # -- on top of a policy ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("finetuning", ADAPTED)
-def test_a_policy_is_adapted_and_keeps_what_it_can(saved, finetuning, tmp_path):
+def test_adapters_on_a_policy_keep_its_actions(saved, finetuning, tmp_path):
     folder, before = saved
     model, processor = modify_policy(folder, finetuning=finetuning, rank=4)
     batch = a_batch(before, processor)
@@ -195,8 +195,8 @@ def test_a_policy_is_adapted_and_keeps_what_it_can(saved, finetuning, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["history"] == POLICY_HEAD["history"]
 
 
-def test_adapters_stand_on_adapters(adapted, tmp_path):
-    """Of a policy with adapters the next stage sees the merged weights."""
+def test_adapters_on_an_adapted_policy(adapted, tmp_path):
+    """The next stage starts from the merged weights."""
     _, processor, folder, batch = adapted
     onwards, _ = modify_policy(folder, finetuning="lora", rank=2)
     assert torch.allclose(predict(onwards.eval(), batch), predict(merge_policy(folder)[0], batch), atol=1e-5)
@@ -205,7 +205,7 @@ def test_adapters_stand_on_adapters(adapted, tmp_path):
     assert torch.allclose(predict(load_vla(tmp_path)[0], batch), predict(onwards, batch), atol=1e-6)
 
 
-def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
+def test_with_a_frozen_backbone_only_the_head_is_trained_and_saved(toy_vlm, toy_stats, tmp_path):
     model, processor = build(toy_vlm, toy_stats, "head")
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head", "state_projector"}
     batch = a_batch(model, processor)
@@ -216,8 +216,8 @@ def test_head_alone_learns_and_is_saved_alone(toy_vlm, toy_stats, tmp_path):
     assert torch.equal(predict(merge_policy(tmp_path)[0], batch), predict(model, batch))
 
 
-def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
-    """Random weights can't be loaded again by name."""
+def test_a_random_backbone_is_saved_in_full(toy_vlm, toy_stats, tmp_path):
+    """It has no name to be loaded by."""
     model, processor = build(toy_vlm, toy_stats, "head", is_pretrained=False)
     model.eval().save_pretrained(tmp_path, processor)
     batch = a_batch(model, processor)
@@ -226,8 +226,8 @@ def test_a_backbone_from_nowhere_is_saved_whole(toy_vlm, toy_stats, tmp_path):
         build(toy_vlm, toy_stats, "lora", is_pretrained=False)
 
 
-def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm, toy_stats, tmp_path, monkeypatch):
-    """As on a GPU: weights that learn in full, and the same action after reloading."""
+def test_frozen_weights_are_in_half_precision_where_the_machine_computes_in_it(toy_vlm, toy_stats, tmp_path, monkeypatch):
+    """As on a GPU: trained weights in float32, the same action after reloading."""
     monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     model, processor = build(toy_vlm, toy_stats, "lora")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -239,7 +239,7 @@ def test_what_stands_still_is_held_in_half_where_the_machine_computes_so(toy_vlm
     assert torch.equal(predict(load_vla(tmp_path)[0], batch), predict(model, batch))
 
 
-def test_four_bits_hold_the_language_model_alone(toy_vlm, toy_stats):
+def test_only_the_language_model_is_in_4_bits(toy_vlm, toy_stats):
     model, _ = build(toy_vlm, toy_stats, "qlora")
     small = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
     prefix = next(n for n, m in model.named_modules() if m is model.backbone.model.get_decoder())

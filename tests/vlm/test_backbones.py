@@ -62,11 +62,13 @@ def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
     prompt_builder, pictures = PromptBuilder(processor, 2), images()
     prompt_builder(pictures, TEXTS[:2])
     monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: pytest.fail("the processor ran again"))
-    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *_, **__: pytest.fail("the image part ran again"))
+    monkeypatch.setattr(
+        type(processor.image_processor), "__call__", lambda *_, **__: pytest.fail("the image processor ran again")
+    )
     assert prompt_builder(pictures, TEXTS[:2])["pixel_values"].shape == (2, 2, 3, 48, 48)
 
 
-def test_a_processor_that_does_more_takes_the_whole_way(processor, monkeypatch):
+def test_a_processor_that_does_more_than_normalise_is_called(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
     prompt_builder, pictures = PromptBuilder(processor, 1), images(n=1)
     monkeypatch.setattr(PromptBuilder, "_normalize", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
@@ -122,7 +124,7 @@ def test_embeddings_with_spare_rows_do_not_shrink(tmp_path):
     assert loaded.get_input_embeddings().num_embeddings == len(tokenizer) + 40
 
 
-def test_scratch_draws_other_weights(toy_vlm, processor):
+def test_scratch_has_other_weights(toy_vlm, processor):
     pretrained, scratch = load_backbone(toy_vlm, processor), load_backbone(toy_vlm, processor, is_pretrained=False)
     weights, others = pretrained.state_dict(), scratch.state_dict()
     assert weights.keys() == others.keys()
@@ -152,7 +154,7 @@ def test_padding_is_on_the_right_and_masked():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_dialogues_supervise_answers_alone(processor):
+def test_vqa_supervises_answers_only(processor):
     ids, labels = encode_vqa(PromptBuilder(processor, 2), [("is the light on ?", "yes"), ("open ?", "no")])
     supervised = processor.tokenizer.decode([label for label in labels if label >= 0])
     assert len(ids) == len(labels)

@@ -28,8 +28,8 @@ STRUCTURES = {
     "one-step, qlora": {"structure": "one_step", "finetuning": "qlora"},
 }
 ONE_IMAGE = ("kosmos2", "florence2")
-HEIRS = ("idefics3", "idefics2", "qwen2_vl", "qwen3_vl", "llava_next")  # of the code of another family that is tested in full
-HEIRS_TOO = ("one-step, tokens", "interleaved", "policy head")
+SUCCESSORS = ("idefics3", "idefics2", "qwen2_vl", "qwen3_vl", "llava_next")  # share the code of a family that is tested in full
+SUCCESSOR_STRUCTURES = ("one-step, tokens", "interleaved", "policy head")
 IMPOSSIBLE = {
     ("kosmos2", "interleaved"): "one image a prompt",
     ("florence2", "interleaved"): "one image a prompt",
@@ -47,15 +47,15 @@ def folder(request, tmp_path_factory):
 
 
 def refuse_impossible(folder, toy_stats, name):
-    """Structures that a family's own processor or attention rules out are refused, with what is possible."""
-    why = IMPOSSIBLE.get((folder.name, name))
-    if why:
-        with pytest.raises(ValueError, match=rf"(?s)expected .*{why}.*take .*'one_step'"):
-            made(folder, toy_stats, STRUCTURES[name])
-    return bool(why)
+    """Structures that a family's processor or attention rules out are refused, with the possible ones."""
+    reason = IMPOSSIBLE.get((folder.name, name))
+    if reason:
+        with pytest.raises(ValueError, match=rf"(?s)expected .*{reason}.*take .*'one_step'"):
+            build(folder, toy_stats, STRUCTURES[name])
+    return bool(reason)
 
 
-def made(folder, stats, settings):
+def build(folder, stats, settings):
     torch.manual_seed(0)
     few = {"cameras": ("static",)} if folder.name in ONE_IMAGE else {}
     return make_policy(folder, SPEC, stats, **{"chunk_size": 2, **few, **settings})
@@ -86,45 +86,45 @@ def observations(seed):
     ]
 
 
-@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
-def test_a_family_without_a_place_for_act_is_refused_with_the_reason(build, toy_stats, tmp_path):
-    build(tmp_path)
-    with pytest.raises(ValueError, match=rf"(?s)expected .*{UNSUPPORTED[build]}.*take a family that reads images"):
-        made(tmp_path, toy_stats, {"cameras": ("static",)})
+@pytest.mark.parametrize("builder", UNSUPPORTED, ids=lambda builder: builder.__name__)
+def test_a_family_without_hidden_states_at_act_is_refused_with_the_reason(builder, toy_stats, tmp_path):
+    builder(tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)expected .*{UNSUPPORTED[builder]}.*take a family that reads images"):
+        build(tmp_path, toy_stats, {"cameras": ("static",)})
 
 
-def named(pattern):
-    """Families that the page names where this pattern is found, as they are called here."""
+def families_in_docs(pattern):
+    """Families that docs/any_backbone.md lists where this pattern matches, by their names here."""
     found = re.findall(pattern, (ROOT / "docs/any_backbone.md").read_text(), re.M | re.S)
     listed = re.split(r",\s+|\s+and\s+", ", ".join(found))
-    called = {name.replace("_", ""): name for name in FAMILIES}
-    return {called[re.sub(r"[^a-z0-9]", "", name.lower())] for name in listed}
+    by_name = {name.replace("_", ""): name for name in FAMILIES}
+    return {by_name[re.sub(r"[^a-z0-9]", "", name.lower())] for name in listed}
 
 
-def test_the_page_names_every_family():
-    """Its list is this matrix: a family that is not tested is not promised."""
-    assert named(r"^- [a-z ,]+: (.*?)(?=\n- |\n\n)") == set(FAMILIES)
+def test_the_docs_list_every_family():
+    """Its list is the tested families."""
+    assert families_in_docs(r"^- [a-z ,]+: (.*?)(?=\n- |\n\n)") == set(FAMILIES)
 
 
-def test_the_page_says_in_which_families_an_observation_is_read_once(folder):
-    is_said = folder.name in named(r"keeps of the sequence in (.*?),\s+as\s+long")
+def test_the_docs_list_the_families_with_a_kv_cache_over_observations(folder):
+    is_listed = folder.name in families_in_docs(r"keeps of the sequence in (.*?),\s+as\s+long")
     processor = load_processor(folder)
     if folder.name in ONE_IMAGE:
-        assert not is_said
+        assert not is_listed
     else:
-        assert can_append_to_cache(load_backbone(folder, processor), processor) == is_said
+        assert can_append_to_cache(load_backbone(folder, processor), processor) == is_listed
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_family_trains_saves_loads_and_acts_in_every_structure(folder, toy_stats, tmp_path, name):
-    if folder.name in HEIRS and name not in HEIRS_TOO:
+    if folder.name in SUCCESSORS and name not in SUCCESSOR_STRUCTURES:
         return
     if refuse_impossible(folder, toy_stats, name):
         return
-    model, processor = made(folder, toy_stats, STRUCTURES[name])
+    model, processor = build(folder, toy_stats, STRUCTURES[name])
     batch = RobotCollator(model.prompt_builder(processor))(list(samples(model.config)))
-    learns = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(learns, 3e-3), []
+    trainable = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trainable, 3e-3), []
     while len(losses) < 20 and (len(losses) < 12 or losses[-1] >= 0.7 * losses[0]):
         losses.append(model(**batch).loss)
         optimizer.zero_grad()
@@ -140,27 +140,27 @@ def test_every_family_trains_saves_loads_and_acts_in_every_structure(folder, toy
         assert np.array_equal(*acted) and acted[0].shape == (3, 7)
 
 
-ASKED = ("action", "action_mask", "obs_mask", "dataset_index")
+TARGETS = ("action", "action_mask", "obs_mask", "dataset_index")
 
 
 def predicted(model, processor, chosen):
     batch = RobotCollator(model.prompt_builder(processor))(chosen)
-    return model.eval().predict(**{k: v for k, v in batch.items() if k not in ASKED})
+    return model.eval().predict(**{k: v for k, v in batch.items() if k not in TARGETS})
 
 
-def test_all_of_the_language_model_that_learns_is_read_through(folder, toy_stats):
-    """Not so of towers: some families leave their last layers out."""
-    model, processor = made(folder, toy_stats, {})
+def test_every_trainable_language_weight_gets_a_gradient(folder, toy_stats):
+    """Vision towers may not: some families skip their last layers."""
+    model, processor = build(folder, toy_stats, {})
     model.train()(**RobotCollator(model.prompt_builder(processor))(list(samples(model.config)))).loss.backward()
-    seeing = {p for part in vision_modules(model.backbone) for p in part.parameters()}
-    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p not in seeing]
+    vision = {p for part in vision_modules(model.backbone) for p in part.parameters()}
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and p not in vision]
 
 
-def test_adapters_stand_on_the_language_model_alone(folder, toy_stats):
-    model, _ = made(folder, toy_stats, STRUCTURES["one-step, lora"])
+def test_only_the_language_model_has_adapters(folder, toy_stats):
+    model, _ = build(folder, toy_stats, STRUCTURES["one-step, lora"])
     adapted = {name for name, p in model.backbone.named_parameters() if p.requires_grad and "lora_" in name}
-    seeing = {p for part in vision_modules(model.backbone) for p in part.parameters()}
-    assert adapted and not [name for name, p in model.backbone.named_parameters() if p.requires_grad and p in seeing]
+    vision = {p for part in vision_modules(model.backbone) for p in part.parameters()}
+    assert adapted and not [name for name, p in model.backbone.named_parameters() if p.requires_grad and p in vision]
 
 
 @pytest.mark.parametrize("name", ["one-step, mlp", "one-step, tokens"])
@@ -168,7 +168,7 @@ def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
     """Law 15."""
     if refuse_impossible(folder, toy_stats, name):
         return
-    model, processor = made(folder, toy_stats, STRUCTURES[name])
+    model, processor = build(folder, toy_stats, STRUCTURES[name])
     three = list(samples(model.config))
     together, alone = (predicted(model, processor, chosen) for chosen in (three, three[2:]))
     assert torch.allclose(together[2:], alone, atol=1e-4)
@@ -176,7 +176,7 @@ def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
 
 def test_every_image_is_seen(folder, toy_stats):
     """Law 18, for each camera."""
-    model, processor = made(folder, toy_stats, {})
+    model, processor = build(folder, toy_stats, {})
     three = list(samples(model.config))
     whole = predicted(model, processor, three)
     for camera in range(len(model.config.cameras)):
@@ -187,7 +187,7 @@ def test_every_image_is_seen(folder, toy_stats):
 
 
 def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path):
-    """The table of embeddings has to grow for `<act>` in most families of the Hub."""
+    """In most families on the Hub the embedding table has to grow for `<act>`."""
     processor = load_processor(folder)
     before = load_backbone(folder, processor)
     processor.tokenizer.add_tokens([f"<new{i}>" for i in range(80)])
@@ -203,17 +203,17 @@ def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path
 def test_the_future_does_not_change_the_past(folder, toy_stats):
     if refuse_impossible(folder, toy_stats, "interleaved"):
         return
-    model, processor = made(folder, toy_stats, STRUCTURES["interleaved"])
+    model, processor = build(folder, toy_stats, STRUCTURES["interleaved"])
     collate, two = RobotCollator(model.prompt_builder(processor)), list(samples(model.config))[:1]
     later = [{**two[0], "images": np.stack([two[0]["images"][0], 255 - two[0]["images"][1]])}]
     with torch.inference_mode():
-        read = []
+        features = []
         for chosen in (two, later):
             batch = collate(chosen)
             inputs = {k: v for k, v in batch.items() if k not in ("action", "action_mask", "dataset_index")}
-            read.append(model.eval().history_features(**inputs))
-    assert torch.allclose(read[0][:, 0], read[1][:, 0], atol=1e-5)
-    assert (read[0][:, 1] - read[1][:, 1]).abs().max() > 1e-6
+            features.append(model.eval().history_features(**inputs))
+    assert torch.allclose(features[0][:, 0], features[1][:, 0], atol=1e-5)
+    assert (features[0][:, 1] - features[1][:, 1]).abs().max() > 1e-6
 
 
 def test_a_prompt_is_written_as_the_family_writes_it(folder):
@@ -227,7 +227,7 @@ def test_a_prompt_is_written_as_the_family_writes_it(folder):
     assert text == prompt + ACT
 
 
-def test_a_processor_without_its_video_part_is_saved_and_loaded_whole(folder, tmp_path):
+def test_a_processor_without_a_video_processor_is_saved_and_loaded(folder, tmp_path):
     processor = load_processor(folder)
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -237,8 +237,8 @@ def test_a_processor_without_its_video_part_is_saved_and_loaded_whole(folder, tm
     assert one.keys() == two.keys() and all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one)
 
 
-def test_what_is_loaded_is_what_was_saved(folder, toy_stats, tmp_path):
-    model, processor = made(folder, toy_stats, {})
+def test_loaded_weights_equal_the_saved_ones(folder, toy_stats, tmp_path):
+    model, processor = build(folder, toy_stats, {})
     model.save_pretrained(tmp_path, processor)
     again, _ = load_vla(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

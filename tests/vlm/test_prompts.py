@@ -1,4 +1,4 @@
-"""Chat templates and processors of any kind: the prompt is the library's own, and acting reads what training read."""
+"""Chat templates and processors of any kind: the prompt is transformers' own, the same in training and acting."""
 
 import datetime
 import json
@@ -66,8 +66,8 @@ def with_template(folders, tmp_path):
     return copy
 
 
-def whole(processor, instruction, n=2, **options):
-    """Token ids of the library's own prompt, and `<act>` behind it."""
+def library_ids(processor, instruction, n=2, **options):
+    """Token ids of transformers' own prompt, followed by `<act>`."""
     pictures = [{"type": "image", "image": Image.new("RGB", (SIDE, SIDE))} for _ in range(n)]
     turn = [{"role": "user", "content": [*pictures, {"type": "text", "text": instruction}]}]
     how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -75,35 +75,35 @@ def whole(processor, instruction, n=2, **options):
     return [*ids, processor.tokenizer.convert_tokens_to_ids(ACT)]
 
 
-KINDS = {
-    "an image word that holds the letters TEXT": ("internvl", template("{{ '<IMG_CONTEXT>\n' }}")),
+TEMPLATES = {
+    "an image token that contains TEXT": ("internvl", template("{{ '<IMG_CONTEXT>\n' }}")),
     "a system turn that says TEXT": ("qwen2_vl", template(QWEN, before="system: TEXT TEXT <x>")),
     "text that is trimmed": ("qwen2_vl", template(QWEN, "{{ c['text'] | trim }}")),
     "text in capitals": ("qwen2_vl", template(QWEN, "{{ c['text'] | upper }}")),
-    "images first, and what follows depends on them": ("llava_next", None),
+    "images first": ("llava_next", None),
     "no generation prompt": ("llava", template("<image>", after="")),
-    "a beginning that the tokenizer writes too": ("gemma3", None),
+    "BOS, which the tokenizer adds too": ("gemma3", None),
     "a date": ("mllama", None),
-    "a thought that begins": ("qwen3_5", None),
+    "a begin of thinking": ("qwen3_5", None),
     "numbered images": ("qwen2_5_vl", None),
-    "another word for one image than for none": ("smolvlm", None),
+    "a space that depends on images": ("smolvlm", None),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_prompt_is_what_the_library_makes_of_the_template(folders, with_template, kind):
-    """Law 33; the ids are compared, as the library makes them of images and words itself."""
-    family, text = KINDS[kind]
+    """Law 33; compared with the ids that transformers makes of images and text."""
+    family, text = TEMPLATES[kind]
     processor = load_processor(folders(family) if text is None else with_template(family, text))
     for instruction in (TEXTS[0], "  lift TEXT, <u>it</u> ", ""):
-        if family == "smolvlm":  # whose own way wants its part for videos
+        if family == "smolvlm":  # whose processor needs a video processor for that
             prompt = processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": instruction}]}],
                 add_generation_prompt=True,
             )
             assert PromptBuilder(processor, 2).text(instruction) == prompt + ACT
         else:
-            assert PromptBuilder(processor, 2).token_ids(instruction) == whole(processor, instruction)
+            assert PromptBuilder(processor, 2).token_ids(instruction) == library_ids(processor, instruction)
 
 
 def test_content_may_be_a_string(with_template):
@@ -127,8 +127,8 @@ def test_a_template_that_cannot_be_used_is_refused_with_the_reason(with_template
         PromptBuilder(load_processor(with_template("llava", text)), 2)
 
 
-def adding_bos(folder, **texts):
-    """A folder's tokenizer, which writes a beginning of its own."""
+def adding_bos(folder):
+    """A folder's processor, with a tokenizer that adds BOS."""
     tokenizer = load_processor(folder).tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save_pretrained(folder)
@@ -137,7 +137,7 @@ def adding_bos(folder, **texts):
 
 @pytest.mark.parametrize("family", ["paligemma", "llava", "qwen2_vl", "internvl", "idefics3", "mllama", "gemma3"])
 @pytest.mark.parametrize("writes", [True, False], ids=["template writes", "tokenizer writes"])
-def test_a_prompt_begins_once(with_template, family, writes):
+def test_a_prompt_has_one_bos_token(with_template, family, writes):
     words = {"qwen2_vl": QWEN, "internvl": "<IMG_CONTEXT>", "mllama": "<|image|>", "gemma3": "<start_of_image>"}
     text = template(words.get(family, "<image>"), before="{{ bos_token }}" if writes else "")
     processor = adding_bos(with_template(family, text))
@@ -164,7 +164,7 @@ def test_a_template_that_counts_images_is_refused_where_more_follow(with_templat
 
 
 class Tomorrow(datetime.datetime):
-    """A clock that has gone on."""
+    """A later clock."""
 
     @classmethod
     def now(cls, tz=None):
@@ -182,7 +182,7 @@ def test_a_date_in_the_template_is_the_same_on_every_day(with_template, toy_stat
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     again = load_vla(tmp_path / "policy")
     assert again[0].prompt_builder(again[1]).token_ids("lift it") == trained
-    assert whole(again[1], "lift it") == trained, "any other program that reads the folder says the same day"
+    assert library_ids(again[1], "lift it") == trained, "any other program that reads the folder says the same day"
 
 
 @pytest.mark.parametrize("where", ["processor", "tokenizer", "legacy file", "one of several", "several, none the default"])
@@ -213,28 +213,28 @@ def test_a_template_is_found_wherever_it_is_kept(with_template, where, family):
     assert load_processor(folder.parent / "again").chat_template == processor.chat_template
 
 
-def test_no_template_is_images_and_words(with_template):
+def test_without_a_template_images_come_before_the_instruction(with_template):
     assert PromptBuilder(load_processor(with_template("llava", None)), 2).text("lift") == f"<image><image>lift{ACT}"
 
 
 @pytest.mark.parametrize("word", ["<|im_end|>", "<image>", ACT, "</s>"])
-def test_an_instruction_with_any_special_word_is_refused(folders, word):
+def test_an_instruction_with_a_special_token_is_refused(folders, word):
     with pytest.raises(ValueError, match=r"expected an instruction in words.*take it out"):
         PromptBuilder(load_processor(folders("llava_onevision")), 1).token_ids(f"lift {word} it")
 
 
-def test_new_instructions_are_the_tokenizers_work_alone_and_old_ones_are_forgotten(folders, monkeypatch):
+def test_new_instructions_need_only_the_tokenizer_and_old_ones_leave_the_cache(folders, monkeypatch):
     processor = load_processor(folders("llava"))
     prompt_builder = PromptBuilder(processor, 2)
     prompt_builder.token_ids(TEXTS[0])
     part = type(processor.image_processor)
-    monkeypatch.setattr(part, "__call__", lambda *_, **__: pytest.fail("images were looked at again"))
+    monkeypatch.setattr(part, "__call__", lambda *_, **__: pytest.fail("images were processed again"))
     monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 2)
     ids = [prompt_builder.token_ids(f"lift {i} cubes") for i in range(9)]
     assert len(prompt_builder._cached_ids) == 2 and len({tuple(i) for i in ids}) == 9
 
 
-def test_pictures_come_as_the_kind_that_every_processor_takes(folders, monkeypatch):
+def test_processors_get_pil_images(folders, monkeypatch):
     processor = load_processor(folders("llava"))
     part = type(processor.image_processor)
     inner = part.__call__
@@ -253,19 +253,19 @@ def test_pictures_come_as_the_kind_that_every_processor_takes(folders, monkeypat
     )
 
 
-def test_the_images_side_is_that_of_a_tile(folders):
+def test_image_size_is_the_side_of_a_tile(folders):
     processor = load_processor(folders("idefics3"))
     part = processor.image_processor
     part.size, part.max_image_size, part.do_image_splitting = {"longest_edge": 4 * SIDE}, {"longest_edge": SIDE}, True
     prompt_builder = PromptBuilder(processor, 1)
-    seen = np.zeros((1, 1, SIDE, SIDE, 3), np.uint8)
-    assert prompt_builder.image_size == SIDE and not prompt_builder.can_skip_processor(seen)
-    batch = prompt_builder(seen, ["lift"])
+    image = np.zeros((1, 1, SIDE, SIDE, 3), np.uint8)
+    assert prompt_builder.image_size == SIDE and not prompt_builder.can_skip_processor(image)
+    batch = prompt_builder(image, ["lift"])
     assert batch["pixel_values"].shape[1] == 17 and torch.equal(batch["input_ids"], prompt_builder.tokens(["lift"])["input_ids"])
 
 
 @pytest.mark.parametrize("family", ["idefics2", "internvl", "llava_next", "qwen2_vl", "mllama", "smolvlm"])
-def test_images_of_two_sizes_in_one_batch_are_each_what_they_are_alone(folders, toy_stats, family):
+def test_a_batch_of_two_image_sizes_equals_its_samples_alone(folders, toy_stats, family):
     model, processor = make_policy(folders(family), SPEC, toy_stats, chunk_size=2)
     collate, rng = RobotCollator(model.prompt_builder(processor)), np.random.default_rng(0)
 
@@ -287,19 +287,19 @@ def test_images_of_two_sizes_in_one_batch_are_each_what_they_are_alone(folders, 
         assert torch.allclose(together[i], predicted(samples[i : i + 1])[0], atol=1e-5)
 
 
-def test_features_are_kept_only_of_images_that_the_text_does_not_depend_on(folders):
+def test_features_are_cached_only_for_images_that_leave_the_text_unchanged(folders):
     """With a frozen tower: InternVL cuts wide images into tiles when a text goes along."""
-    apart, bound = (PromptBuilder(load_processor(folders(family)), 1) for family in ("smolvlm", "internvl"))
+    separable, tiled = (PromptBuilder(load_processor(folders(family)), 1) for family in ("smolvlm", "internvl"))
     wide = np.zeros((2, 1, 24, 40, 3), np.uint8)
-    assert apart.is_separable(24, 40) and apart.pixels(wide).shape == (2, 1, 3, SIDE, SIDE)
-    assert bound.is_separable(SIDE, SIDE) and not bound.is_separable(24, 40)
+    assert separable.is_separable(24, 40) and separable.pixels(wide).shape == (2, 1, 3, SIDE, SIDE)
+    assert tiled.is_separable(SIDE, SIDE) and not tiled.is_separable(24, 40)
     with pytest.raises(
         ValueError, match=r"expected images that InternVLProcessor processes without the text, got 24 x 40.*resize"
     ):
-        bound.pixels(wide)
+        tiled.pixels(wide)
 
 
-def test_reading_in_order_is_tried_without_dropout(folders):
+def test_causality_is_tried_without_dropout(folders):
     folder = folders("kosmos2")
     processor = load_processor(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -320,21 +320,21 @@ def test_a_repositorys_own_code_never_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def chunks(model, processor, seen, states, structure):
+def chunks(model, processor, images, states, structure):
     """What a policy predicts acting step by step, and from the windows of the same steps in one batch."""
     policy, t = Policy(model, processor), model.config.n_obs_steps
     policy.reset()
     spec = policy.robot.spec
     acted = []
-    for images, state in zip(seen, states, strict=True):
-        observation = {"image": images[0], "wrist_image": images[-1], "state": state, "instruction": TEXTS[0]}
+    for views, state in zip(images, states, strict=True):
+        observation = {"image": views[0], "wrist_image": views[-1], "state": state, "instruction": TEXTS[0]}
         acted.append(policy.predict_action_chunk([observation])[0])
     normalized = policy.robot.stats["observation.state"].normalize(states).astype(np.float32)
     samples = []
-    for end in range(len(seen)):
+    for end in range(len(images)):
         steps = [max(0, i) for i in range(end - t + 1, end + 1)]
         samples.append({
-            "images": seen[steps], "state": normalized[steps], "action": np.zeros((t, 2, 7), np.float32), "dataset_index": 0,
+            "images": images[steps], "state": normalized[steps], "action": np.zeros((t, 2, 7), np.float32), "dataset_index": 0,
             "action_mask": np.ones((t, 2, 7), bool), "obs_mask": np.arange(end - t + 1, end + 1) >= 0, "instruction": TEXTS[0],
         })  # fmt: skip
     batch = RobotCollator(policy.prompter)(samples)
@@ -347,24 +347,24 @@ def chunks(model, processor, seen, states, structure):
     [(name, "interleaved") for name in FAMILIES if name not in ("kosmos2", "florence2", "qwen3_vl")]
     + [(name, "one_step") for name in ("internvl", "llava_next", "mllama", "idefics2")],
 )
-def test_acting_reads_what_training_read_square_and_wide(folders, toy_stats, family, structure):
-    """Law 33, over families and the templates of their sisters on the Hub; three observations, as many as a window holds."""
+def test_acting_equals_training_on_square_and_wide_images(folders, toy_stats, family, structure):
+    """Law 33, over families and their chat templates; three observations, a full window."""
     n = 3 if structure == "interleaved" else 1
     model, processor = make_policy(folders(family), SPEC, toy_stats, structure=structure, n_obs_steps=n, chunk_size=2)
     rng = np.random.default_rng(0)
     for height, width in ((SIDE, SIDE), (24, 40)):
-        seen = rng.integers(0, 256, (3, 2, height, width, 3), np.uint8)
-        acted, trained = chunks(model.eval(), processor, seen, rng.normal(size=(3, 7)).astype(np.float32), structure)
+        images = rng.integers(0, 256, (3, 2, height, width, 3), np.uint8)
+        acted, trained = chunks(model.eval(), processor, images, rng.normal(size=(3, 7)).astype(np.float32), structure)
         assert np.abs(acted - trained)[..., :6].max() < 1e-5
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("idefics", "kosmos2", "florence2")])
-def test_all_that_a_processor_gives_is_handed_on_and_ids_are_its_own(folders, family):
+def test_all_outputs_of_a_processor_are_passed_on_with_its_own_ids(folders, family):
     processor = load_processor(folders(family))
     prompt_builder = PromptBuilder(processor, 2)
-    seen = np.random.default_rng(0).integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
-    ours = prompt_builder(seen, TEXTS[:2])
-    pictures = [[Image.fromarray(image) for image in images] for images in seen]
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
+    ours = prompt_builder(images, TEXTS[:2])
+    pictures = [[Image.fromarray(image) for image in views] for views in images]
     how = {"padding": True, "padding_side": "right", "return_tensors": "pt", **prompt_builder._bos_options}
     theirs = processor(images=pictures, text=[prompt_builder.text(text) for text in TEXTS[:2]], **how)
     assert set(ours) == set(theirs) - {"labels"}
