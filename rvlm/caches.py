@@ -235,7 +235,7 @@ def _can_be_made_again(artifact: Artifact, with_unknown: bool) -> bool:
     return "roots" in artifact.made or (artifact.kind != "datasets" and (with_unknown or artifact.state == "unfinished"))
 
 
-def make_room() -> None:
+def prune_features() -> None:
     """Delete the least recently used features until all features fit their limit."""
     limit = float(os.environ.get("RVLM_FEATURES_GB") or FEATURES_GB)
     for _ in prune(("features",), max_bytes=limit * 1e9):

@@ -77,7 +77,8 @@ def codes():
         "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
         "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
-        "demonstrations": demonstrations.CODE, "corrections": dagger.DAGGER_CODE, "scenes": rendered_scenes.CODE,
+        "demonstrations": demonstrations.DEMONSTRATIONS_CODE, "scenes": rendered_scenes.SCENES_CODE,
+        "corrections": dagger.DAGGER_CODE,
     }  # fmt: skip
 
 
@@ -190,9 +191,12 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
     asked = dagger.DAggerCollection(str(saved[0]), dataclasses.replace(few, max_steps=2))
-    assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.CODE) == []
+    assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.DEMONSTRATIONS_CODE) == []
     assert missing(traced(lambda: list(dagger.dagger_shard(0, asked))), dagger.DAGGER_CODE) == []
-    assert missing(traced(lambda: rendered_scenes.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), rendered_scenes.CODE) == []
+    assert (
+        missing(traced(lambda: rendered_scenes.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), rendered_scenes.SCENES_CODE)
+        == []
+    )
 
 
 def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vlm, tmp_path):
@@ -212,7 +216,7 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     processor = load_processor(toy_vlm)
     model = load_backbone(toy_vlm, processor)
     ran = traced(lambda: features.cached_features(model, processor, kept))
-    assert ("rvlm.training.features", "_write") in ran and missing(ran, features.CODE) == []
+    assert ("rvlm.training.features", "_write") in ran and missing(ran, features.FEATURES_CODE) == []
 
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rvlm import caches, files
-from rvlm.caches import Code, list_artifacts, make_room, prune, read_provenance, register, use, used_artifacts
+from rvlm.caches import Code, list_artifacts, prune, prune_features, read_provenance, register, use, used_artifacts
 from rvlm.cli.main import main
 from rvlm.files import atomic_write
 
@@ -166,10 +166,10 @@ def test_what_is_locked_stays(several):
 def test_features_have_a_limit(several, monkeypatch):
     features = a_cache("features", "of a tower")
     release()
-    make_room()
+    prune_features()
     assert features.is_dir()
     monkeypatch.setenv("RVLM_FEATURES_GB", "1e-9")
-    make_room()
+    prune_features()
     assert not features.is_dir() and several["now"].is_dir() and several["kept"].is_dir()
 
 

@@ -9,7 +9,7 @@ from rvlm.cli import add_command
 from rvlm.files import artifacts_dir
 from rvlm.report.notebooks import InvalidRun
 
-ABOUT = "list the cached artifacts, and delete those that are not needed"
+SUMMARY = "list the cached artifacts, and delete those that are not needed"
 MORE = """State: current (made by the present code), stale (made by other code), unknown (without provenance), unfinished.
 Never deleted: artifacts in use, locked or being written, links, and your own recordings. Frames are limited to RVLM_FRAMES_GB
 (default 100), features to RVLM_FEATURES_GB (default 50).
@@ -62,9 +62,9 @@ def _age(text: str) -> float:
     return float(match[1]) * SECONDS[match[2]]
 
 
-def add(commands: Any) -> None:
+def add_cache(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "cache", ABOUT, MORE)
+    command = add_command(commands, "cache", SUMMARY, MORE)
     command.add_argument("--prune", action="store_true", help="delete by one or several of the following")
     command.add_argument("--stale", action="store_true", help="artifacts made by other code")
     command.add_argument("--older-than", type=_age, metavar="30d", help="artifacts not used for this long (h, d, w)")

@@ -24,7 +24,7 @@ Options that are not listed here are passed to JupyterLab:
   rvlm lab --no-browser --port 8899      on a remote machine; from yours: ssh -L 8899:localhost:8899 HOST"""
 
 
-def add(commands: Any) -> None:
+def add_lab(commands: Any) -> None:
     """Add the command to the parser."""
     command = add_command(commands, "lab", "open JupyterLab on copies of the notebooks", ABOUT)
     command.set_defaults(run=_lab, passes_on=True)

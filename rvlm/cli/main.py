@@ -79,7 +79,7 @@ def _findings(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser with every command; a new command is a module with `add`, which sets ``run``."""
+    """The parser with every command; a new command is a module with a function `add_...`, which sets ``run``."""
     about = "Robot policies from vision-language models: train, evaluate, compare."
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="rvlm", description=about, epilog=EXAMPLES, formatter_class=raw)
@@ -94,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="run finished notebooks too")
     command.set_defaults(run=_reproduce)
 
-    run.add(commands)
-    lab.add(commands)
+    run.add_run(commands)
+    lab.add_lab(commands)
 
     about = "write the HTML report, and the README's table for the results in git"
     add_command(commands, "report", about).set_defaults(run=_report)
@@ -105,8 +105,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="all fields of each finding, for scripts")
     command.set_defaults(run=_findings)
 
-    cache.add(commands)
-    ship.add(commands)
+    cache.add_cache(commands)
+    ship.add_models(commands)
     return top
 
 

@@ -13,7 +13,7 @@ from rvlm.files import ROOT, artifacts_dir, config_hash, file_hash
 from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.notebooks import InvalidRun, find_notebook, parse_parameters
 
-EXAMPLES = """examples:
+RUN_EXAMPLES = """examples:
   rvlm run 00 -p seed 11 -p family open_drawer
   rvlm run 07 -p shots "[1, 5, 10, 25, 50]" -p n_seeds 5
   rvlm run 02_episodes_and_actions.ipynb -p bins 16
@@ -23,9 +23,9 @@ The executed copy, figures, tables and findings go to artifacts/tried/NAME-KEY/ 
 hash of the values: results/ and the README stay as they are. Long steps are cached and shared with every other run."""
 
 
-def add(commands: Any) -> None:
+def add_run(commands: Any) -> None:
     """Add the command to the parser."""
-    command = add_command(commands, "run", "run one notebook with other parameters", EXAMPLES)
+    command = add_command(commands, "run", "run one notebook with other parameters", RUN_EXAMPLES)
     command.add_argument("notebook", metavar="NN", help="number, name or path of the notebook")
     given = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     command.add_argument("-p", dest="parameters", help="a parameter; may be repeated", **given)

@@ -22,7 +22,7 @@ examples:
   rvlm {name} --install"""
 
 
-def add(commands: Any) -> None:
+def add_models(commands: Any) -> None:
     """Add both commands to the parser."""
     for name, what in WHAT.items():
         where = WHERE.format(name=name, asset=ASSETS[name])

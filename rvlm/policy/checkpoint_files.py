@@ -26,7 +26,7 @@ class CheckpointError(ValueError):
     """A folder, or a name on the Hub, from which a model cannot be loaded completely."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A file of a checkpoint that holds a JSON object.
 
     Raises:
@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_policy(folder: Path) -> bool:
     """Whether a model's folder holds a policy, not a vision-language model."""
-    return read_json(folder / CONFIG).get("model_type") == VLAConfig.model_type
+    return read_json_object(folder / CONFIG).get("model_type") == VLAConfig.model_type
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -57,7 +57,11 @@ def weights_in(folder: Path) -> list[Path]:
         CheckpointError: Which file is missing or cut short.
     """
     single, index = folder / "model.safetensors", folder / INDEX
-    names = ["model.safetensors"] if single.is_file() or not index.is_file() else read_json(index).get("weight_map", {}).values()
+    names = (
+        ["model.safetensors"]
+        if single.is_file() or not index.is_file()
+        else read_json_object(index).get("weight_map", {}).values()
+    )
     paths = [folder / name for name in sorted(set(names))]
     for path in paths:
         header_of(path)
@@ -92,7 +96,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def weights_hash(folder: Path) -> str:
+def tensors_hash(folder: Path) -> str:
     """Hash (twelve characters) of the weights in a model's folder, however they are split into files.
 
     Covers names, types, shapes and values, adapters included; a separate base model is named in the configuration.
@@ -134,7 +138,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         CheckpointError: It is not a policy's, has unknown fields, or an unsupported combination.
     """
-    values = read_json(folder / CONFIG)
+    values = read_json_object(folder / CONFIG)
     if values.get("model_type") != VLAConfig.model_type:
         raise CheckpointError(
             f"{folder / CONFIG}: expected a policy (model_type {VLAConfig.model_type!r}), got {values.get('model_type')!r}; "

@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub
 
-from rvlm.policy.checkpoint_files import CONFIG, INDEX, CheckpointError, read_json, weights_hash
+from rvlm.policy.checkpoint_files import CONFIG, INDEX, CheckpointError, read_json_object, tensors_hash
 
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.md")
 NOT_FETCHED = ("onnx/*", "original/*", "consolidated*", "runs/*", "checkpoint-*")
@@ -58,7 +58,7 @@ def origin(name: str | Path, folder: Path) -> dict[str, Any]:
     """Where a model came from: `name`, `revision` (None of a folder) and a hash of its `weights`."""
     is_folder = Path(name).is_dir()
     where = str(Path(name).resolve()) if is_folder else str(name)
-    return {"name": where, "revision": None if is_folder else commit_of(folder), "weights": weights_hash(folder)}
+    return {"name": where, "revision": None if is_folder else commit_of(folder), "weights": tensors_hash(folder)}
 
 
 def put_backbone_inside(folder: Path) -> None:
@@ -67,7 +67,7 @@ def put_backbone_inside(folder: Path) -> None:
     Raises:
         CheckpointError: The base model is no longer where it was.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     base = config.get("base_model")
     if not base or base.get("revision") or (folder / INSIDE).is_dir():
         return

@@ -27,7 +27,7 @@ from rvlm.policy.checkpoint_files import (
     naming,
     policy_processor,
     read_config,
-    read_json,
+    read_json_object,
     weights_in,
 )
 from rvlm.policy.config import VLAConfig
@@ -126,7 +126,7 @@ class SavedPolicy(PreTrainedModel):
             from rvlm.vlm import adapters  # and with it peft, which takes seconds
 
             inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
-            adapters.save(self.adapters, folder, inner)
+            adapters.save_lora_weights(self.adapters, folder, inner)
         kept = whole if self.config.base_model is None else non_backbone_weights(whole)
         super().save_pretrained(folder, state_dict=kept, **options)
 
@@ -217,7 +217,7 @@ class SavedPolicy(PreTrainedModel):
         if config.base_model["finetuning"] != "head":
             from rvlm.vlm import adapters
 
-            read_json(folder / ADAPTERS / "adapter_config.json")
+            read_json_object(folder / ADAPTERS / "adapter_config.json")
             model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
         model.load_own_weights(folder)
         return model

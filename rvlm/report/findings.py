@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-NUMBER = re.compile(r"(?<![\w.,])[-−+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s?%)?")
+STATED_NUMBER = re.compile(r"(?<![\w.,])[-−+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s?%)?")
 
 
 class UncomputedNumber(ValueError):
@@ -141,7 +141,7 @@ def _check_sentence(record: Mapping[str, Any]) -> None:
     given = [*_numbers_in(record["numbers"]), *_numbers_in(record["interval"]), ("n", float(record["n"]))]
     given += [("seeds", float(len(record["seeds"]))), *_numbers_in(record["seconds"], "seconds")]
     given += [("level", 0.95)] if record["interval"] is not None else []
-    for match in NUMBER.finditer(record["sentence"]):
+    for match in STATED_NUMBER.finditer(record["sentence"]):
         if not any(_matches(match.group(), key, value) for key, value in given):
             listed = ", ".join(f"{key} = {value:.6g}" for key, value in given)
             raise UncomputedNumber(

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from rvlm.caches import Code, make_room, register
+from rvlm.caches import Code, prune_features, register
 from rvlm.files import artifacts_dir, config_hash, file_hash, make_folder, reserve
 from rvlm.vlm.backbones import language_model, vision_features, vision_modules
 from rvlm.vlm.prompts import PromptBuilder
 
-CODE = Code(("rvlm.training.features",))
-BATCH = 64  # frames that pass through the tower at once
+FEATURES_CODE = Code(("rvlm.training.features",))
+FRAMES_PER_BATCH = 64  # frames that pass through the tower at once
 
 
 def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -38,7 +38,7 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
     """
     prompter, tower, names = (
         PromptBuilder(processor, 1),
-        {"tower": _hash_of_tower(model, processor), "code": CODE.hash},
+        {"tower": _hash_of_tower(model, processor), "code": FEATURES_CODE.hash},
         list(images),
     )
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
@@ -47,10 +47,10 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
         settings = {"frames": content_of(images[name]), **tower}
         folder = artifacts_dir() / "features" / config_hash(settings)
         if not folder.is_dir():
-            CODE.require_unchanged()
-            make_room()
+            FEATURES_CODE.require_unchanged()
+            prune_features()
             make_folder(folder, lambda part, name=name: _write(part / "features.npy", model, prompter, images[name]))
-        paths[name] = register(folder, CODE, settings) / "features.npy"
+        paths[name] = register(folder, FEATURES_CODE, settings) / "features.npy"
     return {name: np.load(paths[name], mmap_mode="r") for name in names}
 
 
@@ -98,8 +98,8 @@ def _write(path: Path, model: PreTrainedModel, prompter: PromptBuilder, images: 
 def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompter: PromptBuilder, images: np.ndarray) -> bool:
     """Write them in this type, or stop at the first batch that it cannot hold."""
     flat, rows = images.reshape(-1, 1, *images.shape[-3:]), None
-    for i in range(0, len(flat), BATCH):
-        part = vision_features(model, prompter.pixels(flat[i : i + BATCH])).float().cpu().numpy()
+    for i in range(0, len(flat), FRAMES_PER_BATCH):
+        part = vision_features(model, prompter.pixels(flat[i : i + FRAMES_PER_BATCH])).float().cpu().numpy()
         if not np.isfinite(part).all():
             raise FloatingPointError(
                 f"expected finite features of images from {i} on by the tower of {model.config.model_type!r}, got "

@@ -42,7 +42,7 @@ SMALL: Grid = {  # two CPU cores, from the shipped model
     "warmup": (0.03, 0.25),
 }
 # Of a study's trials; other code makes those of another study.
-CODE = Code(("rvlm.training.trainer", "rvlm.training.launch"), (*UNUSED[ROBOT], "rvlm.envs"))
+SEARCH_CODE = Code(("rvlm.training.trainer", "rvlm.training.launch"), (*UNUSED[ROBOT], "rvlm.envs"))
 REASON = "reason"  # of a trial that failed: why
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
@@ -59,7 +59,7 @@ def default_storage(name: str) -> str:
         )
     folder = artifacts_dir() / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / name}-{CODE.hash}.db"
+    return f"sqlite:///{folder / name}-{SEARCH_CODE.hash}.db"
 
 
 def load_or_create_study(name: str, grid: Grid, storage: str | None = None, seed: int = 0) -> optuna.Study:
@@ -80,7 +80,7 @@ def load_or_create_study(name: str, grid: Grid, storage: str | None = None, seed
             direction="minimize",
             load_if_exists=True,
         )
-        _refuse_unlike_before(study, {"by other code that trains": CODE.hash}, f" in {address}")
+        _refuse_unlike_before(study, {"by other code that trains": SEARCH_CODE.hash}, f" in {address}")
     _refuse_other_grid(study, grid)
     return study
 

@@ -71,7 +71,7 @@ def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
         return get_peft_model(model, config)
 
 
-def save(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+def save_lora_weights(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
     """Save adapters in peft's format.
 
     Args:

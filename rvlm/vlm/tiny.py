@@ -10,9 +10,9 @@ import torch
 
 from rvlm.files import artifacts_dir, file_hash
 from rvlm.vlm import tiny_models, tiny_templates
-from rvlm.vlm.tiny_models import SIDE, TEXTS
+from rvlm.vlm.tiny_models import SIDE, TOKENIZER_TEXTS
 
-__all__ = ["FAMILIES", "SIDE", "TEXTS", "UNSUPPORTED", "tiny_vlm"]
+__all__ = ["FAMILIES", "SIDE", "TOKENIZER_TEXTS", "UNSUPPORTED", "tiny_vlm"]
 
 UNSUPPORTED = {tiny_models.blip: "exposes no hidden states of its text"}
 FAMILIES = {

@@ -16,7 +16,7 @@ from rvlm.vlm.small import train_tokenizer
 from rvlm.vlm.tiny_templates import CHAT_FORMATS
 
 SIDE, PATCH = 48, 12
-TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer"]
+TOKENIZER_TEXTS = ["lift the red cube", "push the blue ball left", "open the drawer"]
 LAYER_CONFIG: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 VISION_CONFIG: dict[str, Any] = {**LAYER_CONFIG, "image_size": SIDE, "patch_size": PATCH}
 
@@ -24,7 +24,7 @@ VISION_CONFIG: dict[str, Any] = {**LAYER_CONFIG, "image_size": SIDE, "patch_size
 def tiny_tokenizer(family: str, extra: Sequence[str] = (), **named: str) -> Any:
     """A family's tokenizer with its chat template; `named` are special tokens that its processor looks up by name."""
     chat = CHAT_FORMATS.get(family, {})
-    tokenizer = train_tokenizer(TEXTS, [*extra, *chat.get("special_tokens", ()), *named.values()])
+    tokenizer = train_tokenizer(TOKENIZER_TEXTS, [*extra, *chat.get("special_tokens", ()), *named.values()])
     if named:
         special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special, extra_special_tokens=named)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, SPEC, perturbed_policy, predicted
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from rvlm.policy.checkpoint_files import CheckpointError, weights_hash
+from rvlm.policy.checkpoint_files import CheckpointError, tensors_hash
 from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.model import VLA
 from rvlm.policy.model_card import model_card
@@ -255,11 +255,11 @@ def test_the_hash_of_weights_is_of_what_they_hold(toy_vlm, tmp_path):
         save_file({name: whole[name] for name in part}, tmp_path / "cut" / f"model-{i}.safetensors", {"note": "another file"})
     weight_map = {name: f"model-{int(i >= 3)}.safetensors" for i, name in enumerate(names)}
     (tmp_path / "cut" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert weights_hash(tmp_path / "cut") == weights_hash(toy_vlm)
+    assert tensors_hash(tmp_path / "cut") == tensors_hash(toy_vlm)
     (tmp_path / "other").mkdir()
     first(whole, lambda value: value + 1e-3)
     save_file(whole, tmp_path / "other" / "model.safetensors")
-    assert weights_hash(tmp_path / "other") != weights_hash(toy_vlm)
+    assert tensors_hash(tmp_path / "other") != tensors_hash(toy_vlm)
 
 
 def test_the_card_says_what_the_numbers_mean(kept, toy_stats):

@@ -181,9 +181,9 @@ def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
 
 
 def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
-    monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="before"))
+    monkeypatch.setattr("rvlm.training.search.SEARCH_CODE", SimpleNamespace(hash="before"))
     address, before = default_storage("coded"), len(load_or_create_study("coded", GRID).trials)
-    monkeypatch.setattr("rvlm.training.search.CODE", SimpleNamespace(hash="after"))
+    monkeypatch.setattr("rvlm.training.search.SEARCH_CODE", SimpleNamespace(hash="after"))
     assert default_storage("coded") != address and before == 0
     with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
         load_or_create_study("coded", GRID, storage=address)

@@ -16,7 +16,8 @@ from rvlm.vlm.backbones import load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.templates import image_token
-from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS, UNSUPPORTED
+from rvlm.vlm.tiny import FAMILIES, SIDE, UNSUPPORTED
+from rvlm.vlm.tiny import TOKENIZER_TEXTS as TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = {

@@ -22,7 +22,8 @@ from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
-from rvlm.vlm.tiny import FAMILIES, SIDE, TEXTS
+from rvlm.vlm.tiny import FAMILIES, SIDE
+from rvlm.vlm.tiny import TOKENIZER_TEXTS as TEXTS
 
 TURNS = (
     "{% for m in messages %}<u>{% for c in m['content'] %}{% if c['type'] == 'image' %}@image@{% else %}@text@{% endif %}"

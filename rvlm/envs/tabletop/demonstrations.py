@@ -22,7 +22,7 @@ from rvlm.envs.tabletop.scene import UNSEEN_COLORS
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.files import artifacts_dir, config_hash
 
-CODE = Code(("rvlm.envs.tabletop.demonstrations",))
+DEMONSTRATIONS_CODE = Code(("rvlm.envs.tabletop.demonstrations",))
 PER_SHARD = 50
 SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew
 HELD_OUT = {  # kept for evaluation: seeds from the first on, wordings, and words of colours
@@ -65,7 +65,7 @@ class Collection:
     @property
     def folder(self) -> Path:
         """Where the dataset is: the robot, and the hash of these settings, the robot's card, and the code."""
-        key = config_hash({**asdict(self), "spec": asdict(self.spec), "code": CODE.hash})
+        key = config_hash({**asdict(self), "spec": asdict(self.spec), "code": DEMONSTRATIONS_CODE.hash})
         return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key}"
 
     @property
@@ -174,6 +174,6 @@ def collect_demonstrations(collection: Collection, n_workers: int = 2, progress:
         )
     make, folder = functools.partial(make_shard, collection=collection), collection.folder
     if not folder.exists():
-        CODE.require_unchanged()
+        DEMONSTRATIONS_CODE.require_unchanged()
     record_dataset(folder, collection.spec, make, n_shards, n_workers, progress, HELD_OUT)
-    return register(folder, CODE, asdict(collection))
+    return register(folder, DEMONSTRATIONS_CODE, asdict(collection))

@@ -21,7 +21,7 @@ from rvlm.envs.tabletop.world import World
 from rvlm.files import artifacts_dir, config_hash, make_folder
 from rvlm.processes import in_parallel
 
-CODE = Code(("rvlm.envs.tabletop.rendered_scenes",))
+SCENES_CODE = Code(("rvlm.envs.tabletop.rendered_scenes",))
 FIXTURES = {
     "drawer handle": lambda world: world.pos_handle,
     "button": lambda world: world.pos_fixture("button"),
@@ -116,17 +116,19 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         Folders for `Scenes`.
     """
     root, robots, jobs = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5"), []
-    keys = {r: config_hash({"spec": asdict(ActionSpec.from_card(f"tabletop_{r}")), "code": CODE.hash}) for r in set(robots)}
+    keys = {
+        r: config_hash({"spec": asdict(ActionSpec.from_card(f"tabletop_{r}")), "code": SCENES_CODE.hash}) for r in set(robots)
+    }
     for i in range(-(-n_scenes // per_part)):
         n, seed, robot = min(per_part, n_scenes - i * per_part), first_seed + i, robots[i % len(robots)]
         jobs.append((root / f"{robot}-{seed}-{n}x{image_size}-{keys[robot]}", robot, seed, n, image_size))
     todo = [job for job in jobs if not job[0].exists()]
     if todo:
-        CODE.require_unchanged()
+        SCENES_CODE.require_unchanged()
         for _ in tqdm(in_parallel(make_scenes, todo, n_workers), f"render {n_scenes} scenes", len(todo), unit="part"):
             pass
     names = ("robot", "seed", "n_scenes", "image_size")
-    return [register(folder, CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
+    return [register(folder, SCENES_CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
 
 
 class Scenes:
