@@ -216,7 +216,7 @@ def test_jupyterlab_gets_the_words_that_are_its_own(home, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["vlm", "policy"])
 def test_what_ships_is_replaced_only_when_told_to_in_words(name, home, monkeypatch, capsys):
     shipped, targets = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name], []
-    monkeypatch.setattr(recipes, "release", lambda stage, target, command: targets.append(target))
+    monkeypatch.setattr("rvlm.experiments.release.release", lambda stage, target, command: targets.append(target))
     monkeypatch.setattr(recipes, {"vlm": "vision_language", "policy": "main_policy"}[name], lambda *sizes: sizes)
     assert main([name, "--profile", "smoke"]) == main([name]) == 0
     assert targets == [home / "shipped" / name] * 2 and f"the {name} that ships stays" in capsys.readouterr().out
