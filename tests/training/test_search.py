@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,22 +50,22 @@ def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
     assert set(importance(study).index) == set(GRID)
 
 
-WORKER = """
-import dataclasses, sys
-from rvlm.training.search import search
-from rvlm.training.stages import Stage
-import test_search
-import rvlm.training.search
-rvlm.training.search.train = lambda *_, **__: "model"  # what is shared is the study
-stage = Stage(**{stage!r})
-search("shared", test_search.GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
-"""
+def share_a_study(stage, home):
+    """A worker of a search; what is shared is the study, so nothing is trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", home)
+        patch.setattr("rvlm.training.search.train", lambda *_, **__: "model")
+        search("shared", GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 4)
 
 
-def test_two_workers_share_one_study(stage):
-    code = WORKER.format(stage=dataclasses.asdict(stage))
-    workers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent) for _ in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
+def test_two_workers_share_one_study(stage, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    workers = [context.Process(target=share_a_study, args=(stage, str(tmp_path / "home"))) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     tried = table(optuna.load_study(study_name="shared", storage=default_storage("shared")))
     assert 4 <= len(tried) <= 5 and len(tried[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
 
