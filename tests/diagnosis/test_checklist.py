@@ -33,7 +33,6 @@ def inputs(home):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.where}: {fault.description}")
 def test_an_injected_fault_is_the_first_that_is_named(inputs, fault):
-    """Laws 1 to 14."""
     results = diagnose(fault.inject(inputs))
     assert first_fault(results) == fault.expected, results[-1].measured
     assert all(result.fault is None for result in results[:-1]) and results[-1].fix == FIXES[fault.expected]

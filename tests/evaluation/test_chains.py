@@ -1,4 +1,4 @@
-"""Chains: drawn by the rule of feasible transitions, kept in one scene, counted as in closed form."""
+"""Chains: sampled among feasible transitions, kept in one scene, counted as in closed form."""
 
 import dataclasses
 

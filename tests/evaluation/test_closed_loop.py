@@ -39,7 +39,7 @@ def small_envs():
 
 
 class Recorder(RandomPolicy):
-    """Keeps what it is shown."""
+    """Records its observations."""
 
     def reset(self, n_robots=1):
         super().reset(n_robots)
@@ -55,7 +55,6 @@ EPISODES = [(FIRST_HELD_OUT_SEED + i, "lift") for i in range(3)]
 
 
 def test_every_episode_has_a_held_out_seed_of_its_own():
-    """Law 9."""
     episodes = Evaluation("random", n_episodes=200).episodes()
     seeds = [seed for seed, _ in episodes]
     assert len(set(seeds)) == 200 and min(seeds) == FIRST_HELD_OUT_SEED
@@ -128,7 +127,7 @@ def test_an_ablation_of_language_that_changes_nothing_is_refused():
 
 
 def test_random_actions_are_those_of_the_episode(small_envs):
-    """Others in each episode, and the same whoever is beside it."""
+    """Different in each episode, and the same whatever else is in the batch."""
     kept = rollout(RandomPolicy(SPEC), small_envs, EPISODES, keep_frames=True)
     (alone,) = rollout(RandomPolicy(SPEC), small_envs[:1], EPISODES[1:2], keep_frames=True)
     np.testing.assert_array_equal(alone["actions"], kept[1]["actions"])
@@ -147,7 +146,7 @@ def test_a_rollout_keeps_its_frames_where_it_is_asked_to(small_envs):
 
 
 class Whole(Recorder):
-    """Cannot go on with fewer robots."""
+    """A policy without a smaller batch."""
 
     keep = property()  # as if there was none
 
@@ -212,7 +211,7 @@ def test_finished_batches_are_not_run_again_and_short_ones_are(monkeypatch):
 
 
 def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
-    """Whatever their order: the larger holds the smaller."""
+    """In either order: the larger evaluation contains the smaller."""
     ran = []
     monkeypatch.setattr(closed_loop, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
     for max_steps, names in ((7, ("all", "few")), (8, ("few", "all"))):
@@ -272,7 +271,7 @@ def test_the_table_is_statsmodels(by):
 
 
 def evaluated(rates, n_trainings=3, n_episodes=40):
-    """Made-up episodes of several trainings, policies by their chance of success."""
+    """Synthetic episodes of several trainings; policies by their probability of success."""
     rng = np.random.default_rng(0)
     rows = [
         (name, str(training), 900_000 + i, rng.random() < rate)

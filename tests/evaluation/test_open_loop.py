@@ -1,4 +1,4 @@
-"""Open loop: errors in SI units at the right frames, past the end left out, controls, and one error for a foreign robot."""
+"""Open loop: errors in SI units at the right frames, none past the end, input ablations, and one message for another robot."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -78,21 +78,21 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
         real = recorded[i : i + 3]
         error = np.abs(SPEC.to_si(chunk[: len(real)] - real))
         error[:, 6] = SPEC.is_open(chunk[: len(real)]) != SPEC.is_open(real)
-        told = errors[errors["frame_index"] == i]
-        np.testing.assert_allclose(told["first"], error[0], atol=2e-5)
-        np.testing.assert_allclose(told["chunk"], error.mean(0), atol=2e-5)
+        measured = errors[errors["frame_index"] == i]
+        np.testing.assert_allclose(measured["first"], error[0], atol=2e-5)
+        np.testing.assert_allclose(measured["chunk"], error.mean(0), atol=2e-5)
 
 
-def test_a_control_changes_what_the_policy_sees(policy, dataset):
+def test_an_input_ablation_changes_the_observation(policy, dataset):
     plain, blind = (open_loop.open_loop_errors(policy, dataset, ablation=ablation) for ablation in ("none", "blank_image"))
     assert not np.allclose(plain["first"], blind["first"])
 
 
 @pytest.fixture
-def told(dataset, tmp_path):
-    """Demonstrations of three instructions, of which two say the same in other words."""
+def instructed(dataset, tmp_path):
+    """Demonstrations of three instructions, of which two are paraphrases."""
     texts = {"lift the red cube": "lift", "pick up the red cube": "lift", "open the drawer": "open_drawer"}
-    writer = EpisodeWriter(tmp_path / "told", SPEC)
+    writer = EpisodeWriter(tmp_path / "instructed", SPEC)
     for seed, (text, family) in enumerate(texts.items()):
         writer.add_episode(an_episode(4, seed), text, {"family": family})
     return EpisodeDataset(writer.finalize()), dict(enumerate(texts))
@@ -100,8 +100,8 @@ def told(dataset, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 12])
 @pytest.mark.parametrize("episodes", [None, [0, 2], [1]])
-def test_shuffled_language_changes_every_frame_to_another_family(told, batch_size, episodes):
-    data, texts = told
+def test_shuffled_language_changes_every_frame_to_another_family(instructed, batch_size, episodes):
+    data, texts = instructed
     windows = Windows(data, episodes=episodes)
     change = open_loop._input_ablation("shuffled_language", windows)
     for start in range(0, len(windows), batch_size):
@@ -130,8 +130,8 @@ def recorded(folder, spec, action):
     return EpisodeDataset(writer.finalize())
 
 
-def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, monkeypatch):
-    """The second robot of a mixture: in its own conventions and numbers, and so are the diagnostic checks."""
+def test_a_policy_is_evaluated_on_the_robot_that_it_acts_for(dataset, tmp_path, monkeypatch):
+    """The second robot of a mixture: in its own conventions and statistics, and so are the diagnostic checks."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     second = ActionSpec.from_card("tabletop_ur6")
     rng = np.random.default_rng(3)
@@ -161,7 +161,7 @@ def test_a_policy_is_judged_by_the_robot_that_it_acts_for(dataset, tmp_path, mon
 
 
 def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatch):
-    """The first one too: no error is averaged over nothing."""
+    """The first one too: no mean over zero errors."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     spec = dataclasses.replace(SPEC, absent=("dx", "droll"))
     action = an_episode(5, 2)["action"]

@@ -56,13 +56,13 @@ def test_the_gap_is_newcombes_over_the_families_that_both_settings_ask_for():
         for _ in range(50)
     ]
     episodes = pd.DataFrame(rows)
-    (told,) = protocols.generalisation_gap(episodes).to_dict("records")
+    (gap,) = protocols.generalisation_gap(episodes).to_dict("records")
     seen, unseen = (
         episodes[(episodes["setting"] == s) & (episodes["family"] == "a")]["is_success"] for s in ("simple", "unseen_target")
     )
     low, high = confint_proportions_2indep(seen.sum(), 50, unseen.sum(), 50, method="newcomb", compare="diff", correction=False)
-    assert told["n_seen"] == told["n_unseen"] == 50
-    assert (told["gap"], told["low"], told["high"]) == pytest.approx((seen.mean() - unseen.mean(), low, high))
+    assert gap["n_seen"] == gap["n_unseen"] == 50
+    assert (gap["gap"], gap["low"], gap["high"]) == pytest.approx((seen.mean() - unseen.mean(), low, high))
 
 
 def evaluated(**changes):
@@ -81,20 +81,20 @@ def test_every_leak_is_named(dataset):
     trained = dataset.tasks[0]
     novel = protocols.train_test_leaks(dataset, evaluated(instruction=trained))
     assert novel == ["1 instructions of the setting novel_description were trained on"]
-    for task, said in (
+    for task, message in (
         ("take the red cube off the table", "held-out wordings, the first is 'take the red cube off the table'"),
         ("lift the pink cube", "name held-out objects, the first is 'lift the pink cube'"),
     ):
         leaky = EpisodeDataset(dataset.root)
         leaky.tasks = [*dataset.tasks, task]
         assert protocols.train_test_leaks(leaky, evaluated(instruction="")) == [
-            f"1 instructions {'have ' if 'word' in said else ''}{said}"
+            f"1 instructions {'have ' if 'word' in message else ''}{message}"
         ]
 
 
 def test_the_store_is_one_tidy_table(tmp_path, monkeypatch):
     monkeypatch.setattr("rvlm.report.findings.results_dir", lambda: tmp_path)
-    told = report.save_episodes(evaluated(is_success=True), "06_episodes")
+    saved = report.save_episodes(evaluated(is_success=True), "06_episodes")
     read = pd.read_parquet(tmp_path / "episodes/06_episodes.parquet")
-    pd.testing.assert_frame_equal(read, told)
+    pd.testing.assert_frame_equal(read, saved)
     assert {"seed", "setting", "is_success", "commit", "versions"} <= set(read)

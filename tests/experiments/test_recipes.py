@@ -94,7 +94,7 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
 
 
 def test_what_recipes_share_is_trained_once(experiment):
-    """Two halves that begin alike are one stage; followed again, nothing is trained."""
+    """Recipes with the same first stage share it; trained again, nothing is repeated."""
     made = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], experiment, seeds=[0])
     stamp = {path: path.stat().st_mtime_ns for models in made.values() for path in models}
     again = train_recipes_parallel(["vl -> cross_embodiment -> in_domain", "vl -> in_domain"], experiment, seeds=[0])
@@ -110,7 +110,7 @@ def test_recipes_that_mean_nothing_are_refused(experiment):
         train_recipe("vl -> co_train", dataclasses.replace(experiment, others=()))
 
 
-def test_few_shots_are_adapted_to_and_judged_on_new_scenes(home):
+def test_few_shots_are_adapted_to_and_evaluated_in_new_scenes(home):
     few = FewShot(
         ("move_slider_left",), shots=(1, 2), n_query=2, n_samples=16, seeds=(0,), changes={**SHORT, "freeze_vision": True}
     )
@@ -136,18 +136,18 @@ def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
         continual_learning(POLICY, tasks, 16, 1.5)
 
 
-def test_corrections_say_what_the_expert_would_have_done_where_the_policy_went(home):
+def test_corrections_are_the_experts_labels_in_the_states_that_the_policy_visits(home):
     settings = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
     data = EpisodeDataset(collect_corrections(DAggerCollection(str(POLICY), settings), n_workers=1))
     assert data.n_episodes == 3 and sorted(data.episodes["seed"]) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert FIRST_SEED + 100_000 < FIRST_HELD_OUT_SEED
-    said, done = data.column("action"), data.column("action_executed")
-    assert not np.allclose(said, done) and said.shape == done.shape
+    labels, executed = data.column("action"), data.column("action_executed")
+    assert not np.allclose(labels, executed) and labels.shape == executed.shape
     assert DAggerCollection(str(SMALL_VLM), settings).folder != DAggerCollection(str(POLICY), settings).folder
 
 
 def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch):
-    """Shipped again and again while another thread looks: weights and their number are never missing, nor of two models."""
+    """Released again and again while another thread reads: weights and configuration are always there, and of one model."""
     versions, seen, is_over = itertools.count(), set(), threading.Event()
     target = tmp_path / "policy"
 

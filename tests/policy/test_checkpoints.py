@@ -29,8 +29,8 @@ def kept(request, toy_vlm, toy_stats, tmp_path_factory):
     return folder, predicted(model, processor)
 
 
-def test_the_librarys_own_verbs_give_the_trained_policy(kept):
-    """Whatever of it was saved; never random weights with a warning."""
+def test_from_pretrained_gives_the_trained_policy(kept):
+    """Whichever parts were saved; never random weights with a warning."""
     folder, before = kept
     for loaded in (
         VLA.from_pretrained(folder),
@@ -73,7 +73,7 @@ def test_saving_takes_what_the_library_and_its_callers_hand_over(toy_vlm, toy_st
 
 
 def test_a_folder_that_is_written_over_is_whole_or_refused(toy_vlm, toy_stats, tmp_path, monkeypatch):
-    """Another kind of policy leaves nothing of the one before; stopped in between it can't be loaded."""
+    """A policy of another kind leaves no file of the previous one; an interrupted save can't be loaded."""
     adapted, processor = perturbed_policy(toy_vlm, toy_stats, "lora")
     adapted.save_pretrained(tmp_path / "policy")
     (tmp_path / "policy" / "notes.txt").write_text("mine")
@@ -100,7 +100,7 @@ def test_a_folder_that_is_written_over_is_whole_or_refused(toy_vlm, toy_stats, t
 
 @pytest.fixture(scope="module")
 def whole(toy_vlm, toy_stats, tmp_path_factory):
-    """Folder of a policy that was saved whole."""
+    """Folder of a complete saved policy."""
     folder = tmp_path_factory.mktemp("whole") / "policy"
     perturbed_policy(toy_vlm, toy_stats)[0].save_pretrained(folder)
     return folder
@@ -135,7 +135,7 @@ def first(values, change):
 
 
 def of_another_tokenizer(folder):
-    """The ids of two tokens change places."""
+    """Swap the ids of two tokens."""
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
     added = next(token for token in values["added_tokens"] if token["content"] == "<act>")
@@ -193,7 +193,6 @@ SPOILED = {
 
 @pytest.mark.parametrize(("spoil", "named"), SPOILED.values(), ids=SPOILED)
 def test_what_is_missing_or_changed_is_named(whole, tmp_path, spoil, named):
-    """Laws 25 and 31."""
     folder = shutil.copytree(whole, tmp_path / "policy")
     spoil(folder)
     with pytest.raises(CheckpointError, match=named) as refused:
@@ -227,8 +226,8 @@ def test_a_folder_that_does_not_exist_is_named(load):
 
 # -- precision, hashes, card -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("auto", torch.bfloat16)])
-def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
-    """On a machine that is fastest in bfloat16, when it is made and when it is loaded again."""
+def test_frozen_weights_keep_the_given_precision(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
+    """On a machine that is fastest in bfloat16, when the policy is made and when it is loaded."""
     monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     model, _ = make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
@@ -239,7 +238,7 @@ def test_what_stands_still_is_held_as_was_asked(toy_vlm, toy_stats, tmp_path, mo
         make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", precision="fp8")
 
 
-def test_a_stage_holds_what_stands_still_as_it_says(toy_vlm, toy_demos, tmp_path, monkeypatch):
+def test_a_stage_keeps_frozen_weights_in_its_precision(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     how = {"finetuning": "lora", "precision": "fp32", "policy": ONE_STEP, "batch_size": 8, "n_processes": 1}
@@ -262,7 +261,7 @@ def test_the_hash_of_weights_is_of_what_they_hold(toy_vlm, tmp_path):
     assert tensors_hash(tmp_path / "other") != tensors_hash(toy_vlm)
 
 
-def test_the_card_says_what_the_numbers_mean(kept, toy_stats):
+def test_the_model_card_states_what_the_numbers_mean(kept, toy_stats):
     folder, _ = kept
     text = (folder / "README.md").read_text()
     for name, unit in zip(SPEC.names, SPEC.units, strict=True):

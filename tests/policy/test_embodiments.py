@@ -1,4 +1,4 @@
-"""Mixtures: every robot by its own conventions and numbers, in an order that depends on the place alone."""
+"""Mixtures: every robot with its own conventions and statistics, in an order that depends on the sample position alone."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden":
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """Twelve made-up demonstrations of each robot, of three task families."""
+    """Twelve synthetic demonstrations of each robot, of three task families."""
     folders = {}
     for number, name in enumerate(ROBOTS):
         spec = ActionSpec.from_card(name)
@@ -70,7 +70,7 @@ def test_parts_come_by_weight_each_in_epochs_of_its_own():
         assert sorted(own[:size]) == list(range(size)) == sorted(own[size : 2 * size])
 
 
-def test_a_mixed_sample_depends_on_its_place_alone():
+def test_a_mixed_sample_depends_on_its_position_alone():
     forwards, backwards = (Mixture(parts((7, 3), 60), (), 60, seed=4) for _ in range(2))
     assert [forwards[i] for i in range(60)] == [backwards[i] for i in reversed(range(60))][::-1]
     other = Mixture(parts((7, 3), 60), (), 60, seed=5)
@@ -84,7 +84,7 @@ def test_blocks_are_of_one_part():
 
 
 @pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1), (1, 1, 1)])
-def test_weights_that_mean_nothing_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"expected a weight above 0 for each of 2 parts of the data, got"):
         Mixture(parts((7, 3), 8), weights, 8, seed=0)
 
@@ -110,7 +110,7 @@ def test_a_sample_in_a_mixture_is_that_of_its_robot_alone(stage, demos):
 
 
 def test_a_dimension_trains_only_where_it_exists(stage, demos, tmp_path):
-    """Of a robot without a dimension that part of the head learns nothing, from another robot it does."""
+    """A dimension of the head gets no gradient from a robot without it, and one from a robot with it."""
     spec = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="no_roll", absent=("droll", "dyaw"))
     writer = EpisodeWriter(tmp_path / "no_roll", spec)
     for seed in range(12):
@@ -135,7 +135,7 @@ def test_absent_dimensions_are_the_arms():
         dataclasses.replace(ActionSpec.from_card(ROBOTS[0]), absent=("gripper",))
 
 
-def test_a_state_is_told_by_name():
+def test_state_dimensions_are_matched_by_name():
     state = np.array([[1.0, 2.0, 3.0]])
     assert reorder_state(state, ("x", "y", "z"), ("z", "q", "x")).tolist() == [[3.0, 0.0, 1.0]]
     assert reorder_state(state, ("x", "y", "z"), ("x", "y", "z")) is state
@@ -147,8 +147,8 @@ def trained(stage, tmp_path):
     return tmp_path / "stage" / "model"
 
 
-def test_a_policy_speaks_to_each_robot_that_it_was_trained_on(trained):
-    """The same normalised action is another raw one for each; a robot that it has not met is refused."""
+def test_a_policy_acts_on_each_robot_that_it_was_trained_on(trained):
+    """The same normalised action gives each robot its own raw action; an unknown robot is refused."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
     observation = {"image": image[0], "wrist_image": image[1], "state": rng.normal(size=7), "instruction": TEXTS[0]}
@@ -184,7 +184,7 @@ def test_swapped_statistics_are_refused(trained, tmp_path):
             load_vla(folder)
 
 
-def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, tmp_path):
+def test_a_policy_is_fine_tuned_on_another_robot_only_if_allowed(stage, trained, tmp_path):
     alone = dataclasses.replace(stage, data=stage.data[1:2], init=str(trained), n_samples=8)
     with pytest.raises(SpecMismatch, match="policy vs demonstrations"):
         train_stage_in_process(alone, tmp_path / "refused")
@@ -196,7 +196,7 @@ def test_a_policy_moves_to_another_robot_only_if_it_is_meant_to(stage, trained, 
 
 
 def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path):
-    """Law 18 for mixtures."""
+    """Training and evaluation have the same prompt."""
     named_stage = dataclasses.replace(stage, policy={**ONE_STEP, "embodiment_conditioning": "name"})
     model, processor, data, _ = STAGE_BUILDERS[ROBOT](named_stage)
     for i in range(8):
@@ -219,8 +219,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
-    """What is seen, felt and told is the same; only the token differs, and it is what was learned."""
+def test_each_robot_has_its_own_embodiment_token(stage, tmp_path, way):
+    """Same images, state and instruction; only the embodiment token differs, and it was trained."""
     train_stage_in_process(
         dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment_conditioning": "token", **way}),
         tmp_path / "stage",
@@ -247,7 +247,7 @@ def test_robots_are_told_apart_by_tokens_of_their_own(stage, tmp_path, way):
         assert torch.equal(*map(features_as, ROBOTS[:2]))
 
 
-def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
+def test_a_robot_keeps_its_token_whichever_embodiments_are_added(stage, tmp_path):
     first = dataclasses.replace(stage, data=stage.data[:2], policy={**ONE_STEP, "embodiment_conditioning": "token"}, n_samples=8)
     train_stage_in_process(first, tmp_path / "first")
     model = tmp_path / "first" / "model"
@@ -278,7 +278,7 @@ def test_a_robot_keeps_its_token_whomever_the_policy_meets(stage, tmp_path):
 
 
 def test_a_dataset_does_not_hold_the_network(stage):
-    """What a sample needs of the policy is its configuration, so that a loader's workers may be given the dataset."""
+    """Samples need the policy's configuration alone, so that a loader's workers can be given the dataset."""
     model, _, data, _ = STAGE_BUILDERS[ROBOT](dataclasses.replace(stage, policy={**ONE_STEP, "embodiment_conditioning": "token"}))
     again = pickle.loads(pickle.dumps(data))
     for i in (0, len(data) - 1):
@@ -305,7 +305,7 @@ def test_shots_are_as_many_of_each_family(stage):
         drawn(dataclasses.replace(one, shots=9))
 
 
-def test_every_wording_of_a_family_means_the_same():
+def test_every_template_of_a_family_is_a_paraphrase_of_the_others():
     for family in ALL_FAMILIES.values():
         all_of_them = tuple(t.format(a="red cube", b="blue ball") for t in family.templates)
         assert {paraphrases(template) for template in all_of_them} == {all_of_them}
@@ -333,8 +333,8 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_co_training_asks_and_acts(stage, scenes, tmp_path, n_processes):
-    """Law 22: a batch of questions reaches the backbone, and the head learns from the others."""
+def test_co_training_mixes_questions_and_actions(stage, scenes, tmp_path, n_processes):
+    """A batch of questions reaches the backbone, and the head learns from the other batches."""
     from rvlm.training.launch import train
 
     both = dataclasses.replace(stage, vqa_data=scenes, vqa_fraction=0.5, n_samples=96, n_processes=n_processes)

@@ -1,4 +1,4 @@
-"""The Hub, by a stand-in on disk: what is sent can be loaded, and a commit stays what it was."""
+"""The Hub, by a fake on disk: an uploaded policy can be loaded, and a commit does not change."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from rvlm.policy.policy import load_policy
 
 
 class Hub:
-    """Commits as folders, by the client's own rules of which files are sent, fetched and taken away."""
+    """Commits as folders, by the client's own rules for which files are uploaded, downloaded and deleted."""
 
     def __init__(self, root):
         self.root, self.heads = root, {}
@@ -93,8 +93,8 @@ def test_what_is_pushed_is_what_is_loaded_and_a_commit_stays(hub, toy_vlm, toy_s
 
 
 @pytest.mark.parametrize("finetuning", ["head", "lora"])
-def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, toy_stats, tmp_path, finetuning):
-    """Two deep: adapters over adapters over a model, none of which is there any more; then pushed from what was loaded."""
+def test_a_policy_over_a_folder_is_pushed_with_its_base_model(hub, toy_vlm, toy_stats, tmp_path, finetuning):
+    """Two levels: adapters over adapters over a model, all deleted; then pushed from the loaded policy."""
     base = shutil.copytree(toy_vlm, tmp_path / "base")
     first, _ = perturbed_policy(base, toy_stats, finetuning)
     first.save_pretrained(tmp_path / "first")
@@ -112,8 +112,8 @@ def test_a_policy_over_a_folder_is_pushed_with_what_it_stands_on(hub, toy_vlm, t
     torch.testing.assert_close(predicted(VLA.from_pretrained("lab/again", revision=again), processor), before, atol=1e-5, rtol=0)
 
 
-def test_a_policy_over_the_hub_stands_on_one_commit(hub, toy_vlm, toy_stats, tmp_path):
-    """The model there moves on; the policy does not. Weights are compared with weights, wherever they are."""
+def test_a_policy_over_a_hub_model_names_one_commit(hub, toy_vlm, toy_stats, tmp_path):
+    """The base model on the Hub changes; the policy does not. Weights are compared by content, not by place."""
     (shutil.copytree(toy_vlm, tmp_path / "sent") / "own.py").write_text("raise SystemExit")
     (tmp_path / "sent" / "pytorch_model.bin").write_bytes(b"pickled")
     commit = hub.upload_folder(repo_id="lab/vlm", folder_path=tmp_path / "sent").oid

@@ -50,14 +50,13 @@ THERE_ARE = (
         ({**TOKENS, "head_options": {"decoding": "beam"}}, "no decoding 'beam'; there are autoregressive, parallel"),
     ],
 )
-def test_a_combination_that_means_nothing_is_refused(toy_vlm, toy_stats, wrong, message):
+def test_an_unsupported_combination_is_refused(toy_vlm, toy_stats, wrong, message):
     with pytest.raises(ValueError, match=message):
         make_policy(toy_vlm, SPEC, toy_stats, **{**ONE_STEP, **wrong})
 
 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
-    """Law 24."""
     with pytest.raises(
         TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment_conditioning, has_state"
     ):
@@ -94,7 +93,6 @@ def test_gradients_reach_every_part(toy_vlm, toy_stats, settings):
 
 
 def test_a_vision_language_batch_reaches_the_backbone_of_a_policy(toy_vlm, toy_stats):
-    """Law 22."""
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 2, 48, 48, 3), np.uint8)
     batch = VQACollator(processor)([(p, [("is the light on ?", "yes")]) for p in pictures])
@@ -105,7 +103,7 @@ def test_a_vision_language_batch_reaches_the_backbone_of_a_policy(toy_vlm, toy_s
 
 @STRUCTURES
 def test_padding_does_not_move_the_action(toy_vlm, toy_stats, settings):
-    """Law 15: alone, or beside a prompt that is three times as long."""
+    """Alone, or beside a prompt that is three times as long."""
     model, processor = build(toy_vlm, toy_stats, settings)
     samples = windows_like(model.config, b=2, texts=[TEXTS[2], " and then ".join(TEXTS)])
     together, alone = collate(model, processor, samples), collate(model, processor, samples[:1])
@@ -114,8 +112,8 @@ def test_padding_does_not_move_the_action(toy_vlm, toy_stats, settings):
 
 
 @pytest.mark.parametrize("settings", SEQUENCES.values(), ids=SEQUENCES)
-def test_observations_before_the_episodes_start_are_never_told_apart(toy_vlm, toy_stats, settings):
-    """Interleaved leaves them out; a policy head repeats the first one, whatever is in the array."""
+def test_padding_before_the_episodes_start_does_not_change_the_action(toy_vlm, toy_stats, settings):
+    """Interleaved skips them; a policy head repeats the first observation, whatever the padding holds."""
     model, processor = build(toy_vlm, toy_stats, settings)
     (sample,) = windows_like(model.config, b=1)
     sample["obs_mask"][:2] = False
@@ -133,7 +131,7 @@ def test_observations_before_the_episodes_start_are_never_told_apart(toy_vlm, to
 
 
 def fused(model, batch):
-    """All that the head reads, action tokens told where there are some."""
+    """The features that the head gets, with teacher-forced action tokens if it has some."""
     tokens = model.head.encode(batch["action"]).flatten(0, 1) if model.is_autoregressive else None
     with torch.inference_mode():
         return model.history_features(tokens=tokens, **inputs(batch))
@@ -141,7 +139,6 @@ def fused(model, batch):
 
 @STRUCTURES
 def test_state_image_and_language_reach_the_features(toy_vlm, toy_stats, settings):
-    """Law 20."""
     model, processor = build(toy_vlm, toy_stats, settings)
     batch = a_batch(model, processor, b=1)
     before = fused(model, batch)
@@ -169,7 +166,7 @@ def test_state_is_required_where_the_policy_has_one(toy_vlm, toy_stats):
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
 @pytest.mark.parametrize("kind", [MLPHead, FlowHead])
 def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
-    """Law 16, for any leading shape."""
+    """For any leading shape."""
     torch.manual_seed(0)
     head, features = kind(8, 5, 7), torch.randn(*shape, 8)
     predicted = head.predict(features)
@@ -189,7 +186,7 @@ def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
 
 
 def test_flow_follows_the_straight_line_to_the_action():
-    """Told one chunk from wherever it is, any number of Euler steps goes there in a straight line, in equal pieces."""
+    """With a denoiser that predicts one chunk, any number of Euler steps goes there in a straight line, in equal steps."""
     goal, path = torch.rand(2, 3, 6), []
     for n_euler_steps in (1, 4, 10):
         head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
@@ -200,8 +197,8 @@ def test_flow_follows_the_straight_line_to_the_action():
         path.clear()
 
 
-def test_flow_learns_two_ways_where_regression_means_them():
-    """Half of the demonstrations go left and half go right: the mean is neither, and flow matching chooses."""
+def test_flow_learns_two_modes_where_regression_averages_them():
+    """Half of the demonstrations go left and half go right: regression predicts the mean, flow matching one of the two."""
     torch.manual_seed(0)
     features, action, mask = torch.zeros(256, 8), torch.zeros(256, 1, 7), torch.ones(256, 1, 7, dtype=torch.bool)
     action[::2, 0, 0], action[1::2, 0, 0] = -1.0, 1.0
@@ -229,7 +226,7 @@ def test_tokens_of_any_leading_shape_come_back(shape):
 
 
 def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_stats):
-    """Law 19: token after token in the cache says what one pass over all tokens says, in rows of different lengths."""
+    """Decoding token by token in the cache equals one pass over all tokens, for prompts of different lengths."""
     model, processor = build(toy_vlm, toy_stats, TOKENS)
     batch = inputs(a_batch(model, processor, b=3))
     tokens = model.head.encode(model.predict(**batch))
@@ -239,7 +236,7 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
     assert torch.equal(again[:, 0], tokens)
 
 
-def test_action_tokens_are_known_to_those_behind_them_only(toy_vlm, toy_stats):
+def test_action_tokens_are_causal(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, TOKENS)
     batch = a_batch(model, processor, b=1)
     before = fused(model, batch)
@@ -283,8 +280,7 @@ def test_masked_actions_do_not_change_the_loss(toy_vlm, toy_stats, settings):
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_the_history_keeps_nothing_behind(name):
-    """Law 21."""
+def test_the_history_is_stateless(name):
     torch.manual_seed(0)
     history, features = HISTORIES[name](8), torch.randn(2, 4, 8)
     before = history(features)
@@ -341,7 +337,6 @@ def test_a_saved_policy_acts_alike_and_knows_what_its_actions_mean(saved):
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])
 def test_a_wrong_weight_is_named(saved, tmp_path, kind):
-    """Law 25."""
     folder = shutil.copytree(saved[0], tmp_path / "policy")
     weights = load_file(folder / "model.safetensors")
     name = "head.layers.1.weight"
@@ -365,7 +360,7 @@ def test_an_unknown_field_of_a_saved_configuration_is_named(saved, tmp_path):
 
 
 def test_policies_can_be_loaded_from_several_threads(toy_vlm, toy_stats, tmp_path):
-    """The library's own loading leaves tied weights out where two threads load at once."""
+    """transformers drops tied weights where two threads load at once."""
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     model.save_pretrained(tmp_path, processor)
     with ThreadPoolExecutor(4) as pool:

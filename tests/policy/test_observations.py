@@ -1,4 +1,4 @@
-"""Acting: whatever differs in kind from training is refused with both sides named, and never becomes an action."""
+"""Acting: an observation of another kind than in training is an error that names both, and never becomes an action."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ def given(**changes):
     return {**observe(np.random.default_rng(1)), **changes}
 
 
-def test_training_tells_the_policy_the_size_of_its_images(toy_vlm, toy_demos, tmp_path, monkeypatch):
+def test_training_sets_the_policys_image_size(toy_vlm, toy_demos, tmp_path, monkeypatch):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     stage = Stage("sizes", ROBOT, (str(toy_demos),), str(toy_vlm), 8, policy=ONE_STEP, batch_size=8, n_processes=1)
     model, *_ = STAGE_BUILDERS[ROBOT](stage)
@@ -160,7 +160,7 @@ def test_a_policy_that_does_not_know_its_images_size_takes_one_size_an_episode(t
         policy.select_action([given()])
 
 
-def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
+def test_a_state_far_from_training_warns_once_per_episode(policy):
     def warned():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -178,8 +178,8 @@ def test_a_state_far_from_training_is_doubted_once_an_episode(policy):
         policy.select_action([given()])
 
 
-def test_an_angle_is_doubted_in_degrees_and_not_for_being_new(policy):
-    """However little it turned in training, a turn of half a circle is one."""
+def test_an_angle_warns_in_degrees_and_not_for_being_new(policy):
+    """Also where the angle hardly varied in training: half a turn is still valid."""
     robot = policy.expected.robot
     for low, high, fits, odd in ((-0.05, 0.05, np.pi, 90.0), (-3.13, -3.03, 3.13, 90.0), (-3.0, 3.0, -3.14, 60.0)):
         seen = dataclasses.replace(robot.stats["observation.state"], min=np.full(7, low), max=np.full(7, high))

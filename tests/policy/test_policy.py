@@ -1,4 +1,4 @@
-"""The policy in the loop: what is executed of a chunk, what is remembered, and what must not mix."""
+"""The policy in the loop: how much of a chunk is executed, what the history holds, and what must not mix."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_a_missing_camera_and_a_missing_robot_are_named(saved):
 
 @pytest.mark.parametrize("n_action_steps", [1, 2, 3])
 def test_queued_actions_are_those_of_the_predicted_chunk(toy_vlm, toy_stats, n_action_steps):
-    """Law 8: a chunk is executed as far as was asked, and no further."""
+    """A chunk is executed as far as was asked, and no further."""
     policy, rng = Policy(*build(toy_vlm, toy_stats, ONE_STEP), n_action_steps=n_action_steps), np.random.default_rng(0)
     seen = [observe(rng) for _ in range(6)]
     acted = [policy.select_action([o])[0] for o in seen]
@@ -54,7 +54,7 @@ def test_queued_actions_are_those_of_the_predicted_chunk(toy_vlm, toy_stats, n_a
 
 @pytest.mark.parametrize("settings", [ONE_STEP, POLICY_HEAD], ids=["one_step", "policy_head"])
 def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_stats, settings):
-    """Law 8: by hand, oldest chunk first, as the window of chunks fills and slides."""
+    """Against a reference computation, oldest chunk first, as the window of chunks fills and slides."""
     model, processor = build(toy_vlm, toy_stats, settings)
     policy, plain = Policy(model, processor, ensemble=0.5), Policy(model, processor)
     rng, stats = np.random.default_rng(0), model.stats["action"]
@@ -76,7 +76,7 @@ def test_an_ensemble_of_chunks_that_do_not_overlap_is_refused(saved, wrong):
 
 
 def window_of(steps, now, settings):
-    """Which of the steps so far are remembered at step `now`, oldest first."""
+    """Steps in the window at step `now`, oldest first."""
     t = settings.get("n_obs_steps", 1)
     if settings["structure"] != "interleaved":
         return [steps[max(0, now - i)] for i in range(t - 1, -1, -1)]  # the oldest fills what is missing
@@ -112,7 +112,7 @@ def test_the_closed_loop_equals_a_full_recomputation(toy_vlm, toy_stats, setting
 
 
 def test_every_observation_passes_through_the_tower_once(toy_vlm, toy_stats):
-    """A policy head and an interleaved policy never look again; the cache is made anew only where the window slides."""
+    """A policy head and an interleaved policy encode an image once; the cache is rebuilt only where the window slides."""
     for settings in (POLICY_HEAD, INTERLEAVED):
         policy, rng, looks, lengths = Policy(*build(toy_vlm, toy_stats, settings)), np.random.default_rng(0), [], []
         policy.model.backbone.model.vision_model.register_forward_hook(lambda _, args, out, looks=looks: looks.append(1))
@@ -130,7 +130,7 @@ def test_every_observation_passes_through_the_tower_once(toy_vlm, toy_stats):
 
 
 def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monkeypatch):
-    """Where the fast way does not say what the slow way says, the slow way acts."""
+    """Where the cached sequence differs from the uncached one, the uncached one acts."""
     model, processor = build(toy_vlm, toy_stats, INTERLEAVED)
     assert isinstance(Policy(model, processor).history, KVCachedSequence)
     monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self: None)
@@ -158,7 +158,7 @@ WAYS = {"first action": {"n_action_steps": 1}, "chunk": {"n_action_steps": 2}, "
     + [(name, way) for name in ("one_step-mlp", "policy_head-lstm-mlp", "interleaved-flow") for way in ("chunk", "ensemble")],
 )
 def test_robots_that_are_done_are_dropped_and_the_others_do_the_same(toy_vlm, toy_stats, settings, way):
-    """As the window fills and slides, whatever is queued, remembered and cached."""
+    """As the window fills and slides, with any queue, history and cache."""
     policy, rng = Policy(*build(toy_vlm, toy_stats, SETTINGS[settings]), **WAYS[way]), np.random.default_rng(0)
     steps = [[observe(rng, " and then ".join(TEXTS[: 1 + i])) for i in range(4)] for _ in range(7)]
     policy.reset(4)
@@ -186,7 +186,7 @@ def test_robots_that_are_done_are_dropped_and_the_others_do_the_same(toy_vlm, to
 def test_every_combination_learns_an_episode_is_saved_and_acts(
     family, settings, cameras, has_state, toy_stats, tmp_path, request
 ):
-    """On two classes of models: by heart to near zero, the same after loading, and in the loop as in training."""
+    """On two classes of models: the loss goes to nearly zero, loading changes nothing, and acting equals training."""
     settings = {**settings, "cameras": list(cameras), "has_state": has_state}
     model, processor = build(request.getfixturevalue(family), toy_stats, settings)
     batch = a_batch(model, processor, b=2, n_cameras=len(cameras))
