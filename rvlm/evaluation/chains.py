@@ -26,7 +26,7 @@ from rvlm.evaluation.success import success_table
 from rvlm.statistics import Mean, mean_interval
 
 LENGTH = 5
-N_DRAWS = 1000  # of whole chains, before a search subtask by subtask
+N_DRAWS = 1000  # of chains to test, before a search subtask by subtask
 SEED_STRIDE = 1_000_000  # between the seeds of a chain's subtasks
 _CATEGORY = {"open": "drawer", "close": "drawer", "turn": "light", "move": "slider"}
 
@@ -107,7 +107,7 @@ def sample_chains(
     categories = {category(family) for family in families}
     if len(categories) < length:
         raise ValueError(
-            f"a chain of {length} tasks needs as many categories; these families have {len(categories)}: "
+            f"a chain of {length} subtasks needs as many categories; these families have {len(categories)}: "
             f"{', '.join(sorted(categories))}; add families or shorten the chain"
         )
     world, chains = World(robot, setting), []
@@ -119,8 +119,8 @@ def sample_chains(
         chain = chain or _search(SymbolicState(world), list(families), length, (), rng, set())
         if chain is None:
             raise ValueError(
-                f"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed {seed}: objects are used "
-                "up, or no task leaves what the next one needs; add families or shorten the chain"
+                f"no feasible chain of {length} subtasks of {', '.join(families)} in the scene of seed {seed}: too few objects, "
+                "or no subtask allows the next one; add families or shorten the chain"
             )
         chains.append(chain)
     return chains

@@ -13,7 +13,7 @@ from rvlm.evaluation.closed_loop import Evaluation
 from rvlm.statistics import Rate, newcombe, wilson
 
 PROTOCOL_SETTINGS = ("simple", "unseen_distractor", "unseen_background", "unseen_target", "novel_description")
-PROBES = {  # name -> fields of `Evaluation`; a policy that succeeds as often with a probe does not use what it removes
+SHORTCUT_PROBES = {  # name -> fields of `Evaluation`; a policy that succeeds as often with a probe does not use what it removes
     "no language": {"ablation": "no_language"},
     "shuffled language": {"ablation": "shuffled_language"},
     "black images": {"ablation": "blank_image"},
@@ -42,7 +42,8 @@ def evaluations_by_setting(
 
 def shortcut_probes(policy: str, n_episodes: int, **options: Any) -> dict[str, Evaluation]:
     """A policy with each of its inputs removed, farther start poses, and chance: which inputs does its success depend on?"""
-    return {name: Evaluation(**{"policy": policy, "n_episodes": n_episodes, **options, **p}) for name, p in PROBES.items()}
+    fields = {"policy": policy, "n_episodes": n_episodes, **options}
+    return {name: Evaluation(**{**fields, **probe}) for name, probe in SHORTCUT_PROBES.items()}
 
 
 def generalisation_gap(episodes: pd.DataFrame, seen: str = "simple") -> pd.DataFrame:

@@ -25,7 +25,7 @@ from rvlm.vlm.question_answering import VQACollator, encode_vqa
 LOCATION = re.compile(r"<loc(\d+)>")
 GROUNDING = ("point", "point_wrist", "where", "where_wrist", "offset")  # kinds of questions with answers in location tokens
 ONE_WORD = ("side", "color", "shape", "count", "held", "drawer", "light", "gripper")  # ... with answers in a word
-QUESTION_PREFIX = {"color": "what color", "point_wrist": "wrist"}  # of kinds that a scene can turn into another kind
+QUESTION_PREFIX = {"color": "what color", "point_wrist": "wrist"}  # of kinds whose generators ask another kind in some scenes
 
 
 class VQAItem(NamedTuple):

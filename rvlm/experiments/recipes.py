@@ -75,11 +75,11 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     answering = Stage("answering", VISION_LANGUAGE, scenes, str(train(pointing)), 4 * n_samples, vqa={"n": 8}, **frozen)
     hard = {"n": 8, "kinds": HARD_QUESTIONS}
     drilling = Stage("drilling", VISION_LANGUAGE, scenes, str(train(answering)), 6 * n_samples, vqa=hard, **frozen)
-    whole: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
-    together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, vqa={"n": 8}, **whole)
+    all_weights: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, **shared}
+    together = Stage("together", VISION_LANGUAGE, scenes, str(train(drilling)), 7 * n_samples, vqa={"n": 8}, **all_weights)
     fresh = tuple(map(str, collect_scenes(2 * n_scenes, FRESH_SCENE_SEED)))
-    looks = {"n": 8, "kinds": (*QUESTION_KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
-    return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, vqa=looks, **whole)
+    appearance = {"n": 8, "kinds": (*QUESTION_KINDS, *APPEARANCE_QUESTIONS, *APPEARANCE_QUESTIONS)}
+    return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, vqa=appearance, **all_weights)
 
 
 def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:

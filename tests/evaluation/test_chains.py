@@ -41,7 +41,7 @@ def test_families_that_cannot_be_chained_are_refused_by_name():
     too_many_objects = ("close_drawer", "place_in_drawer", "stack", "rotate_left", "lift")
     for families, length in ((too_many_objects, 5), (("stack", "lift", "place_in_drawer", "rotate_left"), 4)):
         with pytest.raises(
-            ValueError, match=rf"no chain of {length} tasks can be made of {', '.join(families)} in the scene of seed"
+            ValueError, match=rf"no feasible chain of {length} subtasks of {', '.join(families)} in the scene of seed"
         ):
             chains.sample_chains(SEEDS[:1], families, "franka7", SIMPLE, length)
 

@@ -33,7 +33,7 @@ def test_a_probe_changes_one_thing():
     plain = protocols.Evaluation("folder", 10, max_steps=30)
     for name, probe in protocols.shortcut_probes("folder", 10, max_steps=30).items():
         changed = {f.name for f in dataclasses.fields(probe) if getattr(probe, f.name) != getattr(plain, f.name)}
-        assert changed == set(protocols.PROBES[name]) and len(changed) == 1
+        assert changed == set(protocols.SHORTCUT_PROBES[name]) and len(changed) == 1
 
 
 def test_starts_farther_out_leave_the_scene_as_it_is():
