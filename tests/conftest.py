@@ -1,4 +1,4 @@
-"""Toys that several test modules share: a vision-language model and demonstrations, both real and tiny."""
+"""Toys for several test modules: a vision-language model and demonstrations, both real and tiny."""
 
 import gc
 import os
@@ -20,14 +20,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays: a garbage collection, of which a training has several, else goes through it for a second."""
+    """What is imported stays: else a garbage collection, of which a training has several, goes through it for a second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An artifacts folder of the module's own, which RVLM_HOME names."""
+    """The module's own artifacts folder, set as RVLM_HOME."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("RVLM_HOME", str(folder))
@@ -71,7 +71,7 @@ def llava(toy_home):
 
 @pytest.fixture(scope="session")
 def toy_demos(toy_home):
-    """Folder of twelve made-up demonstrations of the default robot."""
+    """Folder of twelve synthetic demonstrations of the default robot."""
     from rvlm.data.actions import ActionSpec
     from rvlm.data.windows import EpisodeWriter
 

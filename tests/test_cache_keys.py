@@ -1,4 +1,4 @@
-"""Names of what is kept: settings, content of the inputs and the code that runs, all of it and no other."""
+"""Cache keys: settings, content of the inputs, and exactly the code that runs."""
 
 import dataclasses
 import os
@@ -64,7 +64,7 @@ def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm,
 
 
 def codes():
-    """The code of everything that is kept, by name."""
+    """The code roots of every kind of cache, by name."""
     from rvlm.envs.tabletop import demonstrations, rendered_scenes
     from rvlm.evaluation.chains import ChainEvaluation
     from rvlm.evaluation.closed_loop import Evaluation
@@ -84,7 +84,7 @@ def codes():
 
 ROBOT_STAGES, ASKING = {"robot", "varied"}, {"questions", "detection"}
 ACTED = {"policy", "expert", "chains"}
-CHANGED: dict[str, set[str]] = {  # file -> what is computed anew after its code has changed
+CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its code has changed
     "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
     "training/trainer.py": {*ROBOT_STAGES, *ASKING},
     "training/features.py": {*ROBOT_STAGES, "questions"},
@@ -200,7 +200,7 @@ def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, 
 
 
 def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vlm, tmp_path):
-    """What decides which rows a dataset has is not in the name of its frames, for the rows are."""
+    """The code that selects a dataset's rows is not in the key of its frames, for the rows are."""
     from rvlm.caches import Code
     from rvlm.data import cameras
     from rvlm.training import features

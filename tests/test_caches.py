@@ -1,4 +1,4 @@
-"""What is kept on disk says what made it, and nothing goes that is in use."""
+"""Caches on disk record what made them, and none that is in use is deleted."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_stale_caches_go_and_others_stay(several):
 
 
 def test_what_a_person_has_recorded_stays(several, home):
-    """It does not say what made it; neither do folders of earlier versions, which go where one says so."""
+    """A user's recording has no record of what made it; neither do folders of earlier versions, which are deleted on request."""
     mine, linked, old = home / "datasets" / "mine", home / "datasets" / "linked", home / "stages" / "old"
     for folder in (mine, mine.with_name("more.partial"), old, home.with_name("disk")):
         atomic_write(folder / "data", bytes(1000))

@@ -1,4 +1,4 @@
-"""Names of cached results: what stands for files, folders, models and code, and what is written is whole."""
+"""Hashes of files, folders, models and code for cache keys; writes are atomic."""
 
 import os
 import shutil
@@ -96,7 +96,7 @@ def test_a_tree_is_its_files_wherever_it_is(tmp_path):
 
 
 def test_a_tree_is_what_its_links_lead_to(tmp_path):
-    """Data that is fetched lies elsewhere; the dataset's folder holds links."""
+    """Downloaded data is elsewhere; the dataset's folder holds links."""
     trees = []
     for name in "ab":
         atomic_write(tmp_path / "elsewhere" / name / "chunk-000/file-000.mp4", name)
@@ -160,7 +160,7 @@ def package(tmp_path):
     return source, hashes_of
 
 
-def test_code_is_what_computes_not_what_is_said_about_it(package):
+def test_comments_and_docstrings_do_not_change_the_hash_of_code(package):
     source, hashes_of = package
     roots = ("rvlm.policy.model", "rvlm.data.writer", "rvlm.evaluation.success:success_differences")
     before = hashes_of(*roots)
@@ -174,7 +174,7 @@ def test_code_is_what_computes_not_what_is_said_about_it(package):
     assert after[0] != before[0] and after[1:] == before[1:], "heads are imported by the policy, not by the recorder"
 
 
-def test_a_function_stands_for_its_own_source_and_what_it_names(package):
+def test_the_hash_of_a_function_covers_its_source_and_what_it_names(package):
     source, hashes_of = package
     roots = ("rvlm.evaluation.success:success_differences", "rvlm.evaluation.success:_check_trainings")
     before = hashes_of(*roots)

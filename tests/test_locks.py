@@ -1,4 +1,4 @@
-"""pyproject.toml, requirements.lock, environment.yml and the Makefile speak of the same versions."""
+"""pyproject.toml, requirements.lock, environment.yml and the Makefile name the same versions."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Processes that end with the one that asked for them."""
+"""Processes that end with the process that started them."""
 
 import subprocess
 import sys

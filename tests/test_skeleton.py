@@ -127,7 +127,7 @@ def test_arrows_run_one_way(part):
         pytest.fail(f"they import each other: {' -> '.join(error.args[1])}; move what both need up the way of the data")
 
 
-# From the top of the house down: a room imports from those before it.
+# In this order: a folder imports only from those before it.
 ROOMS = [
     *(
         "processes",
@@ -161,7 +161,7 @@ def test_tests_stand_in_the_rooms_of_what_they_test():
     assert not strange, f"expected a folder per room, of {sorted(rooms)}, got {sorted(strange)}"
     homes: dict[str, set[str]] = {}
     for module in map(Path, MODULES):
-        for home in (module, module.parent):  # of rvlm/envs/tabletop/env.py: env and tabletop, both in the room envs
+        for home in (module, module.parent):  # of rvlm/envs/tabletop/env.py: env and tabletop, both in the folder envs
             homes.setdefault(home.stem, set()).add(idea(str(module)) if len(home.parts) > 2 else "tests")
     wrong = {
         str(path): homes[tested]

@@ -116,7 +116,7 @@ def recipe(rng, p, m, n, scenes, between=0.5):
 @pytest.mark.parametrize("m", [1, 2, 3, 5])
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.95])
 def test_intervals_of_outcomes_cover_the_truth(m, p):
-    """Of one training that policy's own rate, of several the recipe's; of differences with an equal and with another recipe."""
+    """With one training that policy's own rate, with several the recipe's; differences with an equal and with another recipe."""
     rng, n, n_trials, is_held = np.random.default_rng(0), 50, 200, []
     many = [recipe(rng, q, 300, 500, rng.normal(0, 1, (1, 500))) for q in (p, p, 0.5)]
     for _ in range(n_trials):
@@ -314,7 +314,7 @@ def test_rates_read_as_text():
 
 @pytest.mark.parametrize("between", [0.0, 0.15])
 def test_the_spread_of_trainings_is_taken_apart(between):
-    """Rates drawn around 0.5 with a known deviation between trainings: the part that is not judging comes back on average."""
+    """Rates around 0.5 with a known deviation between trainings: without evaluation noise it is recovered on average."""
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
         true = np.clip(rng.normal(0.5, between, 5), 0, 1)

@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no clone: it loads what ships and acts, with what it declares and no more."""
+"""The wheel, installed where there is no clone: it loads the shipped models and acts, with its declared dependencies alone."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Frames and texts that are made up, for a vision-language model and demonstrations as small as can be."""
+"""Synthetic images and texts for the smallest vision-language model and demonstrations."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ TOY = {"image_size": 48, "patch_size": 12, "width": 32, "vision_width": 32, "vis
 
 
 def toy_frames(spec, n, seed, size=48):
-    """Frames of one made-up episode, in LeRobot's keys."""
+    """Frames of one synthetic episode, with LeRobot's keys."""
     rng = np.random.default_rng(seed)
     action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
     images = {f"observation.images.{c}": rng.integers(0, 255, (n, size, size, 3), dtype=np.uint8) for c in spec.cameras}

@@ -18,7 +18,7 @@ from rvlm.vlm.small import train_tokenizer
 
 
 def tokenizer_without_act():
-    """The toys' tokenizer before `<act>` was ever thought of."""
+    """The toys' tokenizer, without `<act>`."""
     words = train_tokenizer(TEXTS, [])
     inner = words.backend_tokenizer.to_str().replace(ACT, "<unused>")
     special = {name: getattr(words, name) for name in ("pad_token", "bos_token", "eos_token")}

@@ -1,4 +1,4 @@
-"""Tiny policies of every kind, and what they are fed, for the tests of networks and of the closed loop."""
+"""Tiny policies of every kind and their inputs, for tests of the network and of the closed loop."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def build(vlm, stats, settings):
 
 
 def windows_like(config, b=3, seed=0, texts=TEXTS, n_cameras=2):
-    """b made-up samples as `Windows` cuts them."""
+    """b synthetic samples in the format of `Windows`."""
     rng, t, k = np.random.default_rng(seed), config.n_obs_steps, config.chunk_size
     samples = []
     for i in range(b):
@@ -69,7 +69,7 @@ def observe(rng, instruction=TEXTS[0]):
 
 
 def perturbed_policy(vlm, stats, finetuning="full", **options):
-    """A policy in which everything that learns has been moved away from where it began."""
+    """A policy whose trainable weights have been perturbed."""
     torch.manual_seed(0)
     model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=2, **ONE_STEP, **options)
     with torch.no_grad():

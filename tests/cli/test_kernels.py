@@ -38,7 +38,7 @@ def test_what_arrives_while_a_message_is_sent_is_received():
     assert asyncio.run(receive_after_a_send(_Channel, 30)) == "execute_reply"
 
 
-def test_the_librarys_own_channel_still_needs_the_mend():
-    """When this fails, `_Channel` can go."""
+def test_the_librarys_own_channel_still_needs_the_fix():
+    """When this fails, `_Channel` can be removed."""
     with pytest.raises(TimeoutError):
         asyncio.run(receive_after_a_send(AsyncZMQSocketChannel, 1))

@@ -1,4 +1,4 @@
-"""The command line: what it refuses before anything runs, where it writes, how it speaks."""
+"""The command line: what it refuses before anything runs, where it writes, what it prints."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def home(monkeypatch, tmp_path):
 
 
 def try_it(path):
-    """What a notebook prints under "Try it" as (notebook, [(name, value)]), whole lines and those that only name parameters."""
+    """Commands under "Try it" of a notebook as (notebook, [(name, value)]), in full or with their parameters alone."""
     (cell,) = [cell for cell in json.loads(path.read_text())["cells"] if "".join(cell["source"]).startswith("## Try it")]
     for printed in re.findall(r"`((?:rvlm run|-p) [^`]+)`", "".join(cell["source"])):
         words = shlex.split(printed.replace("\n", " "))
@@ -118,7 +118,7 @@ def toy(path):
 
 
 def test_a_try_runs_from_anywhere_and_leaves_results_and_readme_alone(home, tmp_path):
-    """As a shell would have it: another directory, and none of the variables that the Makefile sets."""
+    """As from a user's shell: another directory, and none of the variables that the Makefile sets."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "RVLM_"))}
     variables = {"RVLM_HOME": str(home), "RVLM_PROFILE": "cpu", "PYTHONPATH": str(ROOT)}
     code = "import sys; from rvlm.cli.main import main; sys.exit(main())"
@@ -136,8 +136,8 @@ def test_a_try_runs_from_anywhere_and_leaves_results_and_readme_alone(home, tmp_
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_threads_are_told_how_to_wait_before_torch_reads_it(path):
-    """OpenMP reads its settings when torch loads it, and `import rvlm` makes them: a kernel of anybody's then has them."""
+def test_thread_settings_are_made_before_torch_reads_them(path):
+    """OpenMP reads its settings when torch loads it, and `import rvlm` sets them first, in any kernel."""
     lines = [line for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code" for line in cell["source"]]
     modules = re.findall(r"^(?:import|from) (\w+)", "".join(f"{line.rstrip()}\n" for line in lines), re.MULTILINE)
     late = [name for name in modules[: modules.index("rvlm")] if name in ("torch", "transformers", "peft", "accelerate")]
@@ -166,7 +166,7 @@ def test_jupyterlab_opens_copies_and_keeps_those_that_were_changed(tmp_path):
     assert lab.copy_notebooks(tracked.parent, copy.parent) == []
     assert copy.read_bytes() == tracked.read_bytes()
 
-    opened = json.loads(copy.read_text())  # what opening and running do to a notebook is no change of its own
+    opened = json.loads(copy.read_text())  # outputs and metadata of a run are no change of the notebook
     opened["metadata"]["language_info"], opened["cells"][2]["execution_count"] = {"name": "python"}, 1
     copy.write_text(json.dumps(opened))
     lab.copy_notebooks(tracked.parent, copy.parent)
@@ -191,7 +191,7 @@ def test_kernels_of_jupyterlab_write_results_of_their_own(home, monkeypatch):
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent), "the terminal finds `rvlm`"
 
 
-def test_jupyterlab_gets_the_words_that_are_its_own(home, monkeypatch, capsys):
+def test_jupyterlab_gets_its_own_options(home, monkeypatch, capsys):
     called = []
 
     def become(_, words, environment):
@@ -214,7 +214,7 @@ def test_jupyterlab_gets_the_words_that_are_its_own(home, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["vlm", "policy"])
-def test_what_ships_is_replaced_only_when_told_to_in_words(name, home, monkeypatch, capsys):
+def test_shipped_models_are_replaced_only_on_explicit_request(name, home, monkeypatch, capsys):
     shipped, targets = {"vlm": recipes.SMALL_VLM, "policy": recipes.POLICY}[name], []
     monkeypatch.setattr("rvlm.experiments.release.release", lambda stage, target, command: targets.append(target))
     monkeypatch.setattr(recipes, {"vlm": "vision_language", "policy": "main_policy"}[name], lambda *sizes: sizes)
@@ -227,7 +227,7 @@ def test_what_ships_is_replaced_only_when_told_to_in_words(name, home, monkeypat
     assert main([name, "--install"]) == 0 and targets[2:] == [shipped]
 
 
-# --- how it speaks ------------------------------------------------------------------------------------------------------
+# --- what it prints ------------------------------------------------------------------------------------------------------
 
 
 def test_findings_are_printed_for_people_and_for_scripts(monkeypatch, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_findings_are_printed_for_people_and_for_scripts(monkeypatch, tmp_path, 
     assert capsys.readouterr().out == shown
 
 
-def test_a_finding_that_is_cut_is_named_with_its_mend(monkeypatch, tmp_path, capsys):
+def test_a_truncated_finding_is_named_with_its_fix(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RVLM_RESULTS", str(tmp_path))
     report.finding("06_success", "It is 12.", numbers={"x": 12}, n=1, interval=None, seeds=[0])
     path = tmp_path / "findings" / "06_success.json"

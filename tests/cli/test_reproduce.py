@@ -73,7 +73,7 @@ def test_run_resumes_by_content_and_writes_a_report(paths, capsys):
     assert reproduce.reproduce(paths, "smoke") == 0
     assert len(log(paths)) == 2 and "00_a: finished before, kept" in capsys.readouterr().out
 
-    (paths.results / "findings/01_b.json").unlink()  # what a finished notebook wrote is gone: it runs again, and it alone
+    (paths.results / "findings/01_b.json").unlink()  # the output of a finished notebook is gone: it runs again, and it alone
     reproduce.reproduce(paths, "smoke")
     reproduce.reproduce(paths, "smoke", only=["notebooks/01_b.ipynb"], force=True)
     assert log(paths)[2:] == ["01_b 1", "01_b 1"]
@@ -220,7 +220,7 @@ def test_two_runs_do_not_write_the_same_results(paths):
     assert log(paths) == []
 
 
-def test_kernels_are_this_interpreter_with_the_houses_environment(paths, tmp_path, monkeypatch):
+def test_kernels_are_this_interpreter_with_the_packages_environment(paths, tmp_path, monkeypatch):
     hostile = tmp_path / "jupyter/kernels/python3"
     hostile.mkdir(parents=True)
     (hostile / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))

@@ -83,7 +83,7 @@ def faults_of_code(index, cell):
 
 
 def faults(notebook, number):
-    """Everything in a notebook that breaks the house's anatomy, as sentences."""
+    """Everything in a notebook that breaks the anatomy, as sentences."""
     code = code_cells(notebook)
     found = faults_of_opening(notebook, number) + faults_of_parameters(notebook)
     found += [

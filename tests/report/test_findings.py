@@ -161,7 +161,7 @@ def test_export_writes_column_wide_files_that_repeat_byte_for_byte(results):
 
 
 def test_fonts_of_an_exported_pdf_are_true_type(results):
-    """Publishers refuse Type 3, which matplotlib embeds unless told otherwise while it saves."""
+    """Publishers refuse Type 3 fonts, which matplotlib embeds by default."""
     report.export(
         plots.estimates(pd.DataFrame({"name": ["a"], "panel": "x", "value": 1, "low": 0, "high": 2}), "A title"), "05_loss"
     )
@@ -205,7 +205,7 @@ def test_show_source_looks_through_decorators():
     assert text.startswith("`rvlm/report/page.py`\n```python\n") and "def list_notebooks(" in text
 
 
-def test_a_rate_may_be_said_as_a_percentage(results):
+def test_a_rate_may_be_stated_as_a_percentage(results):
     report.finding("06_rate", "It solves 25% of 4.", {"ours": wilson(1, 4)}, 4, wilson(1, 4), [0])
     assert report.load_findings(results)[0]["numbers"]["ours"]["rate"] == 0.25
     with pytest.raises(report.UncomputedNumber, match="26%"):
@@ -238,7 +238,7 @@ def test_report_follows_the_notebook_that_made_its_figures_and_tables(results, n
     assert captions == list(order)
 
 
-def test_a_figure_is_read_aloud_by_its_headline(results, notebooks):
+def test_a_figures_alt_text_is_its_headline(results, notebooks):
     fig = draw()
     report.export(fig, "06_plain")
     fig.suptitle("“lift” at <act>: 3 ± 1 → 4 %")

@@ -234,7 +234,7 @@ def test_attention_is_drawn_as_shares():
     np.testing.assert_allclose(fig.axes[1].images[1].get_array(), [[75, 25], [0, 0]])
 
 
-def test_attention_masks_color_what_is_looked_at_by_its_kind():
+def test_attention_masks_color_attended_tokens_by_role():
     fig = plots.attention_masks(MASKS, KINDS, "Past tokens are seen in one sequence only")
     alone, together = (ax.images[0].get_array() for ax in fig.axes[:2])
     assert (np.asarray(alone)[2, 0] == 1).all(), "white where nobody looks"
@@ -273,7 +273,7 @@ def test_failures_stack_to_the_share_that_failed(figures):
     assert max(ends) == pytest.approx(30)
 
 
-def test_memory_stacks_its_parts_and_marks_what_cards_hold(figures):
+def test_memory_stacks_its_parts_and_marks_the_memory_of_gpus(figures):
     ax = figures["memory_bars"].axes[0]
     assert [bar.get_x() + bar.get_width() for bar in ax.containers[1]] == [5.0, 90.0]
     assert {line.get_xdata()[0] for line in ax.lines} == {24} and "24 GB" in [t.get_text() for t in ax.texts][-1]
@@ -290,7 +290,7 @@ def test_forgetting_is_written_in_every_field(figures):
     assert written == [["100 %", "0 %", "20 %", "90 %"], ["100 %", "0 %", "90 %", "90 %"]]
 
 
-def test_a_stopped_trial_is_dashed_and_the_best_is_drawn_last(figures):
+def test_a_pruned_trial_is_dashed_and_the_best_is_drawn_last(figures):
     lines = figures["parallel_coordinates"].axes[0].lines
     assert [line.get_linestyle() for line in lines] == ["--", "-", "-"]
     assert np.allclose(lines[-1].get_ydata(), [1, 0], atol=0.05), "rate 1e-3, decay 0"

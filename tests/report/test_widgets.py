@@ -1,4 +1,4 @@
-"""Buttons move the robot as their words say, in the card's units and sign."""
+"""Buttons move the robot as labelled, in the card's units and sign."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from rvlm.report import widgets
 
 
 @pytest.mark.parametrize("robot", ["franka7", "ur6"])
-def test_a_word_is_an_action_in_the_cards_convention(robot):
+def test_a_command_is_an_action_in_the_cards_convention(robot):
     spec = ActionSpec.from_card(f"tabletop_{robot}")
     action = widgets.move(spec, "left", is_open=True, amount=0.5)
     assert action[spec.names.index("dy")] == 0.5 * spec.low[1] and action[-1] == spec.gripper_open
@@ -22,7 +22,7 @@ def test_a_word_is_an_action_in_the_cards_convention(robot):
         widgets.move(spec, "sideways", True)
 
 
-def test_driving_by_hand_and_by_script():
+def test_teleoperation_by_buttons_and_by_script():
     env = Tabletop(image_size=32)
     driven = widgets.scripted_teleop(env, ["down", "left", "left"], seed=3)
     assert driven["image"].shape == (4, 32, 32, 3) and driven["action"].shape == (3, 7)

@@ -1,4 +1,4 @@
-"""The drive widget in a real browser: JupyterLab hands toggles and buttons to different threads of the kernel."""
+"""The teleoperation widget in a real browser: JupyterLab hands toggles and buttons to different threads of the kernel."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ OPTIONS = [
 
 
 def drive_alone(folder):
-    """Notebook 00's cells up to what its drive cell needs, and that cell."""
+    """Notebook 00's cells up to the teleoperation cell."""
     notebook = json.loads((ROOT / "notebooks/00_look_first.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     parameters = next(cell for cell in code if "parameters" in cell["metadata"].get("tags", []))
@@ -37,13 +37,13 @@ def drive_alone(folder):
 
 
 def address(process, log):
-    """Where the server answers."""
+    """URL of the server."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         found = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1") or "http://localhost" in word]
         if found:
             url = found[0].split("/lab")[0].split("/tree")[0].rstrip("/")
-            with contextlib.suppress(OSError):  # it is named a moment before it answers
+            with contextlib.suppress(OSError):  # it is listed a moment before it answers
                 urllib.request.urlopen(f"{url}/api", timeout=20)
                 return url
         time.sleep(0.2)
@@ -52,7 +52,7 @@ def address(process, log):
 
 @pytest.fixture
 def server(tmp_path):
-    """What `rvlm lab` starts, on copies of its own."""
+    """The server of `rvlm lab`, on its own copies."""
     drive_alone(tmp_path / "lab/notebooks")
     log, environment = tmp_path / "log", os.environ | {"RVLM_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     code = "import sys; from rvlm.cli.main import main; sys.exit(main())"

@@ -40,7 +40,7 @@ def test_a_withdrawn_claim_is_cut_out_and_kept_with_its_reason():
     assert amended(found, LISTED) == found
 
 
-def test_what_was_found_after_the_mend_speaks_for_itself():
+def test_findings_after_the_fix_are_not_amended():
     new = record(TWO.format("supported", "+22", "+12", "+32"), date="2026-01-03")
     assert amended(new, LISTED) is new
 
@@ -54,7 +54,7 @@ def test_below_three_trainings_there_is_no_verdict(n_trainings, note):
 WORD = re.compile("supported|reversed|undecided")
 
 
-def test_old_words_become_those_of_todays_rule_adjusted_for_several_contrasts():
+def test_old_verdicts_become_those_of_todays_rule_adjusted_for_several_contrasts():
     first = "A: replicated (+26 points, +14 to +39); B: not replicated (-30 points, -35 to -25); "
     first += "C: -4 points (-9 to -1, not replicated)."
     found = amended(record(first), LISTED)
@@ -66,7 +66,7 @@ def test_old_words_become_those_of_todays_rule_adjusted_for_several_contrasts():
 
 
 @pytest.mark.parametrize("n_trainings, word", [(5, "undecided"), (30, "supported")])
-def test_few_trainings_are_judged_by_students_t(n_trainings, word):
+def test_few_trainings_use_students_t(n_trainings, word):
     assert amended(record("A: replicated (+14 points, +4 to +24).", n_trainings), LISTED)["verdict"] == word
 
 
@@ -79,14 +79,14 @@ def test_contrasts_are_counted_before_any_is_cut_out_and_with_those_that_no_sent
     assert [amended(record(sentence), listed)["verdict"] for sentence in (alone, second)] == ["undecided", "undecided"]
 
 
-def test_words_come_from_the_digits_that_a_finding_keeps():
-    """To whole points this interval would be decided."""
+def test_verdicts_come_from_the_unrounded_values_of_a_finding():
+    """Rounded to whole points this interval would exclude zero."""
     kept, sentence = {"A": {"estimate": 0.156, "low": 0.056, "high": 0.264}}, "A: replicated (+16 points, +6 to +26)."
     assert amended(record(sentence), LISTED)["verdict"] == "supported"
     assert amended(record(sentence, interval=kept), LISTED)["verdict"] == "undecided"
 
 
-def test_what_is_said_in_other_words_and_what_goes_with_a_claim(tmp_path):
+def test_reworded_statements_and_everything_that_belongs_to_a_claim(tmp_path):
     claim = LISTED["claims"]["08_cross"][0] | {"keys": ["gain"], "tables": ["08_t"]}
     listed = LISTED | {"claims": {"08_cross": [claim]}}
     listed["reworded"] = {"08_cross": [{"says": r"(\d+) help", "reads": r"\1 of 9 help"}]}
@@ -102,7 +102,7 @@ def test_what_is_said_in_other_words_and_what_goes_with_a_claim(tmp_path):
     assert [path.name for path in (tmp_path / "tables").iterdir()] == ["08_u.csv"]
 
 
-def test_the_executed_notebook_wears_a_banner_and_its_finding_is_struck_out(tmp_path):
+def test_the_executed_notebook_has_a_banner_and_its_finding_is_struck_out(tmp_path):
     found = record(TWO.format("undecided", "+2", "-12", "+12"), commit=None, is_dirty=False)
     shown = {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": [f"> **Finding.** {found['sentence']}"]}}
     cells = [{"cell_type": "markdown", "metadata": {}, "source": ["# 08 Cross"]}]
@@ -138,7 +138,7 @@ def test_this_repositorys_findings_and_executed_notebooks_are_amended():
 
 
 def old_findings():
-    """Of every profile, those that were found before the mend: folder of results, finding."""
+    """Findings of every profile from before the fix: folder of results, finding."""
     found = [(results, json.loads(path.read_text())) for results in RESULTS for path in (results / "findings").glob("*.json")]
     return [(results, record) for results, record in found if record["date"] < withdrawn()["before"]]
 
@@ -158,12 +158,12 @@ def test_every_line_of_the_list_takes_something_back_from_every_profiles_finding
 
 
 def unstruck(text):
-    """Without what is struck out, and without the backslashes of Markdown."""
+    """Text without struck-out parts and without Markdown's backslashes."""
     return re.sub(r"\\(?=[\W_])", "", re.sub(r"~~.*?~~", "", text, flags=re.DOTALL))
 
 
 def pages_of(path):
-    """Texts of a page; of a notebook those of its cells and what they show."""
+    """Texts of a page; of a notebook those of its cells and their outputs."""
     if path.suffix != ".ipynb":
         return [path.read_text()]
     cells = json.loads(path.read_text())["cells"]
@@ -185,7 +185,7 @@ def test_no_page_says_what_is_withdrawn_unless_it_is_struck_out():
 
 
 def test_the_log_keeps_no_verdict_that_todays_rule_does_not_give():
-    """Lines of old keep their numbers; words that trainings below three cannot earn are struck out and answered on top."""
+    """Old lines keep their numbers; verdicts from fewer than three trainings are struck out and answered at the top."""
     lines = [line for line in (ROOT / "LOG.md").read_text().splitlines() if re.match(r"\| 2026-11-2[0-7] \|", line)]
     words = re.compile(r"(?i)\breplicated|\bsupported\b|\breversed\b|\bbeats\b|loses against|published [+]")
     assert lines and not [(found.group(), line[:90]) for line in lines if (found := words.search(unstruck(line)))]

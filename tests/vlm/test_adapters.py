@@ -150,7 +150,6 @@ def copied(adapted, tmp_path):
     ids=["missing", "unexpected", "mismatched"],
 )
 def test_a_checkpoint_with_other_weights_is_refused_by_name(adapted, tmp_path, file, corrupt, problem):
-    """Law 25."""
     folder = copied(adapted, tmp_path)
     weights = load_file(folder / file)
     name = sorted(weights)[0]

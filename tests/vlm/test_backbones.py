@@ -76,7 +76,6 @@ def test_a_processor_that_does_more_than_normalise_is_called(processor, monkeypa
 
 
 def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):
-    """Law 18."""
     spec = ActionSpec.from_card("tabletop_franka7")
     model, processor = make_policy(toy_vlm, spec, toy_stats)
     policy, collate = Policy(model, processor), RobotCollator(model.prompt_builder(processor))
@@ -133,7 +132,6 @@ def test_scratch_has_other_weights(toy_vlm, processor):
 
 @pytest.mark.parametrize("kind", ["missing_keys", "mismatched_keys"])
 def test_a_wrong_weight_of_a_backbone_is_named(toy_vlm, processor, tmp_path, kind):
-    """Law 25."""
     for file in toy_vlm.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")

@@ -166,7 +166,6 @@ def test_only_the_language_model_has_adapters(folder, toy_stats):
 
 @pytest.mark.parametrize("name", ["one-step, mlp", "one-step, tokens"])
 def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
-    """Law 15."""
     if refuse_impossible(folder, toy_stats, name):
         return
     model, processor = build(folder, toy_stats, STRUCTURES[name])
@@ -176,7 +175,7 @@ def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
 
 
 def test_every_image_is_seen(folder, toy_stats):
-    """Law 18, for each camera."""
+    """For each camera."""
     model, processor = build(folder, toy_stats, {})
     three = list(samples(model.config))
     whole = predicted(model, processor, three)

@@ -93,7 +93,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_prompt_is_what_the_library_makes_of_the_template(folders, with_template, kind):
-    """Law 33; compared with the ids that transformers makes of images and text."""
+    """Compared with the ids that transformers makes of images and text."""
     family, text = TEMPLATES[kind]
     processor = load_processor(folders(family) if text is None else with_template(family, text))
     for instruction in (TEXTS[0], "  lift TEXT, <u>it</u> ", ""):
@@ -349,7 +349,7 @@ def chunks(model, processor, images, states, structure):
     + [(name, "one_step") for name in ("internvl", "llava_next", "mllama", "idefics2")],
 )
 def test_acting_equals_training_on_square_and_wide_images(folders, toy_stats, family, structure):
-    """Law 33, over families and their chat templates; three observations, a full window."""
+    """Over families and their chat templates; three observations, a full window."""
     n = 3 if structure == "interleaved" else 1
     model, processor = make_policy(folders(family), SPEC, toy_stats, structure=structure, n_obs_steps=n, chunk_size=2)
     rng = np.random.default_rng(0)
