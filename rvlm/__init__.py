@@ -42,6 +42,8 @@ _OFFERED = {
     "inspect_vlm": "policy.inspection",
     "open_loop": "evaluation",
     "diagnose": "diagnosis.checklist",
+    "DiagnosisInputs": "diagnosis.inputs",
+    "Tabletop": "envs.tabletop.env",
     "recipes": "experiments",
     "plots": "report",
 }
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from rvlm.data.windows import EpisodeWriter as EpisodeWriter
     from rvlm.data.windows import split as split
     from rvlm.diagnosis.checklist import diagnose as diagnose
+    from rvlm.diagnosis.inputs import DiagnosisInputs as DiagnosisInputs
+    from rvlm.envs.tabletop.env import Tabletop as Tabletop
     from rvlm.evaluation import open_loop as open_loop
     from rvlm.evaluation.closed_loop import Evaluation as Evaluation
     from rvlm.evaluation.closed_loop import evaluate as evaluate

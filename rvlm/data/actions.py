@@ -60,6 +60,13 @@ class ActionSpec:
         robot, dataset: who moves, and where the demonstrations come from.
         absent: names of arm dimensions that this robot cannot move in; they are always 0, and nothing is learned from them.
         image_rotation_deg: rotation of stored images against what the environment renders (LIBERO's public sets: 180).
+
+    Example:
+        >>> spec = rvlm.ActionSpec.from_card("libero")
+        >>> spec.names
+        ('dx', 'dy', 'dz', 'droll', 'dpitch', 'dyaw', 'gripper')
+        >>> spec.rate_hz, spec.rotation
+        (20.0, 'axis_angle')
     """
 
     names: tuple[str, ...]

@@ -46,6 +46,13 @@ class EpisodeDataset:
 
     Raises:
         EpisodeError: the folder holds no such dataset, or its meta files are broken, contradict each other or the card.
+
+    Example:
+        >>> data = rvlm.EpisodeDataset("demonstrations")
+        >>> data.n_episodes, data.cameras
+        (12, ('static', 'wrist'))
+        >>> data.column("action").shape
+        (72, 7)
     """
 
     def __init__(self, root: str | Path, spec: ActionSpec | str | Any | None = None) -> None:

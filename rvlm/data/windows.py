@@ -25,6 +25,11 @@ def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tupl
     """Training and held-out episodes (sorted indices): whole episodes, so that no frame has a neighbour on the other side.
 
     At least one stands on each side, however few there are.
+
+    Example:
+        >>> train, held_out = rvlm.split(rvlm.EpisodeDataset("demonstrations"))
+        >>> len(train), len(held_out)
+        (11, 1)
     """
     if dataset.n_episodes < 2:
         raise EpisodeError(

@@ -54,6 +54,15 @@ class EpisodeWriter:
 
     Raises:
         EpisodeError: the dataset is finished already, another process records it, or an unfinished one is of another kind.
+
+    Example:
+        >>> images = np.random.default_rng(0).integers(0, 256, (20, 96, 96, 3), np.uint8)
+        >>> frames = {f"observation.images.{camera}": images for camera in ("static", "wrist")}
+        >>> frames |= {name: np.zeros((20, 7), np.float32) for name in ("observation.state", "action")}
+        >>> with rvlm.EpisodeWriter("recorded", rvlm.ActionSpec.from_card("tabletop_franka7")) as writer:
+        ...     writer.add_episode(frames, "lift the red cube")
+        >>> rvlm.EpisodeDataset("recorded").tasks
+        ['lift the red cube']
     """
 
     def __init__(

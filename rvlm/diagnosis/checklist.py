@@ -27,7 +27,15 @@ CHECKS: dict[str, Callable[[DiagnosisInputs], CheckResult]] = {  # in the order 
 
 
 def diagnose(inputs: DiagnosisInputs) -> list[CheckResult]:
-    """Run the checks in order up to the first that fails; all pass where no fault was found."""
+    """Run the checks in order up to the first that fails; all pass where no fault was found.
+
+    Example:
+        >>> data, env = rvlm.EpisodeDataset("demonstrations"), rvlm.Tabletop(image_size=48)
+        >>> model, processor = rvlm.make_policy("vlm", data.spec, data.stats())
+        >>> results = rvlm.diagnose(rvlm.DiagnosisInputs(rvlm.Policy(model, processor), data, env))
+        >>> results[-1].fault is None
+        False
+    """
     results: list[CheckResult] = []
     for check in CHECKS.values():
         results.append(check(inputs))

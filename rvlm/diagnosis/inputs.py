@@ -22,6 +22,12 @@ class DiagnosisInputs:
         n_episodes: Recorded episodes to examine.
         n_frames: Of them, how many frames at most the policy predicts actions for.
         seed: Of the draw of episodes.
+
+    Example:
+        >>> policy, data = rvlm.load_policy(rvlm.recipes.POLICY), rvlm.EpisodeDataset("demonstrations")
+        >>> inputs = rvlm.DiagnosisInputs(policy, data, rvlm.Tabletop(), n_episodes=3)
+        >>> len(inputs.sampled_episodes())
+        3
     """
 
     policy: Policy

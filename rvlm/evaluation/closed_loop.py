@@ -50,6 +50,11 @@ class Evaluation:
         robot, families, setting, max_steps: Of the tabletop; families left out are `DEFAULT_TASKS`.
         first_seed: Of the first episode; later ones count up.
         n_action_steps, ensemble: How predicted chunks are executed, as `Policy` takes them.
+
+    Example:
+        >>> evaluation = rvlm.Evaluation("random", n_episodes=4, families=("lift", "push"))
+        >>> evaluation.episodes()[:2]
+        [(900000, 'lift'), (900001, 'push')]
     """
 
     policy: str
@@ -209,6 +214,12 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
 
     Raises:
         ValueError: No evaluations, or shuffled language on two numbers of the same episodes, whose permutations differ.
+
+    Example:
+        >>> random = rvlm.Evaluation("random", n_episodes=2, max_steps=3)
+        >>> rows = rvlm.evaluate({"random": random}, n_workers=1, show_progress=False)
+        >>> len(rows)
+        2
     """
     if not evaluations:
         raise ValueError('expected at least one evaluation, got none; as {"shipped": Evaluation(folder)}')

@@ -47,6 +47,13 @@ def make_policy(
     Raises:
         TypeError: An unknown setting.
         ValueError: An unsupported combination, a family that has no position for `<act>`, or no such model.
+
+    Example:
+        >>> data = rvlm.EpisodeDataset("demonstrations")
+        >>> model, processor = rvlm.make_policy(
+        ...     "vlm", data.spec, data.stats(), structure="policy_head", history="lstm", n_obs_steps=4, head="flow"
+        ... )
+        >>> model.save_pretrained("made", processor)
     """
     check_settings(settings)
     folder = hub.fetch(vlm, revision)

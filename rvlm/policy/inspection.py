@@ -55,6 +55,11 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
 
     Returns:
         Facts by name; of a family without a position for `<act>`, its class and the reason only.
+
+    Example:
+        >>> facts = rvlm.inspect_vlm("vlm")
+        >>> facts["structures"]
+        'all'
     """
     processor: Any = load_processor(vlm)
     model = load_backbone(vlm, processor).eval()

@@ -40,6 +40,14 @@ class Policy:
 
     Raises:
         ValueError: `n_action_steps` beyond the chunk, an ensemble of chunks that do not overlap, an unknown camera.
+
+    Example:
+        >>> policy = rvlm.load_policy(rvlm.recipes.POLICY, n_action_steps=4)
+        >>> env = rvlm.Tabletop()
+        >>> observations = [env.reset(seed=900_000 + i)[0] for i in range(2)]
+        >>> policy.reset(n_robots=2)
+        >>> policy.predict_action_chunk(observations).shape
+        (2, 4, 7)
     """
 
     def __init__(
@@ -228,5 +236,11 @@ def load_policy(
 
     Raises:
         ValueError: As `VLA.from_pretrained` and `Policy`.
+
+    Example:
+        >>> policy, env = rvlm.load_policy(rvlm.recipes.POLICY), rvlm.Tabletop()
+        >>> observation, _ = env.reset(seed=900_000)
+        >>> action = policy.select_action([observation])[0]
+        >>> observation, *_ = env.step(action)
     """
     return Policy(*load_vla(name, revision=revision, base_model=base_model, device=device), **options)

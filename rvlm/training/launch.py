@@ -51,6 +51,11 @@ def train(
     Raises:
         TrainingDiverged: Its weights are no numbers any more.
         RuntimeError: Training failed; the message holds the end of its log.
+
+    Example:
+        >>> stage = rvlm.Stage("short", "robot", ("demonstrations",), "vlm", n_samples=8, batch_size=8, n_processes=1)
+        >>> folder = rvlm.train(stage, show_progress=False)
+        >>> policy = rvlm.load_policy(folder)
     """
     final = stage.folder
     with _lock(final):  # who asks for the same stage meanwhile waits for it
@@ -187,6 +192,13 @@ def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> d
 
     Two processes of one thread train a small model about twice as fast as one process of two threads, so use stages with
     `n_processes=1`.
+
+    Example:
+        >>> few = {"n_samples": 8, "batch_size": 8, "n_processes": 1}
+        >>> stages = {f"seed {i}": rvlm.Stage("short", "robot", ("demonstrations",), "vlm", seed=i, **few) for i in range(2)}
+        >>> folders = rvlm.train_parallel(stages, show_progress=False)
+        >>> sorted(folders)
+        ['seed 0', 'seed 1']
     """
     n_cores = os.cpu_count() or 1
     n_threads = max(1, n_cores // len(stages))

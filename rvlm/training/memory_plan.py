@@ -150,7 +150,14 @@ def plans(
 def plan_memory(
     config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], gradient_checkpointing: bool = False, **settings: Any
 ) -> Plan:
-    """One of both `plans`, with or without gradient checkpointing."""
+    """One of both `plans`, with or without gradient checkpointing.
+
+    Example:
+        >>> config = AutoConfig.from_pretrained("vlm")
+        >>> plan = rvlm.plan_memory(config, n_image_tokens=4, policy={"structure": "one_step"}, finetuning="lora", batch_size=8)
+        >>> plan.fits("L4")
+        True
+    """
     return plans(config, n_image_tokens, policy, **settings)[gradient_checkpointing]
 
 

@@ -87,6 +87,13 @@ class Stage:
         precision: "fp32", "bf16" or "fp16" for what is computed (weights that learn stay in fp32); "auto" is what the machine is
             fastest in, fp32 on a CPU.
         n_processes: Data-parallel processes; on GPUs no more than one each.
+
+    Example:
+        >>> stage = rvlm.Stage(
+        ...     "fine-tuning", "robot", data=("demonstrations",), init="vlm", n_samples=256, policy={"head": "mlp"}
+        ... )
+        >>> stage.folder.name.startswith("fine-tuning-")
+        True
     """
 
     name: str

@@ -36,6 +36,12 @@ class Tabletop(gymnasium.Env):
 
     Raises:
         KeyError: Unknown robot, family or setting, with those that exist.
+
+    Example:
+        >>> env = rvlm.Tabletop("ur6")
+        >>> observation, info = env.reset(seed=900_000, options={"family": "lift"})
+        >>> observation["image"].shape, info["is_success"]
+        ((96, 96, 3), False)
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
