@@ -42,7 +42,7 @@ def test_the_label_is_the_experts_and_the_noise_was_executed(env):
     assert (np.abs(columns["action_executed"]) <= 1).all()
 
 
-def test_the_noise_is_drawn_as_told(env):
+def test_the_noise_is_drawn_with_the_given_spread(env):
     rng = np.random.default_rng((7, 1))
     spread = rng.uniform(0, 0.6) * np.array(NOISE_PER_DIM)
     columns = demonstrate(env, 7, "push_left", noise=0.6)
@@ -87,7 +87,6 @@ def test_windows_hold_labels_and_both_cameras(dataset):
 
 
 def test_a_policys_statistics_come_from_its_training_episodes(toy_vlm, toy_demos, tmp_path, monkeypatch):
-    """Law 11."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     data = EpisodeDataset(toy_demos)
     train, held_out = split(data)

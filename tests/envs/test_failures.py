@@ -1,4 +1,4 @@
-"""Why an episode failed is read from the true state: every word is brought about once."""
+"""Failures are classified from the true state: every class occurs once here."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def env():
 
 
 def still(env):
-    """An action that changes nothing."""
+    """An action that moves nothing."""
     return env.action_spec.set_gripper(np.zeros(7, np.float32), env.world.opening > 0.03)
 
 

@@ -1,4 +1,4 @@
-"""Questions about scenes: answers are true by construction, scenes are stored whole and read back in order."""
+"""Questions about scenes: answers are true by construction, scenes are stored completely and read back in order."""
 
 import json
 import re
@@ -43,8 +43,8 @@ def asked(kind, n=60, scene=SCENE):
     return [QUESTION_KINDS[kind][0](scene, rng) for _ in range(n)]
 
 
-def thing(question, names=NAMES):
-    """The one thing that a question is about."""
+def subject(question, names=NAMES):
+    """Index of the one object that a question is about."""
     (name,) = [name for name in names if re.search(rf"the {name}\b", question)]
     return names.index(name)
 
@@ -60,15 +60,15 @@ def test_a_location_is_one_of_the_bins(value, token):
     assert location_token(value) == token
 
 
-def test_places_in_the_static_image_are_true():
+def test_locations_in_the_static_image_are_true():
     for question, answer in asked("where"):
-        assert answer == tokens(*SCENE["static"][thing(question)])
+        assert answer == tokens(*SCENE["static"][subject(question)])
 
 
 def test_what_the_wrist_camera_does_not_see_is_out_of_view():
     answers = {}
     for question, answer in asked("where_wrist"):
-        i = thing(question)
+        i = subject(question)
         assert answer == ("out of view" if i in (1, 2, 4) else tokens(*SCENE["wrist"][i]))
         answers[i] = answer
     assert len(answers) == len(NAMES)
@@ -76,7 +76,7 @@ def test_what_the_wrist_camera_does_not_see_is_out_of_view():
 
 def test_offsets_are_measured_from_the_gripper():
     for question, answer in asked("offset"):
-        delta = np.subtract(SCENE["pos"][thing(question, NAMES[:-1])], SCENE["pos"][-1])
+        delta = np.subtract(SCENE["pos"][subject(question, NAMES[:-1])], SCENE["pos"][-1])
         assert answer == tokens(*(delta / (2 * OFFSET_RANGE) + 0.5), n_bins=N_OFFSETS)
 
 
@@ -123,13 +123,13 @@ def test_a_caption_goes_from_left_to_right():
     }
 
 
-def test_paraphrases_never_use_a_held_out_wording():
+def test_no_paraphrase_is_a_held_out_template():
     held_out = {t.format(a=name, b=name) for f in TASK_FAMILIES.values() for t in f.held_out for name in NAMES[:3]}
     rng, seen = np.random.default_rng(0), set()
     for _ in range(800):
         question, answer = paraphrase(SCENE, rng)
-        wording = question.removesuffix(" means")
-        assert wording not in held_out
+        text = question.removesuffix(" means")
+        assert text not in held_out
         assert not any(n in question for n in NAMES[:3]) or any(n in answer for n in NAMES[:3] if n in question)
         seen.add(answer.split(" ")[0])
     assert {"lift", "push", "open", "close", "light", "slider"} <= seen
@@ -192,7 +192,7 @@ def test_a_part_exists_only_when_whole(home, monkeypatch):
     assert not (home / "part").exists()
 
 
-def test_play_shows_what_the_record_says():
+def test_images_of_a_scene_show_its_recorded_state():
     """The middle of an object in the static image has the object's colour, in most scenes that nothing hides it in."""
     from rvlm.envs.tabletop.scene import COLORS
 

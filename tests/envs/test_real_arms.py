@@ -55,7 +55,7 @@ def test_a_toy_robot_becomes_the_tabletops(tmp_path, tetrahedron, grain):
     assert model.dof_frictionloss[0] == 0 and model.dof_damping[0] == 1 and model.dof_armature[0] == pytest.approx(0.1)
     assert model.nmesh == 1 and model.mesh("hull").facenum == 4 and model.ncam == 1 and model.nsite == 1 and model.nu == 0
     of_arm = [g for g in range(model.ngeom) if model.geom(g).name == ""]
-    assert len(of_arm) == 3  # hull, cylinder and palm; what is only drawn is gone
+    assert len(of_arm) == 3  # hull, cylinder and palm; visual geometry is removed
     assert {(int(model.geom_contype[g]), int(model.geom_conaffinity[g])) for g in of_arm} == {(2, 1)}
     assert model.geom_rgba[of_arm[0]] == pytest.approx(PANDA.rgba)
     assert model.body("upper").mass == 2 and model.body("lower").mass == 1
@@ -133,7 +133,7 @@ def test_the_hand_starts_where_it_should_pointing_down(robot):
 @pytest.mark.parametrize("robot", REAL_ARMS)
 def test_experts_succeed(robot, family, monkeypatch):
     env = Tabletop(robot=robot, image_size=32)
-    monkeypatch.setattr(env, "image", lambda *_: np.zeros((32, 32, 3), np.uint8))  # experts do not look
+    monkeypatch.setattr(env, "image", lambda *_: np.zeros((32, 32, 3), np.uint8))  # experts need no images
     successes = 0
     for seed in range(2):
         env.reset(seed=seed, options={"family": family})

@@ -27,7 +27,7 @@ ALL = pytest.mark.parametrize("robot", ROBOTS)
 
 
 class Unseen(Tabletop):
-    """Draws nothing where a test looks at states alone."""
+    """Without images, for tests of states alone."""
 
     def _observe(self):
         return {"state": self.world.state(), "instruction": self.task.instruction}
@@ -46,7 +46,7 @@ def env():
 
 
 def solve(env, max_steps=100):
-    """Let the expert act; number of steps, or None if it did not get there."""
+    """Let the expert act; number of steps, or None if it failed."""
     for step in range(max_steps):
         if env.step(env.expert_action())[2]:
             return step + 1
@@ -150,12 +150,12 @@ def test_an_instruction_names_exactly_one_object(family, setting):
         assert sorted(named) == sorted(meant) and len(meant) == ALL_FAMILIES[family].n_objects
 
 
-def test_held_out_wordings_are_never_templates():
+def test_held_out_instructions_are_never_templates():
     templates = {t for family in ALL_FAMILIES.values() for t in family.templates}
     held_out = {t for family in ALL_FAMILIES.values() for t in family.held_out}
     assert all(family.held_out for family in ALL_FAMILIES.values())
     assert not templates & held_out
-    assert len(templates) == sum(len(f.templates) for f in ALL_FAMILIES.values()), "two families share a wording"
+    assert len(templates) == sum(len(f.templates) for f in ALL_FAMILIES.values()), "two families share a template"
 
 
 def test_at_least_twelve_families_and_a_mix_of_six():
@@ -163,29 +163,29 @@ def test_at_least_twelve_families_and_a_mix_of_six():
 
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
-def test_where_memory_is_needed_one_picture_asks_for_two_actions(family):
-    """Once the cue is gone, two scenes that differ in it alone look and feel the same, and the expert does different things."""
+def test_where_memory_is_needed_one_observation_has_two_correct_actions(family):
+    """After the cue, two scenes that differ in it alone have equal observations, and different expert actions."""
     envs = [Tabletop(image_size=32), Tabletop(image_size=32)]
     for env, is_on in zip(envs, (False, True), strict=True):
         env.reset(seed=3, options={"family": family})
         env.world.set_light(is_on)
         env.task = dataclasses.replace(env.task, was_light_on=is_on)
-    looks = [env.step(np.zeros(7))[0] for env in envs]
-    assert not np.array_equal(looks[0]["image"], looks[1]["image"]), "the cue is to be seen"
+    observations = [env.step(np.zeros(7))[0] for env in envs]
+    assert not np.array_equal(observations[0]["image"], observations[1]["image"]), "the cue is visible"
     for step in range(20):
         acts = [env.expert_action() for env in envs]
         if step >= CUE_STEPS and np.abs(acts[0] - acts[1]).max() > 0.1:
             break
-        looks = [env.step(acts[0])[0] for env in envs]  # the same is done in both
+        observations = [env.step(acts[0])[0] for env in envs]  # the same is done in both
     else:
         pytest.fail("the expert does the same in both scenes")
     for key in ("image", "wrist_image", "state"):
-        assert np.array_equal(looks[0][key], looks[1][key]), key
-    assert looks[0]["instruction"] == looks[1]["instruction"]
+        assert np.array_equal(observations[0][key], observations[1][key]), key
+    assert observations[0]["instruction"] == observations[1]["instruction"]
 
 
 def cued(env, seed, family, is_on):
-    """A scene with the cue set by hand."""
+    """A scene with the given cue."""
     observation, _ = env.reset(seed=seed, options={"family": family})
     env.world.set_light(is_on)
     env.task = dataclasses.replace(env.task, was_light_on=is_on)
@@ -194,7 +194,7 @@ def cued(env, seed, family, is_on):
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
 @ALL
-def test_when_the_cue_ends_nothing_tells_what_it_was(unseen, robot, family):
+def test_when_the_cue_ends_nothing_reveals_it(unseen, robot, family):
     """Hand, fingers and scene are the same for both cues, whatever was done while they were shown, and then the arm moves."""
     env, rng = unseen[robot], np.random.default_rng(0)
     low, high = env.action_space.low, env.action_space.high
@@ -225,7 +225,7 @@ def test_only_a_cue_holds_the_arm(unseen):
 
 
 def without_memory(env):
-    """The expert that sees the present alone: left first, and right where the slider is on the left already."""
+    """The expert with the present observation alone: left first, and right where the slider is on the left already."""
     has_tried_left = (
         env.world.joint_position("slider") < -0.052 or env.world.pos_tcp_world[1] < env.world.pos_fixture("slider")[1] - 0.02
     )
@@ -244,7 +244,7 @@ def marks_its_wrist(env):
 
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
-def test_a_pose_does_not_remember_the_cue(unseen, family):
+def test_a_pose_does_not_keep_the_cue(unseen, family):
     env, solved = unseen["franka7"], []
     for seed, is_on in [(seed, is_on) for seed in range(10) for is_on in (False, True)]:
         cued(env, seed, family, is_on)
@@ -261,11 +261,11 @@ def test_a_pose_does_not_remember_the_cue(unseen, family):
 
 @pytest.mark.parametrize("family", MEMORY_FAMILIES)
 def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):
-    """With the light's word the expert does all; the same expert without it one of the two cues of each scene."""
-    env, solved = unseen["franka7"], {"remembers": [], "sees the present alone": []}
+    """With the cue the expert solves all; the same expert without it solves one of the two cues of each scene."""
+    env, solved = unseen["franka7"], {"with memory": [], "present alone": []}
     for seed, is_on in [(seed, is_on) for seed in range(10) for is_on in (False, True)]:
         cued(env, seed, family, is_on)
-        solved["remembers"].append(solve(env, 60) is not None)
+        solved["with memory"].append(solve(env, 60) is not None)
         cued(env, seed, family, is_on)
         task, is_done = env.task, False
         for _ in range(60):
@@ -274,8 +274,8 @@ def test_without_memory_half_of_the_episodes_is_all_there_is(unseen, family):
             is_done = env.step(action)[2]
             if is_done:
                 break
-        solved["sees the present alone"].append(is_done)
-    assert {name: np.mean(done) for name, done in solved.items()} == {"remembers": 1.0, "sees the present alone": 0.5}
+        solved["present alone"].append(is_done)
+    assert {name: np.mean(done) for name, done in solved.items()} == {"with memory": 1.0, "present alone": 0.5}
 
 
 def test_families_that_need_memory_are_not_chained_and_not_in_the_mix(unseen):
@@ -305,7 +305,7 @@ def test_five_tasks_chain_in_one_scene(unseen):
         assert env.task.family == family and solve(env), family
 
 
-def test_what_is_feasible_can_be_asked_and_the_rest_is_refused(unseen):
+def test_feasible_tasks_can_be_set_and_others_are_refused(unseen):
     env = unseen["franka7"]
     for seed in range(4):
         env.reset(seed=seed, options={"family": "open_drawer"})
@@ -344,7 +344,7 @@ def simple_view(env):
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("simple", "novel_description")])
-def test_a_setting_changes_what_is_seen(simple_view, setting):
+def test_a_setting_changes_the_images(simple_view, setting):
     changed = Tabletop(image_size=64, setting=setting)
     image = changed.reset(seed=21, options={"family": "lift"})[0]["image"].astype(int)
     assert (np.abs(image - simple_view).max(-1) > 12).mean() > 0.01
@@ -376,7 +376,7 @@ def test_distractors_and_textures_appear_only_where_the_setting_says_so():
             assert (table in ("checker", "stripe")) == (setting == "unseen_background")
 
 
-def test_a_novel_description_says_the_same_of_the_same_scene(unseen):
+def test_a_novel_description_is_a_paraphrase_in_the_same_scene(unseen):
     novel, known = Unseen(setting="novel_description"), unseen["franka7"]
     for seed in range(8):
         for env in (novel, known):
@@ -458,7 +458,7 @@ def test_rotation_vectors_and_matrices_are_inverse(direction, angle):
 @pytest.mark.parametrize("camera", ["static", "wrist"])
 @ALL
 def test_a_point_projects_to_where_it_is_drawn(robot, camera):
-    """One object in a colour that nothing else has; the others are sent below the table."""
+    """One object in a unique colour; the others are moved below the table."""
     env, errors = Tabletop(robot, image_size=128), []
     for seed in range(4):
         env.reset(seed=seed)
