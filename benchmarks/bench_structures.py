@@ -141,9 +141,9 @@ def training(name, settings):
     ]
 
 
-def full_window(kind, model, prompter):
+def full_window(kind, model, prompt_builder):
     """An observation history whose window is full after the next observation, and that observation."""
-    history, state = kind(model, prompter), torch.zeros(N_ROBOTS, 7)
+    history, state = kind(model, prompt_builder), torch.zeros(N_ROBOTS, 7)
     with torch.inference_mode():
         for _ in range(WINDOW - 1):
             history.add(frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
@@ -155,7 +155,7 @@ def acting(name, settings):
     model, processor = build(settings)
     model.eval()
     structure, t = model.config.structure, model.config.n_obs_steps
-    prompter, state = model.prompt_builder(processor), torch.zeros(N_ROBOTS, t, 7)
+    prompt_builder, state = model.prompt_builder(processor), torch.zeros(N_ROBOTS, t, 7)
     policy = Policy(model, processor)
     policy.reset(N_ROBOTS)
     observations = [
@@ -174,22 +174,24 @@ def acting(name, settings):
     @torch.inference_mode()
     def reference():
         for _ in observations:
-            features = reference_features(model, **prompts, pixel_values=prompter.pixels(window), state=state[:, :t_reference])
+            features = reference_features(
+                model, **prompts, pixel_values=prompt_builder.pixels(window), state=state[:, :t_reference]
+            )
             model.head.predict(model.history(features)[:, -1])
 
     rows = [ratio(f"act, {name}, {2 * WINDOW} steps of {N_ROBOTS} robots / the reference implementation", ours, reference, 5)]
     if structure == "interleaved":
-        rows.append(_appending(model, prompter))
+        rows.append(_appending(model, prompt_builder))
     return rows
 
 
-def _appending(model, prompter):
+def _appending(model, prompt_builder):
     """The step that fills the window: appended to the KV cache against recomputed."""
     times = []
     for _ in range(N_ROUNDS + 1):
         pair = []
         for kind in (KVCachedSequence, UncachedSequence):
-            history, observation = full_window(kind, model, prompter)
+            history, observation = full_window(kind, model, prompt_builder)
             with torch.inference_mode():
                 pair.append(_seconds(lambda h=history, o=observation: (h.add(*o), h.predict())))
         times.append(pair)

@@ -112,7 +112,7 @@ def _images(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict], dict
 def _stats(inputs: DiagnosisInputs, change: Callable[[NormStats], NormStats]) -> DiagnosisInputs:
     model = copy.copy(inputs.policy.model)
     model.stats = {**model.stats, "action": change(model.stats["action"])}
-    return dataclasses.replace(inputs, policy=Policy(model, inputs.policy.prompter.processor))
+    return dataclasses.replace(inputs, policy=Policy(model, inputs.policy.prompt_builder.processor))
 
 
 def _change_arm(actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -197,7 +197,7 @@ def _short_time_limit(inputs: DiagnosisInputs) -> DiagnosisInputs:
 
 def _whole_chunks(inputs: DiagnosisInputs) -> DiagnosisInputs:
     model = inputs.policy.model
-    policy = Policy(model, inputs.policy.prompter.processor, n_action_steps=model.config.chunk_size)
+    policy = Policy(model, inputs.policy.prompt_builder.processor, n_action_steps=model.config.chunk_size)
     return dataclasses.replace(inputs, policy=policy)
 
 

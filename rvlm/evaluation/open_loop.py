@@ -34,7 +34,7 @@ def predict_chunks(
     """
     model, robot = policy.model, policy.robot
     ablate = _input_ablation(ablation, windows)
-    collate, spec, stats = RobotCollator(policy.prompter), robot.spec, robot.stats["action"]
+    collate, spec, stats = RobotCollator(policy.prompt_builder), robot.spec, robot.stats["action"]
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))

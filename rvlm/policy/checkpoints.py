@@ -82,9 +82,9 @@ def make_policy(
 @torch.inference_mode()
 def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
     """One forward pass of a blank prompt, so that a family without a position for `<act>` is refused before training."""
-    prompter = model.prompt_builder(processor)
-    blank = np.zeros((1, prompter.n_images, prompter.image_size, prompter.image_size, 3), np.uint8)
-    model.backbone_forward(**{name: value.to(model.device) for name, value in prompter(blank, ["lift it"]).items()})
+    prompt_builder = model.prompt_builder(processor)
+    blank = np.zeros((1, prompt_builder.n_images, prompt_builder.image_size, prompt_builder.image_size, 3), np.uint8)
+    model.backbone_forward(**{name: value.to(model.device) for name, value in prompt_builder(blank, ["lift it"]).items()})
 
 
 def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:

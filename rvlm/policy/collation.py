@@ -13,18 +13,18 @@ class RobotCollator:
     """Windows of demonstrations to the batch that `VLA.forward` takes.
 
     Args:
-        prompter: Of `VLA.prompt_builder`. Interleaved, the observations of a sample share one prompt, without those before the
-            episode's start; else each of the b * t observations has its own, in that order.
+        prompt_builder: Of `VLA.prompt_builder`. Interleaved, the observations of a sample share one prompt, without those before
+            the episode's start; else each of the b * t observations has its own, in that order.
     """
 
-    def __init__(self, prompter: PromptBuilder) -> None:
-        self.prompter = prompter
+    def __init__(self, prompt_builder: PromptBuilder) -> None:
+        self.prompt_builder = prompt_builder
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Samples of `Windows` to one batch."""
         keys = ("state", "action", "action_mask", "obs_mask", "dataset_index")
         stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
-        if self.prompter.is_interleaved:
+        if self.prompt_builder.is_interleaved:
             n_steps, texts = stacked["obs_mask"].sum(1).tolist(), [s["instruction"] for s in samples]
             seen = [images for s in samples for images in s["images"][s["obs_mask"]]]
         else:
@@ -32,7 +32,7 @@ class RobotCollator:
             n_steps, texts = [1] * len(seen), [s["instruction"] for s in samples for _ in s["images"]]
         flat = np.stack(seen) if len({images.shape for images in seen}) == 1 else seen  # datasets differ in image size
         if seen[0].dtype == np.uint8:
-            prompts = self.prompter(flat, texts, n_steps)
+            prompts = self.prompt_builder(flat, texts, n_steps)
         else:
-            prompts = {**self.prompter.tokens(texts, n_steps), **self.prompter.vision_inputs(np.stack(seen))}
+            prompts = {**self.prompt_builder.tokens(texts, n_steps), **self.prompt_builder.vision_inputs(np.stack(seen))}
         return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}

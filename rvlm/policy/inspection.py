@@ -67,23 +67,23 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
     facts: dict[str, Any] = {"class": type(model).__name__}
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     try:
-        prompter = PromptBuilder(processor, 1, n_queries=2)
-        is_causal = ensure_causal_attention(model, prompter, act_id)
+        prompt_builder = PromptBuilder(processor, 1, n_queries=2)
+        is_causal = ensure_causal_attention(model, prompt_builder, act_id)
     except ValueError as reason:
         return pd.Series({**facts, "refused": str(reason)})
-    tower, has_several = vision_modules(model), prompter.input_format != "image_first"
+    tower, has_several = vision_modules(model), prompt_builder.input_format != "image_first"
     cached = {True: "yes", False: "no, the window is recomputed"}
-    n_tokens = sum(i in prompter.image_token_ids for i in prompter.token_ids("lift it"))
+    n_tokens = sum(i in prompt_builder.image_token_ids for i in prompt_builder.token_ids("lift it"))
     return pd.Series({
         **facts,
         "parameters [M]": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
         "width of hidden states": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "image size [px]": prompter.image_size,
+        "image size [px]": prompt_builder.image_size,
         "tokens per image": n_tokens,
         "several images": "yes" if has_several else "no",
-        "prompt": prompter.text("…").split(ACT)[0],
-        "causal attention": "if given token types" if prompter.is_causal_by_type else "yes" if is_causal else "no",
+        "prompt": prompt_builder.text("…").split(ACT)[0],
+        "causal attention": "if given token types" if prompt_builder.is_causal_by_type else "yes" if is_causal else "no",
         "appends to KV cache": cached[can_append_to_cache(model, processor)] if is_causal and has_several else "–",
         "padding side": processor.tokenizer.padding_side,
         "attention": model.config._attn_implementation,

@@ -107,14 +107,14 @@ class VLA(SavedPolicy):
         """
         is_interleaved = self.config.structure == "interleaved"
         side = "left" if is_interleaved or self.is_autoregressive else "right"
-        prompter = PromptBuilder(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
-        if side == "left" and not ensure_causal_attention(self.backbone, prompter, self.config.act_id):
+        prompt_builder = PromptBuilder(processor, len(self.config.cameras), self.head.n_queries, side, is_interleaved)
+        if side == "left" and not ensure_causal_attention(self.backbone, prompt_builder, self.config.act_id):
             raise ValueError(
                 f"expected a causal model, but {self.backbone.config.model_type!r} attends bidirectionally within its prompt; "
                 "interleaved history and autoregressive tokens are not possible: take structure='policy_head', or "
                 "'one_step' with head 'mlp', 'flow' or decoding='parallel'"
             )
-        return prompter
+        return prompt_builder
 
     @property
     def is_autoregressive(self) -> bool:

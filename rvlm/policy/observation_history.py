@@ -20,13 +20,13 @@ from rvlm.vlm.prompts import PromptBuilder
 class SingleObservation:
     """One-step structure: the newest observation only."""
 
-    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
-        self.model, self.prompter = model, prompter
+    def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
+        self.model, self.prompt_builder = model, prompt_builder
         self._inputs: dict[str, torch.Tensor] = {}
 
     def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """Add one observation of n robots: images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.conditioning` gives it."""
-        self._inputs = {**_prompts(self.model, self.prompter, images, instructions), "state": state[:, None]}
+        self._inputs = {**_prompts(self.model, self.prompt_builder, images, instructions), "state": state[:, None]}
 
     def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
@@ -43,14 +43,14 @@ class FeatureHistory:
     A window that is not full is padded with its oldest observation, as in training.
     """
 
-    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
-        self.model, self.prompter = model, prompter
+    def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
+        self.model, self.prompt_builder = model, prompt_builder
         self._features: deque[torch.Tensor] = deque(maxlen=model.config.n_obs_steps)
 
     def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
         self._features.append(
-            self.model.observation_features(state=state, **_prompts(self.model, self.prompter, images, instructions))
+            self.model.observation_features(state=state, **_prompts(self.model, self.prompt_builder, images, instructions))
         )
 
     def predict(self) -> Float[Tensor, "n k a"]:
@@ -71,8 +71,8 @@ class UncachedSequence:
     was trained, and the KV cache of `KVCachedSequence` need not be rebuilt at every step.
     """
 
-    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
-        self.model, self.prompter = model, prompter
+    def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
+        self.model, self.prompt_builder = model, prompt_builder
         self._steps: list[tuple[Any, torch.Tensor]] = []  # per observation: images or features, and state (n, ...)
         self._instructions: list[str] = []
 
@@ -92,7 +92,7 @@ class UncachedSequence:
         images, state = zip(*self._steps, strict=True)
         n, length = len(self._instructions), len(self._steps)
         flat = np.stack(images, axis=1).reshape(n * length, *images[0].shape[1:])
-        prompts = _prompts(self.model, self.prompter, flat, self._instructions, [length] * n)
+        prompts = _prompts(self.model, self.prompt_builder, flat, self._instructions, [length] * n)
         return self.model.predict(torch.stack(state, dim=1), **prompts)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -109,23 +109,23 @@ class KVCachedSequence(UncachedSequence):
     depends (`PromptBuilder.is_separable`) are recomputed.
     """
 
-    def __init__(self, model: VLA, prompter: PromptBuilder) -> None:
-        super().__init__(model, prompter)
+    def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
+        super().__init__(model, prompt_builder)
         self._cache: Any = None
         self._mask = self._hidden = torch.empty(0)
 
     @staticmethod
     @torch.inference_mode()
-    def matches_uncached(model: VLA, prompter: PromptBuilder) -> bool:
+    def matches_uncached(model: VLA, prompt_builder: PromptBuilder) -> bool:
         """Whether appending to this model's cache gives what recomputing gives: tried once, on noise.
 
         False for families whose processor gives more than pixels, or whose positions depend on the whole sequence.
         """
-        rng, side, length = np.random.default_rng(0), prompter.image_size, min(3, model.config.n_obs_steps)
-        noise = rng.integers(0, 256, (length, 2, prompter.n_images, side, side, 3), np.uint8)
-        if not prompter.uses_pixel_values_only:
+        rng, side, length = np.random.default_rng(0), prompt_builder.image_size, min(3, model.config.n_obs_steps)
+        noise = rng.integers(0, 256, (length, 2, prompt_builder.n_images, side, side, 3), np.uint8)
+        if not prompt_builder.uses_pixel_values_only:
             return False
-        cached, uncached = KVCachedSequence(model, prompter), UncachedSequence(model, prompter)
+        cached, uncached = KVCachedSequence(model, prompt_builder), UncachedSequence(model, prompt_builder)
         for images in noise:
             zero_state = np.zeros((2, len(model.spec.state_names)), np.float32)
             state = torch.as_tensor(model.conditioning.align_state(model.embodiment(model.spec), zero_state), device=model.device)
@@ -136,10 +136,10 @@ class KVCachedSequence(UncachedSequence):
 
     def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
-        if not self.prompter.is_separable(*images.shape[-3:-1]):
+        if not self.prompt_builder.is_separable(*images.shape[-3:-1]):
             return super().add(images, state, instructions)
         is_same, length = list(instructions) == self._instructions, len(self._steps)
-        pixels = self.prompter.pixels(images).to(self.model.device)
+        pixels = self.prompt_builder.pixels(images).to(self.model.device)
         self._push(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
         if is_same and len(self._steps) == length + 1 and self._cache is not None:
             self._decode_step()
@@ -161,13 +161,13 @@ class KVCachedSequence(UncachedSequence):
     def _prefill(self) -> None:
         """Pass the whole window through the backbone."""
         n, length = len(self._instructions), len(self._steps)
-        tokens = self.prompter.tokens(self._instructions, [length] * n)
+        tokens = self.prompt_builder.tokens(self._instructions, [length] * n)
         self._forward(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device), length, None)
 
     def _decode_step(self) -> None:
         """Append the newest observation to the cache."""
         text, n, length = self._instructions[0], len(self._instructions), len(self._steps)
-        before, now = (self.prompter.token_ids(text, steps) for steps in (length - 1, length))
+        before, now = (self.prompt_builder.token_ids(text, steps) for steps in (length - 1, length))
         new = torch.tensor(now[len(before) :], device=self.model.device)
         mask = torch.cat([self._mask, self._mask.new_ones(n, len(new))], dim=1)
         self._forward(new.expand(n, -1), mask, 1, self._cache)
@@ -183,6 +183,10 @@ class KVCachedSequence(UncachedSequence):
 
 
 def _prompts(
-    model: VLA, prompter: PromptBuilder, images: np.ndarray, instructions: Sequence[str], n_steps: Sequence[int] | None = None
+    model: VLA,
+    prompt_builder: PromptBuilder,
+    images: np.ndarray,
+    instructions: Sequence[str],
+    n_steps: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    return {k: v.to(model.device) for k, v in prompter(images, instructions, n_steps).items()}
+    return {k: v.to(model.device) for k, v in prompt_builder(images, instructions, n_steps).items()}

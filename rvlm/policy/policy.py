@@ -75,21 +75,21 @@ class Policy:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
         self.model, self.ensemble = model.eval(), ensemble
         self.n_action_steps = int(n_action_steps)
-        self.prompter = model.prompt_builder(processor)
+        self.prompt_builder = model.prompt_builder(processor)
         size: Any = model.config.image_size
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
-        if self._history_cls is KVCachedSequence and not KVCachedSequence.matches_uncached(model, self.prompter):
+        if self._history_cls is KVCachedSequence and not KVCachedSequence.matches_uncached(model, self.prompt_builder):
             self._history_cls = UncachedSequence
         self.reset()
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of its input images [px]: as in training, or the backbone's own if unknown."""
-        return self.expected.image_size or (self.prompter.image_size, self.prompter.image_size)
+        return self.expected.image_size or (self.prompt_builder.image_size, self.prompt_builder.image_size)
 
     def reset(self, n_robots: int = 1) -> None:
         """Clear queued actions, chunks of the ensemble and the observation history.
@@ -99,7 +99,7 @@ class Policy:
         """
         if n_robots < 1:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
-        self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompter)
+        self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompt_builder)
         self._size: tuple[int, int] | None = None  # of the images since the reset
         self._has_warned = False
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come

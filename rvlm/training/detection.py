@@ -90,7 +90,7 @@ class DetectionCollator:
     """Scenes to the batch that `Detector.forward` takes."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.prompter, self.side = PromptBuilder(processor, 2), round(processor.image_seq_len**0.5)
+        self.prompt_builder, self.side = PromptBuilder(processor, 2), round(processor.image_seq_len**0.5)
 
     def __call__(self, scenes: Sequence[tuple[np.ndarray, dict]]) -> dict[str, torch.Tensor]:
         """Batch of scenes, each its images (2, h, w, 3) uint8 and its record."""
@@ -100,5 +100,5 @@ class DetectionCollator:
         return {
             **batch,
             "flags": torch.tensor(flags).float(),
-            "pixel_values": self.prompter.pixels(np.stack([i for i, _ in scenes])),
+            "pixel_values": self.prompt_builder.pixels(np.stack([i for i, _ in scenes])),
         }

@@ -36,11 +36,8 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
     Raises:
         FloatingPointError: The tower gives numbers that are none.
     """
-    prompter, tower, names = (
-        PromptBuilder(processor, 1),
-        {"tower": _hash_of_tower(model, processor), "code": FEATURES_CODE.hash},
-        list(images),
-    )
+    prompt_builder, names = PromptBuilder(processor, 1), list(images)
+    tower = {"tower": _hash_of_tower(model, processor), "code": FEATURES_CODE.hash}
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
     paths = {}
     for name in names[start:] + names[:start]:
@@ -49,7 +46,7 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
         if not folder.is_dir():
             FEATURES_CODE.require_unchanged()
             prune_features()
-            make_folder(folder, lambda part, name=name: _write(part / "features.npy", model, prompter, images[name]))
+            make_folder(folder, lambda part, name=name: _write(part / "features.npy", model, prompt_builder, images[name]))
         paths[name] = register(folder, FEATURES_CODE, settings) / "features.npy"
     return {name: np.load(paths[name], mmap_mode="r") for name in names}
 
@@ -89,17 +86,17 @@ def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     )
 
 
-def _write(path: Path, model: PreTrainedModel, prompter: PromptBuilder, images: np.ndarray) -> None:
+def _write(path: Path, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> None:
     """All features of images (n, ..., h, w, 3), never more than a batch of them in memory."""
-    if not _has_written(path, np.dtype(np.float16), model, prompter, images):
-        _has_written(path, np.dtype(np.float32), model, prompter, images)
+    if not _has_written(path, np.dtype(np.float16), model, prompt_builder, images):
+        _has_written(path, np.dtype(np.float32), model, prompt_builder, images)
 
 
-def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompter: PromptBuilder, images: np.ndarray) -> bool:
+def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> bool:
     """Write them in this type, or stop at the first batch that it cannot hold."""
     flat, rows = images.reshape(-1, 1, *images.shape[-3:]), None
     for i in range(0, len(flat), FRAMES_PER_BATCH):
-        part = vision_features(model, prompter.pixels(flat[i : i + FRAMES_PER_BATCH])).float().cpu().numpy()
+        part = vision_features(model, prompt_builder.pixels(flat[i : i + FRAMES_PER_BATCH])).float().cpu().numpy()
         if not np.isfinite(part).all():
             raise FloatingPointError(
                 f"expected finite features of images from {i} on by the tower of {model.config.model_type!r}, got "

@@ -78,11 +78,11 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     robots = _robots(sets, train)
     model, processor = _policy(stage, robots)
     model.config.image_size = _image_size(sets, model.config.cameras)
-    prompter, frames = model.prompt_builder(processor), [None] * len(sets)
+    prompt_builder, frames = model.prompt_builder(processor), [None] * len(sets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
         seen = [data.frames_cache(model.config.cameras) for data in sets]
-        if all(prompter.is_separable(*images.shape[-3:-1]) for cameras in seen for images in cameras.values()):
+        if all(prompt_builder.is_separable(*images.shape[-3:-1]) for cameras in seen for images in cameras.values()):
             frames = [list(cached_features(model.backbone, processor, images).values()) for images in seen]
     parts = []
     for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True)):
@@ -92,7 +92,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         samples = RobotSamples(windows, embodiment, model.conditioning, stage.instructions, stage.augment)
         parts.append(FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + i, samples))
     budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
-    collate: Any = RobotCollator(prompter)
+    collate: Any = RobotCollator(prompt_builder)
     if stage.vqa_data:
         budget, collate = _with_vqa(stage, processor, budget, collate)
     return model, processor, budget, collate

@@ -69,7 +69,7 @@ def test_a_policy_that_has_learned_nothing_is_named_so(inputs):
     model = load_policy(POLICY).model
     for parameter in model.head.parameters():
         parameter.data.zero_()
-    results = diagnose(dataclasses.replace(inputs, policy=Policy(model, inputs.policy.prompter.processor)))
+    results = diagnose(dataclasses.replace(inputs, policy=Policy(model, inputs.policy.prompt_builder.processor)))
     assert first_fault(results) == "not learned"
 
 

@@ -177,7 +177,7 @@ def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatc
 
 def test_recordings_of_another_size_are_refused(policy, dataset):
     expected = dataclasses.replace(policy.expected, image_size=(48, 48))
-    other = Policy(policy.model, policy.prompter.processor)
+    other = Policy(policy.model, policy.prompt_builder.processor)
     other.expected = expected
     with pytest.raises(ObservationError, match=r"expected \(48, 48\) \(h, w\), as in training, got \(96, 96\)"):
         open_loop.open_loop_errors(other, dataset)

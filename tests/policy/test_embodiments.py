@@ -231,14 +231,14 @@ def test_each_robot_has_its_own_embodiment_token(stage, tmp_path, way):
 
     def features_as(name):
         policy = Policy(model, processor, spec=ActionSpec.from_card(name))
-        slow = UncachedSequence(model, policy.prompter)
+        slow = UncachedSequence(model, policy.prompt_builder)
         for _ in range(2):
             state = torch.as_tensor(model.conditioning.align_state(policy.robot, np.zeros((1, 7), np.float32)))
             for history in (policy.history, slow):
                 history.add(image, state, [TEXTS[0]])
         assert model.config.structure != "interleaved" or torch.allclose(policy.history.predict(), slow.predict(), atol=1e-4)
         tokens = {"tokens": torch.zeros(1, model.head.n_queries, dtype=torch.int64)} if model.is_autoregressive else {}
-        return model.history_features(state[:, None], **tokens, **policy.prompter(image, [TEXTS[0]]))
+        return model.history_features(state[:, None], **tokens, **policy.prompt_builder(image, [TEXTS[0]]))
 
     with torch.inference_mode():
         one, other = map(features_as, ROBOTS[:2])

@@ -195,6 +195,6 @@ def test_an_action_that_is_no_number_is_never_given(policy, bad):
     with torch.no_grad():
         model.head.layers[-1].bias[1] = bad
     for act in ("select_action", "predict_action_chunk"):
-        broken = Policy(model, policy.prompter.processor)
+        broken = Policy(model, policy.prompt_builder.processor)
         with pytest.raises(ValueError, match=r"expected finite actions of the model, got others for dy of robot 0"):
             getattr(broken, act)([given()])

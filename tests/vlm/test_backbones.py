@@ -79,12 +79,12 @@ def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):
     spec = ActionSpec.from_card("tabletop_franka7")
     model, processor = make_policy(toy_vlm, spec, toy_stats)
     policy, collate = Policy(model, processor), RobotCollator(model.prompt_builder(processor))
-    assert type(policy.prompter) is type(collate.prompter) is PromptBuilder
+    assert type(policy.prompt_builder) is type(collate.prompt_builder) is PromptBuilder
     sample = {
         "images": images(1, 2), "state": np.zeros((1, 7), np.float32), "action": np.zeros((1, 4, 7), np.float32),
         "action_mask": np.ones((1, 4, 7), bool), "obs_mask": np.ones(1, bool), "dataset_index": 0, "instruction": TEXTS[0],
     }  # fmt: skip
-    trained, acted = collate([sample]), policy.prompter(sample["images"], [TEXTS[0]])
+    trained, acted = collate([sample]), policy.prompt_builder(sample["images"], [TEXTS[0]])
     assert torch.equal(trained["input_ids"], acted["input_ids"])
     assert torch.equal(trained["pixel_values"], acted["pixel_values"])
 

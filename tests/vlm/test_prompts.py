@@ -338,7 +338,7 @@ def chunks(model, processor, images, states, structure):
             "images": images[steps], "state": normalized[steps], "action": np.zeros((t, 2, 7), np.float32), "dataset_index": 0,
             "action_mask": np.ones((t, 2, 7), bool), "obs_mask": np.arange(end - t + 1, end + 1) >= 0, "instruction": TEXTS[0],
         })  # fmt: skip
-    batch = RobotCollator(policy.prompter)(samples)
+    batch = RobotCollator(policy.prompt_builder)(samples)
     trained = model.predict(**{k: v for k, v in batch.items() if k not in ("action", "action_mask", "dataset_index")})
     return np.stack(acted), spec.unnormalize(trained.numpy(), policy.robot.stats["action"])
 
