@@ -519,17 +519,29 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     assert log_history(tmp_path / "none") == []
 
 
+@pytest.fixture(scope="module")
+def by_two(toy_vlm, toy_demos, tmp_path_factory):
+    """A stage of 60 steps with nothing masked, and its folder, trained by two processes over gloo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("two")))
+        how = {"policy": {**ONE_STEP, "chunk_size": 1}, "batch_size": 8, "n_processes": 2}
+        sixty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 60, **how)
+        return sixty, train(sixty, show_progress=False, n_threads=1).parent
+
+
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_two_processes_have_the_loss_of_one(stage, tmp_path, finetuning):
-    """Over gloo, half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
-    twenty = few(stage, 20, n_processes=2, policy={**ONE_STEP, "chunk_size": 1}, finetuning=finetuning)
-    train_stage_in_process(dataclasses.replace(twenty, n_processes=1), tmp_path / "one")
-    train(twenty, show_progress=False, n_threads=1)
+def test_two_processes_have_the_loss_of_one(stage, by_two, tmp_path, finetuning):
+    """Half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
+    shared, folder = by_two
+    if finetuning != "full":
+        shared = few(stage, 20, n_processes=2, policy=shared.policy, finetuning=finetuning)
+        folder = train(shared, show_progress=False, n_threads=1).parent
+    train_stage_in_process(dataclasses.replace(shared, n_processes=1), tmp_path / "one")
     for part in ("loss", "arm_loss", "gripper_loss"):
-        one, two = ([e[part] for e in log_history(folder) if part in e] for folder in (tmp_path / "one", twenty.folder))
+        one, two = ([e[part] for e in log_history(f) if part in e][:20] for f in (tmp_path / "one", folder))
         assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
     assert world_and_wrapper(tmp_path / "one") == (1, "VLA")
-    assert world_and_wrapper(twenty.folder) == (2, "DistributedDataParallel")
+    assert world_and_wrapper(folder) == (2, "DistributedDataParallel")
 
 
 def launched(launcher, stage):
@@ -542,10 +554,10 @@ def launched(launcher, stage):
 TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def test_two_processes_by_hand_go_on_after_a_kill(stage):
+def test_two_processes_by_hand_go_on_after_a_kill(by_two, tmp_path, monkeypatch):
     """The launcher and its workers are killed at the first checkpoint; launched again they end with the loss of no kill."""
-    stage = few(stage, 60, n_processes=2)
-    unbroken = train(dataclasses.replace(stage, name="unbroken"), show_progress=False, n_threads=1)
+    stage, unbroken = by_two
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     first = launched(TWO, stage)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     wait_for(lambda: last_checkpoint(partial / "trainer"))
@@ -558,7 +570,7 @@ def test_two_processes_by_hand_go_on_after_a_kill(stage):
     assert second.wait() == 0, second.stdout.read().decode()[-2000:]
     assert world_and_wrapper(stage.folder) == (2, "DistributedDataParallel")
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
-    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken.parent)]
+    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken)]
     assert losses[0] == losses[1]
     assert train(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
 
