@@ -81,3 +81,10 @@ def perturbed_policy(vlm, stats, finetuning="full", **options):
 
 def predicted(model, processor):
     return model.predict(**inputs(a_batch(model, processor)))
+
+
+def fused(model, batch):
+    """The features that the head gets, with teacher-forced action tokens if it has some."""
+    tokens = model.head.encode(batch["action"]).flatten(0, 1) if model.is_autoregressive else None
+    with torch.inference_mode():
+        return model.history_features(tokens=tokens, **inputs(batch))

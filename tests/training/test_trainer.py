@@ -1,34 +1,24 @@
 """Stages: every setting has an effect, a budget has one order, a killed stage ends where an unbroken one does."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 from toy_data import TEXTS, toy_frames
 from toy_policies import a_batch, build
+from toy_stages import ONE_STEP, few, trained
 from transformers import TrainingArguments
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
-from rvlm.data.augmentation import augment
 from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
-from rvlm.files import atomic_write
 from rvlm.policy.checkpoints import merge_policy
-from rvlm.training.launch import distributed_worker, prepare, train
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
@@ -40,30 +30,10 @@ from rvlm.training.trainer import (
     train_stage_in_process,
     training_seconds,
 )
-from rvlm.training.trainer_checkpoints import last_checkpoint, seal
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.processors import load_processor
 from rvlm.vlm.question_answering import VQACollator
 from rvlm.vlm.tiny import tiny_vlm
-
-ROOT = Path(__file__).parents[2]
-ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
-
-
-@pytest.fixture
-def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
-    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
-    return Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 46, policy=ONE_STEP, batch_size=8, n_processes=1)
-
-
-def trained(stage, folder):
-    """The stage in this process; its weights."""
-    train_stage_in_process(stage, folder)
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def few(stage, n_steps=3, **changes):
-    return dataclasses.replace(stage, n_samples=n_steps * stage.batch_size, **changes)
 
 
 def moved(weights, others):
@@ -72,67 +42,6 @@ def moved(weights, others):
 
 def distance(weights, others):
     return sum(float(((weights[k] - others[k]) ** 2).sum()) for k in weights) ** 0.5
-
-
-# -- order and augmentation --------------------------------------------------------------------------------------------
-def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
-    budget = FixedBudgetDataset(7, 20, seed=3, make=lambda i, rng: (i, rng.random()))
-    order = [budget.index_at(i) for i in range(20)]
-    assert len(budget) == 20
-    assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
-    assert order[:7] != order[7:14] and len(set(order[14:])) == 6
-
-
-def test_a_sample_depends_on_its_place_alone():
-    make = lambda i, rng: (i, rng.random())  # noqa: E731
-    whole, again = FixedBudgetDataset(7, 20, 3, make), FixedBudgetDataset(7, 20, 3, make)
-    forwards = [whole[i] for i in range(20)]
-    assert [again[i] for i in reversed(range(20))] == forwards[::-1]
-    assert len({value for _, value in forwards}) == 20
-    assert [FixedBudgetDataset(7, 20, 4, make)[i] for i in range(20)] != forwards
-
-
-VARIED = {"shift": {"shift": 3}, "crop": {"crop": 0.3}, "color": {"color": 0.2}, "all": {"shift": 3, "crop": 0.3, "color": 0.2}}
-
-
-@pytest.mark.parametrize("how", VARIED.values(), ids=VARIED)
-def test_augmentation_is_deterministic_and_moves_all_steps_of_a_camera_alike(how):
-    images = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), np.uint8), 3, axis=0)
-    out = augment(images, np.random.default_rng(5), **how)
-    assert out.shape == images.shape and out.dtype == np.uint8
-    assert np.array_equal(out, augment(images, np.random.default_rng(5), **how))
-    assert not np.array_equal(out, augment(images, np.random.default_rng(6), **how))
-    assert np.array_equal(out[0], out[2]) and not np.array_equal(out, images)
-    assert augment(images, np.random.default_rng(5)) is images
-
-
-def test_augmentation_shifts_each_camera_by_its_own():
-    images = np.zeros((1, 2, 33, 33, 3), np.uint8)
-    images[:, :, 16, 16] = 255
-    shifts = []
-    for seed in range(20):
-        out = augment(images, np.random.default_rng(seed), shift=4)
-        assert sorted(np.unique(out)) == [0, 255] and (out == 255).sum() == (images == 255).sum(), "pixels are moved whole"
-        spots = [np.argwhere(view == 255)[0, :2] - 16 for view in out[0, ..., :1]]
-        assert np.abs(spots).max() <= 4
-        shifts.append(spots)
-    assert np.ptp(shifts, axis=0).min() >= 4 and any(not np.array_equal(a, b) for a, b in shifts)
-
-
-def test_a_crop_shows_a_part_enlarged_and_color_keeps_hues():
-    rows, columns = np.indices((64, 64), np.uint8)
-    ramps = np.stack([rows, columns, rows], axis=-1)[None, None]
-    parts = []
-    for seed in range(20):
-        seen = augment(ramps, np.random.default_rng(seed), crop=0.5)[0, 0].astype(float)
-        shown = np.ptp(seen[0, :, 1]), np.ptp(seen[:, 0, 0])
-        assert min(shown) >= 31 and max(shown) <= 63 and abs(shown[0] - shown[1]) <= 1, "as much of each side"
-        parts.append(shown[0])
-        assert np.diff(seen[0, :, 1]).min() >= 0 and np.ptp(seen[..., 0], axis=1).max() == 0
-        image = np.broadcast_to(np.array([180, 90, 90], np.uint8), (1, 1, 4, 4, 3))
-        red, green, blue = augment(image, np.random.default_rng(seed), color=0.2)[0, 0, 0, 0].astype(int)
-        assert green == blue and 0.8 * 90 - 1 <= red - green <= 1.2 * 90 + 1
-    assert np.ptp(parts) > 20
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -407,106 +316,7 @@ def test_a_stage_with_adapters_goes_on_where_it_was(stage, tmp_path):
         assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
 
 
-# -- killed and gone on ------------------------------------------------------------------------------------------------
-def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
-    """SIGKILL in the middle, to the asking process and not to the trainer: it ends too, and the next run goes on."""
-    stage = few(stage, 100)  # the trainer looks for its asker twice a second, so it must have seconds left
-    unbroken = trained(stage, tmp_path / "unbroken")
-    partial = stage.folder.with_name(stage.folder.name + ".partial")
-    n_threads = torch.get_num_threads()  # sums in another order end another way
-    ask = "from rvlm.training.stages import Stage; from rvlm.training.launch import train; "
-    ask += f"train(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
-    asking = subprocess.Popen([sys.executable, "-c", ask])
-    wait_for(lambda: last_checkpoint(partial / "trainer"))
-    asking.send_signal(signal.SIGKILL)
-    asking.wait()
-    assert partial.exists() and not stage.folder.exists()
-    wait_for(lambda: not trainers_of(partial))
-    first = Path(last_checkpoint(partial / "trainer")).name
-    model = train(stage, show_progress=False, n_threads=n_threads)
-    assert model == stage.folder / "model" and not partial.exists()
-    assert first in ("checkpoint-20", "checkpoint-40", "checkpoint-60", "checkpoint-80")
-    resumed = load_file(model / "model.safetensors")
-    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
-    steps = [entry["step"] for entry in log_history(stage.folder)]
-    assert steps == sorted(steps) and steps[-1] == 100
-    assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
-    assert train(stage, show_progress=False) == model, "nothing is trained twice"
-
-
-def wait_for(condition, timeout_s=300):
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def trainers_of(folder):
-    """Living processes that train into a folder: they were told its name, or hold its log open."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended, or is not ours
-            arguments = (process / "cmdline").read_text().split("\0")
-            holds = any(path.readlink() == folder / "output.txt" for path in (process / "fd").iterdir())
-            found += [process.name] if holds or (str(folder) in arguments and "rvlm.training.launch" in arguments) else []
-    return [pid for pid in found if int(pid) != os.getpid()]
-
-
-def test_the_newest_sealed_checkpoint_is_taken(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, is_sealed in ((8, True), (20, True), (100, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        if is_sealed:
-            seal(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
-    (tmp_path / "checkpoint-20" / "notes.txt").write_text("what others put there does not matter")
-    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
-
-
-PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "whole.json")
-DAMAGES = {
-    "gone": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
-    """A stage of 40 steps, trained without a break, and its folder with checkpoints at 20 and 40."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RVLM_HOME", str(folder / "home"))
-        forty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 320, policy=ONE_STEP, batch_size=8, n_processes=1)
-        train_stage_in_process(forty, folder)
-    return forty, folder
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("part", PARTS)
-def test_a_checkpoint_that_lacks_any_part_is_passed_over(checkpoint, part, damage, tmp_path):
-    shutil.copytree(checkpoint[1] / "trainer", tmp_path, dirs_exist_ok=True)
-    assert last_checkpoint(tmp_path).endswith("checkpoint-40")
-    damage(tmp_path / "checkpoint-40" / part)
-    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
-    damage(tmp_path / "checkpoint-20" / part)
-    assert last_checkpoint(tmp_path) is None
-
-
-@pytest.mark.parametrize("whole", [(40,), (20,), ()], ids=["at the end", "half", "nothing"])
-def test_a_stage_goes_on_from_what_is_whole(checkpoint, whole, tmp_path):
-    """Its last checkpoint is at its end: nothing is left to do then, but to write the model."""
-    stage, unbroken = checkpoint
-    shutil.copytree(unbroken / "trainer", tmp_path / "trainer")
-    for step in {20, 40} - set(whole):
-        DAMAGES["half"](tmp_path / "trainer" / f"checkpoint-{step}" / "optimizer.pt")
-    resumed, expected = trained(stage, tmp_path), load_file(unbroken / "model" / "model.safetensors")
-    assert all(torch.equal(resumed[k], expected[k]) for k in expected)
-    first = next((entry["step"] for entry in log_history(tmp_path)), 0)
-    assert first == min(max(whole, default=0) + 1, 40), "it began elsewhere"
+# -- the log ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_log_that_was_cut_short_is_read(tmp_path):
@@ -519,129 +329,6 @@ def test_a_log_that_was_cut_short_is_read(tmp_path):
     assert log_history(tmp_path / "none") == []
 
 
-@pytest.fixture(scope="module")
-def by_two(toy_vlm, toy_demos, tmp_path_factory):
-    """A stage of 60 steps with nothing masked, and its folder, trained by two processes over gloo."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("two")))
-        how = {"policy": {**ONE_STEP, "chunk_size": 1}, "batch_size": 8, "n_processes": 2}
-        sixty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 60, **how)
-        return sixty, train(sixty, show_progress=False, n_threads=1).parent
-
-
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_two_processes_have_the_loss_of_one(stage, by_two, tmp_path, finetuning):
-    """Half of each batch each; with nothing masked the mean of the halves' means is the mean of the whole."""
-    shared, folder = by_two
-    if finetuning != "full":
-        shared = few(stage, 20, n_processes=2, policy=shared.policy, finetuning=finetuning)
-        folder = train(shared, show_progress=False, n_threads=1).parent
-    train_stage_in_process(dataclasses.replace(shared, n_processes=1), tmp_path / "one")
-    for part in ("loss", "arm_loss", "gripper_loss"):
-        one, two = ([e[part] for e in log_history(f) if part in e][:20] for f in (tmp_path / "one", folder))
-        assert len(one) == 20 and np.allclose(one, two, atol=1e-4) and np.ptp(one) > 0.01
-    assert world_and_wrapper(tmp_path / "one") == (1, "VLA")
-    assert world_and_wrapper(folder) == (2, "DistributedDataParallel")
-
-
-def launched(launcher, stage):
-    """Start a stage's processes by hand, in a group of their own."""
-    command = [sys.executable, "-m", *launcher, "-m", "rvlm.training.launch", str(prepare(stage))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def test_two_processes_by_hand_go_on_after_a_kill(by_two, tmp_path, monkeypatch):
-    """The launcher and its workers are killed at the first checkpoint; launched again they end with the loss of no kill."""
-    stage, unbroken = by_two
-    monkeypatch.setenv("RVLM_HOME", str(tmp_path))
-    first = launched(TWO, stage)
-    partial = stage.folder.with_name(stage.folder.name + ".partial")
-    wait_for(lambda: last_checkpoint(partial / "trainer"))
-    for pid in trainers_of(partial):
-        os.kill(int(pid), signal.SIGKILL)
-    first.wait()
-    wait_for(lambda: not trainers_of(partial))
-    assert not stage.folder.exists()
-    second = launched(TWO, stage)
-    assert second.wait() == 0, second.stdout.read().decode()[-2000:]
-    assert world_and_wrapper(stage.folder) == (2, "DistributedDataParallel")
-    assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
-    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken)]
-    assert losses[0] == losses[1]
-    assert train(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
-
-
-def test_the_shipped_configuration_is_read_by_the_launcher():
-    """Accelerate's own reader knows every field, and takes it for FSDP2; it has no GPU to run on here."""
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(ROOT / "docs" / "fsdp2.yaml"))
-    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
-
-
-def test_a_launcher_that_falls_back_to_one_process_is_refused(stage):
-    """`accelerate launch` on CPUs starts one process, whatever it was told, and says nothing."""
-    two = few(stage, 3, n_processes=2)
-    process = launched(("accelerate.commands.launch", "--cpu", "--num_processes=2"), two)
-    output = process.communicate()[0].decode()
-    assert process.returncode and "expected 2 processes, got 1; start as many by torchrun" in output
-    assert not two.folder.exists()
-
-
-def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_path):
-    """FSDP2 over gloo: half of the weights in each of two processes, the losses of one."""
-    from sharded import losses_of
-
-    model, processor = build(toy_vlm, toy_stats, {**ONE_STEP, "chunk_size": 1})
-    model.save_pretrained(tmp_path / "policy", processor)
-    batch = a_batch(model, processor, b=8, texts=TEXTS[:1])
-    torch.save(batch, tmp_path / "batch.pt")
-    script = Path(__file__).with_name("sharded.py")
-    arguments = [str(script), str(tmp_path / "policy"), str(tmp_path / "batch.pt"), str(tmp_path / "result.json")]
-    done = subprocess.run([sys.executable, "-m", *TWO, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["world"] == 2 and result["is_sharded"] and 0.4 < result["share"] < 0.6
-    assert np.allclose(result["losses"], losses_of(model, batch).numpy(), atol=1e-4) and np.ptp(result["losses"]) > 0.01
-
-
-def world_and_wrapper(folder):
-    """World size and wrapper that the first entry of a log names."""
-    entry = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-    return entry["n_processes"], entry["wrapper"]
-
-
-def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
-    """A lock's file that a killed process has left is in nobody's way; who asks keeps the environment that they had."""
-    short = few(stage, 6)
-    short.folder.parent.mkdir(parents=True)
-    short.folder.with_name(f"{short.folder.name}.lock").touch()
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    environment = dict(os.environ)
-    with ThreadPoolExecutor(2) as pool:
-        models = list(pool.map(lambda _: train(short, show_progress=False, n_threads=1), range(2)))
-    assert not list(short.folder.rglob("checkpoint-*")), "what is finished needs nothing to go on from"
-    assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
-    assert dict(os.environ) == environment
-
-
-def test_by_hand_nothing_is_trained_twice_nor_by_two_at_once(stage, monkeypatch):
-    folder = prepare(stage)
-    monkeypatch.setattr("rvlm.training.launch._stage_in", lambda _: stage)  # JSON has no tuples, which types are checked for here
-    with (
-        FileLock(f"{stage.folder}.lock"),
-        pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),
-    ):
-        distributed_worker(folder)
-    stage.folder.mkdir()
-    distributed_worker(folder)
-    assert not (folder / "log.jsonl").exists() and not list(stage.folder.iterdir())
-
-
 def an_entry(log, step):
     log.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=10), None, {"loss": 0.9})
 
@@ -652,14 +339,6 @@ def test_seconds_count_on_after_a_kill(tmp_path):
     log.started -= 2.0
     an_entry(log, 9)
     assert 42.0 <= training_seconds(tmp_path) < 60.0 and training_seconds(tmp_path / "none") == 0.0
-
-
-def test_a_stage_that_fails_says_why(stage, tmp_path):
-    atomic_write(tmp_path / "nowhere" / "notes.txt", "no dataset")
-    broken = dataclasses.replace(stage, data=(str(tmp_path / "nowhere"),))
-    with pytest.raises(RuntimeError, match=r"(?s)stage 'toy' failed.*expected a LeRobot dataset with meta/info.json") as raised:
-        train(broken, show_progress=False, n_threads=1)
-    assert "nowhere" in str(raised.value) and not broken.folder.exists()
 
 
 # -- going on with a policy --------------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""Action heads: the published losses, tokens that come back, flows that learn two modes."""
+
+import pytest
+import torch
+from toy_policies import SPEC, TOKENS, a_batch, build, fused, inputs
+
+from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
+
+
+def test_an_unknown_option_of_the_head_is_an_error(toy_vlm, toy_stats):
+    with pytest.raises(TypeError, match="depth"):
+        make_policy(toy_vlm, SPEC, toy_stats, head_options={"depth": 3})
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("kind", [MLPHead, FlowHead])
+def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
+    """For any leading shape."""
+    torch.manual_seed(0)
+    head, features = kind(8, 5, 7), torch.randn(*shape, 8)
+    predicted = head.predict(features)
+    assert predicted.shape == (*shape, 5, 7)
+    assert ((predicted[..., 6] > 0) & (predicted[..., 6] < 1)).all()
+    action, mask = torch.zeros_like(predicted), torch.ones_like(predicted, dtype=torch.bool)
+
+    def losses(action):
+        torch.manual_seed(1)
+        return head.loss(features, action, mask)
+
+    before = losses(action)
+    closed, moved = action.clone(), action.clone()
+    closed[..., 6], moved[..., :6] = 1, 1
+    assert losses(closed)["arm_loss"] == before["arm_loss"] and losses(closed)["gripper_loss"] != before["gripper_loss"]
+    assert losses(moved)["arm_loss"] != before["arm_loss"] and losses(moved)["gripper_loss"] == before["gripper_loss"]
+
+
+def test_flow_follows_the_straight_line_to_the_action():
+    """With a denoiser that predicts one chunk, any number of Euler steps goes there in a straight line, in equal steps."""
+    goal, path = torch.rand(2, 3, 6), []
+    for n_euler_steps in (1, 4, 10):
+        head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
+        head.predict_clean_action = lambda features, chunk, time: path.append((time[0], chunk)) or goal
+        torch.testing.assert_close(head.predict(torch.randn(2, 8))[..., :6], goal)
+        for time, chunk in path:
+            torch.testing.assert_close(chunk, (1 - time) * head.initial_noise + time * goal)
+        path.clear()
+
+
+def test_flow_learns_two_modes_where_regression_averages_them():
+    """Half of the demonstrations go left and half go right: regression predicts the mean, flow matching one of the two."""
+    torch.manual_seed(0)
+    features, action, mask = torch.zeros(256, 8), torch.zeros(256, 1, 7), torch.ones(256, 1, 7, dtype=torch.bool)
+    action[::2, 0, 0], action[1::2, 0, 0] = -1.0, 1.0
+    for head, is_chosen in ((MLPHead(8, 1, 7, hidden=64), False), (FlowHead(8, 1, 7, hidden=64, n_euler_steps=10), True)):
+        optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+        for _ in range(400):
+            optimizer.zero_grad()
+            head.loss(features, action, mask)["loss"].backward()
+            optimizer.step()
+        distance = head.predict(features[:1])[0, 0, 0].abs()
+        assert (distance > 0.5) == is_chosen
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_tokens_of_any_leading_shape_come_back(shape):
+    head = TokensHead(8, 3, 7, n_bins=64)
+    action = torch.rand(*shape, 3, 7) * 2 - 1
+    action[..., 6] = (action[..., 6] > 0).float()
+    ids = head.encode(action)
+    assert ids.shape == (*shape, 21)
+    back = head.decode(ids)
+    assert (back - action)[..., :6].abs().max() <= 1 / 64 + 1e-6
+    assert torch.equal(back[..., 6] > 0.5, action[..., 6] > 0.5)
+    assert torch.equal(head.encode(back), ids)
+
+
+def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_stats):
+    """Decoding token by token in the cache equals one pass over all tokens, for prompts of different lengths."""
+    model, processor = build(toy_vlm, toy_stats, TOKENS)
+    batch = inputs(a_batch(model, processor, b=3))
+    tokens = model.head.encode(model.predict(**batch))
+    state = batch.pop("state")
+    with torch.inference_mode():
+        again = model.head.greedy_tokens(model.history_features(state, tokens=tokens, **batch))
+    assert torch.equal(again[:, 0], tokens)
+
+
+def test_action_tokens_are_causal(toy_vlm, toy_stats):
+    model, processor = build(toy_vlm, toy_stats, TOKENS)
+    batch = a_batch(model, processor, b=1)
+    before = fused(model, batch)
+    batch["action"][0, 0, 1, 2] += 0.5  # token 9 of 21
+    changed = (fused(model, batch) - before).abs().amax(-1).flatten() > 1e-6
+    assert changed.tolist() == [False] * 10 + [True] * 11
+
+
+@pytest.mark.parametrize("name", ["mse", "huber", "l1"])
+def test_loss_is_the_published_formula(name):
+    torch.manual_seed(0)
+    head, features = MLPHead(8, 2, 7, arm_loss=name, gripper_weight=0.3), torch.randn(4, 8)
+    action = torch.rand(4, 2, 7).round()
+    raw = head(features)
+    error = (raw[..., :6] - action[..., :6]).abs()
+    arm = {"mse": error**2, "l1": error, "huber": torch.where(error < 1, error**2 / 2, error - 0.5)}[name].mean()
+    p = raw[..., 6].sigmoid()
+    bce = -(action[..., 6] * p.log() + (1 - action[..., 6]) * (1 - p).log()).mean()
+    losses = head.loss(features, action, torch.ones_like(raw, dtype=torch.bool))
+    torch.testing.assert_close(losses["loss"], arm + 0.3 * bce)
