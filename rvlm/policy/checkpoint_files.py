@@ -7,13 +7,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rvlm.files import config_hash
+from rvlm.files import config_hash, temporary
 from rvlm.policy.config import VLAConfig, check_structure
 from rvlm.policy.embodiments import embodiments_of
 from rvlm.vlm.processors import ACT, load_processor
@@ -43,6 +44,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}; save or fetch it again")
     return values
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path, inner: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder to write a checkpoint to, which is then moved into place.
+
+    Of an existing folder the configuration is removed first and replaced last, so an interrupted move cannot be loaded.
+
+    Args:
+        folder: Of the checkpoint.
+        inner: Its subfolders, which are replaced as a whole.
+    """
+    part = temporary(folder)
+    try:
+        part.mkdir()
+        yield part
+        if not folder.exists():
+            part.rename(folder)
+            return
+        for old in [folder / CONFIG, *folder.glob("model*.safetensors"), folder / INDEX]:
+            old.unlink(missing_ok=True)
+        for name in inner:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for new in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
+            new.replace(folder / new.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_policy(folder: Path) -> bool:

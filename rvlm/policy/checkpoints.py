@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.policy import hub
@@ -28,55 +28,47 @@ def make_policy(
     precision: str = "auto",
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
-    """Attach an action head to a vision-language model.
+    """Attach an action head to a vision-language model; gives the policy's model and its processor.
 
     Args:
         vlm: Folder or Hub name.
         spec: Of the demonstrations that it will be trained on.
         stats: Of their training episodes: "action" and "observation.state".
         is_pretrained: False for random weights, without vision-language pre-training.
-        revision: Commit, branch or tag of a name on the Hub; the last commit if left out. The policy remembers the commit.
-        finetuning: What of the backbone is trained (`set_trainable`).
+        revision: Commit, branch or tag of a name on the Hub (default: the last commit); the commit is recorded.
+        finetuning: Which weights of the backbone are trained, as of `set_trainable`.
         rank: Of adapters.
-        precision: Of a frozen backbone: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
+        precision: Of frozen weights.
         settings: Fields of `VLAConfig`: structure, head, history, window.
-
-    Returns:
-        The policy's model and its processor.
 
     Raises:
         TypeError: An unknown setting.
         ValueError: An unsupported combination, a family that has no position for `<act>`, or no such model.
 
     Example:
-        >>> data = rvlm.EpisodeDataset("demonstrations")
-        >>> model, processor = rvlm.make_policy(
-        ...     "vlm", data.spec, data.stats(), structure="policy_head", history="lstm", n_obs_steps=4, head="flow"
-        ... )
+        >>> data, settings = rvlm.EpisodeDataset("demonstrations"), {"structure": "interleaved", "n_obs_steps": 8, "head": "flow"}
+        >>> model, processor = rvlm.make_policy("vlm", data.spec, data.stats(), **settings)
         >>> model.save_pretrained("made", processor)
     """
     check_settings(settings)
     folder = hub.fetch(vlm, revision)
     processor = load_processor(folder)
     backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **load_kwargs(folder, finetuning, precision))
-    left_out = ("quantization_config", "_name_or_path")
-    is_folder = Path(vlm).is_dir()
-    config = VLAConfig(
-        backbone={name: value for name, value in backbone.config.to_dict().items() if name not in left_out},
-        vlm={
-            "name": Path(vlm).resolve().name if is_folder else str(vlm),
-            "revision": None if is_folder else hub.commit_of(folder),
-        },
-        act_id=processor.tokenizer.convert_tokens_to_ids(ACT),
-        spec=spec.to_dict(),
-        stats={name: s.to_dict() for name, s in stats.items()},
-        **settings,
-    )
-    model = VLA(config, backbone)
+    origin = {"name": Path(vlm).resolve().name, "revision": None}
+    if not Path(vlm).is_dir():
+        origin = {"name": str(vlm), "revision": hub.commit_of(folder)}
+    derived = {"vlm": origin, "act_id": processor.tokenizer.convert_tokens_to_ids(ACT), "backbone": _architecture(backbone)}
+    conventions = {"spec": spec.to_dict(), "stats": {name: s.to_dict() for name, s in stats.items()}}
+    model = VLA(VLAConfig(**derived, **conventions, **settings), backbone)
     model.processor = processor
     _smoke_forward(model, processor)
     base = hub.origin(vlm, folder) if is_pretrained and finetuning != "full" else None
     return set_trainable(model, finetuning, rank, base, precision), processor
+
+
+def _architecture(backbone: PreTrainedModel) -> dict[str, Any]:
+    left_out = ("quantization_config", "_name_or_path")
+    return {name: value for name, value in backbone.config.to_dict().items() if name not in left_out}
 
 
 @torch.inference_mode()
@@ -96,7 +88,7 @@ def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] |
             (adapters on a language model that is held in 4 bits).
         rank: Of adapters.
         base: Origin of the backbone (`rvlm.policy.hub.origin`), since frozen weights are not stored; None if it cannot be loaded.
-        precision: Of frozen weights.
+        precision: Of frozen weights: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
 
     Raises:
         ValueError: An unknown mode, or adapters on a backbone that was not loaded for them or has no origin.

@@ -35,7 +35,7 @@ def model_card(
         license_name: As the Hub names it, such as "apache-2.0"; the licences of base model and data bind it.
         limits: Further limitations, one sentence each.
     """
-    config, vlm = model.config, model.config.vlm or {}
+    vlm = model.config.vlm or {}
     metadata: dict[str, Any] = {
         "library_name": "rvlm",
         "pipeline_tag": "robotics",
@@ -43,9 +43,26 @@ def model_card(
     }
     metadata |= {"license": license_name} if license_name else {}
     metadata |= {"base_model": vlm["name"]} if vlm.get("revision") else {}
-    size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
     robots = [Embodiment(model.spec, model.stats), *model.embodiments.values()]
-    parts_of = [
+    parts = [
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
+        f"# A robot policy for {model.spec.robot}",
+        "```python\nfrom rvlm import load_policy\n\npolicy = load_policy(folder_or_hub_name, revision=commit)\n```",
+        "## Model\n" + _list(_architecture(model)),
+        *(part for robot in robots for part in _robot(robot)),
+        "## Success\n" + _success(success or {}),
+        "## Limits\n" + _list([*LIMITS, *limits]),
+        "## Licence\n" + (license_name or "Not stated. The licences of base model and data bind it."),
+        "## Made by\n" + _made_by(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _architecture(model: Any) -> list[str]:
+    """Vision-language model, backbone, structure and inputs."""
+    config, vlm = model.config, model.config.vlm or {}
+    size = config.image_size and f"{config.image_size[0]} x {config.image_size[1]} px"
+    return [
         f"Vision-language model: {vlm.get('name', 'not recorded')}, revision {vlm.get('revision') or 'none, a folder'}.",
         f"Backbone: {config.backbone['model_type']}; "
         + (
@@ -57,18 +74,6 @@ def model_card(
         f"observation(s); predicts {config.chunk_size} actions, executes {config.n_action_steps}.",
         f"Inputs: {', '.join(config.cameras)} ({size or 'size not recorded'}, uint8 RGB){' and the state' * config.has_state}.",
     ]
-    parts = [
-        "---\n" + yaml.safe_dump(metadata, sort_keys=False) + "---",
-        f"# A robot policy for {model.spec.robot}",
-        "```python\nfrom rvlm import load_policy\n\npolicy = load_policy(folder_or_hub_name, revision=commit)\n```",
-        "## Model\n" + _list(parts_of),
-        *(part for robot in robots for part in _robot(robot)),
-        "## Success\n" + _success(success or {}),
-        "## Limits\n" + _list([*LIMITS, *limits]),
-        "## Licence\n" + (license_name or "Not stated. The licences of base model and data bind it."),
-        "## Made by\n" + _made_by(),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _robot(robot: Embodiment) -> list[str]:

@@ -4,7 +4,6 @@ A folder holds `config.json` (structure, action spec, statistics, origin), weigh
 processor and a model card. Loading gives the complete trained policy, or an error that names folder and file.
 """
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
-from rvlm.files import temporary
 from rvlm.policy import hub
 from rvlm.policy.checkpoint_files import (
-    CONFIG,
-    INDEX,
     CheckpointError,
     check_finite,
     checked,
@@ -29,6 +25,7 @@ from rvlm.policy.checkpoint_files import (
     read_config,
     read_json_object,
     weights_in,
+    written_aside,
 )
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model_card import model_card
@@ -86,12 +83,12 @@ class SavedPolicy(PreTrainedModel):
             processor: Default: the policy's own.
             card: Text of the model card; default `rvlm.policy.model_card.model_card`.
             is_main_process: False in processes that must not save.
-            state_dict: Weights, if not the model's own: of a sharded model.
-            save_function: Ignored; passed by callers in the library. Weights are always safetensors.
+            state_dict: Weights of a sharded model.
+            save_function: Ignored; weights are always safetensors.
             push_to_hub: Also upload it.
             max_shard_size: Of the library.
             save_original_format: Of the library.
-            push_options: `repo_id` (the folder's name if left out), and what `push_to_hub` takes.
+            push_options: `repo_id` (default: the folder's name) and options of `push_to_hub`.
 
         Raises:
             ValueError: There is no processor, or the path is a file.
@@ -108,16 +105,11 @@ class SavedPolicy(PreTrainedModel):
                 f"{'a file' if folder.is_file() else 'no processor'}; give save_pretrained(folder, processor), as of make_policy"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = temporary(folder)
-        try:
-            part.mkdir()
+        with written_aside(folder, (ADAPTERS, hub.INSIDE)) as part:
             whole = dict(self.state_dict() if state_dict is None else state_dict)
             self._write(part, whole, max_shard_size=max_shard_size, save_original_format=save_original_format)
             processor.save_pretrained(part)
             (part / CARD).write_text(card or model_card(self), encoding="utf-8")
-            _put(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         if push_to_hub:
             self.push_to_hub(push_options.pop("repo_id", folder.name), processor, card=card, **push_options)
 
@@ -178,14 +170,7 @@ class SavedPolicy(PreTrainedModel):
             ValueError: A weight is missing, unexpected or mismatched.
             TypeError: An option that policies do not have.
         """
-        options = {name: value for name, value in options.items() if name not in AUTOMATIC}
-        unknown = sorted(options.keys() - DOWNLOAD)
-        if unknown:
-            raise TypeError(
-                f"a policy is loaded as it was trained, without {unknown}; there are revision, base_model, is_quantized, device, "
-                f"config, {', '.join(sorted(DOWNLOAD))}"
-            )
-        folder = hub.fetch(pretrained_model_name_or_path, revision, **options)
+        folder = hub.fetch(pretrained_model_name_or_path, revision, **_download_options(options))
         config = read_config(folder) if config is None else checked(folder, config)
         weights_in(folder)
         processor = policy_processor(folder, config)
@@ -279,18 +264,16 @@ class SavedPolicy(PreTrainedModel):
         return merged.eval()
 
 
-def _put(part: Path, folder: Path) -> None:
-    """Move a written folder into place; if interrupted, the folder has no configuration and cannot be loaded."""
-    if not folder.exists():
-        part.rename(folder)
-        return
-    (folder / CONFIG).unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        old.unlink(missing_ok=True)
-    for inside in (ADAPTERS, hub.INSIDE):
-        shutil.rmtree(folder / inside, ignore_errors=True)
-    for new in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
-        new.replace(folder / new.name)
+def _download_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`, without what AutoModel passes."""
+    options = {name: value for name, value in options.items() if name not in AUTOMATIC}
+    unknown = sorted(options.keys() - DOWNLOAD)
+    if unknown:
+        raise TypeError(
+            f"a policy is loaded as it was trained, without {unknown}; there are revision, base_model, is_quantized, device, "
+            f"config, {', '.join(sorted(DOWNLOAD))}"
+        )
+    return options
 
 
 def non_backbone_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
