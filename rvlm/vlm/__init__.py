@@ -1,7 +1,7 @@
 """Vision-language models of any family, as a backbone that is read at `<act>`.
 
 Modules:
-    processors: a family's own processor, also without its video part.
+    processors: a family's own processor, also without its video processor.
     templates: chat templates: the prompt format of a family.
     prompts: the one prompt builder: images and instructions to tokens, with `<act>`.
     backbones: load a model, find its parts, freeze them, read hidden states at `<act>`.

@@ -26,11 +26,10 @@ Images = UInt8[np.ndarray, "m n h w 3"] | Sequence[UInt8[np.ndarray, "n _ _ 3"]]
 class PromptBuilder:
     """Images and instructions as the backbone's inputs.
 
-    The text is a user's turn (images and instruction) as the model's chat template writes it, up to where the answer begins, and
-    `<act>`. Further observations of the same sequence follow as images and `<act>`, with the image tokens that the template
-    would write next (it may number them). Where the family's processor only rescales and normalises images of the model's size,
-    which is tried once, prompts are made without it, from cached token ids. Other families and image sizes go through the whole
-    processor, and all its outputs are passed on.
+    The text is a user's turn (images and instruction) in the model's chat template, up to where the answer begins, and `<act>`.
+    Further observations of the sequence follow as the image tokens that the template would write next (it may number them) and
+    `<act>`. If the processor only rescales and normalises images of the model's size, which is tried once, prompts are made
+    without it, from cached token ids. All outputs of other processors are passed on.
 
     Args:
         processor: The backbone's processor.
@@ -140,10 +139,10 @@ class PromptBuilder:
         return {"text": [list(itertools.chain(*parts)) for parts in steps]}
 
     def _normalize(self, images: UInt8[np.ndarray, "b n h w 3"]) -> Float[torch.Tensor, "b n 3 h w"]:
-        """Images (b, n, h, w, 3) uint8, rescaled and normalised: (b, n, 3, h, w) float32."""
+        """Images as the processor rescales and normalises them, float32."""
         config = self.processor.image_processor
-        scale = config.rescale_factor / np.asarray(config.image_std, np.float32)
-        shift = np.asarray(config.image_mean, np.float32) / np.asarray(config.image_std, np.float32)
+        std = np.asarray(config.image_std, np.float32)
+        scale, shift = config.rescale_factor / std, np.asarray(config.image_mean, np.float32) / std
         channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
         return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
 
@@ -257,8 +256,7 @@ class PromptBuilder:
         """Batch of prompts.
 
         Args:
-            images: (m, n_images, h, w, 3) uint8 RGB of all m observations, prompt by prompt; or a list of m arrays if sizes
-                differ.
+            images: RGB of all m observations, prompt by prompt; a list of m arrays (n_images, h, w, 3) if sizes differ.
             instructions: b texts.
             n_steps: Observations of each prompt; default one each.
 
