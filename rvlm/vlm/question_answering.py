@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from transformers import ProcessorMixin
 
 from rvlm.vlm.processors import ACT
@@ -41,8 +41,10 @@ class VQACollator:
                 "train it on VQA by its own recipe, and its policy here"
             )
 
-    def __call__(self, samples: Sequence[tuple[UInt8[np.ndarray, "2 h w 3"], list[tuple[str, str]]]]) -> dict[str, torch.Tensor]:
-        """Images (2, h, w, 3) uint8 with (question, answer) pairs, to `input_ids`, `labels` (b, l) and `pixel_values`."""
+    def __call__(
+        self, samples: Sequence[tuple[UInt8[np.ndarray, "2 h w 3"] | Float[np.ndarray, "2 p d"], list[tuple[str, str]]]]
+    ) -> dict[str, torch.Tensor]:
+        """Images, or cached features of them, with (question, answer) pairs to `input_ids`, `labels` (b, l), vision inputs."""
         ids, labels = zip(*(encode_vqa(self.prompt_builder, pairs) for _, pairs in samples), strict=True)
         pad_id = self.prompt_builder.processor.tokenizer.pad_token_id
         vision = self.prompt_builder.vision_inputs(np.stack([images for images, _ in samples]))
