@@ -1,4 +1,4 @@
-"""A budget of samples: an order that depends on the place alone."""
+"""A budget of samples: an order that depends on the sample position alone."""
 
 from rvlm.data.sampling import FixedBudgetDataset
 
@@ -11,7 +11,7 @@ def test_a_budget_sees_every_item_once_an_epoch_in_a_new_order():
     assert order[:7] != order[7:14] and len(set(order[14:])) == 6
 
 
-def test_a_sample_depends_on_its_place_alone():
+def test_a_sample_depends_on_its_position_alone():
     transform = lambda i, rng: (i, rng.random())  # noqa: E731
     whole, again = FixedBudgetDataset(7, 20, 3, transform), FixedBudgetDataset(7, 20, 3, transform)
     forwards = [whole[i] for i in range(20)]

@@ -1,11 +1,11 @@
-"""A stage that the tests of this folder train in one way or another."""
+"""A stage for the tests of this folder."""
 
 import pytest
 
 
 @pytest.fixture
 def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
-    """46 steps of a one-step policy on made-up demonstrations."""
+    """46 steps of a one-step policy on synthetic demonstrations."""
     from toy_stages import ONE_STEP
 
     from rvlm.training.stages import ROBOT, Stage

@@ -1,4 +1,4 @@
-"""Run by torchrun: a policy's weights shared out over the processes by torch's own fully_shard (FSDP2), twenty steps.
+"""Run by torchrun: a policy's weights sharded over the processes by torch's own fully_shard (FSDP2), twenty steps.
 
 Arguments: the policy's folder, the batch, where to write the losses.
 """

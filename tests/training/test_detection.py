@@ -1,4 +1,4 @@
-"""Stage 0: what stands in which cell, and that only the tower learns from it."""
+"""Stage 0, detection: targets per cell, and a loss that trains the vision tower alone."""
 
 import numpy as np
 import pytest
@@ -28,23 +28,23 @@ def a_record(place):
     return {"names": ["red cube"], "static": [place], "wrist": [[-0.1, 0.5]]}
 
 
-def test_targets_give_back_the_place():
+def test_targets_decode_to_the_location():
     place = np.array([0.3, 0.8])
     found = targets(a_record(place.tolist()), "static", SIDE)
-    cell, thing = np.argwhere(found["presence"])[0]
+    cell, kind = np.argwhere(found["presence"])[0]
     row, column = divmod(cell, SIDE)
-    assert CLASSES[thing] == "red"
-    np.testing.assert_allclose((np.array([column, row]) + 0.5 + found["offset"][cell, thing]) / SIDE, place, atol=1e-6)
-    assert SHAPES[found["shape"][cell, thing]] == "cube"
+    assert CLASSES[kind] == "red"
+    np.testing.assert_allclose((np.array([column, row]) + 0.5 + found["offset"][cell, kind]) / SIDE, place, atol=1e-6)
+    assert SHAPES[found["shape"][cell, kind]] == "cube"
 
 
-def test_what_an_image_does_not_show_is_nowhere():
+def test_an_object_out_of_view_has_no_target():
     found = targets(a_record([0.3, 0.8]), "wrist", SIDE)
     assert found["presence"].sum() == 0
     assert (found["shape"] == -100).all()
 
 
-def test_tokens_see_the_cell_that_they_answer_for(vlm):
+def test_each_token_depends_on_the_pixels_of_its_cell(vlm):
     model, _ = vlm
     plain = torch.full((1, 1, 3, 48, 48), 0.1)
 

@@ -1,4 +1,4 @@
-"""Features of a frozen tower: kept by content, written batch by batch; training on one's own data needs no simulator."""
+"""Features of a frozen vision tower: cached by content, written batch by batch; training on one's own data needs no simulator."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_a_view_of_a_file_is_not_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, np.float16), (1e6, np.float32)])
-def test_features_are_kept_in_a_type_that_holds_them(home, tower, tmp_path, monkeypatch, scale, dtype):
+def test_features_are_stored_in_a_dtype_that_can_represent_them(home, tower, tmp_path, monkeypatch, scale, dtype):
     """The second batch alone is too large for half precision; bfloat16 comes from towers on GPUs."""
     images = some_images(tmp_path / "x.npy", 70)
 
@@ -93,7 +93,7 @@ def test_features_are_kept_in_a_type_that_holds_them(home, tower, tmp_path, monk
     assert got.dtype == dtype and np.isfinite(got).all() and (np.abs(got).max() > 65504) == (scale > 1)
 
 
-def test_features_that_are_no_numbers_are_refused_and_not_kept(home, tower, tmp_path, monkeypatch):
+def test_nan_features_are_refused_and_not_cached(home, tower, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "vision_features", lambda model, pixels: vision_features(model, pixels) * float("nan"))
     with pytest.raises(FloatingPointError, match="expected finite features of images from 0 on"):
         features.cached_features(*tower, {"x": some_images(tmp_path / "x.npy", 2)})

@@ -1,4 +1,4 @@
-"""Processes of a stage: one or two, killed, started by hand or at once, end where one unbroken process does."""
+"""Processes of a stage: one or two, killed, launched by the user or twice, give the result of one uninterrupted process."""
 
 import contextlib
 import dataclasses
@@ -29,12 +29,12 @@ from rvlm.training.trainer_checkpoints import last_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
-    """SIGKILL in the middle, to the asking process and not to the trainer: it ends too, and the next run goes on."""
-    stage = few(stage, 100)  # the trainer looks for its asker twice a second, so it must have seconds left
-    unbroken = trained(stage, tmp_path / "unbroken")
+def test_a_killed_stage_gives_the_result_of_an_uninterrupted_one(stage, tmp_path):
+    """SIGKILL in the middle, to the parent process and not to the trainer: the trainer ends too, and the next run resumes."""
+    stage = few(stage, 100)  # the trainer checks its parent twice a second, so it must have seconds left
+    uninterrupted = trained(stage, tmp_path / "uninterrupted")
     partial = stage.folder.with_name(stage.folder.name + ".partial")
-    n_threads = torch.get_num_threads()  # sums in another order end another way
+    n_threads = torch.get_num_threads()  # the order of sums changes the result
     ask = "from rvlm.training.stages import Stage; from rvlm.training.launch import train; "
     ask += f"train(Stage(**{dataclasses.asdict(stage)!r}), False, {n_threads})"
     asking = subprocess.Popen([sys.executable, "-c", ask])
@@ -48,7 +48,7 @@ def test_a_killed_stage_ends_where_an_unbroken_one_does(stage, tmp_path):
     assert model == stage.folder / "model" and not partial.exists()
     assert first in ("checkpoint-20", "checkpoint-40", "checkpoint-60", "checkpoint-80")
     resumed = load_file(model / "model.safetensors")
-    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
+    assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
     steps = [entry["step"] for entry in log_history(stage.folder)]
     assert steps == sorted(steps) and steps[-1] == 100
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
@@ -63,7 +63,7 @@ def wait_for(condition, timeout_s=300):
 
 
 def trainers_of(folder):
-    """Living processes that train into a folder: they were told its name, or hold its log open."""
+    """Living processes that train into a folder: its path is an argument, or its log is open."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended, or is not ours
@@ -99,7 +99,7 @@ def test_two_processes_have_the_loss_of_one(stage, by_two, tmp_path, finetuning)
 
 
 def launched(launcher, stage):
-    """Start a stage's processes by hand, in a group of their own."""
+    """Launch a stage's processes by torchrun, in their own process group."""
     command = [sys.executable, "-m", *launcher, "-m", "rvlm.training.launch", str(prepare(stage))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -108,9 +108,9 @@ def launched(launcher, stage):
 TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def test_two_processes_by_hand_go_on_after_a_kill(by_two, tmp_path, monkeypatch):
-    """The launcher and its workers are killed at the first checkpoint; launched again they end with the loss of no kill."""
-    stage, unbroken = by_two
+def test_two_processes_by_torchrun_resume_after_a_kill(by_two, tmp_path, monkeypatch):
+    """The launcher and its workers are killed at the first checkpoint; launched again they reach the loss without a kill."""
+    stage, uninterrupted = by_two
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     first = launched(TWO, stage)
     partial = stage.folder.with_name(stage.folder.name + ".partial")
@@ -124,13 +124,13 @@ def test_two_processes_by_hand_go_on_after_a_kill(by_two, tmp_path, monkeypatch)
     assert second.wait() == 0, second.stdout.read().decode()[-2000:]
     assert world_and_wrapper(stage.folder) == (2, "DistributedDataParallel")
     assert (stage.folder / "log.jsonl").read_text().count('"step": 3,') == 1, "it began anew instead of going on"
-    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, unbroken)]
+    losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, uninterrupted)]
     assert losses[0] == losses[1]
-    assert train(stage, show_progress=False) == stage.folder / "model", "what was trained by hand is found"
+    assert train(stage, show_progress=False) == stage.folder / "model", "the result of torchrun is found"
 
 
-def test_the_shipped_configuration_is_read_by_the_launcher():
-    """Accelerate's own reader knows every field, and takes it for FSDP2; it has no GPU to run on here."""
+def test_accelerate_reads_the_shipped_configuration():
+    """Accelerate's own parser knows every field and reads FSDP2; there is no GPU to run it on."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / "docs" / "fsdp2.yaml"))
@@ -138,7 +138,7 @@ def test_the_shipped_configuration_is_read_by_the_launcher():
 
 
 def test_a_launcher_that_falls_back_to_one_process_is_refused(stage):
-    """`accelerate launch` on CPUs starts one process, whatever it was told, and says nothing."""
+    """`accelerate launch` on CPUs silently starts one process, whatever `--num_processes` is."""
     two = few(stage, 3, n_processes=2)
     process = launched(("accelerate.commands.launch", "--cpu", "--num_processes=2"), two)
     output = process.communicate()[0].decode()
@@ -146,7 +146,7 @@ def test_a_launcher_that_falls_back_to_one_process_is_refused(stage):
     assert not two.folder.exists()
 
 
-def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_path):
+def test_sharded_weights_have_the_same_losses(toy_vlm, toy_stats, tmp_path):
     """FSDP2 over gloo: half of the weights in each of two processes, the losses of one."""
     from sharded import losses_of
 
@@ -164,13 +164,13 @@ def test_weights_shared_out_over_processes_learn_alike(toy_vlm, toy_stats, tmp_p
 
 
 def world_and_wrapper(folder):
-    """World size and wrapper that the first entry of a log names."""
+    """World size and wrapper in the first entry of a log."""
     entry = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     return entry["n_processes"], entry["wrapper"]
 
 
-def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
-    """A lock's file that a killed process has left is in nobody's way; who asks keeps the environment that they had."""
+def test_two_simultaneous_calls_share_one_training(stage, monkeypatch):
+    """The lock file of a killed process does not block; the caller's environment is unchanged."""
     short = few(stage, 6)
     short.folder.parent.mkdir(parents=True)
     short.folder.with_name(f"{short.folder.name}.lock").touch()
@@ -178,14 +178,14 @@ def test_two_who_ask_for_one_stage_at_once_get_one_training(stage, monkeypatch):
     environment = dict(os.environ)
     with ThreadPoolExecutor(2) as pool:
         models = list(pool.map(lambda _: train(short, show_progress=False, n_threads=1), range(2)))
-    assert not list(short.folder.rglob("checkpoint-*")), "what is finished needs nothing to go on from"
+    assert not list(short.folder.rglob("checkpoint-*")), "a finished stage keeps no checkpoint"
     assert models[0] == models[1] and (short.folder / "log.jsonl").read_text().count('"step": 3,') == 1
     assert dict(os.environ) == environment
 
 
-def test_by_hand_nothing_is_trained_twice_nor_by_two_at_once(stage, monkeypatch):
+def test_torchrun_trains_nothing_twice_and_refuses_a_second_launch(stage, monkeypatch):
     folder = prepare(stage)
-    monkeypatch.setattr("rvlm.training.launch._stage_in", lambda _: stage)  # JSON has no tuples, which types are checked for here
+    monkeypatch.setattr("rvlm.training.launch._stage_in", lambda _: stage)  # JSON has no tuples, and types are checked here
     with (
         FileLock(f"{stage.folder}.lock"),
         pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),

@@ -1,4 +1,4 @@
-"""The plan says before a run what the run then needs."""
+"""The memory plan before a run agrees with the measured run."""
 
 import os
 
@@ -35,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("policy", "finetuning", "gradient_checkpointing"), [*CASES, (POLICY_HEAD, "full", True), (ONE_STEP, "lora", True)]
 )
-def test_a_step_needs_what_the_plan_says(toy_demos, policy, finetuning, gradient_checkpointing):
+def test_the_plan_agrees_with_a_measured_step(toy_demos, policy, finetuning, gradient_checkpointing):
     """Parameters exactly, peak memory within a tenth."""
     plan = small_plan(policy, finetuning=finetuning, gradient_checkpointing=gradient_checkpointing)
     how = {"finetuning": finetuning, "gradient_checkpointing": gradient_checkpointing, "batch_size": 8, "n_processes": 1}
@@ -44,7 +44,7 @@ def test_a_step_needs_what_the_plan_says(toy_demos, policy, finetuning, gradient
     assert plan.peak == pytest.approx(used["peak"], rel=0.1)
 
 
-def test_savers_save_in_the_plan_too():
+def test_memory_savers_save_in_the_plan_too():
     full, half = small_plan(), small_plan(optimizer="adamw_8bit")
     assert half.optimizer == full.optimizer / 4 and small_plan(gradient_checkpointing=True).activations < 0.5 * full.activations
     assert small_plan(gradient_checkpointing=True).flops == pytest.approx(4 / 3 * full.flops, rel=0.2)
@@ -60,14 +60,14 @@ def test_models_of_the_hub_have_their_published_size(name):
 
 
 @pytest.mark.parametrize("name", ["SmolVLM2-2.2B", "PaliGemma-3B"])
-def test_the_less_learns_and_in_fewer_bits_it_is_held_the_less_is_needed(name):
+def test_fewer_trained_weights_and_fewer_bits_need_less_memory(name):
     config, n_image_tokens = hub_configs()[name]
     plans = {t: plan_memory(config, n_image_tokens, ONE_STEP, finetuning=t, batch_size=1) for t in ("full", "lora", "qlora")}
     assert plans["full"].peak > plans["lora"].peak > plans["qlora"].peak
     assert plans["qlora"].weights < 0.65 * plans["lora"].weights
 
 
-def test_a_card_holds_what_is_smaller():
+def test_the_smallest_gpu_that_fits():
     config, n_image_tokens = hub_configs()["SmolVLM2-2.2B"]
     whole = plan_memory(config, n_image_tokens, ONE_STEP, batch_size=1)
     assert not whole.fits("L4") and whole.fits("A100") and whole.peak + CUDA_CONTEXT_BYTES < GPUS["A100"][0] * 1e9
@@ -75,7 +75,7 @@ def test_a_card_holds_what_is_smaller():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_planned_and_probed(name, tmp_path):
+def test_every_family_is_planned_and_inspected(name, tmp_path):
     torch.manual_seed(0)
     FAMILIES[name](tmp_path)
     facts = inspect_vlm(tmp_path)
@@ -91,9 +91,9 @@ def test_every_family_is_planned_and_probed(name, tmp_path):
     assert ("token types" in facts["causal attention"]) == (name == "paligemma")
 
 
-def test_what_a_profiler_writes_past_python_stays_out_of_the_notebook(capfd):
-    """The step is taken three times before it is profiled."""
+def test_output_of_a_profiler_past_python_stays_out_of_the_notebook(capfd):
+    """Three warm-up steps come before the profiled one."""
     cost.measure_step(lambda: os.write(2, b"line\n") and torch.ones(9), 0.0)
     assert capfd.readouterr().err == "line\n" * 3
-    os.write(2, b"heard")
-    assert capfd.readouterr().err == "heard", "and the errors of others are heard again"
+    os.write(2, b"written")
+    assert capfd.readouterr().err == "written", "and stderr works again"

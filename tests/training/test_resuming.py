@@ -1,4 +1,4 @@
-"""Killed at any moment, every kind of stage ends where an unbroken one does."""
+"""Killed at any moment, every kind of stage gives the result of an uninterrupted one."""
 
 import signal
 import time
@@ -29,7 +29,7 @@ def scenes(toy_home):
 
 @pytest.fixture(scope="module")
 def other_robot(toy_home):
-    """Folder of ten made-up demonstrations of another robot."""
+    """Folder of ten synthetic demonstrations of another robot."""
     spec = ActionSpec.from_card("tabletop_ur6")
     with EpisodeWriter(toy_home / "ur6", spec) as writer:
         for seed in range(10):
@@ -52,11 +52,11 @@ def stages(home, toy_vlm, toy_demos, scenes, other_robot):
 
 
 @pytest.mark.parametrize("kind", ["detection", "vision_language", "adapters", "mixture"])
-def test_a_stage_that_is_killed_again_and_again_ends_where_an_unbroken_one_does(stages, kind, monkeypatch, tmp_path):
-    """SIGKILL to the trainer: once behind its first checkpoint, then at random."""
+def test_a_repeatedly_killed_stage_gives_the_result_of_an_uninterrupted_one(stages, kind, monkeypatch, tmp_path):
+    """SIGKILL to the trainer: once after its first checkpoint, then at random."""
     stage, rng = stages[kind], np.random.default_rng(16)
     started = time.monotonic()
-    unbroken = train(stage, show_progress=False, n_threads=1)
+    uninterrupted = train(stage, show_progress=False, n_threads=1)
     seconds = time.monotonic() - started
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     partial = prepare(stage)
@@ -71,8 +71,8 @@ def test_a_stage_that_is_killed_again_and_again_ends_where_an_unbroken_one_does(
         trainer.wait()
         assert trainer.poll() in (0, -signal.SIGKILL), (partial / "output.txt").read_text()[-2000:]
     model = train(stage, show_progress=False, n_threads=1)
-    for path in sorted(unbroken.rglob("*.safetensors")):
-        expected, got = load_file(path), load_file(model / path.relative_to(unbroken))
+    for path in sorted(uninterrupted.rglob("*.safetensors")):
+        expected, got = load_file(path), load_file(model / path.relative_to(uninterrupted))
         assert expected.keys() == got.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
     lines = (stage.folder / "log.jsonl").read_text()
     assert lines.count('"step": 3,') <= 6 and log_history(stage.folder)[-1]["step"] == 45

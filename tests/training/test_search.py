@@ -1,4 +1,4 @@
-"""Grids: a study that is shared, gone on with, and stops what does badly."""
+"""Hyperparameter search: a study that workers share, that resumes, and that prunes bad trials."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def test_the_grids_are_settings_of_a_stage(stage):
             assert all(dataclasses.replace(stage, n_samples=512, **{key: value}) for value in values)
 
 
-def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
+def test_every_point_of_a_grid_is_tried_once_and_a_study_resumes(stage):
     make = lambda **settings: dataclasses.replace(stage, **settings)  # noqa: E731
     search("toy", GRID, make, end_of, n_trials=2, n_threads=1)
     assert len(table(load_or_create_study("toy", GRID))) == 2
@@ -51,7 +51,7 @@ def test_every_point_of_a_grid_is_tried_once_and_a_study_is_gone_on_with(stage):
 
 
 def share_a_study(stage, home):
-    """A worker of a search; what is shared is the study, so nothing is trained."""
+    """A worker of a search; the study is tested, so nothing is trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", home)
         patch.setattr("rvlm.training.search.train", lambda *_, **__: "model")
@@ -70,8 +70,8 @@ def test_two_workers_share_one_study(stage, tmp_path):
     assert 4 <= len(tried) <= 5 and len(tried[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
 
 
-def test_what_does_badly_is_stopped(stage, tmp_path):
-    """Four good trainings, then one with a step so large that its loss is soon no number any more."""
+def test_a_bad_trial_is_pruned(stage, tmp_path):
+    """Four good trainings, then one with a learning rate so large that its loss becomes NaN."""
     grid = {"learning_rate": (1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 10.0)}
     study = load_or_create_study("pruned", grid)
     for rate in grid["learning_rate"]:
@@ -86,7 +86,7 @@ def test_what_does_badly_is_stopped(stage, tmp_path):
 
 
 def untrained(monkeypatch, fail=lambda settings: None):
-    """A search in which nothing is trained: a stage is its settings, its score the number of trials before it."""
+    """A search without training: a stage is its settings, its score the number of trials before it."""
     tried = []
 
     def run(settings, **_):
@@ -106,7 +106,7 @@ def untrained(monkeypatch, fail=lambda settings: None):
 MANY = {"weights": [(0.5, 0.5), (0.9, 0.1)], "policy": ({"head": "mlp"}, {"head": "flow"}), "freeze_vision": (None,)}
 
 
-def test_a_grid_over_what_no_database_holds_is_gone_on_with(home, monkeypatch):
+def test_a_study_over_values_that_no_database_holds_resumes(home, monkeypatch):
     """Tuples, dictionaries, None: each trial's stage gets the values themselves, and its table can be read."""
     tried, go_on = untrained(monkeypatch)
     for n in (1, 2, 4, 20):
@@ -137,13 +137,13 @@ def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, gri
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "", "a?b", "a#b", ".hidden"])
-def test_a_name_that_is_no_files_is_refused(home, name):
+def test_a_name_that_is_no_file_name_is_refused(home, name):
     with pytest.raises(ValueError, match="expected a name of letters, digits"):
         load_or_create_study(name, GRID)
 
 
 def test_one_training_that_diverges_does_not_end_the_search(stage):
-    """Its weights really become no numbers; the others are tried, and it is not tried a second time."""
+    """Its weights do become NaN; the other points are tried, and it is not tried again."""
     grid = {"learning_rate": (1e-3, 1e30, 1e-4)}
     make = lambda **settings: dataclasses.replace(stage, **settings, schedule="constant", warmup=0.0)  # noqa: E731
     for _ in range(2):
@@ -155,8 +155,8 @@ def test_one_training_that_diverges_does_not_end_the_search(stage):
     assert study.best_params["learning_rate"] != 1e30
 
 
-def test_what_was_broken_off_is_tried_again(home, monkeypatch):
-    """By hand, or by an error that is mended meanwhile; a kill leaves a trial that seems to run, and is tried again too."""
+def test_an_interrupted_trial_is_tried_again(home, monkeypatch):
+    """By the user, or by an error that is fixed meanwhile; a kill leaves a trial that seems to run, and is tried again too."""
     breaks = [KeyboardInterrupt, ZeroDivisionError]
 
     def fail(settings):
@@ -164,14 +164,14 @@ def test_what_was_broken_off_is_tried_again(home, monkeypatch):
             raise breaks.pop()
 
     _, go_on = untrained(monkeypatch, fail)
-    load_or_create_study("broken", GRID).ask()  # as a kill leaves it
+    load_or_create_study("broken", GRID).ask()  # the state after a kill
     for error in (ZeroDivisionError, KeyboardInterrupt):
         with pytest.raises(error):
             go_on(GRID, 4, "broken")
     assert len(table(go_on(GRID, 4, "broken"))[["learning_rate", "weight_decay"]].drop_duplicates()) == 4
 
 
-def test_a_score_that_is_no_number_is_a_reason(home, monkeypatch):
+def test_a_nan_score_is_recorded_as_the_reason(home, monkeypatch):
     monkeypatch.setattr("rvlm.training.search.train", lambda *_, **__: Path("model"))
     study = search(
         "nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy", folder=Path("toy")), lambda _: float("nan"), 2
@@ -193,7 +193,7 @@ def far_mm(model):
 
 
 def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_demos, tmp_path, monkeypatch):
-    """One name, and behind it other demonstrations, another budget, another score, or other code that the score calls."""
+    """The same name with other demonstrations, another budget, another score, or other code that the score calls."""
     monkeypatch.setattr("rvlm.training.search.train", lambda *_, **__: Path("model"))
     go_on = lambda stage, score: search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1)  # noqa: E731
     go_on(stage, score := lambda _: 1.0)
@@ -224,7 +224,7 @@ def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_dem
 DIGITS = 2
 
 
-def test_a_score_that_is_written_otherwise_is_the_same():
+def test_a_reformatted_score_is_the_same():
     one = [_code_of_score(f) for f in (lambda _: 1.0, lambda _: 2.0)]
     two = [
         _code_of_score(lambda _: 1.0),  # alone on its line

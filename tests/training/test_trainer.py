@@ -1,4 +1,4 @@
-"""Stages: every setting has an effect, a budget has one order, a killed stage ends where an unbroken one does."""
+"""One process of a stage: every setting has an effect, losses are logged as means, memory savers change no result."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def test_an_unknown_field_is_an_error(stage):
         ({"augment": {"shift": 2}, "freeze_vision": True}, "expected images as they are with freeze_vision=True"),
     ],
 )
-def test_settings_that_would_not_be_followed_are_refused(stage, changes, message):
+def test_settings_without_effect_are_refused(stage, changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(stage, **changes)
 
@@ -94,7 +94,7 @@ def test_the_folder_is_named_by_what_makes_the_result(stage):
         assert dataclasses.replace(stage, **changes).folder != stage.folder
 
 
-def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
+def test_a_retrained_initial_model_is_another_one(stage, tmp_path):
     shutil.copytree(stage.init, tmp_path / "vlm")
     copied = dataclasses.replace(stage, init=str(tmp_path / "vlm"))
     assert copied.folder == stage.folder, "the same weights elsewhere"
@@ -116,7 +116,6 @@ def test_a_start_that_was_made_anew_is_another_start(stage, tmp_path):
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_every_setting_has_an_effect(stage, changes, tmp_path, plain_weights):
-    """Law 23."""
     assert moved(trained(few(stage, **changes), tmp_path / "changed"), plain_weights) > 1e-7
 
 
@@ -129,7 +128,7 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
         return trained(plain, folder)
 
 
-def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
+def test_frozen_weights_do_not_change_and_all_others_do(stage, tmp_path):
     before = load_file(Path(stage.init) / "model.safetensors")
     for frozen, still in (({"freeze_vision": True}, "vision_model"), ({"finetuning": "head"}, "model")):
         train_stage_in_process(few(stage, **frozen), tmp_path / still)
@@ -141,7 +140,7 @@ def test_what_is_frozen_stands_still_and_the_rest_learns(stage, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "idefics"])
 def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stage, tmp_path, family):
-    """Its features are not kept, for they depend on more; the tower stands still all the same."""
+    """Its features are not cached, for they depend on more than the pixels; the tower is frozen all the same."""
     frozen = few(stage, init=tiny_vlm(family), freeze_vision=True)
     after, before = trained(frozen, tmp_path), load_file(Path(frozen.init) / "model.safetensors")
     towers = {name for name in before if "visual." in name or "vision_model." in name}
@@ -152,7 +151,7 @@ def test_a_family_that_is_given_more_than_pixels_trains_with_a_frozen_tower(stag
 
 
 def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_path):
-    """Each tower's features lie in a folder of their own, whichever is asked first."""
+    """Each tower's features have their own folder, in either order."""
     few_frozen = few(stage, freeze_vision=True)
     for name, changes in (("a", {}), ("b", {"is_pretrained": False}), ("c", {"is_pretrained": False, "seed": 1})):
         trained(dataclasses.replace(few_frozen, **changes), tmp_path / name)
@@ -161,7 +160,7 @@ def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_
 
 
 def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
-    """In the rates that the optimizer was given, and across a stop."""
+    """In the learning rates of the optimizer, and across an interruption."""
     decayed = few(stage, n_steps=40, schedule="step_decay", warmup=0.1)
     expected = [0, 0.25, 0.5, 0.75, *[1] * 16, *[0.1] * 10, *[0.01] * 10]
     assert [step_decay(i, 4, 40) for i in range(40)] == pytest.approx(expected)
@@ -172,15 +171,15 @@ def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
         shutil.rmtree(tmp_path / "trainer" / "checkpoint-40")
 
 
-def test_a_training_that_explodes_says_so(stage, tmp_path):
-    """The library would log a loss of 0, and a policy of no numbers would be saved."""
+def test_a_diverging_training_is_an_error(stage, tmp_path):
+    """transformers would log a loss of 0, and a policy of NaN weights would be saved."""
     with pytest.raises(FloatingPointError, match="'toy': its weights are no numbers any more; take a smaller learning_rate"):
         train_stage_in_process(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
     assert not (tmp_path / "model").exists() and not np.isfinite(log_history(tmp_path)[-2]["loss"])
 
 
 def test_clipping_bounds_what_one_step_can_do(stage, tmp_path, toy_vlm, toy_demos):
-    """Law 23: with plain gradient descent a clipped step is as long as the clip says."""
+    """With plain gradient descent a clipped step has the length of the clip."""
     options = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "lr_scheduler_type": "constant"}
     for clip in (1e-3, 1e-2):
         before, after = a_step(stage, tmp_path / str(clip), max_grad_norm=clip, per_device_train_batch_size=8, **options)
@@ -189,7 +188,7 @@ def test_clipping_bounds_what_one_step_can_do(stage, tmp_path, toy_vlm, toy_demo
 
 
 def test_accumulated_batches_equal_one_large_batch(stage, tmp_path):
-    """Law 23, for windows without masks: two halves of eight make the step of eight."""
+    """For windows without masks: two halves of eight make the step of eight."""
     options = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
     _, whole = a_step(stage, tmp_path / "whole", per_device_train_batch_size=8, **options)
     _, halves = a_step(stage, tmp_path / "halves", per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
@@ -225,7 +224,7 @@ def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
 
 
 def test_the_log_holds_the_mean_of_each_part_of_the_loss(stage, tmp_path):
-    """Over the steps since the last entry and the parts of each: so they add up to the loss, which is such a mean."""
+    """Over the steps since the last entry and the parts of each batch, so that they add up to the loss."""
     model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     common = {"use_cpu": True, "remove_unused_columns": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     steps = {"max_steps": 6, "logging_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -239,7 +238,7 @@ def test_the_log_holds_the_mean_of_each_part_of_the_loss(stage, tmp_path):
 
 # -- memory savers, each by its effect ------------------------------------------------------------------------------------
 def kept_bytes(model, batch):
-    """Bytes that one forward pass keeps for the backward pass, weights left out, and the gradients."""
+    """Bytes that one forward pass saves for the backward pass, without weights, and the gradients."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -255,8 +254,7 @@ def kept_bytes(model, batch):
     return sum(kept.values()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(toy_vlm, toy_stats):
-    """Law 23."""
+def test_gradient_checkpointing_saves_less_and_gives_the_same_gradients(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     batch = a_batch(model, processor)
     whole, gradients = kept_bytes(model, batch)
@@ -267,7 +265,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(toy_vlm, toy_stat
 
 
 def test_a_checkpointed_or_accumulated_stage_ends_where_the_plain_one_does(stage, tmp_path, plain_weights):
-    """Law 23; accumulated windows with masks are weighted by their part of the batch, so there they agree less."""
+    """Accumulated windows with masks are weighted by their part of the batch, so there they agree less."""
     checkpointed = trained(few(stage, gradient_checkpointing=True), tmp_path / "checkpointed")
     assert moved(checkpointed, plain_weights) < 1e-6
     short = few(stage, policy={**ONE_STEP, "chunk_size": 1})
@@ -283,7 +281,7 @@ def plain_start(stage, tmp_path):
     return trained(dataclasses.replace(stage, learning_rate=0.0), tmp_path / "start")
 
 
-def test_half_precision_computes_in_half_and_keeps_what_learns_in_full(stage, tmp_path, toy_vlm, toy_stats):
+def test_half_precision_keeps_trained_weights_in_32_bits(stage, tmp_path, toy_vlm, toy_stats):
     seen = set()
     model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     layer = model.backbone.model.get_decoder().layers[0].mlp.down_proj
@@ -293,8 +291,8 @@ def test_half_precision_computes_in_half_and_keeps_what_learns_in_full(stage, tm
     assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
-    """On the shipped model's shapes; bitsandbytes keeps weights of less than 4,096 numbers in full."""
+def test_an_8_bit_optimizer_has_a_smaller_state(stage, tmp_path):
+    """On the shipped model's shapes; bitsandbytes keeps tensors of fewer than 4,096 elements in 32 bits."""
     sizes = {}
     for name in ("adamw_torch", "adamw_8bit"):
         shipped = few(stage, 2, init=str(SMALL_VLM), optimizer=name, batch_size=2)
@@ -305,21 +303,21 @@ def test_an_optimizer_of_eight_bits_remembers_less(stage, tmp_path):
     assert sizes["adamw_8bit"] < 0.35 * sizes["adamw_torch"]
 
 
-def test_a_stage_with_adapters_goes_on_where_it_was(stage, tmp_path):
-    """Adapters are saved in a file of their own, which the Trainer alone would pass over."""
+def test_a_stage_with_adapters_resumes(stage, tmp_path):
+    """Adapters are saved in a separate file, which the Trainer alone would ignore."""
     adapted = few(stage, 40, finetuning="lora", rank=2)
-    train_stage_in_process(adapted, tmp_path / "unbroken")
-    shutil.copytree(tmp_path / "unbroken" / "trainer" / "checkpoint-20", tmp_path / "broken" / "trainer" / "checkpoint-20")
-    train_stage_in_process(adapted, tmp_path / "broken")
+    train_stage_in_process(adapted, tmp_path / "uninterrupted")
+    shutil.copytree(tmp_path / "uninterrupted" / "trainer" / "checkpoint-20", tmp_path / "resumed" / "trainer" / "checkpoint-20")
+    train_stage_in_process(adapted, tmp_path / "resumed")
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        unbroken, resumed = (load_file(tmp_path / name / "model" / file) for name in ("unbroken", "broken"))
-        assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
+        uninterrupted, resumed = (load_file(tmp_path / name / "model" / file) for name in ("uninterrupted", "resumed"))
+        assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_that_was_cut_short_is_read(tmp_path):
+def test_a_truncated_log_is_read(tmp_path):
     lines = [{"step": s, "loss": 1.0} for s in (1, 2, 3)] + [{"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.4}]
     lines.append({"step": 3, "train_runtime": 1.0})
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
@@ -342,7 +340,7 @@ def test_seconds_count_on_after_a_kill(tmp_path):
 
 
 # -- going on with a policy --------------------------------------------------------------------------------------------
-def test_a_policy_goes_on_with_its_own_settings_and_statistics(stage, tmp_path):
+def test_a_further_stage_keeps_the_policys_settings_and_statistics(stage, tmp_path):
     trained(few(stage), tmp_path / "first")
     onwards = few(stage, init=str(tmp_path / "first" / "model"))
     before, after = (json.loads((trained_config(s, tmp_path / n)).read_text()) for s, n in ((onwards, "a"), (few(stage), "b")))
@@ -351,8 +349,8 @@ def test_a_policy_goes_on_with_its_own_settings_and_statistics(stage, tmp_path):
         train_stage_in_process(dataclasses.replace(onwards, is_pretrained=False), tmp_path / "d")
 
 
-def test_a_policy_is_given_a_memory_and_keeps_what_it_can(stage, tmp_path):
-    """With learning rate 0 all that the two have in common is the first policy's; the memory is new."""
+def test_a_history_is_added_to_a_policy_and_shared_weights_are_kept(stage, tmp_path):
+    """With learning rate 0 all shared weights are those of the first policy; the history is new."""
     trained(few(stage), tmp_path / "first")
     folder = tmp_path / "first" / "model"
     memory = {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2}

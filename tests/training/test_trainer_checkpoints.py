@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the newest whole one is gone on from, whatever is missing of others."""
+"""Checkpoints of a training: it resumes from the newest complete one, whatever is missing of others."""
 
 import shutil
 
@@ -38,7 +38,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
-    """A stage of 40 steps, trained without a break, and its folder with checkpoints at 20 and 40."""
+    """A stage of 40 steps, trained without interruption, and its folder with checkpoints at 20 and 40."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(folder / "home"))
@@ -49,7 +49,7 @@ def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_checkpoint_that_lacks_any_part_is_passed_over(checkpoint, part, damage, tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(checkpoint, part, damage, tmp_path):
     shutil.copytree(checkpoint[1] / "trainer", tmp_path, dirs_exist_ok=True)
     assert last_checkpoint(tmp_path).endswith("checkpoint-40")
     damage(tmp_path / "checkpoint-40" / part)
@@ -59,13 +59,13 @@ def test_a_checkpoint_that_lacks_any_part_is_passed_over(checkpoint, part, damag
 
 
 @pytest.mark.parametrize("whole", [(40,), (20,), ()], ids=["at the end", "half", "nothing"])
-def test_a_stage_goes_on_from_what_is_whole(checkpoint, whole, tmp_path):
-    """Its last checkpoint is at its end: nothing is left to do then, but to write the model."""
-    stage, unbroken = checkpoint
-    shutil.copytree(unbroken / "trainer", tmp_path / "trainer")
+def test_a_stage_resumes_from_the_newest_complete_checkpoint(checkpoint, whole, tmp_path):
+    """Its last checkpoint is at its end: only the model is left to write."""
+    stage, uninterrupted = checkpoint
+    shutil.copytree(uninterrupted / "trainer", tmp_path / "trainer")
     for step in {20, 40} - set(whole):
         DAMAGES["half"](tmp_path / "trainer" / f"checkpoint-{step}" / "optimizer.pt")
-    resumed, expected = trained(stage, tmp_path), load_file(unbroken / "model" / "model.safetensors")
+    resumed, expected = trained(stage, tmp_path), load_file(uninterrupted / "model" / "model.safetensors")
     assert all(torch.equal(resumed[k], expected[k]) for k in expected)
     first = next((entry["step"] for entry in log_history(tmp_path)), 0)
     assert first == min(max(whole, default=0) + 1, 40), "it began elsewhere"

@@ -16,5 +16,5 @@ def trained(stage, folder):
 
 
 def few(stage, n_steps=3, **changes):
-    """The same stage with few steps, otherwise changed as told."""
+    """The same stage with few steps and the given changes."""
     return dataclasses.replace(stage, n_samples=n_steps * stage.batch_size, **changes)
