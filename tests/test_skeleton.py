@@ -223,6 +223,31 @@ def test_what_is_linked_exists(name):
     assert not broken, f"{name} links to what does not exist: {broken}"
 
 
+# What a function may import: libraries that take long or are optional, and own modules that need such.
+SPARED = {
+    *("IPython", "PIL", "av", "bitsandbytes", "gymnasium", "huggingface_hub", "ipywidgets", "matplotlib", "pandas", "papermill"),
+    *("scipy", "statsmodels", "torch", "tqdm"),
+    "rvlm.vlm.adapters",  # peft
+    *("rvlm.envs.gl", "rvlm.envs.tabletop"),  # MuJoCo, OpenGL
+    "rvlm.training.detection",  # of the tabletop
+    "rvlm.policy.policy",  # transformers: an expert is evaluated without
+    "rvlm.report.plots",  # matplotlib
+}
+
+
+def imports_in_functions(name: str) -> list[str]:
+    functions = (node for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [used for node in functions for used in imports(ast.Module(node.body, [])) if used != "rvlm.vlm"]
+
+
+def test_functions_import_only_what_is_worth_sparing():
+    found = {name: imports_in_functions(name) for name in MODULES if not name.startswith("rvlm/cli/")}
+    allowed = tuple(f"{spared}." for spared in SPARED)
+    wrong = {name: sorted(set(used) - {u for u in used if f"{u}.".startswith(allowed)}) for name, used in found.items()}
+    assert not any(wrong.values()), f"import at the top of the module: { {name: used for name, used in wrong.items() if used} }"
+    assert sum(map(len, found.values())) <= 45, "more imports in functions than before: are they all needed?"
+
+
 def test_import_is_light():
     heavy = "{'torch', 'transformers', 'numpy', 'mujoco', 'pandas', 'matplotlib'}"
     code = f"import sys, rvlm; sys.exit(' '.join(sorted({heavy} & sys.modules.keys())) or 0)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import io
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -185,8 +186,6 @@ class _Teleoperation:
 
 
 def _png(image: np.ndarray) -> bytes:
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -20,6 +20,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from rvlm.data.actions import ActionSpec
 from rvlm.files import PACKAGE
+from rvlm.policy.checkpoints import set_trainable
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model import VLA
 from rvlm.training.cost import materialise_fake, profile_forward_backward
@@ -208,8 +209,6 @@ def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
 
 def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, rank: int) -> tuple[Any, set[int]]:
     """A policy on the meta device, and which of its weights would be held in 4 bits."""
-    from rvlm.policy.checkpoints import set_trainable
-
     spec = ActionSpec.from_card("tabletop_franka7").to_dict()
     whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
     with torch.device("meta"):

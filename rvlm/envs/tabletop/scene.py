@@ -6,6 +6,8 @@ Frames: world = table; x away from the robot, y to the robot's left, z up, the t
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from rvlm.envs.tabletop.arms import Arm, _text, actuator_xml, arm_xml, asset_xml
 
 COLORS = {
@@ -122,8 +124,6 @@ def _distractor_xml(i: int) -> str:
 
 def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
     """Camera axes (`xyaxes`) for a camera at `pos` that looks at `target` with the world's z up."""
-    import numpy as np
-
     back = np.subtract(pos, target)
     right = np.cross((0, 0, 1), back)
     up = np.cross(back, right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import matplotlib.patheffects as effects
@@ -232,8 +233,6 @@ def _png(frame: np.ndarray) -> bytes:
 
 def mp4(frames: Frames, fps: float | int) -> bytes:
     """Frames ``(t, h, w, 3)`` uint8 as an H.264 file that every browser plays, enlarged to at least 256 pixels."""
-    from fractions import Fraction
-
     import av
 
     buffer, images = io.BytesIO(), [_magnify(frame) for frame in frames]
