@@ -81,7 +81,7 @@ def test_missing_and_broken_cards_say_what_to_do(tmp_path):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4)])
 def test_polarity_follows_the_card_on_the_last_axis(spec, shape):
-    """PITFALLS 2 and 16: sign from the card, gripper and arm split on the last axis for any leading shape."""
+    """Sign from the card, gripper and arm split on the last axis for any leading shape."""
     actions = np.random.default_rng(0).uniform(0.1, 0.9, (*shape, 7))
     opened, closed = spec.set_gripper(actions, np.ones(shape, bool)), spec.set_gripper(actions, np.zeros(shape, bool))
     assert (opened[..., -1] == spec.gripper_open).all() and (closed[..., -1] == spec.gripper_close).all()
@@ -149,7 +149,7 @@ values = arrays(np.float64, st.tuples(st.integers(2, 40), st.just(3)), elements=
 @settings(max_examples=40, deadline=None)
 @given(x=values, kind=st.sampled_from(KINDS))
 def test_normalisation_is_an_inverse_pair(x, kind):
-    """PITFALLS 17, constant dimensions included."""
+    """Also of constant dimensions."""
     x[:, 2] = 7.0
     stats = stats_of(x, kind)
     assert np.isfinite(stats.normalize(x)).all()
@@ -197,7 +197,6 @@ def test_passthrough_leaves_a_dimension_alone():
 
 
 def test_another_kind_than_stored_is_refused():
-    """PITFALLS 1."""
     stats = stats_of(some_actions())
     stats.normalize(np.ones(7), kind="q01_q99")
     with pytest.raises(SpecMismatch, match=r"stored for 'q01_q99' but 'min_max' was asked for; .*recompute"):
@@ -207,7 +206,7 @@ def test_another_kind_than_stored_is_refused():
 
 
 def test_the_kinds_differ_where_data_has_tails():
-    """The fault of PITFALLS 1 has an effect at all."""
+    """Reading statistics as another kind has an effect."""
     x = np.random.default_rng(0).standard_t(2, (1000, 1))
     scales = [stats_of(x, kind).offset_and_scale()[1][0] for kind in KINDS]
     assert len({round(s, 3) for s in scales}) == 4
@@ -224,7 +223,7 @@ def test_stats_survive_json():
 @settings(max_examples=25, deadline=None)
 @given(x=values, cut=st.integers(0, 40))
 def test_merged_statistics_are_those_of_the_whole(x, cut):
-    """PITFALLS 12: quantiles of a union, not envelopes of its parts' quantiles."""
+    """Quantiles of a union, not envelopes of its parts' quantiles."""
     parts = [StatsAccumulator().update(p) for p in (x[cut:], x[:cut])]
     stats = parts[0].merge(parts[1]).finish()
     for name, q in (("q01", 0.01), ("q10", 0.1), ("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
@@ -356,7 +355,7 @@ def test_a_card_is_read_as_it_was_meant(tmp_path):
         ActionSpec.from_card(tmp_path / "mine.md")
 
 
-def test_a_spec_that_is_made_by_hand_is_checked_too():
+def test_a_directly_constructed_spec_is_validated_too():
     with pytest.raises(CardError, match="expected 'scale' as a list of finite numbers"):
         dataclasses.replace(FRANKA, scale=(np.nan,) * 7)
 
@@ -367,7 +366,7 @@ def test_a_spec_that_is_made_by_hand_is_checked_too():
 @pytest.mark.parametrize("kind", ["q01_q99", "mean_std"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
-    """Divided by the spread of noise a real move would reach thousands, and the loss with it."""
+    """Divided by the std of noise a real move would reach thousands, and the loss with it."""
     x = spec.set_gripper(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.still, np.ones(400))
     move = np.where(spec.present[:6], 30 * spec.still[:6], 0)
     x[::200, :6] = move
@@ -378,7 +377,7 @@ def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
     assert np.abs(floored.normalize(x)).max() <= 31 and np.allclose(floored.unnormalize(floored.normalize(x)), x)
 
 
-def test_usual_motion_is_normalised_as_ever():
+def test_the_floor_does_not_change_usual_motion():
     x = some_actions(500)
     assert (stats_of(x, floor=FRANKA.still).normalize(x) == stats_of(x).normalize(x)).all()
 

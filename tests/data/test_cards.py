@@ -1,4 +1,4 @@
-"""Data cards: every one parses, says what it must, and its counts are those of the data where the data is at hand."""
+"""Data cards: every one parses and is complete, and its counts are those of the data if that is there."""
 
 import re
 
@@ -26,12 +26,12 @@ def check_counts(counts, root):
     assert not differing, f"card and data in {root} differ (card, data): {differing}; write the data's counts into the card"
 
 
-def test_the_cards_that_are_promised_exist():
+def test_the_documented_cards_exist():
     assert {"tabletop_franka7", "tabletop_ur6", "tabletop_small5", "calvin", "libero", "bridge", "fractal"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_is_read_by_the_library(name):
+def test_card_is_read_by_huggingface_hub(name):
     spec = ActionSpec.from_card(name)
     assert spec.dataset == name and spec.n_dims == 7 and len(set(spec.state_names)) == len(spec.state_names)
     assert ActionSpec.from_dict(spec.to_dict()) == spec
@@ -41,7 +41,7 @@ def test_card_is_read_by_the_library(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_tells_a_person_what_it_must(name):
+def test_card_has_every_section(name):
     card, text = read_card(name), (CARDS / f"{name}.md").read_text()
     assert {"pretty_name", "license", "language", "task_categories", "tags", "size_categories"} <= set(card)
     assert {"train", "held_out"} <= set(card["rvlm"]["splits"])
@@ -51,7 +51,7 @@ def test_card_tells_a_person_what_it_must(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prose_agrees_with_the_machine_read_block(name):
-    """The scale and the rate in the text are those of the block."""
+    """Scale and rate in the text equal the front matter."""
     spec, text = ActionSpec.from_card(name), (CARDS / f"{name}.md").read_text().split("---\n", 2)[2]
     assert f"{spec.rate_hz:g} Hz" in text
     for scale, unit in ((spec.scale[0], "m"), (spec.scale[3], "rad")):
@@ -62,7 +62,7 @@ def test_prose_agrees_with_the_machine_read_block(name):
 def test_counts_are_those_of_the_data(robot, tmp_path, monkeypatch):
     """The cards of robots that are simulated here count the demonstrations that every collection begins with.
 
-    Processors round differently, and contacts carry that on: here and there an episode ends a step sooner or later.
+    Rounding differs between processors, and contacts amplify it: some episodes end a step sooner or later.
     """
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     counts = read_card(f"tabletop_{robot}")["rvlm"]["counts"]
@@ -86,7 +86,7 @@ def test_wrong_counts_are_noticed(tmp_path, monkeypatch):
         check_counts({"episodes": 2, "frames": 8, "tasks": 1}, root)
 
 
-# The conventions that cost other projects their success rate, from the public sources that the cards name (PITFALLS 2 to 6).
+# The conventions that cost other projects their success rate, from the public sources that the cards name.
 CONVENTIONS = {
     "calvin": {"gripper_open": 1, "gripper_close": -1, "rotation": "euler_xyz", "scale": (0.02, 0.05), "rate_hz": 30},
     "libero": {"gripper_open": -1, "gripper_close": 1, "rotation": "axis_angle", "scale": (0.05, 0.5), "rate_hz": 20},

@@ -1,4 +1,4 @@
-"""Episodes: recording, reading, windows, and what broken data says."""
+"""Episodes: recording, reading, windows, and the errors of broken data."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture
 def data(recorded, tmp_path, monkeypatch):
-    """The recorded dataset, free to be damaged, with a cache folder of its own."""
+    """A copy of the recorded dataset to damage, with its own cache folder."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     return Path(shutil.copytree(recorded[0], tmp_path / "demos"))
 
@@ -183,7 +183,7 @@ def test_collect_in_parallel_equals_one_process(tmp_path):
     assert one.episodes.equals(two.episodes) and one.episodes["seed"].tolist() == [0, 1, 10, 11, 20, 21]
 
 
-def test_two_who_collect_the_same_at_once_get_one_recording(tmp_path):
+def test_two_simultaneous_collections_share_one_recording(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         roots = list(
             pool.map(lambda _: record_dataset(tmp_path / "d", SPEC, fake_shard, 3, n_workers=1, progress=False), range(2))
@@ -191,13 +191,13 @@ def test_two_who_collect_the_same_at_once_get_one_recording(tmp_path):
     assert roots == [tmp_path / "d"] * 2 and EpisodeDataset(roots[0]).n_episodes > 0
 
 
-def test_collect_does_nothing_when_whole(tmp_path):
+def test_collect_does_nothing_when_complete(tmp_path):
     root = record_dataset(tmp_path / "d", SPEC, fake_shard, 1, progress=False)
     assert record_dataset(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False) == root
 
 
-def test_killed_collection_goes_on_where_it_was(tmp_path):
-    """SIGKILL in the middle: finished shards are kept, nothing is taken for whole, the second run gives the same data."""
+def test_killed_collection_resumes(tmp_path):
+    """SIGKILL in the middle: finished shards are kept, nothing partial counts as complete, the second run gives the same data."""
     root = tmp_path / "d"
     made_by = "from rvlm.data.windows import record_dataset; from test_dataset import SPEC, fake_shard"
     code = f"{made_by}; record_dataset({str(root)!r}, SPEC, fake_shard, 4, 1)"
@@ -239,7 +239,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 
 def test_one_seed_twice_is_refused(tmp_path):
-    """PITFALLS 9: copies of one episode are one episode."""
+    """Copies of one episode are one episode."""
     writer = EpisodeWriter(tmp_path / "d", SPEC)
     for seed in (0, 1, 0):
         writer.add_episode(fake_episode(3, seed), "lift")
@@ -414,7 +414,7 @@ def test_unknown_camera_column_and_episode(data):
         dataset.stats(episodes=[7])
 
 
-def test_unknown_version_names_the_mend(data):
+def test_unknown_version_names_the_fix(data):
     _edit_info(data, codebase_version="v1.6")
     with pytest.raises(
         EpisodeError, match=r"expected format v3\.0 or v2\.1, got 'v1\.6'; convert it to v2\.0 first: .*convert_dataset_v1_to_v2"
@@ -447,7 +447,7 @@ def test_foreign_dataset_needs_a_card(data):
 
 @pytest.fixture
 def v21(recorded, tmp_path, monkeypatch):
-    """The same episodes laid out as v2.1, by hand: one file per episode, json lines, one camera embedded as PNG."""
+    """The same episodes in v2.1, written without LeRobot: one file per episode, json lines, one camera embedded as PNG."""
     import io
 
     from PIL import Image
@@ -518,7 +518,7 @@ def dataset(recorded):
 
 
 @pytest.mark.parametrize(("t", "k"), [(1, 1), (1, 4), (3, 2), (4, 6)])
-def test_windows_by_hand(dataset, recorded, t, k):
+def test_windows_equal_a_reference_computation(dataset, recorded, t, k):
     windows, cache = Windows(dataset, t, k), dataset.frames_cache()
     for index in range(len(windows)):
         sample = windows[index]
@@ -562,7 +562,7 @@ def test_windows_work_with_torch(dataset):
 
 
 def test_gripper_polarity_reaches_the_batch(tmp_path):
-    """PITFALLS 2: two robots with opposite signs give the same training gripper, 1 for open."""
+    """Two robots with opposite signs give the same training gripper, 1 for open."""
     is_open = np.array([True, False, False, True])
     for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5"):
         spec = ActionSpec.from_card(name)
@@ -575,7 +575,7 @@ def test_gripper_polarity_reaches_the_batch(tmp_path):
 
 
 def test_statistics_see_the_training_episodes_only(tmp_path):
-    """PITFALLS 11: a held-out episode with its own range leaves no trace in the normalisation."""
+    """A held-out episode with its own range leaves no trace in the normalisation."""
     writer = EpisodeWriter(tmp_path / "d", SPEC)
     for seed, scale in enumerate((0.1, 0.1, 1.0)):
         frames = fake_episode(30, seed, size=16)

@@ -1,7 +1,7 @@
-"""Borders to other people's data: whatever is wrong with a dataset or a card, samples are right or an error of ours names it.
+"""Validation of foreign datasets and cards: whatever is wrong, samples are right or one of our errors names it.
 
 One small recording is damaged in many ways, one at a time. Every way of reading it must give what was recorded, or an
-`EpisodeError` that says what is wrong and where; never another exception, and never other samples without a word.
+`EpisodeError` that says what is wrong and where; never another exception, and never silently other samples.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ EPISODES, TASK_TABLE = "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.p
 
 
 def frames_of(n, seed, invert=False):
-    """Random actions and states, and grey images whose level tells episode and frame."""
+    """Random actions and states, and grey images whose level encodes episode and frame."""
     rng = np.random.default_rng(seed)
     level = (40 + (53 * seed + 7 * np.arange(n)) % 200).astype(np.uint8)
     images = np.repeat((255 - level if invert else level)[:, None], SIZE * SIZE * 3, 1).reshape(n, SIZE, SIZE, 3)
@@ -55,7 +55,7 @@ def record(root, lengths=LENGTHS, tasks=TASKS, per_file=2):
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A sound recording of four episodes in two files, and one in v2.1 with a camera embedded as PNG."""
+    """A valid recording of four episodes in two files, and one in v2.1 with a camera embedded as PNG."""
     root = record(tmp_path_factory.mktemp("sound") / "demos")
     return root, as_v21(root, root.with_name("old"))
 
@@ -120,7 +120,7 @@ def edit_info(root, change):
 
 
 def edit_table(path, change):
-    """Change a table by pandas, keeping the order of columns; types are pandas' guess."""
+    """Change a table by pandas, keeping the order of columns; types are inferred by pandas."""
     frame = pd.read_parquet(path)
     changed = change(frame)
     (frame if changed is None else changed).to_parquet(path)
@@ -137,7 +137,7 @@ def set_cells(path, name, values, kind=None):
 
 
 def samples_of(root, spec=None):
-    """All that a training sees, and the same by episodes."""
+    """All samples of a training, and the same data by episodes."""
     dataset = EpisodeDataset(root, spec)
     windows = Windows(dataset, 2, 2)
     batch = windows.batch(range(len(windows)))
@@ -254,7 +254,7 @@ def file_by_file_table(*, extra):
 
 
 def boundary(root):
-    """The table says of episode 2, which begins the second file, that it stands in the first."""
+    """The table puts episode 2, the first of the second file, into the first file."""
     edit_table(root / EPISODES, lambda f: f.assign(**{"data/file_index": [0, 0, 0, 1]}))
 
 
@@ -756,7 +756,7 @@ V21 = {
 
 
 def check(root, damage, message, right, monkeypatch):
-    """Right samples, or an error of ours raised on purpose; half-written frames stay nowhere."""
+    """Right samples, or an error of ours raised on purpose; no half-written frames are left."""
     monkeypatch.setenv("RVLM_HOME", str(root.with_name("home")))
     damage(root)
     if message is RIGHT:
@@ -796,7 +796,7 @@ SPELT = {
 
 
 @pytest.mark.parametrize("names", SPELT.values(), ids=SPELT)
-def test_names_in_another_order_are_seen_however_they_are_spelt(names):
+def test_names_in_another_order_are_found_in_any_spelling(names):
     with pytest.raises(EpisodeError, match="'gripper' is dimension 0 there and 6 here"):
         check_order(Path("demos"), "action", names, SPEC.names, SPEC.dataset)
 
@@ -820,7 +820,7 @@ def test_episodes_are_chosen_by_any_collection_of_whole_numbers(sound):
             dataset.instruction(odd)
 
 
-def test_an_episode_of_several_tasks_is_asked_what_its_rows_say(sound, tmp_path, monkeypatch):
+def test_an_episode_of_several_tasks_has_the_instructions_of_its_rows(sound, tmp_path, monkeypatch):
     """The table names its tasks in whatever order."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     root = Path(shutil.copytree(sound[0], tmp_path / "demos"))
@@ -908,7 +908,7 @@ def test_language_is_read_as_it_is(sound, tmp_path):
     ("wrist", ["wristDepth", "DEPTH.wrist", "depth1.wrist", "wrist.mask", "cam.wrist"], "cam.wrist"),
     ("depthai", ["cam.depthai"], "cam.depthai"),
 ])  # fmt: skip
-def test_a_camera_is_found_by_its_name_or_doubted(camera, images, key):
+def test_a_camera_is_found_by_its_name_or_refused(camera, images, key):
     features = {name: {"dtype": "video", "shape": [4, 4, 3]} for name in images}
     if key is not None:
         assert find_camera(Path("demos"), features, camera) == key
@@ -953,7 +953,7 @@ def writer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_could_not_be_written_is_refused_when_it_comes(name, writer):
+def test_unwritable_episodes_are_refused_by_add_episode(name, writer):
     columns, more, message = REFUSED[name]
     with pytest.raises(EpisodeError, match=message) as error:
         writer.add_episode({**frames_of(4, 1), **columns}, **{"instruction": "pick", **more})
@@ -970,7 +970,7 @@ def test_what_could_not_be_written_is_refused_when_it_comes(name, writer):
     ("passthrough", [7], "expected 'passthrough' from 0 to 6"),
     ("passthrough", [-1], "expected 'passthrough' from 0 to 6"),
 ])  # fmt: skip
-def test_statistics_that_cannot_be_are_refused(field, value, message, sound):
+def test_impossible_statistics_are_refused(field, value, message, sound):
     stats = EpisodeDataset(sound[0]).stats()["action"]
     with pytest.raises(SpecMismatch, match=message):
         NormStats.from_dict({**stats.to_dict(), field: value})
@@ -1026,7 +1026,7 @@ def test_folders_under_one_card_of_other_conventions_are_refused(tmp_path):
         pooled_stats([(one, np.arange(3)), (two, np.arange(3))])
 
 
-def test_somebody_is_told_where_a_state_hardly_ever_moves(tmp_path):
+def test_a_nearly_constant_state_warns(tmp_path):
     frames = frames_of(400, 0)
     frames["observation.state"][:, 3] = np.random.default_rng(0).normal(0, 1e-5, 400)
     frames["observation.state"][::200, 3] = 2.0

@@ -1,4 +1,4 @@
-"""Decoded frames on disk: named by content, shared, read once, within a limit."""
+"""Decoded frames on disk: keyed by content, shared, read once, within a limit."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_data_recorded_anew_in_the_same_place_gives_its_own_frames(demos, tmp_pa
 
 
 def test_other_places_in_the_same_videos_are_other_frames(demos):
-    """What stands beside which row is part of the name: videos alone do not tell."""
+    """The placement of frames is part of the key, not the videos alone."""
     dataset = EpisodeDataset(demos)
     before, table = dataset.frames_cache(["static"])["static"].copy(), demos / "meta/episodes/chunk-000/file-000.parquet"
     changed = pd.read_parquet(table)

@@ -24,7 +24,7 @@ toy = functools.partial(toy_frames, SPEC, size=16)
 
 
 def record(root, first=0, n=N_EPISODES, pause_s=0.0, per_file=5):
-    """Record a dataset, or go on with one, as a script of a user's would."""
+    """Record or resume a dataset, as a user's script would."""
     with EpisodeWriter(root, SPEC, episodes_per_file=per_file) as writer:
         for seed in range(first + writer.n_kept, first + n):
             writer.add_episode(toy(4 + seed % 3, seed), f"task {seed % 2}", {"seed": seed})
@@ -32,28 +32,28 @@ def record(root, first=0, n=N_EPISODES, pause_s=0.0, per_file=5):
 
 
 def actions_of(root):
-    """Actions of each episode, which are as they were made; and that all of its frames are there."""
+    """Actions of each episode, checked to be those recorded, with all frames."""
     data = EpisodeDataset(root)
     assert all(len(data.episode(i)["observation.images.wrist"]) == n for i, n in enumerate(data.episodes["length"]))
     return [data.episode(i)["action"] for i in range(data.n_episodes)]
 
 
 def child(target, *arguments, **options):
-    """A process of its own, at once: no second is lost to imports."""
+    """A forked process, without imports."""
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments, kwargs=options)
     process.start()
     return process
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    root = tmp_path_factory.mktemp("unbroken") / "demos"
+def uninterrupted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("uninterrupted") / "demos"
     record(root)
     return root
 
 
-def test_killed_again_and_again_a_recording_is_as_if_it_had_not_been(tmp_path, unbroken):
-    """SIGKILL at random, also while it is put together: each time all episodes that were added are there."""
+def test_a_repeatedly_killed_recording_equals_an_uninterrupted_one(tmp_path, uninterrupted):
+    """SIGKILL at random, also in finalize: each time all added episodes are there."""
     root, rng, kept, n_kills = tmp_path / "demos", np.random.default_rng(16), 0, 0
     while not root.exists() and n_kills < 40:
         process = child(record, root, pause_s=0.02)
@@ -65,14 +65,14 @@ def test_killed_again_and_again_a_recording_is_as_if_it_had_not_been(tmp_path, u
         assert root.exists() or len(shards) >= kept
         kept, n_kills = len(shards), n_kills + 1
     assert n_kills > 2
-    for expected, got in zip(actions_of(unbroken), actions_of(root), strict=True):
+    for expected, got in zip(actions_of(uninterrupted), actions_of(root), strict=True):
         assert np.array_equal(expected, got)
     record_dataset(root, SPEC, lambda i: pytest.fail("recorded again"), 1, progress=False)
     assert not partial_folder(root).exists()
 
 
 def test_an_episode_is_on_the_disk_when_it_was_added(tmp_path):
-    """Of a hundred that would share a file, all but the one under way outlive the process."""
+    """Of a hundred that would share a file, all but the current one survive the process."""
     process = child(record, tmp_path / "d", pause_s=3600, per_file=100)
     until = time.monotonic() + 120
     while not list(partial_folder(tmp_path / "d").glob("shard-00000")) and time.monotonic() < until:
@@ -85,8 +85,8 @@ def test_an_episode_is_on_the_disk_when_it_was_added(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["assembled", "renamed"])
-def test_killed_while_it_is_put_together_a_recording_is_put_together_anew(tmp_path, step, monkeypatch):
-    """The last two moments: before the dataset has its name, and before what it was made of is removed."""
+def test_a_recording_killed_in_finalize_is_finalized_again(tmp_path, step, monkeypatch):
+    """The last two moments: before the rename, and before the parts are deleted."""
     root, partial = tmp_path / "d", partial_folder(tmp_path / "d")
     writer = EpisodeWriter(root, SPEC)
     writer.add_episode(toy(4, 0), "lift")
@@ -159,7 +159,7 @@ def test_two_writers_of_one_process_share_a_folder(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_fails_costs_no_episode(tmp_path, code, monkeypatch):
-    """Where the finished episode cannot be renamed it is kept whole, and taken up when the recording goes on."""
+    """A finished episode that cannot be renamed is kept complete, and used when the recording resumes."""
     writer = EpisodeWriter(tmp_path / "d", SPEC)
     writer.add_episode(toy(4, 0), "lift")
 
@@ -221,7 +221,7 @@ def test_a_shard_that_a_worker_could_not_rename_is_not_made_again(tmp_path, monk
     assert EpisodeDataset(record_dataset(tmp_path / "d", SPEC, make, 2, progress=False)).n_episodes == 2 and made == [0, 1]
 
 
-def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
+def test_resuming_needs_the_same_settings(tmp_path):
     first = EpisodeWriter(tmp_path / "d", SPEC)
     first.add_episode(toy(4, 0), "lift")
     again = EpisodeWriter(tmp_path / "d", SPEC)
@@ -234,7 +234,7 @@ def test_what_goes_on_must_be_of_the_same_kind(tmp_path):
 
 
 def test_files_of_many_hold_the_frames_of_single_ones_bit_for_bit(tmp_path):
-    """They are joined without decoding; each episode begins with a key frame still."""
+    """They are joined without decoding; each episode still begins with a key frame."""
     roots = {per_file: tmp_path / str(per_file) for per_file in (1, 4, 100)}
     for per_file, root in roots.items():
         record(root, n=6, per_file=per_file)

@@ -82,7 +82,7 @@ class Tabletopped(Arm):
 
 
 class Operator:
-    """Answers the same to every question, and stops at a step."""
+    """An operator with one answer to every question, who stops at a step."""
 
     def __init__(self, answer=True, stops_at=None):
         self.answer, self.stops_at, self.questions, self.n_polls = answer, stops_at, [], 0
@@ -113,7 +113,7 @@ def started(robot=None, spec=SPEC, operator=None, **changes):
 
 
 def matrix(spec, turn):
-    """By hand: roll, pitch and yaw are about fixed axes, x first."""
+    """Reference: roll, pitch and yaw are about fixed axes, x first."""
     if spec.rotation == "axis_angle":
         return rotation_matrix(turn)
     x, y, z = np.diag(turn)
@@ -154,7 +154,7 @@ def test_a_dry_run_is_the_default_and_moves_nothing():
     st.sampled_from([SPEC, EULER]),
 )
 def test_no_target_leaves_the_workspace_or_is_more_than_a_step_away(actions, start, spec):
-    """Also where the arm was left a little outside."""
+    """Also if the arm starts slightly outside."""
     arm = Arm((*np.clip(LOW + start * (HIGH - LOW), LOW - STEP, HIGH + STEP), 0.1, 0.2, 0.3))
     env = started(arm, spec)
     for action in actions:
@@ -208,7 +208,7 @@ def test_the_gripper_is_sent_one_of_two_values_in_the_cards_sign():
 @pytest.mark.parametrize(
     "action", [np.full(7, np.nan), np.append(np.zeros(6), np.inf), np.zeros(6), np.zeros((1, 7)), np.zeros(8)], ids=str
 )
-def test_what_is_no_action_is_refused_and_nothing_is_sent(action):
+def test_an_invalid_action_is_refused_and_nothing_is_sent(action):
     arm = Arm()
     env = started(arm)
     with pytest.raises(SpecMismatch, match=r"expected 7 finite numbers \['dx'.*got \[.*nothing was sent"):
@@ -237,7 +237,7 @@ def test_what_is_no_action_is_refused_and_nothing_is_sent(action):
     ],
     ids=str,
 )
-def test_what_the_robot_has_not_is_named_before_it_is_connected(changes, error, message):
+def test_missing_features_of_the_robot_are_named_before_it_is_connected(changes, error, message):
     arm = Arm()
     with pytest.raises(error, match=message):
         a_env(arm, **changes)
@@ -260,7 +260,7 @@ def test_what_the_robot_has_not_is_named_before_it_is_connected(changes, error, 
     ],
     ids=str,
 )
-def test_a_card_that_would_be_carried_out_wrongly_is_refused(changes, message):
+def test_a_card_that_would_be_executed_wrongly_is_refused(changes, message):
     with pytest.raises(SpecMismatch, match=message):
         a_env(spec=dataclasses.replace(SPEC, **changes))
 
@@ -373,7 +373,7 @@ def test_the_operator_is_asked_once_and_decides(answer, stops_at):
 
 @pytest.mark.parametrize("took_s", [0.03, 0.25])
 def test_a_step_lasts_as_long_as_the_card_says(took_s):
-    """Unless the robot alone takes longer."""
+    """Unless the robot itself takes longer."""
     now, slept = [5.0], []
 
     def sleep(seconds):
@@ -391,7 +391,7 @@ def test_a_step_lasts_as_long_as_the_card_says(took_s):
     assert now[0] - 5.0 == pytest.approx(4 * max(took_s, 0.1)) and len(slept) == 4 and min(slept) >= 0
 
 
-def test_a_policy_drives_it_unchanged(toy_vlm, toy_stats):
+def test_a_policy_acts_on_it_unchanged(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     arms, operator = [Arm(), Arm()], Operator()
     envs = [a_env(arm, operator=operator, max_steps=n) for arm, n in zip(arms, (2, 4), strict=True)]
@@ -405,7 +405,7 @@ def test_a_policy_drives_it_unchanged(toy_vlm, toy_stats):
 
 
 class Expert:
-    """The simulator's scripted expert, who looks at the true state."""
+    """The simulator's scripted expert, with the true state."""
 
     def __init__(self, sim):
         self.sim = sim
@@ -419,7 +419,7 @@ class Expert:
 
 @pytest.mark.parametrize("seed", [FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 1])
 def test_the_expert_lifts_through_a_robots_interface(seed):
-    """Deltas made absolute and back again move a simulated arm as they should."""
+    """Deltas made absolute and back move a simulated arm correctly."""
     from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 
     sim = Tabletop(image_size=48)
