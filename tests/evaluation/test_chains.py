@@ -59,8 +59,8 @@ def test_a_chain_that_is_hardly_ever_sampled_is_found(monkeypatch):
 
 def test_success_leaves_what_the_next_task_needs():
     """The expert meets no infeasible subtask, and the symbolic state has the simulator's fixtures."""
-    asked = ChainEvaluation("expert", n_episodes=12, families=tuple(TASK_FAMILIES), max_steps=60)
-    table = evaluate({"expert": asked}, n_workers=2, show_progress=False)
+    evaluation = ChainEvaluation("expert", n_episodes=12, families=tuple(TASK_FAMILIES), max_steps=60)
+    table = evaluate({"expert": evaluation}, n_workers=2, show_progress=False)
     assert not (table["failure"] == "infeasible").any()
     assert chains.avg_len(table)["expert"].mean > 4
     for _, rows in table.groupby("seed"):
@@ -118,8 +118,8 @@ def test_lengths_are_those_of_independent_tosses(p):
 def test_rows_are_the_same_for_any_number_of_workers_and_a_short_run_is_continued():
     columns, tables = ["seed", "subtask", "family", "instruction", "is_success", "failure", "n_steps"], []
     for n_workers in (1, 2):
-        asked = ChainEvaluation("random", n_episodes=12, families=DEFAULT_TASKS, max_steps=3 + n_workers)
-        tables.append(evaluate({"a": dataclasses.replace(asked, n_episodes=4)}, n_workers, show_progress=False)[columns])
-        tables.append(evaluate({"a": asked}, n_workers, show_progress=False)[columns])
+        evaluation = ChainEvaluation("random", n_episodes=12, families=DEFAULT_TASKS, max_steps=3 + n_workers)
+        tables.append(evaluate({"a": dataclasses.replace(evaluation, n_episodes=4)}, n_workers, show_progress=False)[columns])
+        tables.append(evaluate({"a": evaluation}, n_workers, show_progress=False)[columns])
     assert len(set(tables[1]["seed"])) == 12 and set(tables[0]["seed"]) < set(tables[1]["seed"])
     pd.testing.assert_frame_equal(tables[1].drop(columns="n_steps"), tables[3].drop(columns="n_steps"))

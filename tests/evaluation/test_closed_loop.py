@@ -215,12 +215,12 @@ def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
     ran = []
     monkeypatch.setattr(closed_loop, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
     for max_steps, names in ((7, ("all", "few")), (8, ("few", "all"))):
-        asked = {"all": dataclasses.replace(FEW, n_episodes=BATCH + 3, max_steps=max_steps)}
-        asked["few"] = dataclasses.replace(asked["all"], n_episodes=4)
-        got = evaluate({name: asked[name] for name in names}, show_progress=False)["name"].value_counts()
+        evaluations = {"all": dataclasses.replace(FEW, n_episodes=BATCH + 3, max_steps=max_steps)}
+        evaluations["few"] = dataclasses.replace(evaluations["all"], n_episodes=4)
+        got = evaluate({name: evaluations[name] for name in names}, show_progress=False)["name"].value_counts()
         assert got.to_dict() == {"all": BATCH + 3, "few": 4} and ran == [0, 1]
         ran.clear()
-    shuffled = {name: dataclasses.replace(e, ablation="shuffled_language") for name, e in asked.items()}
+    shuffled = {name: dataclasses.replace(e, ablation="shuffled_language") for name, e in evaluations.items()}
     with pytest.raises(ValueError, match=r"expected one number of episodes with shuffled language, .* got 13 and 4"):
         evaluate({name: shuffled[name] for name in ("few", "all")}, show_progress=False)
 
@@ -249,11 +249,11 @@ def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_
     folder = tmp_path / "policy"
     model, processor = make_policy(toy_vlm, SPEC, toy_stats, chunk_size=2)
     model.save_pretrained(folder, processor)
-    asked = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
-    rows = closed_loop.run_batch(asked, 0, keep_frames=True)
+    evaluation = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
+    rows = closed_loop.run_batch(evaluation, 0, keep_frames=True)
     assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
-        closed_loop.run_batch(dataclasses.replace(asked, robot="ur6"), 0)
+        closed_loop.run_batch(dataclasses.replace(evaluation, robot="ur6"), 0)
 
 
 @pytest.mark.parametrize("by", ["name", ("name", "family")])

@@ -22,11 +22,11 @@ def dataset(home):
 
 
 def test_every_setting_asks_for_the_same_scenes_and_unseen_targets_for_objects_alone():
-    judged = protocols.evaluations_by_setting("expert", 20)
-    assert list(judged) == list(protocols.PROTOCOL_SETTINGS)
-    assert len({tuple(seed for seed, _ in e.episodes()) for e in judged.values()}) == 1
-    assert all(ALL_FAMILIES[family].n_objects for _, family in judged["unseen_target"].episodes())
-    assert {family for _, family in judged["simple"].episodes()} == set(DEFAULT_TASKS)
+    evaluations = protocols.evaluations_by_setting("expert", 20)
+    assert list(evaluations) == list(protocols.PROTOCOL_SETTINGS)
+    assert len({tuple(seed for seed, _ in e.episodes()) for e in evaluations.values()}) == 1
+    assert all(ALL_FAMILIES[family].n_objects for _, family in evaluations["unseen_target"].episodes())
+    assert {family for _, family in evaluations["simple"].episodes()} == set(DEFAULT_TASKS)
 
 
 def test_a_probe_changes_one_thing():

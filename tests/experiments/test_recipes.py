@@ -89,8 +89,8 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
         "scratch": (False, False),
         "vision-language": (True, True),
     }
-    probe = random_backbone_policy(10, 64)
-    assert (probe.freeze_vision, probe.is_pretrained, probe.finetuning) == (True, False, "head")
+    baseline = random_backbone_policy(10, 64)
+    assert (baseline.freeze_vision, baseline.is_pretrained, baseline.finetuning) == (True, False, "head")
 
 
 def test_what_recipes_share_is_trained_once(experiment):
