@@ -103,7 +103,7 @@ NOTHING = (
 CHANGED |= {f"{name}.py": set() for name in NOTHING}
 
 
-def test_what_changed_code_computes_is_computed_anew_and_nothing_else(tmp_path, monkeypatch):
+def test_a_change_of_code_invalidates_its_own_caches_and_no_others(tmp_path, monkeypatch):
     source = shutil.copytree(files.PACKAGE, tmp_path / "rvlm", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     asked = {name: code.hash for name, code in codes().items()}
     monkeypatch.setattr(code_hash, "PACKAGE", source)

@@ -41,7 +41,7 @@ def test_torch_comes_first():
 def test_direct_dependency_is_a_range_that_holds_what_is_locked(requirement):
     locked = LOCK.get(canonicalize_name(requirement.name))
     assert locked is not None, f"{requirement} is not in the lock; run `make lock`"
-    assert requirement.specifier.contains(locked), f"the lock has {locked}, which {requirement} leaves out; mend it, `make lock`"
+    assert requirement.specifier.contains(locked), f"the lock has {locked}, which {requirement} excludes; run `make lock`"
     assert not any(s.operator in ("==", "===") for s in requirement.specifier), "exact versions stand in the lock alone"
     assert any(s.operator == ">=" for s in requirement.specifier), "say the oldest version that will do"
 

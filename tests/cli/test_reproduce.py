@@ -123,7 +123,7 @@ def wait(condition, seconds=40):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-def test_a_run_killed_by_sigkill_goes_on_where_it_was(paths):
+def test_a_run_killed_by_sigkill_resumes(paths):
     write(paths, "01_b", log_line("01_b", "'{stem}', os.getpid()"), "while not Path('go').exists(): time.sleep(0.1)")
     code = "import sys; from pathlib import Path; from rvlm.cli.reproduce import *; "
     code += "reproduce(RunPaths(*map(Path, sys.argv[1:])), 'cpu')"

@@ -60,7 +60,7 @@ def test_files_are_hashed_once(demos, monkeypatch):
     assert not hashed
 
 
-def test_data_recorded_anew_in_the_same_place_gives_its_own_frames(demos, tmp_path):
+def test_data_recorded_again_in_the_same_place_gives_its_own_frames(demos, tmp_path):
     before = EpisodeDataset(demos).frames_cache()["static"].copy()
     demos.rename(tmp_path / "before")
     writer = EpisodeWriter(demos, SPEC)
@@ -120,7 +120,7 @@ def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch)
     assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
 
 
-def test_damaged_frames_are_made_anew_and_stand_in_nobodys_way(demos, monkeypatch):
+def test_damaged_frames_are_decoded_again_and_block_nothing(demos, monkeypatch):
     whole = np.array(EpisodeDataset(demos).frames_cache(["static"])["static"])
     kept = arrays()["static"] / "frames.npy"
     kept.write_bytes(kept.read_bytes()[:500])

@@ -103,7 +103,7 @@ def test_what_recipes_share_is_trained_once(experiment):
     assert train_recipe("vl -> in_domain -> cross_embodiment", half, n_threads=1)[0] == made["vl -> in_domain", 0][0]
 
 
-def test_recipes_that_mean_nothing_are_refused(experiment):
+def test_impossible_recipes_are_refused(experiment):
     with pytest.raises(ValueError, match="no recipe 'vl'; there are scratch, vl -> in_domain"):
         train_recipe("vl", experiment)
     with pytest.raises(ValueError, match="trains on other robots too; expected demonstrations in others, got none"):
@@ -146,7 +146,7 @@ def test_corrections_are_the_experts_labels_in_the_states_that_the_policy_visits
     assert DAggerCollection(str(SMALL_VLM), settings).folder != DAggerCollection(str(POLICY), settings).folder
 
 
-def test_what_ships_is_one_whole_model_at_any_moment(home, tmp_path, monkeypatch):
+def test_a_release_is_one_complete_model_at_any_moment(home, tmp_path, monkeypatch):
     """Released again and again while another thread reads: weights and configuration are always there, and of one model."""
     versions, seen, is_over = itertools.count(), set(), threading.Event()
     target = tmp_path / "policy"

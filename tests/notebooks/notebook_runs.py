@@ -28,7 +28,7 @@ def run_and_find(stem, artifacts, tmp_path):
 
     path = paths.results / "notebooks" / f"{stem}.ipynb"
     nbformat.validate(nbformat.read(path, as_version=4))
-    assert path.stat().st_size < 12e6, "an executed notebook goes into git: show fewer or smaller pictures"
+    assert path.stat().st_size < 12e6, "an executed notebook goes into git: show fewer or smaller images"
     outputs = json.dumps([cell["outputs"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"])
     text = re.sub(r"[A-Za-z0-9+/=]{500,}", "", outputs)
     assert not any(str(folder) in text for folder in (ROOT, artifacts, tmp_path)), "an output names a folder of this machine"

@@ -100,8 +100,8 @@ def test_gradients_reach_every_part(toy_vlm, toy_stats, settings):
 
 def test_a_vision_language_batch_reaches_the_backbone_of_a_policy(toy_vlm, toy_stats):
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 2, 48, 48, 3), np.uint8)
-    batch = VQACollator(processor)([(p, [("is the light on ?", "yes")]) for p in pictures])
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 48, 48, 3), np.uint8)
+    batch = VQACollator(processor)([(p, [("is the light on ?", "yes")]) for p in images])
     model.backbone(**batch).loss.backward()
     for part in (model.backbone.model.vision_model, model.backbone.model.text_model):
         assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0

@@ -31,9 +31,9 @@ def test_teleoperation_by_buttons_and_by_script():
 
     box = widgets.teleoperate(env, seed=3, size=32)
     label, screens, state_label, moves, *_ = box.children
-    before, picture = state_label.value, screens.children[0].value
+    before, image = state_label.value, screens.children[0].value
     button(moves, "left").click()
-    assert state_label.value != before and screens.children[0].value != picture and "m" in state_label.value
+    assert state_label.value != before and screens.children[0].value != image and "m" in state_label.value
     assert label.value.startswith("“") and "step 1 of 60" in label.value
     env.close()
 

@@ -78,16 +78,16 @@ def test_sixty_clicks_in_jupyterlab(server):
         page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.get_by_role("button", name="turn left").wait_for(timeout=180_000)
         assert page.get_by_text("Jupyter news").count() == 0, "nothing covers the page"
-        picture = page.locator(".jp-OutputArea-output img").first
-        drawn, seen = random.Random(0), {picture.get_attribute("src")}
+        image = page.locator(".jp-OutputArea-output img").first
+        drawn, seen = random.Random(0), {image.get_attribute("src")}
         for click in range(60):
             word = "fingers open" if click % 4 == 1 else drawn.choice(WORDS)
-            before = picture.get_attribute("src")
+            before = image.get_attribute("src")
             page.get_by_role("button", name=word, exact=True).click()
             page.wait_for_function(
-                "([image, before]) => image.src !== before", arg=[picture.element_handle(), before], timeout=60_000
+                "([image, before]) => image.src !== before", arg=[image.element_handle(), before], timeout=60_000
             )
-            seen.add(picture.get_attribute("src"))
+            seen.add(image.get_attribute("src"))
             assert page.get_by_text("Error").count() == 0, page.locator(".jp-OutputArea").last.inner_text()
-        assert len(seen) > 55, "every click changes the picture"
+        assert len(seen) > 55, "every click changes the image"
         browser.close()

@@ -226,8 +226,8 @@ def test_a_copy_keeps_results_and_loses_bars_noise_and_the_state_of_widgets():
     notebook = {"metadata": {"widgets": {"state": {}}, "rvlm": {}}, "cells": [{"cell_type": "code", "outputs": outputs}]}
     kept = cleaned(notebook)
     assert kept["metadata"] == {"rvlm": {}} and cleaned(kept) == kept
-    drive, warning, picture, value = kept["cells"][0]["outputs"]
+    drive, warning, figure, value = kept["cells"][0]["outputs"]
     assert drive["data"] == {"text/plain": ["(a widget: it needs a running kernel, see make lab)"]}
     assert warning["text"] == ["a warning\n"] and value == outputs[-1]
-    with Image.open(io.BytesIO(base64.b64decode(picture["data"]["image/png"]))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(figure["data"]["image/png"]))) as image:
         assert image.mode == "P" and np.abs(np.asarray(image.convert("RGB"), int) - 60 * noise).max() <= 8

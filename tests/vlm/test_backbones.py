@@ -30,10 +30,10 @@ def processor(toy_vlm):
     return load_processor(toy_vlm)
 
 
-def own(processor, pictures, texts):
+def own(processor, image_batch, texts):
     """What the family's own processor makes of the prompt's text and images."""
-    whole = [f"{processor.image_token * pictures.shape[1]}{text}{ACT}" for text in texts]
-    return processor(images=[list(p) for p in pictures], text=whole, padding=True, padding_side="right", return_tensors="pt")
+    whole = [f"{processor.image_token * image_batch.shape[1]}{text}{ACT}" for text in texts]
+    return processor(images=[list(p) for p in image_batch], text=whole, padding=True, padding_side="right", return_tensors="pt")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_a_wrong_shape_in_a_signature_is_refused(call, wrong):
 @pytest.mark.parametrize("side", [48, 60])
 def test_prompts_equal_the_processors_own(family, side, request):
     processor = load_processor(request.getfixturevalue(family))
-    pictures, texts = images(side=side), [TEXTS[0], "is the light on ?"]
-    ours, theirs = PromptBuilder(processor, 2)(pictures, texts), own(processor, pictures, texts)
+    image_batch, texts = images(side=side), [TEXTS[0], "is the light on ?"]
+    ours, theirs = PromptBuilder(processor, 2)(image_batch, texts), own(processor, image_batch, texts)
     for key in ("input_ids", "attention_mask"):
         assert torch.equal(ours[key], theirs[key])
     assert ours["pixel_values"].shape == theirs["pixel_values"].shape
@@ -59,20 +59,20 @@ def test_prompts_equal_the_processors_own(family, side, request):
 
 
 def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
-    prompt_builder, pictures = PromptBuilder(processor, 2), images()
-    prompt_builder(pictures, TEXTS[:2])
+    prompt_builder, image_batch = PromptBuilder(processor, 2), images()
+    prompt_builder(image_batch, TEXTS[:2])
     monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: pytest.fail("the processor ran again"))
     monkeypatch.setattr(
         type(processor.image_processor), "__call__", lambda *_, **__: pytest.fail("the image processor ran again")
     )
-    assert prompt_builder(pictures, TEXTS[:2])["pixel_values"].shape == (2, 2, 3, 48, 48)
+    assert prompt_builder(image_batch, TEXTS[:2])["pixel_values"].shape == (2, 2, 3, 48, 48)
 
 
 def test_a_processor_that_does_more_than_normalise_is_called(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
-    prompt_builder, pictures = PromptBuilder(processor, 1), images(n=1)
-    monkeypatch.setattr(PromptBuilder, "_normalize", lambda self, pictures: torch.zeros(*pictures.shape[:2], 3, 48, 48))
-    torch.testing.assert_close(prompt_builder.pixels(pictures), own(processor, pictures, TEXTS[:2])["pixel_values"])
+    prompt_builder, image_batch = PromptBuilder(processor, 1), images(n=1)
+    monkeypatch.setattr(PromptBuilder, "_normalize", lambda self, image_batch: torch.zeros(*image_batch.shape[:2], 3, 48, 48))
+    torch.testing.assert_close(prompt_builder.pixels(image_batch), own(processor, image_batch, TEXTS[:2])["pixel_values"])
 
 
 def test_prompts_of_training_and_evaluation_are_equal(toy_vlm, toy_stats):

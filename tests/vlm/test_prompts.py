@@ -69,8 +69,8 @@ def with_template(folders, tmp_path):
 
 def library_ids(processor, instruction, n=2, **options):
     """Token ids of transformers' own prompt, followed by `<act>`."""
-    pictures = [{"type": "image", "image": Image.new("RGB", (SIDE, SIDE))} for _ in range(n)]
-    turn = [{"role": "user", "content": [*pictures, {"type": "text", "text": instruction}]}]
+    image_parts = [{"type": "image", "image": Image.new("RGB", (SIDE, SIDE))} for _ in range(n)]
+    turn = [{"role": "user", "content": [*image_parts, {"type": "text", "text": instruction}]}]
     how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     ids = processor.apply_chat_template(turn, **how, **options)["input_ids"][0].tolist()
     return [*ids, processor.tokenizer.convert_tokens_to_ids(ACT)]
@@ -115,7 +115,7 @@ def test_content_may_be_a_string(with_template):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{{ raise_exception('nobody may speak') }}", "nobody may speak"),
+        ("{{ raise_exception('no user turn') }}", "no user turn"),
         ("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}", "it writes"),
         (template("<image>", ""), "it writes"),
         (template("<image>{{ c['text'] + 1 }}"), "it writes|Error"),
@@ -242,7 +242,7 @@ def test_processors_get_pil_images(folders, monkeypatch):
 
     def picky(self, images, *args, **options):
         flat = images if isinstance(images[0], Image.Image) else [image for row in images for image in row]
-        assert all(isinstance(image, Image.Image) for image in flat), "a picture, not an array"
+        assert all(isinstance(image, Image.Image) for image in flat), "a PIL image, not an array"
         return inner(self, images, *args, **options)
 
     monkeypatch.setattr(part, "__call__", picky)
@@ -365,9 +365,9 @@ def test_all_outputs_of_a_processor_are_passed_on_with_its_own_ids(folders, fami
     prompt_builder = PromptBuilder(processor, 2)
     images = np.random.default_rng(0).integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
     ours = prompt_builder(images, TEXTS[:2])
-    pictures = [[Image.fromarray(image) for image in views] for views in images]
+    pil_images = [[Image.fromarray(image) for image in views] for views in images]
     how = {"padding": True, "padding_side": "right", "return_tensors": "pt", **prompt_builder._bos_options}
-    theirs = processor(images=pictures, text=[prompt_builder.text(text) for text in TEXTS[:2]], **how)
+    theirs = processor(images=pil_images, text=[prompt_builder.text(text) for text in TEXTS[:2]], **how)
     assert set(ours) == set(theirs) - {"labels"}
     for key, value in ours.items():
         assert torch.allclose(value.double(), torch.as_tensor(theirs[key]).double(), atol=1e-5), key
