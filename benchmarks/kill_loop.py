@@ -33,7 +33,7 @@ def record(root: Path) -> None:
 
     spec = ActionSpec.from_card("tabletop_franka7")
     with EpisodeWriter(root, spec, episodes_per_file=15) as writer:
-        for seed in range(writer.n_kept, N_EPISODES):
+        for seed in range(writer.n_resumed, N_EPISODES):
             rng, n = np.random.default_rng(seed), 20 + seed % 7
             frames = {f"observation.images.{c}": rng.integers(0, 255, (n, 48, 48, 3), np.uint8) for c in spec.cameras}
             action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)

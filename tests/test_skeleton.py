@@ -281,7 +281,7 @@ def test_headless_opengl_names_packages_when_nothing_draws(monkeypatch):
 
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(gl, "_complaint", lambda backend: f"no driver for {backend}")
+    monkeypatch.setattr(gl, "_context_error", lambda backend: f"no driver for {backend}")
     with pytest.raises(
         gl.NoHeadlessOpenGL, match=r"egl: no driver for egl[\s\S]*osmesa[\s\S]*apt-get install -y libegl1 libgl1-mesa-dri"
     ):
@@ -293,7 +293,7 @@ def test_headless_opengl_falls_back_to_osmesa(monkeypatch):
 
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(gl, "_complaint", lambda backend: "no driver" if backend == "egl" else "")
+    monkeypatch.setattr(gl, "_context_error", lambda backend: "no driver" if backend == "egl" else "")
     assert gl.choose_gl() == gl.os.environ["MUJOCO_GL"] == "osmesa"
 
 

@@ -62,7 +62,7 @@ def copy_notebooks(source: Path, target: Path) -> list[str]:
     """
     notebooks = sorted(source.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
-        raise InvalidRun(f"no notebooks in {source}; an installed package has none: they stand in a clone of the repository")
+        raise InvalidRun(f"no notebooks in {source}; an installed package has none: they are in a clone of the repository")
     record = target / ORIGINS
     origins = json.loads(record.read_text()) if record.exists() else {}
     target.mkdir(parents=True, exist_ok=True)

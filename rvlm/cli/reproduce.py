@@ -57,7 +57,7 @@ def plan_jobs(paths: RunPaths, profile: str, only: Sequence[str] = ()) -> list[J
         raise InvalidRun(f"no profile {profile!r}; those in {PROFILES}: {', '.join(profiles)}")
     for name, table in profiles.items():
         for stem, values in table.items():
-            fix = f"mend {PROFILES} or the notebook's parameters cell"
+            fix = f"fix {PROFILES} or the notebook's parameters cell"
             check_parameters(find_notebook(stem, notebooks), values, f"profile {name!r}", fix)
     selected = [find_notebook(name, notebooks) for name in only] or notebooks
     sizes = {path.stem: parameters_in(profiles, profile, path.stem) for path in notebooks}

@@ -1,7 +1,7 @@
 """Demonstrations: what actions mean, their statistics, recording, reading, and training samples.
 
 Modules:
-    instructions: instructions of a robot: text, whatever its source.
+    instructions: validation of instructions.
     dimensions: names of dimensions in other spellings, and their order.
     episode_checks: checks of an episode before it is recorded.
     video: frames to mp4 and back.
@@ -10,7 +10,7 @@ Modules:
     normalization: statistics of actions and states; normalise and unnormalise.
     augmentation: random shift, crop and light of images.
     sampling: fixed budgets and weighted mixtures, deterministic in the sample position.
-    actions: `ActionSpec` from a data card, units, and action tokens.
+    actions: `ActionSpec`: conventions of actions and state, from a data card.
     dataset_statistics: statistics of a dataset in LeRobot's format.
     lerobot_format: LeRobotDataset v3.0 on disk: features, statistics, meta files.
     shards: groups of episodes that are written together, whole or not at all.
@@ -18,7 +18,7 @@ Modules:
     camera_names: which features are colour cameras, and which of them a name means.
     meta: meta files of a dataset, validated.
     row_checks: index columns of the rows, compared with the tables.
-    frame_placement: which frame of a video belongs to which row.
+    frame_alignment: alignment of video frames and table rows.
     frame_cache: decoded frames on disk, within a size limit.
     cameras: images of one camera of a dataset.
     dataset: read a LeRobotDataset, v3.0 or v2.1.

@@ -1,33 +1,27 @@
-"""What an action means: its spec, its statistics, its tokens.
+"""Action spaces: the conventions of one robot's actions and state, read from its data card.
 
-An action is a vector ``dx dy dz droll dpitch dyaw gripper``. What one unit of it is in metres, which sign opens the gripper
-and in which frame it moves the hand stand in a data card and nowhere else. Three things are made from it:
-
-* `ActionSpec` reads the card and travels in every checkpoint;
-* `NormStats` maps raw actions to the model's units and back (per dimension, per dataset);
-* `ActionTokenizer` turns normalised actions into integers and back.
+An action is a vector ``dx dy dz droll dpitch dyaw gripper``. Its units, frame, range and gripper sign are defined in a data card
+and nowhere else. `ActionSpec` reads the card and is stored in every checkpoint; `NormStats` (`rvlm.data.normalization`) maps raw
+actions to normalised ones and back, per dimension and per dataset.
 
 In training batches the arm is normalised and **the gripper is in {0, 1}: 1 is open** (`ActionSpec.normalize`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rvlm.data.cards import CARDS, CardError, check_fields, field_of, read_card
-from rvlm.data.normalization import KINDS, QUANTILES, NormStats, SpecMismatch, StatsAccumulator, like
+from rvlm.data.cards import CARDS, CardError, check_fields, parse_field, read_card
+from rvlm.data.normalization import QUANTILES, NormStats, SpecMismatch, StatsAccumulator, array_like
 
 __all__ = [
     "CARDS",
-    "KINDS",
     "QUANTILES",
     "ActionSpec",
-    "ActionTokenizer",
     "CardError",
     "NormStats",
     "SpecMismatch",
@@ -37,13 +31,13 @@ __all__ = [
 ARM_DIMS = 6
 ROTATIONS = ("axis_angle", "euler_xyz", "quat_xyzw", "quat_wxyz", "joint", "none")
 FRAMES = ("world", "base", "ee")
-STILL = {"m": 0.01, "rad": 0.05}  # slower than that per second is not moving
-STILL_PART = 0.01  # of its range, for a dimension in other units
+MIN_SPEED = {"m": 0.01, "rad": 0.05}  # slower counts as noise [unit/s]
+MIN_RANGE_FRACTION = 0.01  # for a dimension in other units, of its range
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """Conventions of one robot's actions and state, as its data card tells them.
+    """Conventions of one robot's actions and state, as in its data card.
 
     Attributes:
         names: one per dimension; the first six are the arm, the last is "gripper".
@@ -55,10 +49,10 @@ class ActionSpec:
         rotation: layout of dimensions 3 to 5, e.g. "axis_angle" or "euler_xyz".
         gripper_open, gripper_close: raw values of the last dimension.
         rate_hz: control rate; one action lasts ``1 / rate_hz`` seconds.
-        cameras: names in the order in which the model sees them.
+        cameras: names, in the order of the model's input images.
         state_names, state_units, state_rotation: the proprioceptive vector.
-        robot, dataset: who moves, and where the demonstrations come from.
-        absent: names of arm dimensions that this robot cannot move in; they are always 0, and nothing is learned from them.
+        robot, dataset: names of the robot and of the dataset.
+        absent: names of arm dimensions that this robot lacks; they are always 0 and masked in the loss.
         image_rotation_deg: rotation of stored images against what the environment renders (LIBERO's public sets: 180).
 
     Example:
@@ -119,7 +113,7 @@ class ActionSpec:
         empty = [n for n, low, high in zip(self.names, self.low, self.high, strict=True) if low >= high and n not in self.absent]
         if empty:
             raise CardError(
-                f"{self.dataset}: expected 'low' below 'high' in every dimension, got none such for {empty}; mend the card"
+                f"{self.dataset}: expected 'low' below 'high' in every dimension, got none such for {empty}; fix the card"
             )
         outside = {self.gripper_open, self.gripper_close} - {self.low[-1], self.high[-1]}
         if outside or self.rate_hz <= 0 or min(self.scale) <= 0:
@@ -149,7 +143,7 @@ class ActionSpec:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
             )
-        read = {k: field_of(k, v) for k, v in values.items()}
+        read = {k: parse_field(k, v) for k, v in values.items()}
         check_fields(read)
         return cls(**read)
 
@@ -174,26 +168,25 @@ class ActionSpec:
 
     @property
     def present(self) -> np.ndarray:
-        """(a,) bool: the dimensions that this robot has."""
+        """(a,) bool: false for absent dimensions."""
         return np.array([name not in self.absent for name in self.names])
 
     @property
-    def still(self) -> np.ndarray:
-        """(a,) raw units: a dimension whose usual values spread less than that hardly moves.
+    def scale_floor(self) -> np.ndarray:
+        """(a,) raw units: the least scale of each dimension in `NormStats`, below which values are noise.
 
-        1 cm/s or 0.05 rad/s during one action; one per cent of the card's range where the unit is another. Statistics take it as
-        the least spread (`NormStats`).
+        1 cm/s or 0.05 rad/s during one action; one per cent of the card's range for other units.
         """
-        step = np.array([STILL.get(unit, np.nan) for unit in self.units]) / self.rate_hz / self.scale
-        return np.where(np.isfinite(step), step, STILL_PART * np.subtract(self.high, self.low) / 2)
+        step = np.array([MIN_SPEED.get(unit, np.nan) for unit in self.units]) / self.rate_hz / self.scale
+        return np.where(np.isfinite(step), step, MIN_RANGE_FRACTION * np.subtract(self.high, self.low) / 2)
 
     @property
-    def state_still(self) -> np.ndarray:
-        """(s,) The same of the state: 1 cm/s or 0.05 rad/s during one control period, 0 where the unit is another."""
-        return np.array([STILL.get(unit, 0) / self.rate_hz for unit in self.state_units])
+    def state_scale_floor(self) -> np.ndarray:
+        """(s,) The same for the state: 1 cm/s or 0.05 rad/s during one control period, 0 for other units."""
+        return np.array([MIN_SPEED.get(unit, 0) / self.rate_hz for unit in self.state_units])
 
     def is_open(self, actions: Any) -> Any:
-        """Raw actions ``(..., a)`` -> bool ``(...)``: nearer to the open than to the closed value."""
+        """Raw actions ``(..., a)`` -> bool ``(...)``: whether the gripper is nearer to the open than to the closed value."""
         middle = (self.gripper_open + self.gripper_close) / 2
         gripper = actions[..., self.gripper_index]
         return gripper > middle if self.gripper_open > self.gripper_close else gripper < middle
@@ -211,20 +204,20 @@ class ActionSpec:
         if wrong:
             raise SpecMismatch(f"{self.dataset} has no action dimension {wrong}; it has {list(self.names)}")
         index = [self.names.index(n) for n in names or self.names]
-        return actions[..., index] * like(np.asarray(self.scale)[index], actions)
+        return actions[..., index] * array_like(np.asarray(self.scale)[index], actions)
 
     def normalize(self, actions: Any, stats: NormStats) -> Any:
         """Raw ``(..., a)`` -> training units: the arm by ``stats``, the gripper 1 (open) or 0 (closed)."""
-        is_gripper = like(np.arange(self.n_dims) == self.gripper_index, actions)
+        is_gripper = array_like(np.arange(self.n_dims) == self.gripper_index, actions)
         return stats.normalize(actions) * (1 - is_gripper) + self.is_open(actions)[..., None] * is_gripper
 
     def unnormalize(self, normalized: Any, stats: NormStats) -> Any:
         """Training units ``(..., a)`` -> raw: the arm by ``stats``, 0 in absent dimensions, the gripper open where above 0.5."""
-        raw = stats.unnormalize(normalized) * like(self.present, normalized)
+        raw = stats.unnormalize(normalized) * array_like(self.present, normalized)
         return self.set_gripper(raw, normalized[..., self.gripper_index] > 0.5)
 
     def check(self, actions: np.ndarray) -> None:
-        """Raise `SpecMismatch` unless raw actions ``(..., a)`` have the right width, are finite and within range."""
+        """Raise `SpecMismatch` unless raw actions ``(..., a)`` have ``a`` dimensions, are finite and within range."""
         actions = np.asarray(actions)
         if actions.ndim < 1 or actions.shape[-1] != self.n_dims:
             raise SpecMismatch(
@@ -232,75 +225,29 @@ class ActionSpec:
                 "use the card of this robot, or convert the data to the card's layout"
             )
         rows = actions.reshape(-1, self.n_dims)
-        self._refuse(~np.isfinite(rows), rows, "finite numbers", "drop or repair the frame where it is recorded")
-        room = 1e-4 * np.maximum(1, np.abs([self.low, self.high]).max(0))
-        outside = (rows < np.subtract(self.low, room)) | (rows > np.add(self.high, room))
+        self._raise_if(~np.isfinite(rows), rows, "finite numbers", "drop or repair the frame where it is recorded")
+        margin = 1e-4 * np.maximum(1, np.abs([self.low, self.high]).max(0))
+        outside = (rows < np.subtract(self.low, margin)) | (rows > np.add(self.high, margin))
         span = f"low {list(self.low)} to high {list(self.high)}"
-        self._refuse(
+        self._raise_if(
             outside, rows, span, "are these raw action units? to_si gives metres and radians; else widen the card's range"
         )
 
-    def _refuse(self, bad: np.ndarray, rows: np.ndarray, expected: str, mend: str) -> None:
+    def _raise_if(self, bad: np.ndarray, rows: np.ndarray, expected: str, fix: str) -> None:
         if bad.any():
             row, dim = np.argwhere(bad)[0]
             raise SpecMismatch(
                 f"expected {expected}, got {rows[row, dim]} for {self.names[dim]!r} in row {row} "
-                f"({bad.any(axis=1).sum()} of {len(rows)} rows; {self.dataset}); {mend}"
+                f"({bad.any(axis=1).sum()} of {len(rows)} rows; {self.dataset}); {fix}"
             )
 
     def require_same(self, other: ActionSpec, what: str = "policy vs environment") -> None:
-        """Raise `SpecMismatch` naming every convention that differs (the dataset's name may)."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        differing = [k for k in mine if k != "dataset" and mine[k] != theirs[k]]
+        """Raise `SpecMismatch` with every convention that differs; the dataset's name may differ."""
+        own, others = self.to_dict(), other.to_dict()
+        differing = [k for k in own if k != "dataset" and own[k] != others[k]]
         if differing:
-            lines = "; ".join(f"{k}: {mine[k]} against {theirs[k]}" for k in differing)
+            lines = "; ".join(f"{k}: {own[k]} against {others[k]}" for k in differing)
             raise SpecMismatch(
                 f"{what}: {len(differing)} convention(s) differ: {lines}. Use the environment of card {self.dataset!r}, "
                 f"a policy trained on card {other.dataset!r}, or convert one to the other's convention"
             )
-
-
-@dataclass(frozen=True)
-class ActionTokenizer:
-    """Normalised actions -> integers 0 to ``bins - 1`` per dimension, and back to bin centres.
-
-    Bins are uniform over [-1, 1] for the arm and [0, 1] for the gripper, the last dimension. Values outside fall into the
-    end bins: that, besides half a bin, is what tokens lose.
-
-    Source: RT-1 and RT-2 (256 uniform bins per dimension).  Taught in: 02_episodes_and_actions.
-    """
-
-    bins: int = 256
-
-    def __post_init__(self) -> None:
-        if type(self.bins) is not int or self.bins < 1:
-            raise SpecMismatch(f"expected bins as a whole number from 1 on, got {self.bins!r}")
-
-    def _low_and_width(self, n_dims: int) -> tuple[np.ndarray, np.ndarray]:
-        low = np.r_[np.full(n_dims - 1, -1.0), 0.0]
-        return low, (1.0 - low) / self.bins
-
-    def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Normalised ``(..., a)`` -> token ids ``(..., a)`` int64."""
-        if not np.isfinite(actions).all():
-            raise SpecMismatch("expected finite actions to tokenize, got NaN or infinity; drop or repair the frame")
-        low, width = self._low_and_width(np.shape(actions)[-1])
-        return np.clip(np.floor((np.asarray(actions, np.float64) - low) / width), 0, self.bins - 1).astype(np.int64)
-
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids ``(..., a)`` -> normalised bin centres ``(..., a)`` float64."""
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iu" or ((ids < 0) | (ids >= self.bins)).any():
-            raise SpecMismatch(f"expected token ids from 0 to {self.bins - 1}, got {ids.dtype} {ids.ravel()[:8].tolist()} ...")
-        low, width = self._low_and_width(np.shape(ids)[-1])
-        return low + (ids + 0.5) * width
-
-    def round_trip(self, actions: np.ndarray, spec: ActionSpec, stats: NormStats) -> np.ndarray:
-        """Raw actions ``(..., a)`` as they come back from tokens."""
-        return spec.unnormalize(self.decode(self.encode(spec.normalize(actions, stats))), stats)
-
-    def round_trip_error(
-        self, actions: np.ndarray, spec: ActionSpec, stats: NormStats, reduce: Callable[..., Any] = np.mean
-    ) -> np.ndarray:
-        """What raw actions ``(n, a)`` lose on the way to tokens and back: ``(a,)``, absolute, in the spec's SI units."""
-        return reduce(np.abs(spec.to_si(self.round_trip(actions, spec, stats) - actions)), axis=0)

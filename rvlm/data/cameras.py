@@ -1,4 +1,4 @@
-"""The images of one camera of a dataset: found, decoded, beside their rows, and kept as one array on disk."""
+"""Images of one camera of a dataset: decoded, aligned with the rows, and cached as one array on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from rvlm.code_hash import hash_of_code
+from rvlm.data.frame_alignment import align_frames
 from rvlm.data.frame_cache import cached_frames
-from rvlm.data.frame_placement import place
 from rvlm.data.meta import file_path
 from rvlm.data.tables import read_rows
 from rvlm.data.video import EpisodeError, decode_frames, decode_image, frame_times
@@ -25,61 +25,61 @@ CODE = (
     "rvlm.data.frame_cache",
     "rvlm.data.tables",
     "rvlm.data.video",
-    "rvlm.data.frame_placement",
-)  # decide what the frames on disk hold
-BATCH = 64  # embedded images that are read at once
+    "rvlm.data.frame_alignment",
+)  # determine the cached frames
+BATCH = 64  # embedded images read at once
 
 
 class Camera:
-    """One feature of images.
+    """One image feature of a dataset.
 
     Args:
         data: the `EpisodeDataset`.
-        key: of the feature.
+        key: feature key.
     """
 
     def __init__(self, data: Any, key: str) -> None:
         self.data, self.key, self.feature = data, key, data.features[key]
-        self._found: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self._alignments: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def is_video(self) -> bool:
-        """Whether the images stand in videos, rather than in the tables."""
+        """Whether the images are stored as video rather than in the tables."""
         return self.feature["dtype"] == "video"
 
     def episode(self, i: int) -> np.ndarray:
         """Images of one episode ``(n, h, w, 3)`` uint8."""
         if not self.is_video:
-            return np.stack([image for _, image in self._embedded(*self.data.place_of(i))])
+            return np.stack([image for _, image in self._embedded(*self.data.locate_episode(i))])
         row = self.data.episodes.iloc[i].to_dict()
         path = self._video(row)
-        rows, ticks = self._placed(path)
-        is_asked = (rows >= row["dataset_from_index"]) & (rows < row["dataset_to_index"])
-        images = dict(decode_frames(path, ticks[is_asked]))
+        rows, ticks = self._aligned(path)
+        is_in_episode = (rows >= row["dataset_from_index"]) & (rows < row["dataset_to_index"])
+        images = dict(decode_frames(path, ticks[is_in_episode]))
         return np.stack([self._checked(path, images[n]) for n in range(len(images))])
 
     def frames(self) -> np.ndarray:
-        """Images of all episodes ``(n_frames, h, w, 3)`` uint8: a read-only map of a file, which is made where it is missing."""
+        """Images of all episodes ``(n_frames, h, w, 3)`` uint8: a read-only memory map of the cached array, made if missing."""
         files, data = self._files(), self.data
         for path in files:
             if not path.is_file():
                 raise EpisodeError(f"{data.root}: expected a video at {path}, got none; fetch or record it again")
         made_from = {
             "files": [file_hash(path) for path in files],
-            "rows": _hash(*files.values(), *([self._stamps(), *self._spans().values()] if self.is_video else ())),
+            "rows": _hash(*files.values(), *([self._timestamps(), *self._spans().values()] if self.is_video else ())),
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
             "code": hash_of_code(*CODE),
         }
         about = {"dataset": data.root.name, "camera": self.key, "roots": list(CODE)}
         return cached_frames(made_from, about, lambda: (data.n_frames, *self._size(files)), lambda out: self._decode(files, out))
 
-    # --- where ------------------------------------------------------------------------------------------------------------
+    # --- locating ----------------------------------------------------------------------------------------------------------
 
     def _video(self, row: dict[str, Any]) -> Path:
         return file_path(self.data.root, self.data.info, row, self.key)
 
     def _spans(self) -> dict[Path, np.ndarray]:
-        """Of each video its episodes, ``(episodes, 3)``: start in it [s], first row and end among the dataset's rows."""
+        """Video -> its episodes ``(episodes, 3)``: start in the video [s], first row and end row in the dataset."""
         spans: dict[Path, list[tuple[float, int, int]]] = {}
         for row in self.data.episodes.to_dict("records"):
             start = float(row.get(f"videos/{self.key}/from_timestamp", 0.0))
@@ -87,32 +87,32 @@ class Camera:
         return {path: np.array(sorted(of_file)) for path, of_file in spans.items()}
 
     def _files(self) -> dict[Path, np.ndarray]:
-        """The files, and the dataset's rows whose images each holds."""
+        """File -> dataset rows whose images it holds."""
         if not self.is_video:
             return self.data.data_files()
         return {path: _rows(spans) for path, spans in self._spans().items()}
 
-    def _stamps(self) -> np.ndarray:
-        """The rows' own timestamps ``(n_frames,)``, of whatever clock; NaN where they are no numbers."""
-        self.data.data_files()  # whose errors stand, while a clock that is no number is merely of no use
+    def _timestamps(self) -> np.ndarray:
+        """Timestamps of the rows ``(n_frames,)``, of any clock; NaN if they are no numbers."""
+        self.data.data_files()  # its errors are raised, while invalid timestamps are tolerated
         try:
             return self.data.column("timestamp").reshape(-1).astype(float)
         except (EpisodeError, ValueError):
             return np.full(self.data.n_frames, np.nan)
 
-    def _placed(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the dataset that a video shows, and the tick at which each is shown."""
-        if path not in self._found:
+    def _aligned(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset rows of a video, and the time of each in ticks."""
+        if path not in self._alignments:
             ticks, tick = frame_times(path)
             spans = self._spans()[path]
             rows = _rows(spans)
             lengths = (spans[:, 2] - spans[:, 1]).astype(int)
             fps = float(self.data.info["fps"])
-            frame = place(path, ticks * float(tick), spans[:, 0], lengths, fps, lambda: self._stamps()[rows])
-            self._found[path] = rows, ticks[frame]
-        return self._found[path]
+            frame = align_frames(path, ticks * float(tick), spans[:, 0], lengths, fps, lambda: self._timestamps()[rows])
+            self._alignments[path] = rows, ticks[frame]
+        return self._alignments[path]
 
-    # --- what -------------------------------------------------------------------------------------------------------------
+    # --- decoding ---------------------------------------------------------------------------------------------------------
 
     def _size(self, files: dict[Path, np.ndarray]) -> tuple[int, ...]:
         """(h, w, 3) of the first image."""
@@ -120,11 +120,11 @@ class Camera:
         return next(self._images(path))[1].shape
 
     def _images(self, path: Path) -> Iterator[tuple[int, np.ndarray]]:
-        """Row of the dataset and image, for every row of a file, in the order of the file."""
+        """Dataset row and image of each row of a file, in the order of the file."""
         if not self.is_video:
             rows = self.data.data_files()[path]
             return ((int(rows[n]), image) for n, image in self._embedded(path, np.arange(len(rows))))
-        rows, ticks = self._placed(path)
+        rows, ticks = self._aligned(path)
         return ((int(rows[n]), self._checked(path, image)) for n, image in decode_frames(path, ticks))
 
     def _embedded(self, path: Path, at: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -133,11 +133,11 @@ class Camera:
             yield n, self._checked(path, decode_image(cell.as_py(), f"{path}, row {at[n]}, column {self.key!r}"))
 
     def _checked(self, path: Path, image: np.ndarray) -> np.ndarray:
-        """The image, unless info.json promises another size."""
+        """The image; raises `EpisodeError` if info.json gives another size."""
         if image.shape[:2] not in sizes_of(self.feature["shape"]):
             raise EpisodeError(
-                f"{path}: expected images of {self.key} as info.json promises them, shape {self.feature['shape']}, got "
-                f"{image.shape[0]} x {image.shape[1]} pixels (height x width); mend info.json, or convert the dataset again"
+                f"{path}: expected images of {self.key} as in info.json, shape {self.feature['shape']}, got "
+                f"{image.shape[0]} x {image.shape[1]} pixels (height x width); fix info.json, or convert the dataset again"
             )
         return image
 
@@ -151,7 +151,7 @@ class Camera:
 
 
 def sizes_of(shape: list[int]) -> set[tuple[int, int]]:
-    """Height and width that a feature's shape may mean: channels last or first, or none."""
+    """Possible (height, width) of a feature's shape: channels last, first, or none."""
     sizes = {(shape[0], shape[1])} if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)) else set()
     return sizes | ({(shape[1], shape[2])} if len(shape) == 3 and shape[0] in (1, 3, 4) else set())
 

@@ -1,4 +1,4 @@
-"""Data cards: the front matter of a Markdown file, and what each of its fields must be."""
+"""Data cards: the YAML front matter of Markdown files, and validation of its fields."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ TEXT = ("frame", "rotation", "state_rotation", "robot", "dataset")
 TEXTS = ("names", "units", "cameras", "state_names", "state_units", "absent")
 NUMBER = ("gripper_open", "gripper_close", "rate_hz", "image_rotation_deg")
 NUMBERS = ("scale", "low", "high")
-POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 4e-2, which YAML 1.1 takes for text
+POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 4e-2, which YAML 1.1 reads as text
 IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation
 CAMERA = re.compile(r"\w[\w .-]*")
 
 
 class CardError(ValueError):
-    """A data card can't be read, or does not describe the layout that the library speaks."""
+    """A data card cannot be read, or describes an unsupported layout."""
 
 
-def _is_odd(node: yaml.Node) -> bool:
-    """Whether YAML 1.1 reads a number otherwise than people do: 010 as 8, 1:30 as 90."""
+def _is_ambiguous(node: yaml.Node) -> bool:
+    """Whether YAML 1.1 reads a number differently than people do: 010 as 8, 1:30 as 90."""
     is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
     return is_number and re.match(r"[-+]?(0[\d_b]|.*:)", str(node.value)) is not None and "." not in str(node.value).split(":")[0]
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a field that is written twice, of which YAML would take the last."""
+    """A loader that refuses duplicate fields, of which YAML would use the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} written twice")
+        duplicates = sorted({str(name) for name in names if names.count(name) > 1})
+        if duplicates:
+            raise yaml.YAMLError(f"{', '.join(duplicates)} written twice")
         for key, value in node.value:
-            odd = [v.value for v in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if _is_odd(v)]
-            if odd and key.value in NUMBER + NUMBERS:
-                raise yaml.YAMLError(f"{key.value}: {odd[0]} means another number in YAML; write it in plain decimals")
+            ambiguous = [v.value for v in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if _is_ambiguous(v)]
+            if ambiguous and key.value in NUMBER + NUMBERS:
+                raise yaml.YAMLError(f"{key.value}: {ambiguous[0]} means another number in YAML; write it in plain decimals")
         return super().construct_mapping(node, deep)
 
 
@@ -62,35 +62,35 @@ def read_card(path_or_name: str | Path) -> dict[str, Any]:
     try:
         matter = yaml.load(parts[1], _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise CardError(f"{path}: the front matter is not YAML ({error}); mend the lines between the two '---'") from error
+        raise CardError(f"{path}: the front matter is not YAML ({error}); fix the lines between the two '---'") from error
     if not isinstance(matter, dict) or not isinstance(matter.get("rvlm"), dict):
         raise CardError(f"{path}: expected an 'rvlm:' block in the front matter; copy one from data_cards/tabletop_franka7.md")
     return matter
 
 
-def field_of(name: str, value: Any) -> Any:
-    """A field from YAML or JSON as a spec takes it: lists become tuples, whole numbers and 4e-2 floats."""
+def parse_field(name: str, value: Any) -> Any:
+    """A field of YAML or JSON as `ActionSpec` takes it: lists become tuples, whole numbers and 4e-2 become floats."""
     if isinstance(value, list):
-        return tuple(field_of(name, v) for v in value)
+        return tuple(parse_field(name, v) for v in value)
     if name in NUMBER + NUMBERS and (type(value) is int or (isinstance(value, str) and POWER.fullmatch(value))):
         try:
             return float(value)
         except OverflowError:
-            return math.inf  # which is refused
+            return math.inf  # refused by check_fields
     return value
 
 
 def check_fields(values: dict[str, Any]) -> None:
-    """Raise `CardError` naming the first field that is not of its kind: text, number, lists of them, true or false."""
+    """Raise `CardError` for the first field of the wrong type: text, number, list of these, or boolean."""
     where = values["dataset"]
     for name, value in values.items():
-        kind, is_right = _kind(name)
-        if not is_right(value):
-            raise CardError(f"{where}: expected {name!r} as {kind}, got {_shown(value)}; mend it in the card")
+        description, is_valid = _expected_type(name)
+        if not is_valid(value):
+            raise CardError(f"{where}: expected {name!r} as {description}, got {_shown(value)}; fix it in the card")
         if name in ("names", "cameras", "state_names") and len(set(value)) != len(value):
             raise CardError(f"{where}: expected {name!r} without repetition, got {_shown(value)}; give each a name of its own")
     if not values["cameras"]:
-        raise CardError(f"{where}: expected at least one name in 'cameras', got none; a policy needs to see")
+        raise CardError(f"{where}: expected at least one name in 'cameras', got none; a policy needs an image")
     wrong = [name for name in values["cameras"] if not CAMERA.fullmatch(name) or ".." in name]
     if wrong:
         raise CardError(
@@ -103,7 +103,7 @@ def _shown(value: Any) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _kind(name: str) -> tuple[str, Any]:
+def _expected_type(name: str) -> tuple[str, Any]:
     if name in TEXT:
         return "text (in quotes where YAML reads something else)", _is_text
     if name in TEXTS:

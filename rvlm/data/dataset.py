@@ -1,8 +1,7 @@
-"""Read a LeRobotDataset (v3.0, or v2.1) from its folder: parquet tables, mp4 videos, and what they mean.
+"""Read a LeRobotDataset (v3.0 or v2.1) from its folder: parquet tables, mp4 videos, and the action spec.
 
-Nothing that a dataset says of itself is believed unchecked: `rvlm.data.meta` checks its meta files, `rvlm.data.row_checks` its
-rows against them, `rvlm.data.frame_placement` its videos against its rows. What disagrees is an
-`EpisodeError` that names the file.
+The dataset is validated: its meta files by `rvlm.data.meta`, its rows by `rvlm.data.row_checks`, the alignment of videos and rows
+by `rvlm.data.frame_alignment`. A contradiction is an `EpisodeError` that names the file.
 """
 
 from __future__ import annotations
@@ -21,31 +20,31 @@ from rvlm.data.camera_names import camera_names, find_camera, is_image
 from rvlm.data.cameras import Camera
 from rvlm.data.meta import check_card, file_path, read_episodes, read_info, read_tasks, stored_spec
 from rvlm.data.row_checks import check_complete, rows_of_file
-from rvlm.data.tables import column_of, episode_numbers, read_json, read_rows, read_table
+from rvlm.data.tables import column_of, episode_indices, read_json, read_rows, read_table
 from rvlm.data.video import EpisodeError
 
-FAR = 100  # normalised units, beyond which somebody is told
-Index = int | np.integer | Any  # of these two, whatever comes is looked at, so that the refusal is in words
-Episodes = Iterable[int] | np.ndarray | Any
+OUTLIER = 100  # warn of values beyond this [normalised units]
+Index = int | np.integer | Any  # Any: other types are refused with a message
+EpisodeIndices = Iterable[int] | np.ndarray | Any
 
 
 class EpisodeDataset:
-    """A folder of demonstrations in LeRobot's format, as it was when it was opened.
+    """A folder of demonstrations in LeRobot's format; changes on disk after opening are not seen.
 
     Args:
-        root: folder of the dataset, the one that holds ``meta/info.json``.
-        spec: the robot's conventions, or the name or path of their card; left out, they are taken from info.json, where
-            `EpisodeWriter` stores them.
+        root: folder of the dataset, with ``meta/info.json``.
+        spec: the action spec, or the name or path of its card; by default the one that `EpisodeWriter` stored in info.json.
 
     Attributes:
-        info: info.json as it is.
-        spec: the robot's conventions, or None for a foreign dataset that was opened without a card.
+        info: content of info.json.
+        spec: the action spec, or None for an external dataset that was opened without a card.
         tasks: instructions, in the order of ``task_index``.
-        episodes: one row per episode: length, tasks, first and last row, files, and the recorder's extra columns.
-        cameras: names in the order of the card; feature keys by name stand in ``camera_keys``. Depth maps are no cameras.
+        episodes: one row per episode: length, tasks, first and last row, files, and extra columns.
+        cameras: names of the colour cameras, in the order of the card.
+        camera_keys: camera name -> feature key.
 
     Raises:
-        EpisodeError: the folder holds no such dataset, or its meta files are broken, contradict each other or the card.
+        EpisodeError: no such dataset, or its meta files are broken, contradict each other or the card.
 
     Example:
         >>> data = rvlm.EpisodeDataset("demonstrations")
@@ -94,21 +93,21 @@ class EpisodeDataset:
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """What the dataset promises not to hold (`rvlm.evaluation.protocols`); empty where nothing was promised."""
+        """Seeds, templates and words held out of the dataset (`rvlm.evaluation.protocols`); empty if none are declared."""
         path = self.root / "meta/held_out.json"
         return read_json(path) if path.is_file() else {}
 
     def instruction(self, i: Index) -> str:
-        """What the robot was asked to do in episode i; at its first frame, where it was asked to do several things."""
+        """Instruction of episode i; that of its first frame if it has several."""
         row = self._row(i)
         return row["tasks"][0] if len(row["tasks"]) == 1 else self.tasks[self.task_of_frame[row["dataset_from_index"]]]
 
     def camera_key(self, camera: str) -> str:
-        """Feature of a camera; an unknown or doubtful one is an error that names those that exist."""
+        """Feature key of a camera; `EpisodeError` if it is unknown or ambiguous."""
         return find_camera(self.root, self.features, camera)
 
     def require_spec(self) -> ActionSpec:
-        """The spec, or an error that says how to give one."""
+        """The action spec; `EpisodeError` if there is none."""
         if self.spec is None:
             raise EpisodeError(
                 f"{self.root} does not say what its actions mean; open it with EpisodeDataset(root, ActionSpec.from_card(...))"
@@ -127,22 +126,22 @@ class EpisodeDataset:
         return self.episodes.iloc[number].to_dict()
 
     def _rows_of(self, path: Path) -> np.ndarray:
-        """Each row of a data file as a row of the dataset, looked up once."""
+        """Dataset row of each row of a data file, cached."""
         if path not in self._rows:
             self._rows[path] = rows_of_file(path, self.episodes, self._task_names)
         return self._rows[path]
 
     def data_files(self) -> dict[Path, np.ndarray]:
-        """Rows of every data file, which together are those of the dataset."""
+        """Data file -> dataset rows; all files together hold every row once."""
         paths = dict.fromkeys(file_path(self.root, self.info, row) for row in self.episodes.to_dict("records"))
         files = {path: self._rows_of(path) for path in paths}
         check_complete(files, self.episodes)
         return files
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column over all episodes, ``(n_frames, d)``, or ``(n_frames,)`` if it is scalar; read-only, and read once.
+        """A column over all episodes, ``(n_frames, d)``, or ``(n_frames,)`` if it is scalar; read-only and cached.
 
-        Rows stand in the order of episodes and frames, whatever order the files have. No video is decoded.
+        Rows are in the order of episodes and frames.
         """
         if name not in self.features or is_image(self.features[name]):
             plain = sorted(k for k, f in self.features.items() if not is_image(f))
@@ -167,22 +166,22 @@ class EpisodeDataset:
 
     @property
     def task_of_frame(self) -> np.ndarray:
-        """For every frame its place in ``tasks`` ``(n_frames,)``."""
+        """Index in ``tasks`` of every frame ``(n_frames,)``."""
         return np.searchsorted(list(self._task_names), self.column("task_index").astype(np.int64))
 
     def episode(self, i: Index) -> dict[str, Any]:
         """One episode: every column ``(n, ...)``, decoded images ``(n, h, w, 3)`` uint8 by feature key, "instruction".
 
-        Columns of language and other structures come as lists of Python values. Depth maps are left out.
+        Language columns are lists of Python values. Depth maps are left out.
         """
-        path, at = self.place_of(i)
-        shown = {k: f for k, f in self.features.items() if not is_image(f)}
-        table = read_rows(path, at, list(shown))
+        path, at = self.locate_episode(i)
+        plain = {k: f for k, f in self.features.items() if not is_image(f)}
+        table = read_rows(path, at, list(plain))
         out: dict[str, Any] = {"instruction": self.instruction(i)}
         for key in self.features:
             if key in self.camera_keys.values():
                 out[key] = self._camera(key).episode(int(i))
-            elif key in shown:
+            elif key in plain:
                 out[key] = self._cells(table, key, path)
         return out
 
@@ -193,8 +192,8 @@ class EpisodeDataset:
         values = column_of(table, key, path, feature)
         return values[:, 0] if feature["shape"] == [1] else values
 
-    def place_of(self, i: Index) -> tuple[Path, np.ndarray]:
-        """Data file of an episode, and its rows there in the order of frames ``(n,)``; the table may name the file before."""
+    def locate_episode(self, i: Index) -> tuple[Path, np.ndarray]:
+        """Data file of an episode, and its rows there in the order of frames ``(n,)``; all files are searched if need be."""
         row = self._row(i)
         first, end, named = row["dataset_from_index"], row["dataset_to_index"], file_path(self.root, self.info, row)
         if (at := _within(self._rows_of(named), first, end)) is not None:
@@ -206,16 +205,16 @@ class EpisodeDataset:
             f"{self.root}: expected the rows of episode {i} in one data file, got them in several; convert it again"
         )
 
-    def stats(self, kind: str = "q01_q99", episodes: Episodes | None = None) -> dict[str, NormStats]:
-        """Statistics of "action" and "observation.state" over the given episodes: give the training ones only.
+    def stats(self, kind: str = "q01_q99", episodes: EpisodeIndices | None = None) -> dict[str, NormStats]:
+        """Statistics of "action" and "observation.state" over episodes, which should be the training ones only.
 
-        The gripper of "action" is passed through; `ActionSpec.normalize` maps it to {0, 1}.
+        The gripper of "action" is not normalised; `ActionSpec.normalize` maps it to {0, 1}.
         """
         return pooled_stats([(self, self.validate_episodes(episodes))], kind)
 
-    def validate_episodes(self, episodes: Episodes | None) -> np.ndarray:
-        """Episode indices, sorted; all of them for None; those that don't exist are refused."""
-        chosen = np.arange(self.n_episodes) if episodes is None else episode_numbers(episodes)
+    def validate_episodes(self, episodes: EpisodeIndices | None) -> np.ndarray:
+        """Sorted episode indices, all for None; `EpisodeError` if one does not exist."""
+        chosen = np.arange(self.n_episodes) if episodes is None else episode_indices(episodes)
         if not len(chosen) or chosen[0] < 0 or chosen[-1] >= self.n_episodes:
             raise EpisodeError(f"{self.root}: expected episodes from 0 to {self.n_episodes - 1}, got {list(chosen[:5])} ...")
         return chosen
@@ -228,9 +227,9 @@ class EpisodeDataset:
         return self._cameras[key]
 
     def frames_cache(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """All frames of the cameras, decoded once: ``{name: (n_frames, h, w, 3)}`` uint8, read-only maps of files on disk.
+        """All frames of the cameras: ``{name: (n_frames, h, w, 3)}`` uint8, read-only memory maps.
 
-        They stand in the artifacts folder, one array a camera, named by what they are made from (`rvlm.data.frame_cache`).
+        They are decoded once and cached in the artifacts folder (`rvlm.data.frame_cache`).
         """
         return {camera: self._camera(self.camera_key(camera)).frames() for camera in cameras or self.cameras}
 
@@ -247,49 +246,49 @@ def _spec_of(spec: Any) -> ActionSpec | None:
 
 
 def _refuse_contradiction(root: Path, info: dict[str, Any], given: ActionSpec) -> None:
-    """Another card may choose cameras and mend the rate, but not say that the same numbers mean something else."""
+    """A given card may change cameras and rate, but not the meaning of the stored numbers."""
     try:
         stored = stored_spec(root, info)
-    except EpisodeError:  # one that is broken says nothing
+    except EpisodeError:  # a broken spec is ignored
         return
     if stored is not None:
         try:
             stored.require_same(replace(given, cameras=stored.cameras, rate_hz=stored.rate_hz), "stored card vs given card")
         except SpecMismatch as error:
-            raise EpisodeError(f"{root}: {error}; or mend rvlm.spec in meta/info.json where that is wrong") from error
+            raise EpisodeError(f"{root}: {error}; or fix rvlm.spec in meta/info.json where that is wrong") from error
 
 
 def _within(rows: np.ndarray, first: int, end: int) -> np.ndarray | None:
-    """Where the rows from `first` to `end` stand, in order; None unless all of them do."""
+    """Positions of the rows from `first` to `end`, in order; None unless all are present."""
     at = np.flatnonzero((rows >= first) & (rows < end))
     return at[np.argsort(rows[at])] if len(at) == end - first else None
 
 
 def pooled_stats(parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str = "q01_q99") -> dict[str, NormStats]:
-    """Statistics of "action" and "observation.state" over episodes of one robot that stand in several folders.
+    """Statistics of "action" and "observation.state" over episodes of one robot from several datasets.
 
-    Warns where a value lies further than 100 units from the rest once it is normalised.
+    Warns of values beyond `OUTLIER` in normalised units.
     """
     spec = parts[0][0].require_spec()
     for data, _ in parts[1:]:
         spec.require_same(data.require_spec(), f"{parts[0][0].root} vs {data.root}")
-    sides = {"action": (spec.names, spec.still), "observation.state": (spec.state_names, spec.state_still)}
+    sides = {"action": (spec.names, spec.scale_floor), "observation.state": (spec.state_names, spec.state_scale_floor)}
     out = {}
-    for key, (names, still) in ((k, v) for k, v in sides.items() if k in parts[0][0].features):
+    for key, (names, floor) in ((k, v) for k, v in sides.items() if k in parts[0][0].features):
         accumulator = StatsAccumulator()
         for data, episodes in parts:
             try:
                 accumulator.update(data.column(key)[np.isin(data.episode_of_frame, episodes)])
             except SpecMismatch as error:
                 raise EpisodeError(f"{data.root}, {key}: {error}") from error
-        out[key] = accumulator.finish(kind, (spec.gripper_index,) if key == "action" else (), still)
+        out[key] = accumulator.finish(kind, (spec.gripper_index,) if key == "action" else (), floor)
         _warn_of_outliers(f"{parts[0][0].root}, {key}", out[key], names)
     return out
 
 
 def _warn_of_outliers(what: str, stats: NormStats, names: Sequence[str]) -> None:
     furthest = np.abs([stats.normalize(stats.min), stats.normalize(stats.max)]).max(0)
-    for i in np.flatnonzero(furthest > FAR).tolist() if stats.kind != "identity" else ():
-        told = f"{what}: {names[i]!r} reaches {furthest[i]:.0f} in normalised units, as it hardly ever moves "
+    for i in np.flatnonzero(furthest > OUTLIER).tolist() if stats.kind != "identity" else ():
+        reach = f"{what}: {names[i]!r} reaches {furthest[i]:.0f} in normalised units, as it hardly ever moves "
         spread = f"(q01 {stats.q01[i]:.3g}, q99 {stats.q99[i]:.3g}, but {stats.min[i]:.3g} to {stats.max[i]:.3g}); "
-        warnings.warn(f"{told}{spread}are these outliers? repair the rows, or leave the dimension out", stacklevel=3)
+        warnings.warn(f"{reach}{spread}are these outliers? repair the rows, or leave the dimension out", stacklevel=3)

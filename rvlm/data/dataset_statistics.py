@@ -1,4 +1,4 @@
-"""Statistics of a recording as LeRobot stores them: of columns of numbers, and of images by counts of their values."""
+"""Dataset statistics in LeRobot's format: of numeric columns, and of images from histograms of their values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rvlm.data.normalization import QUANTILES, StatsAccumulator
 
 
 class ImageHistogram:
-    """Counts of each 8-bit value per channel: exact and mergeable statistics of any number of images."""
+    """Histogram of 8-bit values per channel: exact, mergeable statistics of images."""
 
     def __init__(self, counts: np.ndarray | None = None, n_frames: int = 0) -> None:
         self.counts = np.zeros((3, 256), np.int64) if counts is None else np.asarray(counts, np.int64).reshape(3, 256)
         self.n_frames = n_frames
 
     def update(self, images: np.ndarray) -> ImageHistogram:
-        """Take in ``(n, h, w, 3)`` uint8."""
+        """Add images ``(n, h, w, 3)`` uint8."""
         self.counts += np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(3)])
         self.n_frames += len(images)
         return self
@@ -33,7 +33,7 @@ class ImageHistogram:
         return arrays | {"count": [self.n_frames]}
 
     def _quantile(self, q: float) -> np.ndarray:
-        """numpy.quantile (linear) of all pixels, per channel."""
+        """Quantile of all pixels per channel, as numpy.quantile (linear)."""
         cumulative = self.counts.cumsum(1)
         position = q * (cumulative[:, -1] - 1)
         low, high = (self._sorted_value(cumulative, rank(position)) for rank in (np.floor, np.ceil))

@@ -1,7 +1,7 @@
-"""Names of a column's dimensions as info.json spells them, and whether they stand in the order of the card.
+"""Names of a column's dimensions in info.json, and whether they are in the order of the card.
 
-Other people write ``["dx", ...]``, ``{"motors": [...]}``, ``{"dx": 0, ...}``, ``["action.dx", ...]``, ``["DX", ...]``: words are
-compared without case, blanks, prefix and suffix, and groups are joined in their order.
+Datasets write ``["dx", ...]``, ``{"motors": [...]}``, ``{"dx": 0, ...}``, ``["action.dx", ...]``, ``["DX", ...]``: names are
+compared without case, spaces, prefix and suffix, and groups are concatenated.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ SUFFIX = ".pos"
 
 
 def check_order(root: Path, key: str, stored: Any, names: Sequence[str], card: str) -> None:
-    """Names that both sides know must stand in the same places; where they share no word nothing can be compared.
+    """Check that names shared by info.json and card have the same index; passes if they share no name.
 
     Raises:
-        EpisodeError: A name stands elsewhere, or there are more or fewer names than dimensions.
+        EpisodeError: A name has another index, or the numbers of names and dimensions differ.
     """
-    words, own = [_folded(name) for name in _flat(stored)], [_folded(name) for name in names]
+    found, own = [_normalized(name) for name in _flat(stored)], [_normalized(name) for name in names]
     if len(set(own)) != len(own):
-        words, own = _flat(stored), list(names)
-    if not set(words) & set(own):
+        found, own = _flat(stored), list(names)
+    if not set(found) & set(own):
         return
-    if len(words) != len(own):
+    if len(found) != len(own):
         raise EpisodeError(
-            f"{root}: {key} is {stored} in info.json, {len(words)} names for {len(names)} dimensions, which are {list(names)} in "
+            f"{root}: {key} is {stored} in info.json, {len(found)} names for {len(names)} dimensions, which are {list(names)} in "
             f"card {card!r}; name each dimension once"
         )
-    for i, word in enumerate(words):
-        if word in own and own.index(word) != i:
+    for i, name in enumerate(found):
+        if name in own and own.index(name) != i:
             raise EpisodeError(
-                f"{root}: {key} is {stored} in info.json and {list(names)} in card {card!r}: {names[own.index(word)]!r} is "
-                f"dimension {i} there and {own.index(word)} here; bring the column into the card's order when converting, or "
-                "mend the names"
+                f"{root}: {key} is {stored} in info.json and {list(names)} in card {card!r}: {names[own.index(name)]!r} is "
+                f"dimension {i} there and {own.index(name)} here; bring the column into the card's order when converting, or "
+                "fix the names"
             )
 
 
 def _flat(stored: Any) -> list[str]:
-    """All names in the order of dimensions: name to place by place, place to name by key, groups one after another."""
+    """All names in the order of dimensions, from a list, groups, name -> index, or index -> name."""
     if stored is None:
         return []
     if isinstance(stored, str):
         return stored.split(",")
     if isinstance(stored, dict):
-        if stored and all(type(place) in (int, float) for place in stored.values()):
+        if stored and all(type(index) in (int, float) for index in stored.values()):
             return [str(name) for name in sorted(stored, key=lambda name: stored[name])]
-        if all(str(place).strip().isdecimal() for place in stored):
-            return _flat([stored[place] for place in sorted(stored, key=int)])
+        if all(str(index).strip().isdecimal() for index in stored):
+            return _flat([stored[index] for index in sorted(stored, key=int)])
         return _flat(list(stored.values()))
     if isinstance(stored, list):
         return [name for part in stored for name in ([part] if isinstance(part, str) and len(stored) > 1 else _flat(part))]
     return [str(stored)]
 
 
-def _folded(name: str) -> str:
-    word = unicodedata.normalize("NFKC", name).strip().casefold().removesuffix(SUFFIX)
+def _normalized(name: str) -> str:
+    name = unicodedata.normalize("NFKC", name).strip().casefold().removesuffix(SUFFIX)
     for prefix in PREFIXES:
-        word = word.removeprefix(prefix)
-    return word.strip()
+        name = name.removeprefix(prefix)
+    return name.strip()

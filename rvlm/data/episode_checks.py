@@ -1,4 +1,4 @@
-"""What an episode must be before it is recorded: whatever could not be written, or read again, is refused when it comes."""
+"""Validation of episodes before they are recorded: all that could not be written or read back is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.cards import CAMERA
-from rvlm.data.lerobot_format import DEFAULT_FEATURES, IMAGES, RESERVED_COLUMNS, Frames
+from rvlm.data.lerobot_format import DEFAULT_FEATURES, IMAGES, RESERVED_COLUMNS, EpisodeFrames
 from rvlm.data.video import EpisodeError
 
-OWN = {*DEFAULT_FEATURES, "instruction"}  # columns that the format, or a reader, adds itself
+OWN = {*DEFAULT_FEATURES, "instruction"}  # columns that the format or the reader adds
 
 
 def check_arrays(frames: Any) -> None:
-    """Raise `EpisodeError` unless the frames are numpy arrays under names that a column can have."""
+    """Raise `EpisodeError` unless the frames are numpy arrays under valid column names."""
     if not isinstance(frames, dict):
         raise EpisodeError(f"expected an episode as a dict of numpy arrays, got {type(frames).__name__}")
     for key, values in frames.items():
@@ -34,8 +34,8 @@ def check_arrays(frames: Any) -> None:
             )
 
 
-def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: Frames) -> int:
-    """Raise `EpisodeError` unless the frames of one episode follow the card and the features; returns their number."""
+def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: EpisodeFrames) -> int:
+    """Raise `EpisodeError` unless the frames of one episode match the card and the features; returns their number."""
     _check_cameras(spec, frames)
     missing = {"action", "observation.state"} - set(frames)
     if missing or set(frames) != set(features):
@@ -54,12 +54,12 @@ def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: 
     if width != len(spec.state_names):
         raise EpisodeError(
             f"observation.state: card {spec.dataset!r} expects {len(spec.state_names)} dimensions {list(spec.state_names)}, "
-            f"got {width}; mend the card or the data"
+            f"got {width}; fix the card or the data"
         )
     return lengths["action"]
 
 
-def _check_cameras(spec: ActionSpec, frames: Frames) -> None:
+def _check_cameras(spec: ActionSpec, frames: EpisodeFrames) -> None:
     cameras = {key.removeprefix(IMAGES) for key in frames if key.startswith(IMAGES)}
     if cameras != set(spec.cameras):
         raise EpisodeError(
@@ -83,7 +83,7 @@ def _check_values(key: str, values: np.ndarray, feature: dict[str, Any]) -> None
 
 
 def check_extra(extra: dict[Any, Any] | None, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An episode's extra columns as plain JSON values: scalars, of the kinds that earlier episodes gave under these names."""
+    """An episode's extra columns as JSON scalars, of the same types as in earlier episodes."""
     plain = {}
     for name, value in (extra or {}).items():
         plain[name] = value.item() if isinstance(value, np.generic) else value
@@ -92,9 +92,9 @@ def check_extra(extra: dict[Any, Any] | None, before: dict[str, Any] | None = No
                 f"extra: expected scalars under names other than {sorted(RESERVED_COLUMNS)}, got {name!r}: {value!r}; "
                 "whole numbers have 64 bits at most; put what changes from frame to frame into the frames"
             )
-        if name in (before or {}) and (is_kind := kind_of(plain[name])) != (was_kind := kind_of((before or {})[name])):
+        if name in (before or {}) and (got := type_name(plain[name])) != (expected := type_name((before or {})[name])):
             raise EpisodeError(
-                f"extra: expected {name!r} as {was_kind}, as in the episodes before, got {is_kind}: {value!r}; give one kind"
+                f"extra: expected {name!r} as {expected}, as in the episodes before, got {got}: {value!r}; use one type"
             )
     return plain
 
@@ -111,6 +111,6 @@ def _is_scalar(value: Any) -> bool:
     return type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
 
 
-def kind_of(value: Any) -> str:
-    """Of a column: text, true or false, or a number."""
+def type_name(value: Any) -> str:
+    """Type of a scalar, for messages: text, true or false, or a number."""
     return "text" if isinstance(value, str) else "true or false" if isinstance(value, bool) else "a number"

@@ -1,10 +1,10 @@
-"""Decoded frames on disk: one array for each camera of a dataset, named by what made it, within a limit.
+"""Cache of decoded frames on disk: one array per camera of a dataset, named by the hash of its inputs, with a size limit.
 
     ARTIFACTS/frames/KEY/frames.npy     (n_frames, h, w, 3) uint8
-    ARTIFACTS/frames/KEY/about.json     what KEY was made from, and whose frames they are; its age is that of the last use
+    ARTIFACTS/frames/KEY/about.json     inputs, dataset and camera; its modification time is that of the last use
 
-All of them together take at most ``RVLM_FRAMES_GB`` (100 GB unless that is set). Where room is needed, those that were used
-longest ago are removed, never one that a process holds open.
+All arrays together take at most ``RVLM_FRAMES_GB`` (default 100 GB). The least recently used are removed to make room, but
+never one that a process has open.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from rvlm.files import artifacts_dir, config_hash, reserve
 
 
 def limit_bytes() -> float:
-    """What all decoded frames together may take: ``RVLM_FRAMES_GB``."""
-    told = os.environ.get("RVLM_FRAMES_GB") or "100"
+    """Size limit of all decoded frames: ``RVLM_FRAMES_GB`` [bytes]."""
+    setting = os.environ.get("RVLM_FRAMES_GB") or "100"
     try:
-        limit = float(told)
+        limit = float(setting)
     except ValueError:
         limit = math.nan
     if not limit >= 0:
         raise EpisodeError(
-            f"expected RVLM_FRAMES_GB as a number of gigabytes from 0 on, got {told!r}; set it anew, or leave it out"
+            f"expected RVLM_FRAMES_GB as a number of gigabytes from 0 on, got {setting!r}; change it, or leave it out"
         )
     return limit * 1e9
 
 
 def cached_frames(
-    made_from: dict[str, Any], about: dict[str, Any], shape: Callable[[], tuple[int, ...]], fill: Callable
+    made_from: dict[str, Any], about: dict[str, Any], shape: Callable[[], tuple[int, ...]], decode: Callable
 ) -> np.ndarray:
-    """A read-only map of frames on disk, made unless it is there.
+    """A read-only memory map of decoded frames on disk, decoded if it does not exist.
 
     Args:
-        made_from: all that decides the content, plain JSON values.
-        about: what else a person wants to know.
-        shape: called where they are made; gives (n_frames, h, w, 3).
-        fill: called with the array to write to.
+        made_from: JSON values that determine the content; hashed for the name.
+        about: further JSON values for people.
+        shape: returns (n_frames, h, w, 3); called before decoding.
+        decode: called with the array to write to.
     """
     folder = artifacts_dir() / "frames" / config_hash(made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock(folder)):  # who asks for the same frames meanwhile waits for them
-        if not _is_whole(folder):
+    with FileLock(_lock(folder)):  # concurrent requests wait
+        if not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, shape(), fill, {**about, "made_from": made_from})
+            _make(folder, shape(), decode, {**about, "made_from": made_from})
         hold = (folder / "about.json").open("rb")
         fcntl.flock(hold, fcntl.LOCK_SH)
         os.utime(folder / "about.json")
@@ -65,8 +65,8 @@ def cached_frames(
     return frames
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the frames are there, and all of them; a copy that was cut short, say, is made anew."""
+def _is_complete(folder: Path) -> bool:
+    """Whether all frames exist; a truncated file is incomplete."""
     try:
         shape = json.loads((folder / "about.json").read_text())["shape"]
         return (folder / "frames.npy").stat().st_size > int(np.prod(shape))  # and a header
@@ -78,7 +78,7 @@ def _lock(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _make(folder: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], about: dict[str, Any]) -> None:
+def _make(folder: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], None], about: dict[str, Any]) -> None:
     make_room(int(np.prod(shape)))
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -86,7 +86,7 @@ def _make(folder: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], Non
     try:
         out = np.lib.format.open_memmap(temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=shape)
         reserve(temporary / "frames.npy", out.offset + out.nbytes)
-        fill(out)
+        decode(out)
         out.flush()
         (temporary / "about.json").write_text(json.dumps({**about, "shape": list(shape)}, indent=1))
         temporary.rename(folder)
@@ -95,10 +95,10 @@ def _make(folder: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], Non
 
 
 def make_room(n_bytes: int) -> None:
-    """Remove frames that were used longest ago until there is room for as many bytes more.
+    """Remove the least recently used frames until ``n_bytes`` fit below the limit.
 
     Raises:
-        EpisodeError: what is in use leaves less than that.
+        EpisodeError: frames in use leave too little room.
     """
     limit, stored = limit_bytes(), sorted((artifacts_dir() / "frames").glob("*/about.json"), key=lambda p: p.stat().st_mtime)
     sizes = {path.parent: sum(file.stat().st_size for file in path.parent.glob("frames.npy")) for path in stored}
@@ -113,7 +113,7 @@ def make_room(n_bytes: int) -> None:
 
 
 def _remove(folder: Path) -> bool:
-    """Remove one array of frames, unless somebody makes or uses it."""
+    """Remove one array of frames unless it is being written or used."""
     try:
         with FileLock(_lock(folder), timeout=0), (folder / "about.json").open("rb") as hold:
             if not _is_free(hold):

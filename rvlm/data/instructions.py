@@ -1,10 +1,10 @@
-"""What can be asked of a robot: words, wherever they come from."""
+"""Validation of instructions."""
 
 from typing import Any
 
 
-def flaw_of(instruction: Any) -> str:
-    """Why an instruction can't be used, in words; empty if it can."""
+def instruction_error(instruction: Any) -> str:
+    """Why an instruction is invalid; empty if it is valid."""
     if not isinstance(instruction, str):
         return f"{type(instruction).__name__} {instruction!r}, which is no text"
     if any("\ud800" <= letter <= "\udfff" for letter in instruction):

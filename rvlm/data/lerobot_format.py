@@ -26,7 +26,7 @@ from rvlm.data.dataset_statistics import ImageHistogram, feature_stats
 from rvlm.data.tables import stack_column
 from rvlm.data.video import CODEC, PIX_FMT, EpisodeError
 
-Frames = dict[str, np.ndarray] | Any  # whatever comes is looked at, so that the refusal is in words
+EpisodeFrames = dict[str, np.ndarray] | Any  # Any: other types are refused with a message
 CHUNKS_SIZE = 1000
 IMAGES = "observation.images."
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -51,8 +51,8 @@ DEFAULT_FEATURES = {
 }
 
 
-def infer_features(spec: ActionSpec, frames: Frames) -> dict[str, dict[str, Any]]:
-    """The ``features`` block of info.json for frames such as these; names come from the card."""
+def infer_features(spec: ActionSpec, frames: EpisodeFrames) -> dict[str, dict[str, Any]]:
+    """The ``features`` block of info.json from the frames of an episode; dimension names are the card's."""
     names = {"action": list(spec.names), "observation.state": list(spec.state_names)}
     features: dict[str, dict[str, Any]] = {}
     for key, values in frames.items():
@@ -68,33 +68,33 @@ def infer_features(spec: ActionSpec, frames: Frames) -> dict[str, dict[str, Any]
 
 def _video_info(fps: float, height: int, width: int, channels: int) -> dict[str, Any]:
     size = {"video.height": height, "video.width": width, "video.channels": channels}
-    codec = {"video.codec": "h264", "video.pix_fmt": PIX_FMT, "video.fps": _whole(fps), "video.encoder": CODEC}
+    codec = {"video.codec": "h264", "video.pix_fmt": PIX_FMT, "video.fps": _int_if_whole(fps), "video.encoder": CODEC}
     return size | codec | {"video.is_depth_map": False, "has_audio": False}
 
 
-def _whole(fps: float) -> float | int:
+def _int_if_whole(fps: float) -> float | int:
     return int(fps) if float(fps).is_integer() else fps
 
 
-def finalize_dataset(shards: Sequence[Path], whole: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:
-    """Write one dataset of finished shards into the folder `whole`."""
+def finalize_dataset(shards: Sequence[Path], folder: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> None:
+    """Write one dataset from finished shards into `folder`."""
     shards = [s for s in shards if pq.read_metadata(s / "episodes.parquet").num_rows]
     if not shards:
-        raise EpisodeError(f"expected at least one episode in {whole.parent}, got none; add episodes before finalize")
+        raise EpisodeError(f"expected at least one episode in {folder.parent}, got none; add episodes before finalize")
     features = common_features(shards)
     episodes = pd.concat([_episode_rows(s, i, spec) for i, s in enumerate(shards)], ignore_index=True)
     _assign_indices(episodes)
     _reject_duplicates(episodes)
     tasks = list(dict.fromkeys(episodes.pop("instruction")))
-    tables = _write_data(whole, shards, episodes, features, tasks, spec)
+    tables = _write_data(folder, shards, episodes, features, tasks, spec)
     episodes, stats = _all_stats(tables, episodes)
-    _write_meta(whole, episodes, features, tasks, stats, spec)
+    _write_meta(folder, episodes, features, tasks, stats, spec)
     if held_out is not None:
-        (whole / "meta/held_out.json").write_text(json.dumps(held_out, indent=1))
+        (folder / "meta/held_out.json").write_text(json.dumps(held_out, indent=1))
 
 
 def common_features(shards: Sequence[Path]) -> dict[str, Any]:
-    """The features that all shards share; raises `EpisodeError` where one has others."""
+    """The features of all shards; raises `EpisodeError` if they differ."""
     features = [json.loads((s / "features.json").read_text()) for s in shards]
     for shard, other in zip(shards, features, strict=True):
         if other != features[0]:
@@ -126,7 +126,7 @@ def _assign_indices(episodes: pd.DataFrame) -> None:
 
 
 def _reject_duplicates(episodes: pd.DataFrame) -> None:
-    """Two equal episodes mean one seed twice: a held-out copy of a training episode measures nothing."""
+    """Refuse identical episodes: a seed was used twice, and a held-out copy of a training episode would be a leak."""
     digest = episodes.pop("digest")
     if digest.duplicated().any():
         second = int(np.argmax(digest.duplicated()))
@@ -138,9 +138,9 @@ def _reject_duplicates(episodes: pd.DataFrame) -> None:
 
 
 def _write_data(
-    whole: Path, shards: list[Path], episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec
+    folder: Path, shards: list[Path], episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec
 ) -> list[pa.Table]:
-    """Data parquet files (one row group per episode) and videos; returns the table of each episode."""
+    """Write parquet files (one row group per episode) and videos; returns the table of each episode."""
     task_index = {task: i for i, task in enumerate(tasks)}
     tables = []
     for i, shard in enumerate(shards):
@@ -152,15 +152,15 @@ def _write_data(
             _add_columns(table.slice(start - first[0], length), int(episode), int(start), task_index[names[0]], spec)
             for episode, start, length, names in columns
         ]
-        _write_row_groups(whole / DATA_PATH.format(chunk_index=chunk, file_index=file), numbered)
+        _write_row_groups(folder / DATA_PATH.format(chunk_index=chunk, file_index=file), numbered)
         for key in (k for k in features if k.startswith(IMAGES)):
-            link(shard / f"{key}.mp4", whole / VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file))
+            link(shard / f"{key}.mp4", folder / VIDEO_PATH.format(video_key=key, chunk_index=chunk, file_index=file))
         tables += numbered
     return tables
 
 
 def _all_stats(tables: list[pa.Table], episodes: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Episodes with their statistics in place of their histograms, and the statistics of the whole dataset."""
+    """Episodes with statistics instead of histograms, and the statistics of the whole dataset."""
     per_episode, whole = [_table_stats(table) for table in tables], _table_stats(pa.concat_tables(tables))
     for name in [c for c in episodes if c.startswith("histogram/")]:
         key, counts = name.removeprefix("histogram/"), episodes.pop(name)
@@ -193,7 +193,7 @@ def _write_row_groups(path: Path, tables: list[pa.Table]) -> None:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """The file under a second name; a copy on file systems that have no hard links."""
+    """Hard-link a file, or copy it on file systems without hard links."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -207,18 +207,18 @@ def _table_stats(table: pa.Table) -> dict[str, Any]:
 
 
 def _write_meta(
-    whole: Path, episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], stats: dict[str, Any], spec: ActionSpec
+    folder: Path, episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], stats: dict[str, Any], spec: ActionSpec
 ) -> None:
-    (whole / EPISODES_PATH).parent.mkdir(parents=True)
-    episodes.to_parquet(whole / EPISODES_PATH, index=False)
+    (folder / EPISODES_PATH).parent.mkdir(parents=True)
+    episodes.to_parquet(folder / EPISODES_PATH, index=False)
     index = pd.Index(tasks, name="task")
-    pd.DataFrame({"task_index": np.arange(len(tasks))}, index=index).to_parquet(whole / "meta/tasks.parquet")
-    (whole / "meta/stats.json").write_text(json.dumps(stats, indent=1))
-    (whole / "meta/info.json").write_text(json.dumps(_info(episodes, features, tasks, spec), indent=1))
+    pd.DataFrame({"task_index": np.arange(len(tasks))}, index=index).to_parquet(folder / "meta/tasks.parquet")
+    (folder / "meta/stats.json").write_text(json.dumps(stats, indent=1))
+    (folder / "meta/info.json").write_text(json.dumps(_info(episodes, features, tasks, spec), indent=1))
 
 
 def _info(episodes: pd.DataFrame, features: dict[str, Any], tasks: list[str], spec: ActionSpec) -> dict[str, Any]:
-    fps = _whole(spec.rate_hz)
+    fps = _int_if_whole(spec.rate_hz)
     plain = {k: f if f["dtype"] == "video" else f | {"fps": fps} for k, f in (features | DEFAULT_FEATURES).items()}
     counts = {
         "total_episodes": len(episodes),

@@ -1,7 +1,7 @@
-"""Statistics of actions and states, and the normalisation that they are made for.
+"""Statistics of actions and states, and normalisation with them.
 
-`StatsAccumulator` takes in values, from any number of pieces; `NormStats` maps raw values to the model's units and back, per
-dimension and per dataset.
+`StatsAccumulator` collects values in parts; `NormStats` maps raw values to normalised ones and back, per dimension and per
+dataset.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("q01_q99", "mean_std", "min_max", "identity")
+NORMALIZATIONS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 
@@ -19,8 +19,8 @@ class SpecMismatch(ValueError):
     """Two conventions disagree, or actions do not follow the one they claim."""
 
 
-def like(constant: Any, x: Any) -> Any:
-    """The constant as an array of x's kind: numpy or torch, floating dtype, same device."""
+def array_like(constant: Any, x: Any) -> Any:
+    """The constant as an array like x: numpy or torch, floating dtype, same device."""
     if hasattr(x, "detach"):
         return (x if x.is_floating_point() else x.float()).new_tensor(np.asarray(constant, dtype=np.float64).tolist())
     dtype = x.dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else np.float64
@@ -29,16 +29,16 @@ def like(constant: Any, x: Any) -> Any:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of one column of one dataset, and the one normalisation that they were made for.
+    """Statistics of one column of one dataset, and its normalisation.
 
-    Arrays have shape ``(d,)``, in the column's raw units. ``kind`` travels along: "q01_q99" and "min_max" map that span to
-    [-1, 1], "mean_std" to zero mean and unit deviation, "identity" leaves values alone. Nothing is clipped. Dimensions
-    without spread (at most 1e-6) are only shifted. Dimensions in ``passthrough`` are left as they are.
+    Arrays have shape ``(d,)``, in the column's raw units. ``kind``: "q01_q99" and "min_max" map that range to [-1, 1],
+    "mean_std" to zero mean and unit standard deviation, "identity" changes nothing. Nothing is clipped. Constant dimensions
+    (scale at most 1e-6) are only shifted. Dimensions in ``passthrough`` are not normalised.
 
-    ``floor`` ``(d,)`` is the least scale of a dimension that has some spread. Where a robot hardly ever turns its hand, say, q01
-    and q99 lie within the sensor's noise; divided by that, the noise would fill [-1, 1] and a real turn reach thousands, and
-    the loss with it. With a floor in physical units (`ActionSpec.still`) noise stays small and the turn a few dozens at most.
-    Statistics of policies from before it was stored have none (None), and normalise as they did.
+    ``floor`` ``(d,)`` is the least scale of a dimension that is not constant. If a robot rarely rotates its hand, q01 and q99
+    lie within the sensor's noise: without a floor, noise would fill [-1, 1] and a real rotation reach thousands, and so the
+    loss. With a floor in physical units (`ActionSpec.scale_floor`) noise stays small and a rotation at most a few dozens.
+    None in statistics from before the floor was stored, which normalise without it.
     """
 
     min: np.ndarray
@@ -56,8 +56,8 @@ class NormStats:
     floor: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if self.kind not in NORMALIZATIONS:
+            raise SpecMismatch(f"unknown kind of normalisation {self.kind!r}; expected one of {', '.join(NORMALIZATIONS)}")
         self._check_values()
 
     def _check_values(self) -> None:
@@ -68,8 +68,8 @@ class NormStats:
                 continue
             if np.shape(values) != shape or len(shape) != 1 or not np.isfinite(values).all():
                 raise SpecMismatch(f"statistics: expected {name!r} as {shape} finite numbers like 'mean', got {values}")
-        is_turned = (self.q01 > self.q99).any() or (self.min > self.max).any()
-        if is_turned or (self.std < 0).any() or (self.floor is not None and (self.floor < 0).any()):
+        is_unordered = (self.q01 > self.q99).any() or (self.min > self.max).any()
+        if is_unordered or (self.std < 0).any() or (self.floor is not None and (self.floor < 0).any()):
             raise SpecMismatch(f"statistics: expected q01 <= q99, min <= max and spreads from 0 on, got {self.to_dict()}")
         if not all(type(i) is int and 0 <= i < len(self.mean) for i in self.passthrough):
             raise SpecMismatch(f"statistics: expected 'passthrough' from 0 to {len(self.mean) - 1}, got {self.passthrough}")
@@ -83,7 +83,7 @@ class NormStats:
         return x
 
     def require_kind(self, kind: str | None) -> None:
-        """Raise `SpecMismatch` if another kind is asked for than these statistics were stored with."""
+        """Raise `SpecMismatch` if the requested kind differs from the stored one."""
         if kind is not None and kind != self.kind:
             raise SpecMismatch(
                 f"these statistics were stored for {self.kind!r} but {kind!r} was asked for; a policy must un-normalise as "
@@ -100,20 +100,20 @@ class NormStats:
             low, high = (self.q01, self.q99) if self.kind == "q01_q99" else (self.min, self.max)
             offset, scale = (low + high) / 2, (high - low) / 2
         scale = np.where(scale > 1e-6, scale if self.floor is None else np.maximum(scale, self.floor), 1.0)
-        kept = np.isin(np.arange(len(scale)), self.passthrough)
-        return np.where(kept, 0.0, offset), np.where(kept, 1.0, scale)
+        is_passed = np.isin(np.arange(len(scale)), self.passthrough)
+        return np.where(is_passed, 0.0, offset), np.where(is_passed, 1.0, scale)
 
     def normalize(self, x: Any, kind: str | None = None) -> Any:
         """Raw ``(..., d)`` -> normalised ``(..., d)``; numpy or torch."""
         self.require_kind(kind)
         offset, scale, x = *self.offset_and_scale(), self._require_width(x)
-        return (x - like(offset, x)) / like(scale, x)
+        return (x - array_like(offset, x)) / array_like(scale, x)
 
     def unnormalize(self, y: Any, kind: str | None = None) -> Any:
         """Inverse of `normalize`."""
         self.require_kind(kind)
         offset, scale, y = *self.offset_and_scale(), self._require_width(y)
-        return y * like(scale, y) + like(offset, y)
+        return y * array_like(scale, y) + array_like(offset, y)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -132,17 +132,16 @@ class NormStats:
 
 
 class StatsAccumulator:
-    """Exact statistics of ``(n, d)`` arrays that arrive in pieces, in any order, from any number of workers.
+    """Exact statistics of ``(n, d)`` arrays that arrive in parts, in any order.
 
-    Quantiles of a union can't be had from the quantiles of its parts, so the values themselves are kept (28 bytes a frame
-    for seven float32 dimensions); merging joins them and nothing is approximated.
+    Quantiles cannot be merged exactly, so the values themselves are stored (28 bytes per frame for seven float32 dimensions).
     """
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
 
     def update(self, values: np.ndarray) -> StatsAccumulator:
-        """Take in ``(n, d)`` values; NaN and infinity are refused."""
+        """Add ``(n, d)`` values; NaN and infinity are refused."""
         values = np.array(values)
         if values.ndim != 2 or (self._parts and values.shape[1] != self._parts[0].shape[1]):
             width = self._parts[0].shape[1] if self._parts else "d"
@@ -154,13 +153,13 @@ class StatsAccumulator:
         return self
 
     def merge(self, other: StatsAccumulator) -> StatsAccumulator:
-        """Take in everything that another accumulator has seen."""
+        """Add all values of another accumulator."""
         for part in other._parts:
             self.update(part)
         return self
 
     def finish(self, kind: str = "q01_q99", passthrough: tuple[int, ...] = (), floor: np.ndarray | None = None) -> NormStats:
-        """The statistics of all that came; quantiles are numpy's (linear interpolation)."""
+        """Statistics of all values; quantiles are numpy's (linear interpolation)."""
         count = sum(len(p) for p in self._parts)
         if not count:
             raise SpecMismatch("statistics: no rows came; expected at least one (do the episodes asked for exist?)")

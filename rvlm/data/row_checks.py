@@ -1,7 +1,7 @@
-"""The rows' own words about themselves, compared with the tables of meta: who they are, whose they are, what they were asked.
+"""Consistency of a dataset's rows with its meta tables.
 
-Each row carries ``episode_index``, ``frame_index``, ``index`` and ``task_index``. Rows are put in order by them, whatever order
-files and rows stand in; where they disagree with the episodes table, nothing is guessed.
+Each row has ``episode_index``, ``frame_index``, ``index`` and ``task_index``, by which rows are sorted, whatever their order in
+the files; a contradiction to the episodes table is an error.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rvlm.data.tables import read_table, whole_numbers
 from rvlm.data.video import EpisodeError
 
 COLUMNS = ["episode_index", "frame_index", "index", "task_index"]
-MEND = "was an episode deleted, or were recordings merged without numbering them anew? convert the dataset again"
+FIX = "was an episode deleted, or were recordings merged without numbering them again? convert the dataset again"
 
 
 def rows_of_file(path: Path, episodes: pd.DataFrame, tasks: dict[int, str]) -> np.ndarray:
-    """Each row of a data file as a row of the dataset ``(n,)``: episodes in order, frames in order.
+    """Dataset row of each row of a data file ``(n,)``, with episodes and frames in order.
 
     Raises:
-        EpisodeError: a row belongs to no episode, or its columns disagree with the tables; names file and row.
+        EpisodeError: a row belongs to no episode, or contradicts the tables; names file and row.
     """
     table = read_table(path, COLUMNS)
     episode, frame, index, task = (whole_numbers(table, name, path) for name in COLUMNS)
@@ -35,8 +35,8 @@ def rows_of_file(path: Path, episodes: pd.DataFrame, tasks: dict[int, str]) -> n
     _refuse(path, ~np.isin(task, list(tasks)), "task_index", task, f"one of the tasks {list(tasks)[:20]}")
     _check_tasks(path, table, episode, task, episodes, tasks)
     _, first = np.unique(row, return_index=True)
-    twice = np.setdiff1d(np.arange(len(row)), first)
-    _refuse(path, np.isin(np.arange(len(row)), twice), "index", index, "each row once")
+    repeated = np.setdiff1d(np.arange(len(row)), first)
+    _refuse(path, np.isin(np.arange(len(row)), repeated), "index", index, "each row once")
     return row
 
 
@@ -48,20 +48,20 @@ def _refuse(
         precise = "" if right is None else f" ({right[row]})"
         raise EpisodeError(
             f"{path}, row {row}: expected {name} to be {expected}{precise}, as meta/episodes says, got {values[row]} "
-            f"({is_wrong.sum()} of {len(values)} rows); {MEND}"
+            f"({is_wrong.sum()} of {len(values)} rows); {FIX}"
         )
 
 
 def _check_tasks(
     path: Path, table: pa.Table, episode: np.ndarray, task: np.ndarray, episodes: pd.DataFrame, tasks: dict[int, str]
 ) -> None:
-    """What a row was asked must be among the tasks that the episodes table names."""
+    """A row's task must be among its episode's tasks."""
     pairs, first = np.unique(np.stack([episode, task]), axis=1, return_index=True)
     for (e, t), row in zip(pairs.T.tolist(), first.tolist(), strict=True):
         named = list(episodes["tasks"].iloc[e])
         if tasks[t] not in named:
             raise EpisodeError(
-                f"{path}, row {row}: task_index {t} is {tasks[t]!r}, while the episodes table says {named} of episode {e}; {MEND}"
+                f"{path}, row {row}: task_index {t} is {tasks[t]!r}, while the episodes table says {named} of episode {e}; {FIX}"
             )
 
 
@@ -76,5 +76,5 @@ def check_complete(files: dict[Path, np.ndarray], episodes: pd.DataFrame) -> Non
     have, frame = [path.name for path in paths if row in files[path]], row - episodes["dataset_from_index"].iloc[episode]
     raise EpisodeError(
         f"expected each row of episode {episode} (length {episodes['length'].iloc[episode]}) once in {paths[0].parents[1]}, got "
-        f"row {frame} of it {count[row]} times ({have or [p.name for p in paths][:5]}); {MEND}"
+        f"row {frame} of it {count[row]} times ({have or [p.name for p in paths][:5]}); {FIX}"
     )

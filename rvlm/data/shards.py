@@ -1,7 +1,7 @@
-"""Shards: episodes that are written together, whole or not there.
+"""Shards: groups of episodes that are written atomically.
 
-Each is written under a name of its own and renamed when it is whole: one parquet file, one mp4 file per camera, the rows
-that describe its episodes, and, written last, their features. Nothing that has been recorded is ever removed here.
+A shard is written under a temporary name and renamed when complete: one parquet file, one mp4 file per camera, the episodes
+table, and, written last, the features. Recorded data is never removed here.
 
 Source: huggingface/lerobot, src/lerobot/datasets (format v3.0).
 """
@@ -26,23 +26,23 @@ import pyarrow.parquet as pq
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.episode_checks import check_arrays, check_extra, check_frames
-from rvlm.data.instructions import flaw_of
-from rvlm.data.lerobot_format import IMAGES, Frames, ImageHistogram, common_features, infer_features, link
+from rvlm.data.instructions import instruction_error
+from rvlm.data.lerobot_format import IMAGES, EpisodeFrames, ImageHistogram, common_features, infer_features, link
 from rvlm.data.video import EpisodeError, VideoWriter, concatenate
 from rvlm.files import atomic_write
 
-LAST = "features.json"  # what is written last: a folder that has it is whole
+COMPLETE_MARK = "features.json"  # written last: a folder with it is complete
 
 
 class Shard:
-    """Episodes under way to their place.
+    """Writer of one shard.
 
     Args:
-        partial: where the recording stands.
-        spec: the robot's conventions.
-        features: LeRobot's; taken from the first episode if left out.
-        name: that it is to have, if not the next one.
-        extra: Extra columns of earlier episodes, by one value of each.
+        partial: folder of the unfinished recording.
+        spec: the action spec.
+        features: LeRobot's ``features`` block; from the first episode if left out.
+        name: final name of the shard; the next free one by default.
+        extra: extra columns of earlier episodes, with one value each.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Shard:
         self._rows: list[dict[str, Any]] = []
         self._videos: dict[str, VideoWriter] = {}
 
-    def add(self, frames: Frames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
+    def add(self, frames: EpisodeFrames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode; see `EpisodeWriter.add_episode`."""
         check_arrays(frames)
         features = self.features or infer_features(self.spec, frames)
         n = check_frames(self.spec, features, frames)
-        if flaw := flaw_of(instruction):
-            raise EpisodeError(f"expected an instruction in words, got {flaw}; every episode needs one")
+        if error := instruction_error(instruction):
+            raise EpisodeError(f"expected an instruction in words, got {error}; every episode needs one")
         plain = check_extra(extra, self.extra)
         row = {"instruction": instruction, "length": n, "extra": json.dumps(plain), "digest": _digest(frames)}
-        with self._told():
+        with self._reporting_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
             for key in (k for k in frames if k.startswith(IMAGES)):
                 row[f"start/{key}"] = self._add_video(key, frames[key])
@@ -85,8 +85,8 @@ class Shard:
         return start
 
     def write(self) -> Path:
-        """Finish the videos and write the tables; returns the folder, which is then whole and has its own name still."""
-        with self._told():
+        """Finish the videos and write the tables; returns the complete folder, still under its temporary name."""
+        with self._reporting_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
             for video in self._videos.values():
                 video.close()
@@ -95,13 +95,13 @@ class Shard:
         return self._folder
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reporting_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, av.FFmpegError, pa.ArrowException) as error:
             raise EpisodeError(
                 f"{self._folder}: an episode could not be written ({error}); all that were recorded before it are kept in "
-                f"{self._folder.parent}; make room or mend the disk, then record this one again"
+                f"{self._folder.parent}; make room or fix the disk, then record this one again"
             ) from error
 
 
@@ -112,22 +112,22 @@ def _write_tables(folder: Path, data: pa.Table | None, rows: list[dict[str, Any]
 
 
 def _finish(folder: Path, features: dict[str, Any] | None) -> None:
-    """Put all that was written onto the disk, then say that it is whole: a power cut may not change the order."""
-    _settle([path for path in folder.iterdir() if path.is_file()])
-    _settle([atomic_write(folder / LAST, json.dumps(features))])
+    """Flush all files to disk, then write the completion mark, in this order even after a power failure."""
+    _fsync([path for path in folder.iterdir() if path.is_file()])
+    _fsync([atomic_write(folder / COMPLETE_MARK, json.dumps(features))])
 
 
-def _settle(paths: Sequence[Path]) -> None:
+def _fsync(paths: Sequence[Path]) -> None:
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def place(folder: Path, final: Path) -> bool:
-    """Give a whole shard its name; False, and nothing is changed, where that is taken.
+def rename_shard(folder: Path, final: Path) -> bool:
+    """Rename a complete shard; False, without a change, if the name is taken.
 
     Raises:
-        EpisodeError: It could not be renamed, and stays where it is.
+        EpisodeError: Renaming failed; the shard stays where it is.
     """
     try:
         folder.rename(final)
@@ -135,48 +135,48 @@ def place(folder: Path, final: Path) -> bool:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             return False
         raise EpisodeError(
-            f"{folder}: what was recorded is whole there and kept, but could not be renamed to {final.name} ({error}); mend the "
-            "disk and go on with the recording, which takes it up: don't add it a second time"
+            f"{folder}: the shard is complete there, but could not be renamed to {final.name} ({error}); fix the disk and "
+            "resume the recording, which recovers the shard: don't add its episodes again"
         ) from error
     return True
 
 
-def place_next(folder: Path) -> Path:
-    """Give a whole shard the next free name."""
+def rename_to_next(folder: Path) -> Path:
+    """Rename a complete shard to the next free name."""
     partial = folder.parent
-    number = max((number_of(shard) for shard in finished(partial)), default=-1) + 1
-    while not place(folder, partial / f"shard-{number:05d}"):
+    number = max((shard_index(shard) for shard in finished_shards(partial)), default=-1) + 1
+    while not rename_shard(folder, partial / f"shard-{number:05d}"):
         number += 1
     return partial / f"shard-{number:05d}"
 
 
-def take_up(partial: Path) -> None:
-    """Give whole shards names that a kill or an error has left without one."""
-    for last in sorted(partial.glob(f"shard*.*/{LAST}"), key=lambda path: path.stat().st_mtime_ns):
+def recover_shards(partial: Path) -> None:
+    """Rename complete shards that a kill or an error has left under temporary names."""
+    for last in sorted(partial.glob(f"shard*.*/{COMPLETE_MARK}"), key=lambda path: path.stat().st_mtime_ns):
         name = last.parent.name.partition(".")[0]
         if name == "shard":
-            place_next(last.parent)
+            rename_to_next(last.parent)
         else:
-            place(last.parent, partial / name)
+            rename_shard(last.parent, partial / name)
 
 
-def number_of(shard: Path) -> int:
-    """Its place in the order of all."""
+def shard_index(shard: Path) -> int:
+    """Index of a shard, from its name."""
     return int(shard.name.removeprefix("shard-"))
 
 
-def finished(partial: Path) -> list[Path]:
+def finished_shards(partial: Path) -> list[Path]:
     """Folders of the finished shards, in order."""
-    return sorted((p for p in partial.glob("shard-*") if p.name.removeprefix("shard-").isdecimal()), key=number_of)
+    return sorted((p for p in partial.glob("shard-*") if p.name.removeprefix("shard-").isdecimal()), key=shard_index)
 
 
 def n_episodes(shard: Path) -> int:
-    """How many episodes it holds."""
+    """Number of episodes in a shard."""
     return pq.read_metadata(shard / "episodes.parquet").num_rows
 
 
-def extra_of(shards: Sequence[Path]) -> dict[str, Any]:
-    """Extra columns of all their episodes, by the first value of each; of two kinds they are refused."""
+def extra_columns(shards: Sequence[Path]) -> dict[str, Any]:
+    """Extra columns of all episodes, with the first value of each; `EpisodeError` if types differ."""
     found: dict[str, Any] = {}
     for shard in (s for s in shards if n_episodes(s)):
         for row in pq.read_table(shard / "episodes.parquet", columns=["extra"])["extra"].to_pylist():
@@ -184,23 +184,23 @@ def extra_of(shards: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def joined(partial: Path, per_file: int) -> list[Path]:
-    """The same episodes in shards of so many each; those of `partial` stay as they are."""
+def merge_shards(partial: Path, per_file: int) -> list[Path]:
+    """Copy the episodes into shards of at least ``per_file`` each; the shards of `partial` are not changed."""
     target, group = partial / "files", []
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for shard in finished(partial):
+    for shard in finished_shards(partial):
         group.append(shard)
         if sum(map(n_episodes, group)) >= per_file:
-            _join(group, target)
+            _merge(group, target)
             group = []
     if group:
-        _join(group, target)
-    return finished(target)
+        _merge(group, target)
+    return finished_shards(target)
 
 
-def _join(group: Sequence[Path], target: Path) -> None:
-    folder = target / f"shard-{len(finished(target)):05d}"
+def _merge(group: Sequence[Path], target: Path) -> None:
+    folder = target / f"shard-{len(finished_shards(target)):05d}"
     if len(group) == 1:
         shutil.copytree(group[0], folder, copy_function=link)
         return
@@ -216,11 +216,11 @@ def _join(group: Sequence[Path], target: Path) -> None:
     _finish(folder, features)
 
 
-def _digest(frames: Frames) -> str:
+def _digest(frames: EpisodeFrames) -> str:
     return hashlib.sha256(frames["action"].tobytes() + frames["observation.state"].tobytes()).hexdigest()
 
 
-def _table(columns: Frames) -> pa.Table:
+def _table(columns: EpisodeFrames) -> pa.Table:
     return pa.table({key: _arrow(values) for key, values in columns.items()})
 
 

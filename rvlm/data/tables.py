@@ -1,4 +1,4 @@
-"""The parquet and JSON files of a dataset, read so that whatever is wrong with one is an error that names the file."""
+"""Reading parquet and JSON files of a dataset; errors name the file."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rvlm.data.video import AGAIN, EpisodeError
+from rvlm.data.video import FETCH_AGAIN, EpisodeError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """Read a file with one JSON object."""
     value = _parse(path, _text(path), "")
     if not isinstance(value, dict):
-        raise EpisodeError(f"{path}: expected a JSON object {{...}}, got a {type(value).__name__}; {AGAIN}")
+        raise EpisodeError(f"{path}: expected a JSON object {{...}}, got a {type(value).__name__}; {FETCH_AGAIN}")
     return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """A file with one JSON object a line; empty lines are passed over."""
+    """Read a file with one JSON object per line; empty lines are skipped."""
     lines = [(n, line) for n, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
     values = [_parse(path, line, f", line {n}") for n, line in lines]
     for (n, _), value in zip(lines, values, strict=True):
         if not isinstance(value, dict):
-            raise EpisodeError(f"{path}, line {n}: expected a JSON object {{...}}, got a {type(value).__name__}; {AGAIN}")
+            raise EpisodeError(f"{path}, line {n}: expected a JSON object {{...}}, got a {type(value).__name__}; {FETCH_AGAIN}")
     return values
 
 
@@ -39,18 +39,18 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise EpisodeError(f"expected readable UTF-8 text at {path}, got: {error}; {AGAIN}") from error
+        raise EpisodeError(f"expected readable UTF-8 text at {path}, got: {error}; {FETCH_AGAIN}") from error
 
 
 def _parse(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise EpisodeError(f"expected whole JSON at {path}{where}, got: {error}; {AGAIN}") from error
+        raise EpisodeError(f"expected whole JSON at {path}{where}, got: {error}; {FETCH_AGAIN}") from error
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file, or some of its columns."""
+    """Read a parquet file, or some of its columns."""
     with _parquet(path) as file:
         _require(path, file, columns)
         try:
@@ -66,7 +66,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_rows(path: Path, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    """Some rows of a parquet file, in the order asked for; row groups without any of them are not read."""
+    """Read some rows of a parquet file, in the given order; only row groups that hold them are read."""
     with _parquet(path) as file:
         _require(path, file, columns)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -91,22 +91,22 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 def _require(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> None:
     have = file.schema_arrow.names
-    if twice := sorted({name for name in columns or have if have.count(name) > 1}):
-        raise EpisodeError(f"{path}: expected each column once, got {twice} several times; convert the dataset again")
+    if repeated := sorted({name for name in columns or have if have.count(name) > 1}):
+        raise EpisodeError(f"{path}: expected each column once, got {repeated} several times; convert the dataset again")
     missing = [name for name in columns or () if name not in have]
     if missing:
-        raise EpisodeError(f"{path}: expected the columns {missing}, got {have}; mend info.json, or convert the dataset again")
+        raise EpisodeError(f"{path}: expected the columns {missing}, got {have}; fix info.json, or convert the dataset again")
 
 
 def _broken(path: Path, error: Exception) -> EpisodeError:
-    return EpisodeError(f"expected a whole parquet file at {path}, got: {error}; {AGAIN}")
+    return EpisodeError(f"expected a whole parquet file at {path}, got: {error}; {FETCH_AGAIN}")
 
 
 def stack_column(column: Any) -> np.ndarray:
-    """A parquet column of scalars or of lists, nested or not, -> array ``(n, d)`` of its own dtype; strings give objects.
+    """A parquet column of scalars or (nested) lists -> array ``(n, d)`` of its dtype; strings give objects.
 
     Raises:
-        EpisodeError: rows are missing or of several lengths, or hold something that is no number, truth value or text.
+        EpisodeError: rows are null or of different lengths, or hold other values than numbers, booleans or text.
     """
     column, n = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column, len(column)
     if isinstance(column.type, pa.ExtensionType):
@@ -136,7 +136,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def column_of(table: pa.Table, name: str, path: Path, feature: dict[str, Any] | None = None) -> np.ndarray:
-    """A column as `stack_column` gives it, checked against what info.json promises of it: width and kind of values."""
+    """A column as by `stack_column`, checked against its feature in info.json: width and type of values."""
     try:
         values = stack_column(table[name])
     except EpisodeError as error:
@@ -147,7 +147,7 @@ def column_of(table: pa.Table, name: str, path: Path, feature: dict[str, Any] | 
     if len(values) and values.shape[1] != width:
         raise EpisodeError(
             f"{path}, column {name!r}: info.json promises shape {feature['shape']}, a row has {values.shape[1]} "
-            "values; mend info.json, or convert the dataset again"
+            "values; fix info.json, or convert the dataset again"
         )
     if values.dtype.kind == "O" and feature["dtype"] != "string":
         raise EpisodeError(
@@ -156,8 +156,8 @@ def column_of(table: pa.Table, name: str, path: Path, feature: dict[str, Any] | 
     return values
 
 
-def episode_numbers(episodes: Any) -> np.ndarray:
-    """Numbers of episodes as somebody gave them, ``(n,)`` sorted, each once; what is no whole number is refused, masks too."""
+def episode_indices(episodes: Any) -> np.ndarray:
+    """Episode indices as a sorted array ``(n,)`` without repetition; masks and non-integers are refused."""
     try:
         given = episodes.tolist() if isinstance(episodes, np.ndarray) else list(episodes)
         values = np.asarray(given if given else np.zeros(0, np.int64))
@@ -171,7 +171,7 @@ def episode_numbers(episodes: Any) -> np.ndarray:
 
 
 def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """A column of one whole number a row, ``(n,)`` int64."""
+    """A column of one integer per row, ``(n,)`` int64."""
     values = column_of(table, name, path)
     if values.shape[1] != 1 or values.dtype.kind not in "iuf" or not (values == np.floor(values.astype(float))).all():
         raise EpisodeError(f"{path}, column {name!r}: expected one whole number a row, got {table[name].type}; convert it again")

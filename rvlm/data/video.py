@@ -1,14 +1,14 @@
-"""Frames to mp4 and back, through PyAV (which brings its own ffmpeg).
+"""Encoding and decoding of mp4 videos with PyAV (which includes ffmpeg).
 
-Policies are trained on decoded frames and evaluated on raw ones, and the frames are small, so fidelity comes before size:
+Policies are trained on decoded frames and evaluated on raw ones, and the frames are small, so quality matters more than size:
 full chroma and a low quantiser. Measured on moving coloured blocks at 64 px (preset veryfast, a key frame every 10):
 
-    pixel format  crf   PSNR mean (worst frame)   bytes a frame
+    pixel format  crf   PSNR mean (worst frame)   bytes per frame
     yuv444p       8     46.5 dB (44.1)            465
     yuv444p       12    44.2 dB (40.8)            350
-    yuv420p       12    31.7 dB (27.3)            364     halved chroma: small coloured things bleed
+    yuv420p       12    31.7 dB (27.3)            364     halved chroma: colours of small objects bleed
 
-yuv444p at crf 8 is used. Each episode starts with a key frame, so that reading one does not decode its neighbours.
+yuv444p at crf 8 is used. Each episode starts with a key frame, so that it decodes without its neighbours.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from PIL import Image
 
 CODEC, PIX_FMT = "libx264", "yuv444p"
 OPTIONS = {"crf": "8", "g": "10", "bf": "0", "preset": "veryfast"}
-AGAIN = "fetch the file again, or record it again"
+FETCH_AGAIN = "fetch the file again, or record it again"
 COLOUR_MODES = {"RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"}
 
 
 class EpisodeError(ValueError):
-    """Recorded data is broken, or isn't what was asked for; says what was expected, what came, and the mend."""
+    """Recorded data is invalid or inconsistent; the message has what was expected, what was found, and the fix."""
 
 
 class VideoWriter:
-    """One mp4 file that takes episodes ``(n, h, w, 3)`` uint8, one after the other."""
+    """Write episodes ``(n, h, w, 3)`` uint8 to one mp4 file."""
 
     def __init__(self, path: Path, fps: float, height: int, width: int) -> None:
         self._container = av.open(str(path), "w")
@@ -56,60 +56,62 @@ class VideoWriter:
             self.n_frames += 1
 
     def close(self) -> None:
-        """Flush the encoder and write the index, without which the file can't be read."""
+        """Flush the encoder and write the file's index."""
         self._container.mux(self._stream.encode())
         self._container.close()
 
 
 def concatenate(sources: Sequence[Path], target: Path, fps: float) -> None:
-    """One mp4 file of the frames of several that `VideoWriter` wrote at this rate and one size, in order and as they are."""
+    """Concatenate mp4 files of `VideoWriter`, of one rate and size, without re-encoding."""
     rate, n_frames, stream = Fraction(fps).limit_denominator(1000), 0, None
     with av.open(str(target), "w") as out:
         for source in sources:
             with av.open(str(source)) as part:
                 stream = stream or out.add_stream_from_template(part.streams.video[0])
                 for packet in (p for p in part.demux(part.streams.video[0]) if p.dts is not None):
-                    packet.pts = packet.dts = n_frames  # without B-frames they are decoded in the order that they are shown in
+                    packet.pts = packet.dts = n_frames  # without B-frames, decoding order is presentation order
                     packet.time_base, packet.stream = 1 / rate, stream
                     out.mux(packet)
                     n_frames += 1
 
 
 def frame_times(path: Path) -> tuple[np.ndarray, Fraction]:
-    """When each frame of a video is shown, sorted, in ticks ``(n,)`` int64; and the seconds of one tick.
+    """Presentation times of a video's frames, sorted, in ticks ``(n,)`` int64; and the duration of one tick [s].
 
-    Packets are counted, nothing is decoded.
+    From packets, without decoding.
     """
     with _opened(path) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         if not packets or any(p.pts is None for p in packets) or not stream.time_base:
-            raise EpisodeError(f"{path}: expected a time with each of the video's frames, got {len(packets)} frames; {AGAIN}")
+            raise EpisodeError(f"{path}: expected a time with each video frame, got {len(packets)} frames; {FETCH_AGAIN}")
         return np.sort(np.array([p.pts for p in packets], np.int64)), Fraction(stream.time_base)
 
 
 def decode_frames(path: Path, ticks: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield ``(i, image)`` for the frames shown at ``ticks`` (sorted), images ``(h, w, 3)`` uint8.
+    """Yield ``(i, image)`` for the frames at ``ticks`` (sorted), images ``(h, w, 3)`` uint8.
 
     Raises:
-        EpisodeError: a frame can't be decoded, or the images are no colours of 8 bits.
+        EpisodeError: a frame cannot be decoded, or the images are not 8-bit colours.
     """
-    place = {tick: i for i, tick in enumerate(ticks.tolist())}
-    for start in dict.fromkeys((int(ticks[0]), None)):  # some files are indexed wrongly: then from the beginning
-        for i, image in _decode_from(path, start, int(ticks[-1]), place):
-            del place[int(ticks[i])]
+    index = {tick: i for i, tick in enumerate(ticks.tolist())}
+    for start in dict.fromkeys((int(ticks[0]), None)):  # from the beginning if the file's index is wrong
+        for i, image in _decode_from(path, start, int(ticks[-1]), index):
+            del index[int(ticks[i])]
             yield i, image
-        if not place:
+        if not index:
             return
-    raise EpisodeError(f"{path}: {len(place)} of {len(ticks)} frames can't be decoded, the first at {min(place)} ticks; {AGAIN}")
+    raise EpisodeError(
+        f"{path}: {len(index)} of {len(ticks)} frames can't be decoded, the first at {min(index)} ticks; {FETCH_AGAIN}"
+    )
 
 
-def _decode_from(path: Path, start: int | None, last: int, place: dict[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_from(path: Path, start: int | None, last: int, index: dict[int, int]) -> Iterator[tuple[int, np.ndarray]]:
     with _opened(path) as (container, stream):
         if start is not None:
             container.seek(start, stream=stream)
         for frame in container.decode(stream):
-            if frame.pts is not None and frame.pts in place and not frame.is_corrupt:
-                yield place[frame.pts], _colours(path, frame)
+            if frame.pts is not None and frame.pts in index and not frame.is_corrupt:
+                yield index[frame.pts], _colours(path, frame)
             if frame.pts is not None and frame.pts >= last:
                 return
 
@@ -126,13 +128,13 @@ def _colours(path: Path, frame: av.VideoFrame) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A video file and its stream; what the library can't read is an error that names the file."""
+    """Open a video file and its stream; an unreadable file is an `EpisodeError` that names it."""
     try:
         with av.open(str(path)) as container:
             yield container, container.streams.video[0]
     except (av.FFmpegError, IndexError, UnicodeError) as error:
         have = ", ".join(sorted(p.name for p in path.parent.glob("*.mp4"))) or "no mp4 file"
-        raise EpisodeError(f"expected a whole mp4 file at {path}, got: {error}; beside it: {have}; {AGAIN}") from error
+        raise EpisodeError(f"expected a whole mp4 file at {path}, got: {error}; beside it: {have}; {FETCH_AGAIN}") from error
 
 
 def decode_image(cell: Any, where: str) -> np.ndarray:
@@ -144,10 +146,10 @@ def decode_image(cell: Any, where: str) -> np.ndarray:
         )
     try:
         image = Image.open(io.BytesIO(data))
-        is_deep = ";16" in str(image.tile)  # of which only the high byte would be kept
+        is_deep = ";16" in str(image.tile)  # only the high byte would be used
         image.load()
-    except Exception as error:  # OSError, SyntaxError, struct.error, ... whatever the format's reader meets
-        raise EpisodeError(f"{where}: expected a whole image, got: {error}; {AGAIN}") from error
+    except Exception as error:  # OSError, SyntaxError, struct.error, ..., depending on the format
+        raise EpisodeError(f"{where}: expected a whole image, got: {error}; {FETCH_AGAIN}") from error
     if image.mode not in COLOUR_MODES or is_deep:
         raise EpisodeError(
             f"{where}: expected an image of 8-bit colours, got mode {image.mode!r}{' of 16 bits' * is_deep}: a depth map? mark "

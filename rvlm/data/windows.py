@@ -1,7 +1,7 @@
-"""Demonstrations as training samples: windows of observations and of the actions that follow.
+"""Training samples from demonstrations: windows of past observations and future actions.
 
-The front door to data: `EpisodeWriter` and `record_dataset` record a LeRobotDataset v3.0, `EpisodeDataset` reads one (or a v2.1),
-`Windows` cuts it into samples, `split` keeps whole episodes apart.
+The public interface to data: `EpisodeWriter` and `record_dataset` record a LeRobotDataset v3.0, `EpisodeDataset` reads one (or
+a v2.1), `Windows` cuts it into samples, `split` holds out whole episodes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.actions import NormStats, SpecMismatch
-from rvlm.data.dataset import EpisodeDataset, Episodes, Index
+from rvlm.data.dataset import EpisodeDataset, EpisodeIndices, Index
 from rvlm.data.video import EpisodeError
 from rvlm.data.writer import EpisodeWriter, record_dataset
 
@@ -22,9 +22,9 @@ Paraphrase = Callable[[str, np.random.Generator], str]
 
 
 def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out episodes (sorted indices): whole episodes, so that no frame has a neighbour on the other side.
+    """Training and held-out episode indices, sorted. Whole episodes, as neighbouring frames are nearly equal.
 
-    At least one stands on each side, however few there are.
+    Each side has at least one episode.
 
     Example:
         >>> train, held_out = rvlm.split(rvlm.EpisodeDataset("demonstrations"))
@@ -43,26 +43,24 @@ def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tupl
 
 
 class Windows:
-    """A map-style dataset (as torch's) with one sample per frame: t observations up to it, k actions from each of them.
+    """Map-style dataset with one sample per frame: t observations up to it, and k actions from each of them.
 
     A sample is a dict: "images" ``(t, cameras, h, w, 3)`` uint8, "state" ``(t, s)`` and "action" ``(t, k, a)`` float32
     normalised, the gripper being 1 (open) or 0; "action_mask" ``(t, k, a)`` bool, false past the episode's end, for
-    observations that don't exist, and in dimensions that the robot does not have; "obs_mask" ``(t,)`` bool, false before the
-    episode's start; "instruction"; "dataset_index", "episode_index", "frame_index" int64. Beyond the edges values repeat the
-    nearest frame, as LeRobot's do.
+    padded observations, and in absent dimensions; "obs_mask" ``(t,)`` bool, false before the episode's start;
+    "instruction"; "dataset_index", "episode_index", "frame_index" int64. Padding repeats the nearest frame, as in LeRobot.
 
     Args:
-        dataset: demonstrations; its spec says what the actions mean.
+        dataset: demonstrations, with an action spec.
         n_obs_steps: observations per sample (t), the last one being the sample's frame.
-        chunk_size: actions from each observation (k), the first one being the action taken there.
-        episodes: the episodes to cut windows from; all if left out.
+        chunk_size: actions per observation (k), the first one being the action at that observation.
+        episodes: indices of the episodes to use; all if left out.
         stats: from `EpisodeDataset.stats` over the *training* episodes; computed over ``episodes`` if left out.
-        cameras: names, in the order in which the model sees them; the card's if left out.
+        cameras: names, in the order of the model's input images; the card's if left out.
         paraphrase: ``(instruction, generator) -> instruction``, called for every sample.
-        seed: of the paraphrases; together with `set_epoch` and the frame it decides them.
-        dataset_index: which card and statistics these samples belong to, in a mixture.
-        frames: what stands for the images, per camera ``(n_frames, ...)``: the vision tower's features, say, so that
-            "images" is ``(t, cameras, ...)`` of them. The dataset's own images if left out.
+        seed: of the paraphrases, which depend on seed, epoch and frame.
+        dataset_index: index of the samples' card and statistics in a mixture.
+        frames: arrays ``(n_frames, ...)`` per camera instead of the images, such as features of the vision tower.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class Windows:
         dataset: EpisodeDataset,
         n_obs_steps: int | Any = 1,
         chunk_size: int | Any = 4,
-        episodes: Episodes | None = None,
+        episodes: EpisodeIndices | None = None,
         stats: dict[str, NormStats] | None = None,
         cameras: Sequence[str] | None = None,
         paraphrase: Paraphrase | None = None,
@@ -125,7 +123,7 @@ class Windows:
         return len(self._rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other paraphrases from now on."""
+        """Set the epoch, which changes the paraphrases."""
         self.epoch = epoch
 
     def __getitem__(self, index: Index) -> dict[str, Any]:
@@ -136,20 +134,20 @@ class Windows:
         return [{key: values[i] for key, values in batch.items()} for i in range(len(indices))]
 
     def batch(self, indices: Sequence[Index] | np.ndarray) -> dict[str, Any]:
-        """The samples at ``indices``, stacked: a leading ``b`` on every array, a list of instructions."""
+        """The samples at ``indices``, stacked: arrays with a leading ``b``, and a list of instructions."""
         row = self._rows[np.asarray(indices)]
         episode = self._episode[row]
         first, end = self._first[episode][:, None], self._end[episode][:, None]
-        wanted = row[:, None] + np.arange(1 - self.n_obs_steps, 1)  # (b, t); may lie before the start
-        obs, obs_mask = np.maximum(wanted, first), wanted >= first
-        ahead = wanted[..., None] + np.arange(self.chunk_size)  # (b, t, k); may lie past the end
-        is_real = obs_mask[..., None] & (ahead < end[..., None])
-        action = self._action[np.clip(ahead, first[..., None], end[..., None] - 1)]
+        obs_rows = row[:, None] + np.arange(1 - self.n_obs_steps, 1)  # (b, t); may lie before the start
+        obs, obs_mask = np.maximum(obs_rows, first), obs_rows >= first
+        action_rows = obs_rows[..., None] + np.arange(self.chunk_size)  # (b, t, k); may lie past the end
+        valid = obs_mask[..., None] & (action_rows < end[..., None])
+        action = self._action[np.clip(action_rows, first[..., None], end[..., None] - 1)]
         return {
             "images": np.stack([frames[obs] for frames in self._frames], axis=2),
             "state": self._state[obs],
             "action": action,
-            "action_mask": is_real[..., None] & self.spec.present,
+            "action_mask": valid[..., None] & self.spec.present,
             "obs_mask": obs_mask,
             "instruction": [self._instruction(r) for r in row.tolist()],
             "dataset_index": np.full(len(row), self.dataset_index),

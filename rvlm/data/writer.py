@@ -1,14 +1,14 @@
 """Record demonstrations as a LeRobotDataset v3.0.
 
-A recording is made of *shards* (`rvlm.data.shards`), each written under a name of its own and renamed when whole. `EpisodeWriter`
-writes a shard for each episode as it ends, and joins them into files of many when all are there; `record_dataset` has processes
-make shards of many. `finalize` numbers the episodes through and writes the dataset's meta files, again under a temporary name.
-Killed at any time, what is whole is kept, and an unfinished dataset is never mistaken for a finished one:
+A recording consists of *shards* (`rvlm.data.shards`), each written under a temporary name and renamed when complete.
+`EpisodeWriter` writes one shard per episode and merges them into larger files in the end; `record_dataset` writes shards of many
+episodes in parallel. `finalize` numbers the episodes and writes the meta files, again under a temporary name. After a kill at any
+time, complete shards are kept, and an unfinished dataset cannot be mistaken for a finished one:
 
     ROOT.partial/shard.4f1c.../      being written
     ROOT.partial/shard-00007/        finished
-    ROOT/                            the whole dataset
-    ROOT.lock                        held by the process that records
+    ROOT/                            the finished dataset
+    ROOT.lock                        held by the recording process
 
 Source: huggingface/lerobot, src/lerobot/datasets (format v3.0).  Taught in: 02_episodes_and_actions.
 """
@@ -27,33 +27,44 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.lerobot_format import Frames, finalize_dataset
-from rvlm.data.shards import LAST, Shard, extra_of, finished, joined, n_episodes, number_of, place, place_next, take_up
+from rvlm.data.lerobot_format import EpisodeFrames, finalize_dataset
+from rvlm.data.shards import (
+    COMPLETE_MARK,
+    Shard,
+    extra_columns,
+    finished_shards,
+    merge_shards,
+    n_episodes,
+    recover_shards,
+    rename_shard,
+    rename_to_next,
+    shard_index,
+)
 from rvlm.data.video import EpisodeError
 from rvlm.files import atomic_write
 from rvlm.processes import in_parallel
 
-Episode = tuple[Frames, str, dict[str, Any] | None]
-ASSEMBLED = "assembled"  # in an unfinished recording: the inode of the dataset that all it holds has gone into
+Episode = tuple[EpisodeFrames, str, dict[str, Any] | None]
+FINALIZED_MARK = "assembled"  # in a recording: inode of the dataset that was made from it
 
 
 class EpisodeWriter:
-    """Write a LeRobotDataset v3.0 from one process, episode by episode; each is on the disk when `add_episode` returns.
+    """Write a LeRobotDataset v3.0 from one process, episode by episode; each is on disk when `add_episode` returns.
 
-    In a ``with`` block the dataset is finished at its end; where the block is left by an error, what was recorded is kept to go
-    on with. Two writers of one process may record into one folder, two processes may not.
+    A ``with`` block finalizes the dataset at its end; after an error, the recorded episodes are kept and a new writer resumes.
+    Two writers of one process may record into one folder, two processes may not.
 
     Args:
-        root: folder of the dataset; it must not exist yet. Until `finalize` everything stands in ``ROOT.partial``.
-        spec: the robot's conventions; actions, state and cameras are checked against it and it is stored in info.json.
-        features: LeRobot's ``features`` block; taken from the first episode if left out.
-        episodes_per_file: so many episodes share a parquet and an mp4 file.
+        root: folder of the dataset, which must not exist. Until `finalize`, everything is in ``ROOT.partial``.
+        spec: the action spec; actions, state and cameras are checked against it, and it is stored in info.json.
+        features: LeRobot's ``features`` block; from the first episode if left out.
+        episodes_per_file: episodes per parquet and mp4 file.
 
     Attributes:
-        n_kept: episodes of an earlier, killed recording that are kept; go on with the next one.
+        n_resumed: episodes kept from an earlier, interrupted recording; continue with the next one.
 
     Raises:
-        EpisodeError: the dataset is finished already, another process records it, or an unfinished one is of another kind.
+        EpisodeError: the dataset is finished, another process is recording it, or an unfinished one has other settings.
 
     Example:
         >>> images = np.random.default_rng(0).integers(0, 256, (20, 96, 96, 3), np.uint8)
@@ -75,10 +86,10 @@ class EpisodeWriter:
         try:
             self._refuse_finished()
             _open_partial(self._partial, {"spec": spec.to_dict(), "n_shards": None})
-            take_up(self._partial)
-            kept = finished(self._partial)
-            self.n_kept, self.features = sum(map(n_episodes, kept)), _features_of(kept, features)
-            self._extra = extra_of(kept)
+            recover_shards(self._partial)
+            kept = finished_shards(self._partial)
+            self.n_resumed, self.features = sum(map(n_episodes, kept)), _features_of(kept, features)
+            self._extra = extra_columns(kept)
         except BaseException:
             self.close()
             raise
@@ -92,37 +103,38 @@ class EpisodeWriter:
         else:
             self.close()
 
-    def add_episode(self, frames: Frames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
+    def add_episode(self, frames: EpisodeFrames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode of n frames.
 
         Args:
             frames: "observation.images.NAME" ``(n, h, w, 3)`` uint8 for each camera of the card, "observation.state" ``(n, s)``
                 float32, "action" ``(n, a)`` float32 in raw units; further columns as ``(n,)`` or ``(n, d)``.
-            instruction: what the robot was asked to do, in words.
-            extra: scalars that describe the episode (family, seed, ...): columns of the episodes table.
+            instruction: in words.
+            extra: scalars that describe the episode (family, seed, ...); columns of the episodes table.
 
         Raises:
-            EpisodeError: the episode breaks the card or the recording's features, could not be written, or comes too late.
+            EpisodeError: the episode contradicts the card or the recording's features, could not be written, or the dataset is
+                finished.
         """
         self._refuse_finished()
         shard = Shard(self._partial, self.spec, self.features, extra=self._extra)
         shard.add(frames, instruction, extra)
-        place_next(shard.write())
+        rename_to_next(shard.write())
         self.features, self._extra = shard.features, shard.extra
 
     def finalize(self) -> Path:
-        """Join the episodes into files, write the meta files and give the dataset its name; returns ``root``.
+        """Merge the episodes into files, write the meta files and rename the dataset; returns ``root``.
 
-        Asked again, it does nothing; killed, it is asked again.
+        May be called again, also after a kill.
         """
         if not _is_finished(self.root):
-            take_up(self._partial)
-            _assemble(joined(self._partial, self.episodes_per_file), self.root, self.spec)
+            recover_shards(self._partial)
+            _finalize(merge_shards(self._partial, self.episodes_per_file), self.root, self.spec)
         self.close()
         return self.root
 
     def close(self) -> None:
-        """Let others record; what was recorded stays to go on with."""
+        """Release the lock; recorded episodes are kept."""
         self._release()
 
     def _refuse_finished(self) -> None:
@@ -135,7 +147,7 @@ class EpisodeWriter:
 
 
 def _locked(root: Path) -> FileLock:
-    """The lock of a recording, taken by this process; it ends with the process, also where that is killed."""
+    """Acquire the lock of a recording, which is released when this process ends."""
     root.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{root}.lock", timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -149,10 +161,10 @@ def _locked(root: Path) -> FileLock:
 
 
 def _features_of(kept: list[Path], features: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of the episodes that are kept, which those to come must share."""
+    """Features of the kept episodes, which new ones must share."""
     if not kept:
         return features
-    found = json.loads((kept[0] / LAST).read_text())
+    found = json.loads((kept[0] / COMPLETE_MARK).read_text())
     if features not in (None, found):
         raise EpisodeError(
             f"{kept[0].parent} holds an unfinished recording with other features: expected {found}, got {features}; resume with "
@@ -162,7 +174,7 @@ def _features_of(kept: list[Path], features: dict[str, Any] | None) -> dict[str,
 
 
 def partial_folder(root: Path) -> Path:
-    """Where a dataset stands while it is being recorded."""
+    """Folder of an unfinished recording."""
     return root.with_name(root.name + ".partial")
 
 
@@ -173,7 +185,7 @@ def _open_partial(partial: Path, header: dict[str, Any]) -> None:
 
 
 def _refuse_other(partial: Path, header: dict[str, Any]) -> None:
-    """Raise `EpisodeError` where an unfinished recording is of another kind."""
+    """Raise `EpisodeError` if an unfinished recording has other settings."""
     try:
         found = json.loads((partial / "header.json").read_text())
     except FileNotFoundError:
@@ -187,41 +199,41 @@ def _refuse_other(partial: Path, header: dict[str, Any]) -> None:
         )
 
 
-def _assemble(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
-    """Make the dataset, under a temporary name; then what it was made of is no longer needed."""
-    whole, mark = partial_folder(root) / f"whole.{uuid.uuid4().hex}", partial_folder(root) / ASSEMBLED
-    finalize_dataset(shards, whole, spec, held_out)
-    mark.write_text(str(whole.stat().st_ino))
+def _finalize(shards: list[Path], root: Path, spec: ActionSpec, held_out: dict[str, Any] | None = None) -> Path:
+    """Make the dataset under a temporary name, rename it, and remove the shards."""
+    folder, mark = partial_folder(root) / f"whole.{uuid.uuid4().hex}", partial_folder(root) / FINALIZED_MARK
+    finalize_dataset(shards, folder, spec, held_out)
+    mark.write_text(str(folder.stat().st_ino))
     try:
-        whole.rename(root)
+        folder.rename(root)
     except OSError as error:
         mark.unlink()
         raise EpisodeError(
-            f"{root}: the dataset is whole in {whole}, but could not be renamed ({error}); all that was recorded is kept there: "
-            "mend what stands in the way, and finalize again"
+            f"{root}: the dataset is complete in {folder}, but could not be renamed ({error}); all recorded episodes are kept: "
+            "fix the cause, and finalize again"
         ) from error
     _is_finished(root)
     return root
 
 
 def _is_finished(root: Path) -> bool:
-    """Whether the dataset is there; a kill may have left what it was made of, which is removed then."""
+    """Whether the dataset is finished; removes shards that a kill may have left."""
     partial = partial_folder(root)
-    mark = partial / ASSEMBLED
+    mark = partial / FINALIZED_MARK
     if root.exists() and mark.exists() and mark.read_text() == str(root.stat().st_ino):
         for path in partial.glob("*/"):
             shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)  # with the mark, at last
+        shutil.rmtree(partial, ignore_errors=True)  # with the mark, last
     return root.exists() and not partial.exists()
 
 
 def record_shard(partial: str, index: int, spec: ActionSpec, make_shard: Callable[[int], Iterable[Episode]]) -> int:
-    """Record one shard from start to end (the work of one process); returns its index."""
+    """Record one shard (in a worker process); returns its index."""
     final = Path(partial) / f"shard-{index:05d}"
     shard = Shard(Path(partial), spec, name=final.name)
     for frames, instruction, extra in make_shard(index):
         shard.add(frames, instruction, extra)
-    place(shard.write(), final)  # or another process has made the same one first
+    rename_shard(shard.write(), final)  # no effect if another process was first
     return index
 
 
@@ -234,17 +246,17 @@ def record_dataset(
     progress: bool = True,
     held_out: dict[str, Any] | None = None,
 ) -> Path:
-    """Record a dataset of ``n_shards`` shards in parallel; call it again after a kill and it goes on where it was.
+    """Record a dataset of ``n_shards`` shards in parallel; called again after a kill, it resumes.
 
     Args:
-        root: folder of the dataset. If it exists, it is whole and nothing is done: name it by what makes its content.
-        spec: the robot's conventions, see `EpisodeWriter`.
-        make_shard: shard index -> episodes ``(frames, instruction, extra)``; give every shard seeds of its own. With more
-            than one worker it must be importable in a fresh process (a function of a module, or a partial of one).
+        root: folder of the dataset. Nothing is done if it exists, so its name should be a hash of its settings.
+        spec: the action spec, see `EpisodeWriter`.
+        make_shard: shard index -> episodes ``(frames, instruction, extra)``, with different seeds for each shard. With more
+            than one worker it must be importable in a new process (a function of a module, or a partial of one).
         n_shards: number of shards, each a file of the dataset.
-        n_workers: processes; 1 or less records in this one.
+        n_workers: processes; 1 or less records in this process.
         progress: show a progress bar.
-        held_out: what the dataset promises not to hold, for those who evaluate: ``meta/held_out.json``.
+        held_out: held-out seeds, templates and words for evaluation, stored in ``meta/held_out.json``.
     """
     root, header = Path(root), {"spec": spec.to_dict(), "n_shards": n_shards}
     if root.exists():
@@ -252,16 +264,16 @@ def record_dataset(
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(root)
-    _refuse_other(partial, header)  # at once, not when another recorder lets go
-    with FileLock(f"{root}.lock"):  # who asks for the same recording meanwhile waits for it
+    _refuse_other(partial, header)  # before waiting for the lock
+    with FileLock(f"{root}.lock"):  # concurrent calls wait
         if root.exists():
             return root
         _open_partial(partial, header)
-        take_up(partial)
-        done = {number_of(shard) for shard in finished(partial)}
+        recover_shards(partial)
+        done = {shard_index(shard) for shard in finished_shards(partial)}
         todo = [i for i in range(n_shards) if i not in done]
         with tqdm(total=n_shards, initial=len(done), desc=f"record {root.name}", unit="shard", disable=not progress) as bar:
             for _ in in_parallel(record_shard, [(str(partial), i, spec, make_shard) for i in todo], n_workers):
                 bar.update()
-        extra_of(finished(partial))  # of one kind each, or refused
-        return _assemble(finished(partial), root, spec, held_out)
+        extra_columns(finished_shards(partial))  # raises if types differ
+        return _finalize(finished_shards(partial), root, spec, held_out)

@@ -1,13 +1,13 @@
-"""Environments: each a `gymnasium.Env` that declares its actions by an `ActionSpec`. Importing this registers them.
+"""Environments: each a `gymnasium.Env` with an `ActionSpec`. Importing this package registers them.
 
 Modules:
-    gl: which OpenGL renders without a screen.
+    gl: choice of a headless OpenGL platform.
     tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
     real_robot: a real robot (LeRobot's `Robot`) behind safety limits.
 """
 
 import gymnasium
 
-FIRST_HELD_OUT_SEED = 900_000  # scenes with seeds from here on are never in a demonstration
+FIRST_HELD_OUT_SEED = 900_000  # scenes from this seed on are never in demonstrations
 
 gymnasium.register("rvlm/Tabletop-v0", entry_point="rvlm.envs.tabletop.env:Tabletop")

@@ -1,4 +1,4 @@
-"""Which OpenGL draws without a screen: EGL where a driver answers, else OSMesa."""
+"""Choice of a headless OpenGL platform: EGL if a driver works, else OSMesa."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ or set MUJOCO_GL yourself (egl, osmesa, glfw)."""
 
 
 class NoHeadlessOpenGL(RuntimeError):
-    """No OpenGL platform on this machine can draw without a screen."""
+    """No headless OpenGL platform works on this machine."""
 
 
 def choose_gl() -> str:
-    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it; one renderer thread.
+    """Set `MUJOCO_GL` to the first headless platform that works, unless it is set, and return it.
 
-    Call it before the first `import mujoco`, which reads the variable. Child processes inherit the
-    answer. macOS and Windows have one platform each, which MuJoCo finds itself: there it returns "".
+    Call it before the first `import mujoco`, which reads the variable. Child processes inherit it. Returns "" on macOS and
+    Windows, which have one platform each. Also sets the software renderer to one thread.
 
     Raises:
         NoHeadlessOpenGL: neither EGL nor OSMesa makes a context; names the packages to install.
     """
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: on small frames its threads cost more than they save
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: threads slow down small frames
     if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux"):
         return os.environ.get("MUJOCO_GL", "")
     if "mujoco" in sys.modules:
         warnings.warn(
-            "mujoco was imported before rvlm chose how it draws without a screen, so it tries to open a window; "
+            "mujoco was imported before rvlm chose a headless OpenGL platform, so it tries to open a window; "
             "import rvlm.envs.tabletop first, or set MUJOCO_GL",
             stacklevel=2,
         )
-    complaints = {}
+    errors = {}
     for backend in BACKENDS:
-        complaints[backend] = _complaint(backend)
-        if not complaints[backend]:
+        errors[backend] = _context_error(backend)
+        if not errors[backend]:
             os.environ["MUJOCO_GL"] = backend
             return backend
-    raise NoHeadlessOpenGL(_explain(complaints))
+    raise NoHeadlessOpenGL(_message(errors))
 
 
-def _complaint(backend: str) -> str:
-    """Make a context in a process of its own; return its last line of error, "" if it worked."""
+def _context_error(backend: str) -> str:
+    """Make a context in a subprocess; returns the last line of its error, "" if it worked."""
     environ = os.environ | {"MUJOCO_GL": backend}
     probe = subprocess.run([sys.executable, "-c", _PROBE], env=environ, capture_output=True, text=True, check=False)
     if probe.returncode == 0:
@@ -62,12 +62,12 @@ def _complaint(backend: str) -> str:
     return (probe.stderr.strip().splitlines() or [f"ended with status {probe.returncode}"])[-1]
 
 
-def _explain(complaints: dict[str, str]) -> str:
-    tried = "\n".join(f"  {backend}: {complaint}" for backend, complaint in complaints.items())
-    return f"expected OpenGL without a screen, but none of {', '.join(complaints)} made a context:\n{tried}\n{INSTALL_HELP}"
+def _message(errors: dict[str, str]) -> str:
+    tried = "\n".join(f"  {backend}: {error}" for backend, error in errors.items())
+    return f"expected headless OpenGL, but none of {', '.join(errors)} made a context:\n{tried}\n{INSTALL_HELP}"
 
 
-if __name__ == "__main__":  # the Makefile asks once and hands the answer to every process
+if __name__ == "__main__":  # the Makefile calls it once and exports the result
     try:
         sys.stdout.write(choose_gl() + "\n")
     except NoHeadlessOpenGL as error:

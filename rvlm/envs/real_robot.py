@@ -1,7 +1,7 @@
-"""A real robot as an environment: LeRobot's `Robot` behind the tabletop's interface, with limits, a stop and a judge.
+"""A real robot as an environment: LeRobot's `Robot` with the tabletop's interface, safety limits, a stop and a success label.
 
-What drives the tabletop (`rvlm.policy.policy.Policy`, `rvlm.evaluation.rollouts.rollout`) drives a robot unchanged, so the
-protocol of real-robot evaluation (settings x tasks x rollouts) is the simulator's. LeRobot itself is never imported.
+Policies and rollouts (`rvlm.policy.policy.Policy`, `rvlm.evaluation.rollouts.rollout`) run on it unchanged, so the protocol of
+real-robot evaluation (settings x tasks x rollouts) is the simulator's. LeRobot itself is never imported.
 
 Source: RoboVLMs (arXiv 2412.14058), real-robot experiments; huggingface/lerobot, src/lerobot/robots/robot.py.
 """
@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from rvlm.data.actions import ARM_DIMS, ActionSpec, SpecMismatch
 from rvlm.data.cards import IMAGE_KEYS
 
-ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # of a rotation [rad] -> what reads three numbers, and what writes them
+ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # layout [rad] -> (decoder, encoder)
     "axis_angle": (Rotation.from_rotvec, Rotation.as_rotvec),
     "euler_xyz": (partial(Rotation.from_euler, "xyz"), partial(Rotation.as_euler, seq="xyz")),  # about fixed axes, x first
 }
@@ -32,18 +32,18 @@ POSE_UNITS = ("m", "m", "m", "rad", "rad", "rad")
 
 
 class HardwareEnv(gymnasium.Env):
-    """A robot with LeRobot's interface, watched by an operator.
+    """A robot with LeRobot's interface, supervised by an operator.
 
-    The robot speaks the card's convention, and a pose key means the same read or sent: position [m] and rotation [rad, in the
-    card's `state_rotation`] of the hand in the card's frame. The gripper's key is sent the card's `gripper_open` or
-    `gripper_close`, and reads as the last number of the card's state.
+    The robot interface uses the data card's convention, for reading and sending alike: pose keys hold position [m] and rotation
+    [rad, in the card's `state_rotation`] of the hand in the card's frame. The gripper's key is sent the card's `gripper_open` or
+    `gripper_close`, and read as the last number of the card's state.
 
-    Observation: `image` and `wrist_image` (h, w, 3) uint8 RGB, those that the card has; `state` (7,) float32; `instruction`.
-    Action: (7,) in the card's units. A displacement starts from the pose that was last observed; its rotation, Euler angles too,
+    Observation: `image` and `wrist_image` (h, w, 3) uint8 RGB, those in the card; `state` (7,) float32; `instruction`.
+    Action: (7,) in the card's units. A displacement is relative to the last observed pose; its rotation, also from Euler angles,
     is one rotation about the axes of the card's frame (CALVIN adds Euler angles instead). Rotations are sent with angles in
-    [-pi, pi]. A step is limited by the card's range alone: where that is wide, steps may be long. An absolute target
-    may lie across the workspace.
-    Reward 1.0 if the operator calls the episode a success. It ends at the time limit or where the operator stops it.
+    [-pi, pi]. Only the card's range limits a step: with a wide range steps may be long, and an absolute target may be anywhere in
+    the workspace.
+    Reward 1.0 if the operator confirms success. The episode ends at the time limit or when the operator stops it.
 
     Args:
         robot: Has `connect`, `disconnect`, `is_connected`, `get_observation`, `send_action`, `observation_features` and
@@ -52,19 +52,19 @@ class HardwareEnv(gymnasium.Env):
         pose_keys: The robot's names of x, y, z [m] and of the three numbers of the rotation [rad].
         gripper_key: The robot's name of the gripper.
         cameras: The robot's names of `spec.cameras`, in their order.
-        instructions: Task family -> what the robot is told.
-        workspace_low, workspace_high: Box (3,) [m, the card's frame] that no target leaves.
+        instructions: Task family -> instruction.
+        workspace_low, workspace_high: Box (3,) [m, the card's frame] to which targets are clipped.
         max_steps: Time limit [control steps].
-        confirm: Asks the operator once, when an episode is over, whether it succeeded.
-        is_stopped: Whether the operator wants the episode to end now; asked before each action is sent.
-        is_dry_run: Whether actions are only computed, and none sent.
+        confirm: Asks the operator at the end of an episode whether it succeeded.
+        is_stopped: Whether the operator stops the episode; called before each action is sent.
+        is_dry_run: Whether to compute actions without sending them.
         sleep: Waits a duration [s].
         clock: Time [s].
 
     Raises:
-        SpecMismatch: The card has a convention that can't be carried out here, with those that can.
-        KeyError: The robot has no such key or camera, with those that it has.
-        ValueError: Not a workspace, a time limit or an instruction, or cameras of different sizes.
+        SpecMismatch: The card has an unsupported convention.
+        KeyError: The robot has no such key or camera.
+        ValueError: Invalid workspace, time limit or instructions, or cameras of different sizes.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class HardwareEnv(gymnasium.Env):
             )
         self.workspace = np.stack([low, high])
         self._make_spaces()
-        self._halt = "reset() was not called; call it, and it connects the robot"
+        self._stop_reason = "reset() was not called; call it, and it connects the robot"
 
     def _make_spaces(self) -> None:
         shapes = {camera: tuple(self.robot.observation_features[camera]) for camera in self._cameras.values()}
@@ -116,17 +116,17 @@ class HardwareEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """Start an episode where the arm and the scene are; nothing is sent. Connects the robot if it is not connected.
+        """Start an episode from the present arm pose and scene; nothing is sent. Connects the robot if necessary.
 
         Args:
-            seed: Fixes which family is drawn where none is asked for; a real scene is the operator's to arrange.
-            options: `family` chooses the task family; `keep_state` may be told, a real scene is kept in any case.
+            seed: Samples the family if none is given; the operator arranges the scene.
+            options: `family` chooses the task family; `keep_state` is accepted and ignored.
 
         Raises:
             KeyError: Unknown option or family, with those that exist.
         """
         super().reset(seed=seed)
-        self._halt = "reset() did not finish; mend what it complained of, then call it again"
+        self._stop_reason = "reset() did not finish; fix the error, then call it again"
         options = dict(options or {})
         options.pop("keep_state", None)
         family = options.pop("family", None) or str(self.np_random.choice(list(self.instructions)))
@@ -139,25 +139,25 @@ class HardwareEnv(gymnasium.Env):
             self.robot.connect()
         self.family, self.n_steps = family, 0
         self._observation = self._observe()
-        self._halt = ""
+        self._stop_reason = ""
         return self._observation, {"family": family, "is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Carry out one action, or end the episode if the operator stopped it; lasts ``1 / rate_hz`` [s].
+        """Execute one action, or end the episode if the operator stopped it; lasts ``1 / rate_hz`` [s].
 
-        The time that a policy takes comes on top; meanwhile the robot goes to, or stays at, its last target.
+        The policy's inference time is added; meanwhile the robot moves to, or holds, its last target.
 
         Returns:
-            As `Tabletop.step`. `info` also has "sent": key -> value, as the robot reports it or as it would have been sent,
-            empty if the operator stopped; "was_clipped": the action lay outside the card's range; "was_limited": its target
-            lay outside the workspace.
+            As `Tabletop.step`. `info` also has "sent": key -> value, as reported by the robot or as it would have been sent,
+            empty if the operator stopped; "was_clipped": the action was outside the card's range; "was_limited": its target
+            was outside the workspace.
 
         Raises:
-            RuntimeError: No episode runs.
-            SpecMismatch: Not (7,) finite numbers. Nothing is sent, and the episode may go on.
+            RuntimeError: No episode is running.
+            SpecMismatch: Not (7,) finite numbers. Nothing is sent, and the episode may continue.
         """
-        if self._halt:
-            raise RuntimeError(f"expected a running episode, got a step in none: {self._halt}")
+        if self._stop_reason:
+            raise RuntimeError(f"expected a running episode, got a step in none: {self._stop_reason}")
         within = self._within_range(action)
         info = {"sent": {}, "was_clipped": not np.allclose(within, action), "was_limited": False}
         try:
@@ -166,10 +166,10 @@ class HardwareEnv(gymnasium.Env):
                 info |= self._execute(within)
                 is_over = self.n_steps >= self.max_steps
             if is_over:
-                self._halt = "the episode is over; arrange the scene, then call reset()"
+                self._stop_reason = "the episode is over; arrange the scene, then call reset()"
             is_success = is_over and bool(self.confirm(f"Did it succeed? {self.instructions[self.family]}"))
         except BaseException as error:  # a keyboard interrupt too
-            self._halt = f"{error!r} stopped it; see to the robot and mend the cause, then call reset()"
+            self._stop_reason = f"{error!r} stopped it; check the robot and fix the cause, then call reset()"
             raise
         info |= {"family": self.family, "is_success": is_success}
         return self._observation, float(is_success), is_success, is_over, info
@@ -179,7 +179,7 @@ class HardwareEnv(gymnasium.Env):
         if got.shape != (spec.n_dims,) or not np.isfinite(got).all():
             raise SpecMismatch(
                 f"expected {spec.n_dims} finite numbers {list(spec.names)} ({spec.dataset}), got {got.tolist()}; "
-                "nothing was sent; see what the policy predicts before it goes on"
+                "nothing was sent; check what the policy predicts"
             )
         return np.clip(got, spec.low, spec.high)
 
@@ -195,21 +195,21 @@ class HardwareEnv(gymnasium.Env):
         return {"sent": sent, "was_limited": was_limited}
 
     def _target(self, action: np.ndarray) -> tuple[dict[str, float], bool]:
-        """What to send for an action within range, and whether the workspace limited it."""
+        """Robot command of an action within range, and whether the workspace limited it."""
         spec, (low, high) = self.action_spec, self.workspace
         si = spec.to_si(action, *spec.names[:ARM_DIMS])
-        pos, turn = si[:3], ROTATION_CODECS[spec.rotation][0](si[3:])
-        read, write = ROTATION_CODECS[spec.state_rotation]
+        pos, rotation = si[:3], ROTATION_CODECS[spec.rotation][0](si[3:])
+        decode, encode = ROTATION_CODECS[spec.state_rotation]
         if spec.is_delta:
             self._check_within_reach()
-            pos, turn = self._pose[:3] + pos, turn * read(self._pose[3:ARM_DIMS])
-        inside = np.clip(pos, low, high)
+            pos, rotation = self._pose[:3] + pos, rotation * decode(self._pose[3:ARM_DIMS])
+        clipped = np.clip(pos, low, high)
         gripper = spec.set_gripper(action, spec.is_open(action))[spec.gripper_index]
-        values = map(float, (*inside, *write(turn), gripper))
-        return dict(zip(self.keys, values, strict=True)), bool((inside != pos).any())
+        values = map(float, (*clipped, *encode(rotation), gripper))
+        return dict(zip(self.keys, values, strict=True)), bool((clipped != pos).any())
 
     def _check_within_reach(self) -> None:
-        """So that no more than a step is ever needed to come back into the workspace."""
+        """Raise if the hand is more than one step outside the workspace."""
         spec, pos = self.action_spec, self._pose[:3]
         reach = spec.to_si(np.abs([spec.low, spec.high]).max(0), *spec.names[:3])
         if ((pos < self.workspace[0] - reach) | (pos > self.workspace[1] + reach)).any():
@@ -219,20 +219,20 @@ class HardwareEnv(gymnasium.Env):
             )
 
     def _observe(self) -> dict[str, Any]:
-        seen = self.robot.get_observation()
-        self._pose = np.array([seen[key] for key in self.keys], np.float64)
-        images = {name: np.array(seen[camera]) for name, camera in self._cameras.items()}
-        kinds = {name: (image.shape, str(image.dtype)) for name, image in images.items()}
-        if not np.isfinite(self._pose).all() or set(kinds.values()) != {(self.image_shape, "uint8")}:
+        observation = self.robot.get_observation()
+        self._pose = np.array([observation[key] for key in self.keys], np.float64)
+        images = {name: np.array(observation[camera]) for name, camera in self._cameras.items()}
+        formats = {name: (image.shape, str(image.dtype)) for name, image in images.items()}
+        if not np.isfinite(self._pose).all() or set(formats.values()) != {(self.image_shape, "uint8")}:
             raise ValueError(
                 f"expected finite numbers for {list(self.keys)} and images {self.image_shape} uint8; got {self._pose.tolist()} "
-                f"and {kinds}; check the robot's sensors and cameras"
+                f"and {formats}; check the robot's sensors and cameras"
             )
         return {**images, "state": self._pose.astype(np.float32), "instruction": self.instructions[self.family]}
 
     def close(self) -> None:
         """Disconnect the robot; `reset` connects it again."""
-        self._halt = "it was closed; call reset(), and it connects the robot"
+        self._stop_reason = "it was closed; call reset(), and it connects the robot"
         if self.robot.is_connected:
             self.robot.disconnect()
 
@@ -250,15 +250,17 @@ def _require_conventions(spec: ActionSpec) -> None:
 
 
 def _require_keys(robot: Any, spec: ActionSpec, keys: tuple[str, ...], cameras: Sequence[str]) -> None:
-    seen, taken = robot.observation_features, robot.action_features
+    observed, commanded = robot.observation_features, robot.action_features
     if not len(keys) == len(set(keys)) == spec.n_dims or not len(cameras) == len(set(cameras)) == len(spec.cameras):
         raise KeyError(
             f"expected {ARM_DIMS} pose keys, the gripper's, and a camera for each of {list(spec.cameras)}, none twice; got "
-            f"{list(keys)} and {list(cameras)}; the robot has {list(seen)}"
+            f"{list(keys)} and {list(cameras)}; the robot has {list(observed)}"
         )
-    numbers = [key for key, feature in seen.items() if key in taken and not isinstance(feature, tuple)]
-    images = [key for key, feature in seen.items() if isinstance(feature, tuple) and len(feature) == 3]
-    for kind, wanted, have in (("number that is read and sent", keys, numbers), ("camera", cameras, images)):
-        missing = [key for key in wanted if key not in have]
+    numbers = [key for key, feature in observed.items() if key in commanded and not isinstance(feature, tuple)]
+    images = [key for key, feature in observed.items() if isinstance(feature, tuple) and len(feature) == 3]
+    for kind, required, available in (("number that is read and sent", keys, numbers), ("camera", cameras, images)):
+        missing = [key for key in required if key not in available]
         if missing:
-            raise KeyError(f"the robot has no {kind} called {missing}; it has {have}; name one of these, or add it to the robot")
+            raise KeyError(
+                f"the robot has no {kind} called {missing}; it has {available}; name one of these, or add it to the robot"
+            )

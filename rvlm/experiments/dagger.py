@@ -14,7 +14,7 @@ import numpy as np
 
 from rvlm.caches import Code, register, use_inputs
 from rvlm.data.writer import record_dataset
-from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, rollout_expert
+from rvlm.envs.tabletop.demonstrations import HELD_OUT, PER_SHARD, Collection, labelled_rollout
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.files import artifacts_dir, commit_on_hub, config_hash, model_hash
 from rvlm.policy.policy import Policy, load_policy
@@ -47,10 +47,10 @@ def rollout_with_expert_labels(policy: Policy, env: Tabletop, seed: int, family:
     """One episode in which the policy acts; `action` is the expert's, in the state that the policy has reached.
 
     Returns:
-        Columns as `rollout_expert` gives them, for failed episodes too.
+        Columns as `labelled_rollout` gives them, for failed episodes too.
     """
     policy.reset()
-    frames, _ = rollout_expert(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
+    frames, _ = labelled_rollout(env, seed, family, lambda observation, _: policy.select_action([observation])[0])
     return frames
 
 

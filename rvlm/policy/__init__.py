@@ -2,6 +2,7 @@
 
 Modules:
     config: structure, head, history and window, and which combinations are supported.
+    action_tokenizer: uniform binning of actions, and back.
     heads: action heads: features at `<act>` to actions.
     histories: policy-head histories: fuse the features of several observations.
     embodiments: the robots of a policy, and how it is conditioned on them.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.instructions import flaw_of
+from rvlm.data.instructions import instruction_error
 from rvlm.policy.embodiments import Embodiment
 
 FAR = 10.0  # ranges of the training data beyond which a state is warned of
@@ -103,8 +103,8 @@ class Expected:
             raise ObservationError(
                 f"robot {i}: expected an instruction as one text, got {type(instruction).__name__} {instruction!r}; give a str"
             )
-        if instruction and (flaw := flaw_of(instruction)):
-            raise ObservationError(f"robot {i}: expected an instruction in words, got {flaw}; '' stands for none at all")
+        if instruction and (error := instruction_error(instruction)):
+            raise ObservationError(f"robot {i}: expected an instruction in words, got {error}; '' stands for none at all")
         inside = [word for word in self.words if word in instruction]
         if inside:
             raise ObservationError(

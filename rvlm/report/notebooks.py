@@ -118,7 +118,7 @@ def read_profiles(notebooks: Path) -> dict[str, dict[str, dict[str, Any]]]:
     if not path.exists():
         raise InvalidRun(
             f"expected {path}: profile -> notebook -> parameter -> value; a profile may be empty ('cpu: {{}}'). An installed "
-            "package has no notebooks: they stand in a clone of the repository"
+            "package has no notebooks: they are in a clone of the repository"
         )
     read = yaml.safe_load(path.read_text()) or {}
     return {str(name): {stem: values or {} for stem, values in (table or {}).items()} for name, table in read.items()}

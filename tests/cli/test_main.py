@@ -293,5 +293,5 @@ def test_a_reader_that_has_enough_ends_it_quietly(tmp_path):
 
 
 def test_a_command_without_a_notebook_at_hand_says_where_they_are(tmp_path):
-    with pytest.raises(InvalidRun, match="an installed package has none: they stand in a clone"):
+    with pytest.raises(InvalidRun, match="an installed package has none: they are in a clone"):
         lab.copy_notebooks(tmp_path / "notebooks", tmp_path / "lab")

@@ -12,14 +12,14 @@ from hypothesis.extra.numpy import arrays
 
 from rvlm.data.actions import (
     CARDS,
-    KINDS,
     ActionSpec,
-    ActionTokenizer,
     CardError,
     NormStats,
     SpecMismatch,
     StatsAccumulator,
 )
+from rvlm.data.normalization import NORMALIZATIONS
+from rvlm.policy.action_tokenizer import ActionTokenizer
 
 SPECS = {name: ActionSpec.from_card(name) for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")}
 FRANKA, UR = SPECS["tabletop_franka7"], SPECS["tabletop_ur6"]
@@ -147,7 +147,7 @@ values = arrays(np.float64, st.tuples(st.integers(2, 40), st.just(3)), elements=
 
 
 @settings(max_examples=40, deadline=None)
-@given(x=values, kind=st.sampled_from(KINDS))
+@given(x=values, kind=st.sampled_from(NORMALIZATIONS))
 def test_normalisation_is_an_inverse_pair(x, kind):
     """Also of constant dimensions."""
     x[:, 2] = 7.0
@@ -165,7 +165,7 @@ def test_no_clip_on_top():
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NORMALIZATIONS)
 def test_actions_in_training_units_and_back(spec, kind):
     actions = some_actions(spec=spec)
     stats = stats_of(actions, kind)
@@ -208,7 +208,7 @@ def test_another_kind_than_stored_is_refused():
 def test_the_kinds_differ_where_data_has_tails():
     """Reading statistics as another kind has an effect."""
     x = np.random.default_rng(0).standard_t(2, (1000, 1))
-    scales = [stats_of(x, kind).offset_and_scale()[1][0] for kind in KINDS]
+    scales = [stats_of(x, kind).offset_and_scale()[1][0] for kind in NORMALIZATIONS]
     assert len({round(s, 3) for s in scales}) == 4
 
 
@@ -367,10 +367,10 @@ def test_a_directly_constructed_spec_is_validated_too():
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
     """Divided by the std of noise a real move would reach thousands, and the loss with it."""
-    x = spec.set_gripper(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.still, np.ones(400))
-    move = np.where(spec.present[:6], 30 * spec.still[:6], 0)
+    x = spec.set_gripper(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.scale_floor, np.ones(400))
+    move = np.where(spec.present[:6], 30 * spec.scale_floor[:6], 0)
     x[::200, :6] = move
-    plain, floored = stats_of(x, kind), stats_of(x, kind, floor=spec.still)
+    plain, floored = stats_of(x, kind), stats_of(x, kind, floor=spec.scale_floor)
     there = spec.present[:6]
     if kind == "q01_q99":
         assert np.abs(plain.normalize(x)).max(0)[:6][there].min() > 1e4
@@ -379,18 +379,18 @@ def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
 
 def test_the_floor_does_not_change_usual_motion():
     x = some_actions(500)
-    assert (stats_of(x, floor=FRANKA.still).normalize(x) == stats_of(x).normalize(x)).all()
+    assert (stats_of(x, floor=FRANKA.scale_floor).normalize(x) == stats_of(x).normalize(x)).all()
 
 
 def test_without_any_spread_it_is_only_shifted():
     x = np.zeros((400, 7))
     x[::200, 4] = 0.4
-    assert np.abs(stats_of(x, floor=FRANKA.still).normalize(x)).max() == pytest.approx(0.4)
+    assert np.abs(stats_of(x, floor=FRANKA.scale_floor).normalize(x)).max() == pytest.approx(0.4)
 
 
 def test_statistics_from_before_there_was_a_floor_load_and_normalise_as_they_did():
     x = np.random.default_rng(0).normal(0, 1e-5, (400, 7))
-    old, new = stats_of(x), stats_of(x, floor=FRANKA.still)
+    old, new = stats_of(x), stats_of(x, floor=FRANKA.scale_floor)
     assert "floor" not in old.to_dict() and NormStats.from_dict(old.to_dict()).to_dict() == old.to_dict()
     back = NormStats.from_dict(json.loads(json.dumps(new.to_dict())))
     assert back.to_dict() == new.to_dict() and (back.normalize(x) == new.normalize(x)).all()

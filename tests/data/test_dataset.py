@@ -227,7 +227,7 @@ def test_writer_keeps_what_an_earlier_run_finished(tmp_path):
     first = EpisodeWriter(tmp_path / "d", SPEC, episodes_per_file=1)
     first.add_episode(fake_episode(3, 0), "lift")
     again = EpisodeWriter(tmp_path / "d", SPEC, episodes_per_file=1)
-    assert again.n_kept == 1
+    assert again.n_resumed == 1
     again.add_episode(fake_episode(3, 1), "lift")
     assert EpisodeDataset(again.finalize()).n_episodes == 2
 
@@ -281,7 +281,7 @@ BAD_FRAMES = {
         _set("action", lambda x: x[:, :6]),
         r"action: expected 7 action dimensions .*got shape \(5, 6\).*use the card",
     ),
-    "state": (_set("observation.state", lambda x: x[:, :5]), "expects 7 dimensions .*got 5; mend the card or the data"),
+    "state": (_set("observation.state", lambda x: x[:, :5]), "expects 7 dimensions .*got 5; fix the card or the data"),
     "missing camera": (_without(WRIST), r"expects \['static', 'wrist'\], got \['static'\]"),
     "unknown camera": (_set("observation.images.top", lambda _: fake_scene(5, 0)), r"got \['static', 'top', 'wrist'\]"),
     "lengths": (_set("action", lambda x: x[:4]), "same number of frames .*'action': 4"),

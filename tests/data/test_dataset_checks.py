@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rvlm.data.actions import CARDS, ActionSpec, ActionTokenizer, CardError, NormStats, SpecMismatch
+from rvlm.data.actions import CARDS, ActionSpec, CardError, NormStats, SpecMismatch
 from rvlm.data.camera_names import find_camera
 from rvlm.data.dataset import pooled_stats
 from rvlm.data.dimensions import check_order
 from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
 from rvlm.files import PACKAGE
+from rvlm.policy.action_tokenizer import ActionTokenizer
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 STATIC, WRIST = "observation.images.static", "observation.images.wrist"
@@ -845,7 +846,7 @@ def test_links_inside_a_dataset_may_lead_out_of_it(sound, right, tmp_path, monke
 def test_a_given_card_says_what_the_stored_one_says(sound):
     assert EpisodeDataset(sound[0], "tabletop_franka7").spec == SPEC
     assert EpisodeDataset(sound[0], dataclasses.replace(SPEC, cameras=SPEC.cameras[:1])).cameras == SPEC.cameras[:1]
-    with pytest.raises(EpisodeError, match=r"stored card vs given card: 1 convention.*frame: world against base.*mend rvlm.spec"):
+    with pytest.raises(EpisodeError, match=r"stored card vs given card: 1 convention.*frame: world against base.*fix rvlm.spec"):
         EpisodeDataset(sound[0], dataclasses.replace(SPEC, frame="base"))
     with pytest.raises(EpisodeError, match=r"as an ActionSpec .*got dict; ActionSpec.from_card"):
         EpisodeDataset(sound[0], SPEC.to_dict())

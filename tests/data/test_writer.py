@@ -26,7 +26,7 @@ toy = functools.partial(toy_frames, SPEC, size=16)
 def record(root, first=0, n=N_EPISODES, pause_s=0.0, per_file=5):
     """Record or resume a dataset, as a user's script would."""
     with EpisodeWriter(root, SPEC, episodes_per_file=per_file) as writer:
-        for seed in range(first + writer.n_kept, first + n):
+        for seed in range(first + writer.n_resumed, first + n):
             writer.add_episode(toy(4 + seed % 3, seed), f"task {seed % 2}", {"seed": seed})
             time.sleep(pause_s)
 
@@ -80,7 +80,7 @@ def test_an_episode_is_on_the_disk_when_it_was_added(tmp_path):
     process.kill()
     process.join()
     with EpisodeWriter(tmp_path / "d", SPEC) as writer:
-        assert writer.n_kept == 1
+        assert writer.n_resumed == 1
     assert EpisodeDataset(tmp_path / "d").n_episodes == 1
 
 
@@ -124,7 +124,7 @@ def test_what_was_recorded_before_an_error_is_kept(tmp_path):
     with pytest.raises(ZeroDivisionError), EpisodeWriter(tmp_path / "d", SPEC) as writer:
         writer.add_episode(toy(4, 0), "lift")
         _ = 1 / 0
-    assert not (tmp_path / "d").exists() and EpisodeWriter(tmp_path / "d", SPEC).n_kept == 1
+    assert not (tmp_path / "d").exists() and EpisodeWriter(tmp_path / "d", SPEC).n_resumed == 1
 
 
 def refusal(root, answer):
@@ -173,7 +173,7 @@ def test_a_disk_that_fails_costs_no_episode(tmp_path, code, monkeypatch):
         writer.finalize()
     monkeypatch.undo()
     again = EpisodeWriter(tmp_path / "d", SPEC)
-    assert again.n_kept == 2 and EpisodeDataset(again.finalize()).n_episodes == 2
+    assert again.n_resumed == 2 and EpisodeDataset(again.finalize()).n_episodes == 2
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_a_fault_leaves_it_stopped_and_says_what_to_do(break_it, error, message)
     n_sent = len(arm.sent)
     arm.fault, arm.is_connected, arm.values = None, True, broken
     vars(arm).pop("images", None)
-    with pytest.raises(RuntimeError, match=r"stopped it; see to the robot and mend the cause, then call reset\(\)"):
+    with pytest.raises(RuntimeError, match=r"stopped it; check the robot and fix the cause, then call reset\(\)"):
         env.step(STILL)
     assert len(arm.sent) == n_sent and not operator.questions
     env.reset()

@@ -1,9 +1,9 @@
-"""A MuJoCo tabletop with scripted experts, several arms and domain switches.
+"""A MuJoCo tabletop with scripted experts, several arms and domain shifts.
 
-Importing this chooses how MuJoCo draws without a screen, before anything imports MuJoCo.
+Importing this package chooses a headless OpenGL platform, before MuJoCo is imported.
 
 Modules:
-    scene: the scene as MJCF text, and the domain switches.
+    scene: the scene as MJCF text, and the domain shifts.
     arms: arms of primitive geometry, with true kinematics.
     real_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
     world: one MuJoCo model of scene and arm, and its true state.
@@ -23,4 +23,4 @@ import os
 from rvlm.envs.gl import choose_gl
 
 choose_gl()
-os.environ.setdefault("LP_NUM_THREADS", "0")  # the software renderer's own threads would fight with ours
+os.environ.setdefault("LP_NUM_THREADS", "0")  # the software renderer's threads would compete with ours

@@ -1,7 +1,7 @@
 """The tabletop's robots: primitive-geometry arms with true kinematics, one dataclass each.
 
-They differ in what robots differ in: kinematics, gripper geometry and look, and the pose of the static camera.
-What their *actions* mean (scale, rate, gripper sign) stands in the data card of the same name, `data_cards/tabletop_*.md`.
+They differ in kinematics, gripper geometry, appearance, and the pose of the static camera. The conventions of their actions
+(scale, rate, gripper sign) are in the data card of the same name, `data_cards/tabletop_*.md`.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Arm:
-    """An embodiment: a serial chain, a parallel gripper and the camera that watches it.
+    """An embodiment: a serial chain, a parallel gripper and a static camera.
 
     Attributes:
         base: Position of the base in the world [m]; the table's top is z = 0, x points away from the robot.
@@ -68,7 +68,7 @@ def _turn(limit: float) -> tuple[float, float]:
 
 Z, Y = (0, 0, 1), (0, 1, 0)
 
-# Seven joints after the Franka Emika Panda's modified Denavit-Hartenberg table (Franka control interface documentation).
+# Seven joints of the Franka Emika Panda's modified Denavit-Hartenberg table (Franka control interface documentation).
 FRANKA7 = Arm(
     base=(-0.56, 0, 0),
     links=(
@@ -117,7 +117,7 @@ UR6 = Arm(
     camera_fovy=48,
 )
 
-# A small five-joint arm of the hobby class: it cannot tilt its hand sideways.
+# A small hobby-class arm with five joints, which cannot tilt its hand sideways.
 SMALL5 = Arm(
     base=(-0.42, 0, 0),
     links=(
@@ -152,7 +152,7 @@ def _unit(quat: Vec) -> np.ndarray:
 
 
 def _segment(end: Vec, arm: Arm) -> str:
-    """A capsule from the joint's origin to the next joint, or nothing where the two coincide."""
+    """A capsule from the joint's origin to the next joint; empty if the two coincide."""
     if np.linalg.norm(end) < 0.02:
         return ""
     return f'<geom class="arm" type="capsule" fromto="0 0 0 {_text(end)}" size="{arm.radius}" rgba="{_text(arm.rgba)}"/>'
@@ -177,7 +177,7 @@ def hand_xml(arm: Arm) -> str:
 
 @singledispatch
 def asset_xml(arm: Arm) -> str:
-    """MJCF assets that the arm needs: none, for it is made of primitives."""
+    """MJCF assets of an arm; none for arms of primitives."""
     return ""
 
 

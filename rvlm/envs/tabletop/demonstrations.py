@@ -1,8 +1,8 @@
 """Scripted demonstrations on the tabletop, recorded with injected noise and the expert's corrections.
 
-Each action that is executed is the expert's plus noise; what is recorded as `action` is the expert's alone, so that the
-data hold the way back from where a policy's own errors would lead (DART: Laskey et al. 2017, "Noise Injection for Robust
-Imitation Learning", section 4). The action that was executed is kept as `action_executed`.
+The executed action is the expert's plus noise; the recorded `action` is the expert's alone, so that the data show how to recover
+from errors (DART: Laskey et al. 2017, "Noise Injection for Robust Imitation Learning", section 4). The executed action is
+recorded as `action_executed`.
 """
 
 import functools
@@ -24,34 +24,34 @@ from rvlm.files import artifacts_dir, config_hash
 
 DEMONSTRATIONS_CODE = Code(("rvlm.envs.tabletop.demonstrations",))
 PER_SHARD = 50
-SEEDS_PER_SHARD = 2 * PER_SHARD  # room for episodes that are drawn anew
-HELD_OUT = {  # kept for evaluation: seeds from the first on, wordings, and words of colours
+SEEDS_PER_SHARD = 2 * PER_SHARD  # spare seeds for failed episodes
+HELD_OUT = {  # reserved for evaluation: seeds from the first on, instruction templates, and colours
     "first_seed": FIRST_HELD_OUT_SEED,
     "wordings": [wording for family in ALL_FAMILIES.values() for wording in family.held_out],
     "words": list(UNSEEN_COLORS),
 }
-KEYS = {  # LeRobot's keys -> what they hold
+KEYS = {  # LeRobot's key -> key of an observation or action
     "observation.images.static": "image",
     "observation.images.wrist": "wrist_image",
     "observation.state": "state",
     "action": "action",
     "action_executed": "executed",
 }
-NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are disturbed less
+NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are noisy less
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a set of demonstrations is made of.
+    """Settings of a set of demonstrations.
 
     Attributes:
         robot: Embodiment.
-        n_episodes: Successful episodes, in shards of `PER_SHARD`.
-        families: They take turns.
+        n_episodes: Number of successful episodes, in shards of `PER_SHARD`.
+        families: Task families, in turn.
         image_size: Side of both images [px].
-        noise: Largest standard deviation of the injected noise [raw action units]; each episode draws its own.
-        max_steps: Longer episodes are given up and drawn anew.
-        first_seed: Of the scenes.
+        noise: Largest standard deviation of the injected noise [raw action units]; sampled per episode.
+        max_steps: Longer episodes are dropped and sampled again.
+        first_seed: First seed of the scenes.
     """
 
     robot: str = "franka7"
@@ -64,30 +64,30 @@ class Collection:
 
     @property
     def folder(self) -> Path:
-        """Where the dataset is: the robot, and the hash of these settings, the robot's card, and the code."""
+        """Folder of the dataset, named by the robot and a hash of settings, data card and code."""
         key = config_hash({**asdict(self), "spec": asdict(self.spec), "code": DEMONSTRATIONS_CODE.hash})
         return artifacts_dir() / "datasets" / f"tabletop_{self.robot}-{key}"
 
     @property
     def spec(self) -> ActionSpec:
-        """The robot's conventions."""
+        """The robot's action spec."""
         return ActionSpec.from_card(f"tabletop_{self.robot}")
 
 
-def rollout_expert(
+def labelled_rollout(
     env: Tabletop, seed: int, family: str, act: Callable[[dict[str, Any], np.ndarray], np.ndarray]
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """One episode in which `act` moves the robot, and the expert says at every step what it would do there.
+    """Roll out one episode with the actions of `act`, labelled by the expert at every step.
 
     Args:
-        env: Of the robot that acts; its `max_steps` is the time limit.
+        env: The environment; its `max_steps` is the time limit.
         seed: Of the scene.
-        family: What is asked.
-        act: From an observation and the expert's action (a,) to the one that is executed (a,), float32 in raw units.
+        family: Task family.
+        act: (observation, expert's action (a,)) -> executed action (a,), float32 in raw units.
 
     Returns:
         Columns in LeRobot's keys over the n steps: images (n, h, w, 3) uint8; `observation.state` (n, s) in the card's units;
-        `action`, the expert's, and `action_executed` (n, a), both float32 in raw units. And whether it was solved in time.
+        `action`, the expert's, and `action_executed` (n, a), both float32 in raw units. And whether the task succeeded in time.
     """
     observation, _ = env.reset(seed=seed, options={"family": family})
     columns: dict[str, list[Any]] = {key: [] for key in KEYS}
@@ -95,9 +95,9 @@ def rollout_expert(
     for _ in range(env.max_steps):
         expert = env.expert_action()
         executed = act(observation, expert)
-        told = observation | {"action": expert, "executed": executed}
+        step = observation | {"action": expert, "executed": executed}
         for key, values in columns.items():
-            values.append(told[KEYS[key]])
+            values.append(step[KEYS[key]])
         observation, _, is_success, _, _ = env.step(executed)
         if is_success:
             break
@@ -108,22 +108,22 @@ def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str
     """One noisy expert episode, or None if it did not succeed in time.
 
     Args:
-        env: As `rollout_expert` takes it.
+        env: As in `labelled_rollout`.
         seed: Of the scene and of the noise.
-        family: What is asked.
+        family: Task family.
         noise: Largest standard deviation of the noise [raw action units].
 
     Returns:
-        Columns as `rollout_expert` gives them.
+        Columns as of `labelled_rollout`.
     """
     rng = np.random.default_rng((seed, 1))
     spread = rng.uniform(0, noise) * np.array(NOISE_PER_DIM)
 
-    def disturbed(_: dict[str, Any], expert: np.ndarray) -> np.ndarray:
+    def noisy(_: dict[str, Any], expert: np.ndarray) -> np.ndarray:
         moved = np.clip(expert[:6] + rng.normal(0, spread), env.action_spec.low[:6], env.action_spec.high[:6])
         return np.concatenate([moved, expert[6:]]).astype(expert.dtype)
 
-    columns, is_success = rollout_expert(env, seed, family, disturbed)
+    columns, is_success = labelled_rollout(env, seed, family, noisy)
     return columns if is_success else None
 
 
@@ -131,7 +131,7 @@ def make_shard(index: int, collection: Collection) -> Iterator[tuple[dict[str, n
     """The episodes of one shard, in LeRobot's keys.
 
     Raises:
-        RuntimeError: The expert failed so often that the shard's seeds are used up.
+        RuntimeError: The expert failed too often for the shard's number of seeds.
     """
     env = Tabletop(collection.robot, collection.image_size, collection.families, max_steps=collection.max_steps)
     n = min(PER_SHARD, collection.n_episodes - index * PER_SHARD)
@@ -157,13 +157,13 @@ def _next_success(env: Tabletop, seeds: Iterator[int], family: str, collection: 
 
 
 def collect_demonstrations(collection: Collection, n_workers: int = 2, progress: bool = True) -> Path:
-    """Record the demonstrations unless they are there; killed, it goes on where it was.
+    """Record the demonstrations unless they exist; resumes after a kill.
 
     Returns:
         Folder of a LeRobotDataset v3.0.
 
     Raises:
-        ValueError: The seeds would reach those that evaluations are held out on.
+        ValueError: The seeds would overlap those held out for evaluation.
     """
     n_shards = -(-collection.n_episodes // PER_SHARD)
     last = collection.first_seed + n_shards * SEEDS_PER_SHARD - 1

@@ -1,8 +1,8 @@
 """Real robots on the tabletop: Panda, Sawyer, UR5e, IIWA and Kinova3, read from the robosuite wheel (extra `arms`).
 
-robosuite serves as a folder of files and is never imported. What is kept of a robot is its chain of bodies with joints,
-inertias and collision shapes, which draw in a few milliseconds where the visual meshes take tens; motors, sensors and
-cameras go, and the hand is the tabletop's own. What the actions mean stands in `data_cards/tabletop_*.md`.
+robosuite is used as a folder of files and never imported. Of each robot the chain of bodies with joints, inertias and collision
+shapes is kept, which render in a few milliseconds instead of tens for the visual meshes; motors, sensors and cameras are dropped,
+and the hand is the tabletop's. The conventions of the actions are in `data_cards/tabletop_*.md`.
 """
 
 import math
@@ -16,19 +16,19 @@ import numpy as np
 from rvlm.envs.tabletop.arms import ARMS, Arm, Link, _text, arm_xml, asset_xml, hand_xml
 
 INSTALL = "python -m pip install --no-deps robosuite==1.5.2"
-_SHAPE = ("type", "mesh", "size", "pos", "quat")  # what is kept of a collision geom
-_KEY = (1, 10**6, 10**12)  # makes one number of three below a million
+_SHAPE = ("type", "mesh", "size", "pos", "quat")  # kept attributes of a collision geom
+_KEY = (1, 10**6, 10**12)  # maps three numbers below a million to one
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealArm(Arm):
-    """An arm whose chain is read from a robot's MJCF file instead of from `links` and `radius`.
+    """An arm whose chain is read from a robot's MJCF file instead of `links` and `radius`.
 
-    The hand sits on the file's body `right_hand`, so `tool_pos` and `tool_quat` are in that body's frame.
+    The hand is attached to the file's body `right_hand`, so `tool_pos` and `tool_quat` are in that body's frame.
 
     Attributes:
         folder: The robot's folder in the asset pack.
-        grain: Vertices nearer than this become one [m]; 0 leaves the meshes as they are. Fewer faces draw faster.
+        grain: Grid size at which vertices are merged, for faster rendering [m]; 0 keeps the meshes.
     """
 
     folder: str
@@ -118,8 +118,8 @@ def robot_file(arm: RealArm) -> Path:
     """The robot's MJCF file in the installed wheel.
 
     Raises:
-        ModuleNotFoundError: The wheel is not installed; says how to install it.
-        FileNotFoundError: The wheel is another version, without this file.
+        ModuleNotFoundError: The wheel is not installed.
+        FileNotFoundError: The wheel has another version, without this file.
     """
     spec = find_spec("robosuite")
     if spec is None or not spec.submodule_search_locations:
@@ -133,12 +133,12 @@ def robot_file(arm: RealArm) -> Path:
 
 
 def collision_geoms(element: ElementTree.Element) -> list[ElementTree.Element]:
-    """Geoms below `element` that collide; those of group 1 are only drawn."""
+    """Collision geoms below `element`; geoms of group 1 are visual only."""
     return [geom for geom in element.iter("geom") if geom.get("group") != "1"]
 
 
 def coarsen(triangles: np.ndarray, grain: float) -> tuple[np.ndarray, np.ndarray]:
-    """A mesh with fewer faces: the vertices in each cell of a grid become their mean.
+    """Simplify a mesh: the vertices in each cell of a grid are merged to their mean.
 
     Args:
         triangles: Corners (n, 3, 3) [m].
@@ -164,7 +164,7 @@ def read_stl(file: Path) -> np.ndarray:
 
 
 def meshes_xml(robot: ElementTree.Element, folder: Path, grain: float = 0.0) -> str:
-    """MJCF assets: the meshes of the collision geoms, as absolute paths or, with a `grain` [m], written out coarsely."""
+    """MJCF assets: the meshes of the collision geoms, by absolute path or, with a `grain` [m], simplified inline."""
     used = {geom.get("mesh") for geom in collision_geoms(robot)}
     meshes = [mesh for mesh in robot.iter("mesh") if mesh.get("name") in used]
     for mesh in meshes:
@@ -178,7 +178,7 @@ def meshes_xml(robot: ElementTree.Element, folder: Path, grain: float = 0.0) -> 
 
 
 def chain_xml(robot: ElementTree.Element, arm: RealArm) -> str:
-    """The robot's bodies as the tabletop wants them: joints named `joint0` on, our collision bits, colour and hand."""
+    """The robot's bodies with the tabletop's joint names (`joint0` ...), collision bits, colour and hand."""
     base = robot.find("worldbody/body")
     hand = robot.find(".//body[@name='right_hand']")
     if base is None or hand is None:

@@ -1,6 +1,6 @@
-"""The tabletop as MJCF text: table, objects, drawer, button with light, slider and zone, and the domain switches.
+"""The tabletop as MJCF text: table, objects, drawer, button with light, slider and zone; and the domain shifts.
 
-Written as XML strings because MuJoCo's model-editing API changes between versions, while MJCF does not.
+XML strings, as MuJoCo's model-editing API changes between versions and MJCF does not.
 Frames: world = table; x away from the robot, y to the robot's left, z up, the table's top at z = 0 [m].
 """
 
@@ -22,14 +22,14 @@ UNSEEN_COLORS = {"pink": (1.0, 0.50, 0.72), "brown": (0.42, 0.22, 0.08)}
 SHAPES = ("cube", "cylinder", "ball")
 HALF = 0.024  # half the size of every object [m]
 N_OBJECTS, N_DISTRACTORS = 3, 2
-DRAWER_RANGE, SLIDER_RANGE, BUTTON_RANGE = 0.115, 0.09, 0.014  # travel [m]; the slider's is to either side
+DRAWER_RANGE, SLIDER_RANGE, BUTTON_RANGE = 0.115, 0.09, 0.014  # joint ranges [m]; the slider's is to either side
 ZONE_HALF = 0.05  # half the zone's side [m]
 TEXTURES = ("wood", "slate", "checker", "stripe")  # the first two are seen in training
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Domain switches of the evaluation settings.
+    """Domain shifts of an evaluation setting.
 
     Attributes:
         distractors: Add two objects of shapes and colours never seen in training.
@@ -37,8 +37,8 @@ class Setting:
         target: Target objects in colours never seen in training.
         lighting: Strong change of the lights.
         camera_shift: Largest shift of the static camera along each axis [m].
-        paraphrase: Held-out wordings of the instructions.
-        start_spread: The hand starts so much farther out than in training, at most [m].
+        paraphrase: Held-out instruction templates.
+        start_spread: Largest distance of the start pose outside its training range [m].
     """
 
     distractors: bool = False
@@ -123,7 +123,7 @@ def _distractor_xml(i: int) -> str:
 
 
 def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
-    """Camera axes (`xyaxes`) for a camera at `pos` that looks at `target` with the world's z up."""
+    """Axes (`xyaxes`) of a camera at `pos` that looks at `target`, with the world's z up."""
     back = np.subtract(pos, target)
     right = np.cross((0, 0, 1), back)
     up = np.cross(back, right)
@@ -131,7 +131,7 @@ def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
 
 
 def scene_xml(arm: Arm) -> str:
-    """The whole scene with this arm, as MJCF text."""
+    """The scene with this arm, as MJCF text."""
     objects = "".join(_object_xml(i) for i in range(N_OBJECTS)) + "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
     axes = _look_at(arm.camera_pos, arm.camera_target)
     camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{axes}" fovy="{arm.camera_fovy}"/>'

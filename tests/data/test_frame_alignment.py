@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvlm.data.frame_placement import place
+from rvlm.data.frame_alignment import align_frames
 from rvlm.data.windows import EpisodeError
 
 HERE = Path("static.mp4")
@@ -18,7 +18,7 @@ def no_stamps(n):
 def placed(times, lengths, fps=30.0, starts=None, stamps=None):
     lengths = np.array(lengths)
     starts = (np.cumsum(lengths) - lengths) / fps if starts is None else np.array(starts)
-    return place(HERE, np.array(times), starts, lengths, fps, stamps or no_stamps(lengths.sum()))
+    return align_frames(HERE, np.array(times), starts, lengths, fps, stamps or no_stamps(lengths.sum()))
 
 
 @pytest.mark.parametrize(
