@@ -167,9 +167,9 @@ def test_a_disk_that_fails_costs_no_episode(tmp_path, code, monkeypatch):
         raise OSError(code, "as the disk says")
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(EpisodeError, match=r"shard\.\w+: what was recorded is whole there and kept.*as the disk says"):
+    with pytest.raises(EpisodeError, match=r"shard\.\w+: the shard is complete there.*as the disk says"):
         writer.add_episode(toy(4, 1), "lift")
-    with pytest.raises(EpisodeError, match="whole there and kept"):
+    with pytest.raises(EpisodeError, match="the shard is complete there"):
         writer.finalize()
     monkeypatch.undo()
     again = EpisodeWriter(tmp_path / "d", SPEC)
@@ -200,7 +200,7 @@ def test_a_dataset_that_cannot_be_renamed_keeps_all_that_it_was_made_of(tmp_path
     writer.add_episode(toy(4, 0), "lift")
     (root / "meta").mkdir(parents=True)
     (root / "meta/info.json").write_text("{}")
-    with pytest.raises(EpisodeError, match=r"could not be renamed .* all that was recorded is kept there"):
+    with pytest.raises(EpisodeError, match=r"could not be renamed .* all recorded episodes are kept"):
         writer.finalize()
     assert (partial_folder(root) / "shard-00000").exists() and (root / "meta/info.json").read_text() == "{}"
 
@@ -215,7 +215,7 @@ def test_a_shard_that_a_worker_could_not_rename_is_not_made_again(tmp_path, monk
     def fails(*_):
         raise OSError(errno.EIO, "as the disk says")
 
-    with monkeypatch.context() as patch, pytest.raises(EpisodeError, match=r"shard-00000\.\w+: what was recorded is whole"):
+    with monkeypatch.context() as patch, pytest.raises(EpisodeError, match=r"shard-00000\.\w+: the shard is complete there"):
         patch.setattr(Path, "rename", fails)
         record_dataset(tmp_path / "d", SPEC, make, 2, progress=False)
     assert EpisodeDataset(record_dataset(tmp_path / "d", SPEC, make, 2, progress=False)).n_episodes == 2 and made == [0, 1]
