@@ -1,4 +1,7 @@
-"""Memory and FLOPs of forward and backward: on fake tensors, or measured on the device."""
+"""Memory and FLOPs of forward and backward: on fake tensors, or measured on the device.
+
+Peaks are followed here: `torch.distributed._tools.mem_tracker` (torch 2.13) takes no frozen weights ("cannot register a hook").
+"""
 
 import contextlib
 import gc
@@ -8,7 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,62 +20,76 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class _Peak(TorchDispatchMode):
-    """Follows how many bytes are alive of all that is made inside it."""
+class StepCost(NamedTuple):
+    """Cost of one forward and backward: bytes saved for backward, peak bytes, and FLOPs."""
+
+    saved: float
+    peak: float
+    flops: float
+
+
+class _PeakMemory(TorchDispatchMode):
+    """Tracks the bytes of all live storages that operations inside it return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
+        self.current = self.peak = 0
+        self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return out
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._alive:
-            self._alive.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._live:
+            self._live.add(storage._cdata)
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
-    def _forget(self, key: int, n_bytes: int) -> None:
-        self._alive.discard(key)
-        self.now -= n_bytes
+    def _remove(self, key: int, n_bytes: int) -> None:
+        self._live.discard(key)
+        self.current -= n_bytes
 
 
-def profile_forward_backward(model: torch.nn.Module, call: Callable[[], Any], is_mixed: bool) -> tuple[float, float, float]:
-    """Bytes saved for backward, peak bytes during forward and backward, and FLOPs; weights are not counted, gradients are."""
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+def profile_forward_backward(model: torch.nn.Module, forward: Callable[[], Any], is_mixed: bool) -> StepCost:
+    """Cost of a forward and backward, gradients included; weights are not counted, except those that it takes views of.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    Args:
+        model: Whose weights are used.
+        forward: Computes the output, a tensor.
+        is_mixed: Whether under bfloat16 autocast.
+    """
+    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with (
-        _Peak() as followed,
+        _PeakMemory() as memory,
         FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
     ):
-        out = call()
+        out = forward()
         if out.requires_grad:
             out.sum().backward()
-    return float(sum(kept.values())), float(followed.peak), float(counter.get_total_flops())
+    return StepCost(float(sum(saved.values())), float(memory.peak), float(counter.get_total_flops()))
 
 
 def materialise_fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
-    """Replace meta weights and buffers by fake tensors; inside a `FakeTensorMode`."""
+    """Replace meta weights and buffers by fake tensors, frozen weights in type `frozen`; inside a `FakeTensorMode`."""
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                made = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else frozen)
-                module._parameters[name] = torch.nn.Parameter(made, p.requires_grad)
+                fake = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else frozen)
+                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
         for name, b in list(module._buffers.items()):
             if b is not None:
                 module._buffers[name] = torch.zeros(b.shape, dtype=b.dtype)
@@ -80,24 +97,24 @@ def materialise_fake(model: torch.nn.Module, frozen: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Point file descriptor 2 at nothing: the profiler's C++ writes lines of its own there, past Python."""
+    """Redirect file descriptor 2 to /dev/null: the profiler's C++ code writes there, bypassing Python."""
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, 2)
+        os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
-def measure_step(step: Callable[[], Any], held: float) -> dict[str, float]:
+def measure_step(step: Callable[[], Any], static_bytes: float) -> dict[str, float]:
     """Peak memory and time of a training step, on the device where it runs.
 
     Args:
-        step: One whole step, optimizer included; it is taken twice before it is measured.
-        held: What lies there between steps: weights and optimizer [byte]; counted where only changes can be measured (CPU).
+        step: One whole step, optimizer included; run twice as a warm-up.
+        static_bytes: Weights and optimizer state [byte]; added on a CPU, where the profiler sees changes only.
 
     Returns:
         `peak` [byte] and `seconds`.
@@ -117,4 +134,4 @@ def measure_step(step: Callable[[], Any], held: float) -> dict[str, float]:
         step()
     results: Any = profiled.profiler
     events = sorted((e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]")
-    return {"peak": held + max(itertools.accumulate(n for _, n in events)), "seconds": seconds}
+    return {"peak": static_bytes + max(itertools.accumulate(n for _, n in events)), "seconds": seconds}

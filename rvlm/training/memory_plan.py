@@ -1,8 +1,8 @@
-"""What a training step needs, before anything is downloaded: parameters, memory and time, from configurations alone.
+"""Parameters, memory and time of a training step, estimated from configurations alone, without downloading weights.
 
-The language model's own code runs forward and backward on fake tensors, which tells what it saves for backward and how much it
-computes. Source: bytes of 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section
-3; gradient checkpointing, Chen et al. 2016 (arXiv 1604.06174).
+The language model's own code runs forward and backward on fake tensors, which gives activations saved for backward and FLOPs.
+Source: bytes of 4-bit NormalFloat with double quantisation, QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3; gradient
+checkpointing, Chen et al. 2016 (arXiv 1604.06174).
 """
 
 import copy
@@ -23,35 +23,35 @@ from rvlm.files import PACKAGE
 from rvlm.policy.checkpoints import set_trainable
 from rvlm.policy.config import VLAConfig
 from rvlm.policy.model import VLA
-from rvlm.training.cost import materialise_fake, profile_forward_backward
+from rvlm.training.cost import StepCost, materialise_fake, profile_forward_backward
 from rvlm.vlm.backbones import language_model
 from rvlm.vlm.quantization import meta_model
 
-# Memory [GB], dense tensor cores [TFLOP/s] (16 bits in, 32 bits summed); source: NVIDIA's data sheets.
+# Memory [GB], peak of dense tensor cores [TFLOP/s] (16-bit inputs, 32-bit accumulation); source: NVIDIA's data sheets.
 GPUS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
-UTILISATION = 0.35  # share of a card's peak throughput that training reaches; an assumption
-CUDA_CONTEXT_BYTES = 0.8e9  # what a GPU's driver and libraries take before anything is computed [byte]; an assumption
+UTILISATION = 0.35  # model FLOPs utilisation: fraction of the peak throughput that training reaches; an assumption
+CUDA_CONTEXT_BYTES = 0.8e9  # of the CUDA context and libraries [byte]; an assumption
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
     "adamw_8bit": 2,
     "paged_adamw_8bit": 2,
     "sgd": 0,
-}  # bytes of state for each trained parameter
-FOUR_BITS = (4 + 0.127) / 8  # bytes of a parameter with its share of the constants of quantisation
+}  # bytes of optimizer state per trained parameter
+FOUR_BITS = (4 + 0.127) / 8  # bytes per 4-bit parameter, quantisation constants included
 HUB_CONFIGS = PACKAGE / "assets" / "shapes.json"  # configurations of models on the Hub
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one training step needs.
+class MemoryPlan:
+    """Parameters, memory and FLOPs of one training step.
 
     Attributes:
-        parameters: Of the whole policy.
-        trained: Of these, how many learn.
+        parameters: Number of the whole policy's.
+        trained: How many of them are trained.
         weights, gradients, optimizer, activations: [byte]; `activations` are those saved for backward.
         peak_activations: Peak during forward and backward, without weights and optimizer [byte]: activations are freed while
-            gradients are made, and kernels need workspace.
+            gradients are allocated, and kernels need workspace.
         flops: Floating point operations of forward and backward.
     """
 
@@ -66,16 +66,16 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Most memory at a time [byte]."""
+        """Peak memory [byte]."""
         return self.weights + self.optimizer + self.peak_activations
 
-    def fits(self, card: str) -> bool:
-        """Whether a card of `GPUS` holds it."""
-        return self.peak + CUDA_CONTEXT_BYTES < GPUS[card][0] * 1e9
+    def fits(self, gpu: str) -> bool:
+        """Whether it fits in the memory of one of `GPUS`."""
+        return self.peak + CUDA_CONTEXT_BYTES < GPUS[gpu][0] * 1e9
 
-    def seconds(self, card: str) -> float:
-        """Of a step on a card of `GPUS`, at the assumed utilisation [s]."""
-        return self.flops / (GPUS[card][1] * 1e12 * UTILISATION)
+    def seconds(self, gpu: str) -> float:
+        """Time of a step on one of `GPUS`, at the assumed utilisation [s]."""
+        return self.flops / (GPUS[gpu][1] * 1e12 * UTILISATION)
 
 
 def hub_configs() -> dict[str, tuple[PreTrainedConfig, int]]:
@@ -92,66 +92,49 @@ def plans(
     finetuning: str = "full",
     rank: int = 16,
     batch_size: int = 8,
-    n_words: int = 24,
+    n_text_tokens: int = 24,
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
-) -> tuple[Plan, Plan]:
-    """What a training step needs, without and with gradient checkpointing.
+) -> tuple[MemoryPlan, MemoryPlan]:
+    """Plans of a training step without and with gradient checkpointing.
 
     Args:
-        config: Of the vision-language model; nothing else of it is read.
-        n_image_tokens: Tokens of an image in its prompt, as `rvlm.policy.inspection.inspect_vlm` tells.
-        policy: Fields of `VLAConfig`: structure, head, window.
+        config: Of the vision-language model.
+        n_image_tokens: Tokens per image in its prompt, as `rvlm.policy.inspection.inspect_vlm` finds them.
+        policy: Fields of `VLAConfig`: structure, head, history.
         finetuning: Which parts of the backbone are trained (`rvlm.policy.checkpoints.set_trainable`).
         rank: Of adapters.
-        batch_size: Windows that are computed at once.
-        n_words: Tokens of the instruction and of the prompt template around it.
-        precision: "fp32", "bf16" or "fp16", of the computation.
+        batch_size: Windows per forward pass.
+        n_text_tokens: Tokens of the instruction and of the prompt template around it.
+        precision: Of the computation: "fp32", "bf16" or "fp16".
         optimizer: Name in `OPTIMIZER_BYTES`.
 
     Raises:
-        ValueError: An optimizer of unknown state size, or a family of another architecture.
+        ValueError: An optimizer of unknown state size, or an unsupported architecture.
     """
-    _refuse_unknown(config, optimizer)
+    _check_supported(config, optimizer)
     model, four_bits = _meta_policy(config, policy, finetuning, rank)
-    half, language = 4 if precision == "fp32" else 2, config.get_text_config()
-    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
-    frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
-    small = sum(frozen[i] for i in four_bits)
-    wide = sum(frozen.values()) - small
-    n_trained, t, n_cameras = sum(trained.values()), model.config.n_obs_steps, len(model.config.cameras)
-    per_step, rows = n_cameras * n_image_tokens + model.head.n_queries, batch_size
-    length = n_words + per_step * t
-    if model.config.structure != "interleaved":
-        rows, length = batch_size * t, n_words + per_step
-    kept, most, flops = _language_model(model, rows, length, precision)
-    layer_inputs = language.num_hidden_layers * rows * length * language.hidden_size * (4 if finetuning == "full" else half)
-    one_layer = kept / language.num_hidden_layers  # activations of the one layer that is recomputed
-    passes = (kept, most, flops), (layer_inputs + one_layer, layer_inputs + one_layer + most - kept, flops * 4 / 3)
-    held = {
-        "parameters": n_trained + sum(frozen.values()),
-        "trained": n_trained,
-        "weights": 4 * n_trained + FOUR_BITS * small + wide * (4 if finetuning == "full" else half),
-        "gradients": 4.0 * n_trained,
-        "optimizer": float(OPTIMIZER_BYTES[optimizer] * n_trained),
-    }
-    towers = _vision_tower(config, batch_size * t * n_cameras, precision, learns=finetuning == "full")
+    frozen_bytes = 4 if finetuning == "full" or precision == "fp32" else 2
+    static = _static_memory(model, four_bits, frozen_bytes, optimizer)
+    decoder = _decoder_costs(model, batch_size, n_text_tokens, n_image_tokens, precision, frozen_bytes)
+    n_images = batch_size * model.config.n_obs_steps * len(model.config.cameras)
+    tower = _vision_tower_costs(config, n_images, precision, is_trained=finetuning == "full")
     plain, checkpointed = (
-        Plan(
-            **held,
-            activations=kept + vision,
-            peak_activations=max(most + vision, held["gradients"] + vision_peak),
-            flops=flops + vision_flops,
+        MemoryPlan(
+            **static,
+            activations=text.saved + vision.saved,
+            peak_activations=max(text.peak + vision.saved, static["gradients"] + vision.peak),
+            flops=text.flops + vision.flops,
         )
-        for (kept, most, flops), (vision, vision_peak, vision_flops) in zip(passes, towers, strict=True)
+        for text, vision in zip(decoder, tower, strict=True)
     )
     return plain, checkpointed
 
 
 def plan_memory(
     config: PreTrainedConfig, n_image_tokens: int, policy: dict[str, Any], gradient_checkpointing: bool = False, **settings: Any
-) -> Plan:
-    """One of both `plans`, with or without gradient checkpointing.
+) -> MemoryPlan:
+    """The plan of a training step, as `plans`, with or without gradient checkpointing.
 
     Example:
         >>> config = AutoConfig.from_pretrained("vlm")
@@ -168,39 +151,36 @@ def compare(
     """Plans of several models and finetuning modes, without and with gradient checkpointing.
 
     Args:
-        models: Name -> configuration, tokens of an image; as `hub_configs` gives them.
-        finetuning_modes: As `plans` takes them.
-        policy: As `plans` takes it.
-        settings: Others of `plans`.
+        models: Name -> configuration and tokens per image, as of `hub_configs`.
+        finetuning_modes: As `finetuning` of `plans`.
+        policy: As of `plans`.
+        settings: Other arguments of `plans`.
 
     Returns:
         Columns `model`, `finetuning`, `gradient_checkpointing`, `trained [M]`, `weights`, `optimizer`, `peak_activations` and
-        `peak` [GB], `card` (the smallest of `GPUS` that holds it, or "none"), `step [s]` on that card.
+        `peak` [GB], `gpu` (the smallest of `GPUS` that it fits, or "none"), `step [s]` on that GPU.
     """
     rows = []
     for (name, (config, n_tokens)), finetuning in itertools.product(models.items(), finetuning_modes):
         for is_checkpointed, plan in enumerate(plans(config, n_tokens, policy, finetuning=finetuning, **settings)):
-            card = next((card for card in GPUS if plan.fits(card)), "none")
+            gpu = next((gpu for gpu in GPUS if plan.fits(gpu)), "none")
             rows.append({
                 "model": name,
                 "finetuning": finetuning,
                 "gradient_checkpointing": bool(is_checkpointed),
                 "trained [M]": plan.trained / 1e6,
                 **{part: getattr(plan, part) / 1e9 for part in ("weights", "optimizer", "peak_activations", "peak")},
-                "card": card,
-                "step [s]": plan.seconds(card) if card in GPUS else float("nan"),
+                "gpu": gpu,
+                "step [s]": plan.seconds(gpu) if gpu in GPUS else float("nan"),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
+def _check_supported(config: PreTrainedConfig, optimizer: str) -> None:
     if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(f"no optimizer {optimizer!r} in the plan; there are {', '.join(OPTIMIZER_BYTES)}")
-    if (
-        config.is_encoder_decoder
-        or not hasattr(getattr(config, "vision_config", None), "patch_size")
-        or config.get_text_config() is config
-    ):
+    has_patches = hasattr(getattr(config, "vision_config", None), "patch_size")
+    if config.is_encoder_decoder or not has_patches or config.get_text_config() is config:
         raise ValueError(
             f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
             "rvlm.training.trainer.profile_training_step(stage)"
@@ -208,37 +188,64 @@ def _refuse_unknown(config: PreTrainedConfig, optimizer: str) -> None:
 
 
 def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, rank: int) -> tuple[Any, set[int]]:
-    """A policy on the meta device, and which of its weights would be held in 4 bits."""
+    """A policy on the meta device, and the ids of its weights that are stored in 4 bits."""
     spec = ActionSpec.from_card("tabletop_franka7").to_dict()
-    whole = VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy)
     with torch.device("meta"):
-        model = VLA(whole, meta_model(config))
+        model = VLA(VLAConfig(backbone=config.to_dict(), spec=spec, stats={}, **policy), meta_model(config))
     decoder = language_model(model.backbone)
-    linear = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if finetuning == "qlora" else set()
+    four_bits = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if finetuning == "qlora" else set()
     if finetuning in ("full", "head"):
-        return set_trainable(model, finetuning, rank, None), linear
-    from rvlm.vlm import adapters  # and with it peft, which takes seconds
+        return set_trainable(model, finetuning, rank, None), four_bits
+    from rvlm.vlm import adapters  # imports peft, which takes seconds
 
     adapters.add_lora(model.backbone, "dora" if finetuning == "dora" else "lora", rank, 0)
-    return model, linear
+    return model, four_bits
 
 
-def _language_model(model: Any, rows: int, length: int, precision: str) -> tuple[float, float, float]:
-    """`profile_forward_backward` of the decoder over `rows` sequences of one length."""
+def _static_memory(model: Any, four_bits: set[int], frozen_bytes: int, optimizer: str) -> dict[str, Any]:
+    """Parameters, and what stays allocated between steps [byte], as fields of `MemoryPlan`."""
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
+    n_trained, n_frozen, n_quantized = sum(trained.values()), sum(frozen.values()), sum(frozen[i] for i in four_bits)
+    return {
+        "parameters": n_trained + n_frozen,
+        "trained": n_trained,
+        "weights": 4 * n_trained + FOUR_BITS * n_quantized + frozen_bytes * (n_frozen - n_quantized),
+        "gradients": 4.0 * n_trained,
+        "optimizer": float(OPTIMIZER_BYTES[optimizer] * n_trained),
+    }
+
+
+def _decoder_costs(
+    model: Any, batch_size: int, n_text_tokens: int, n_image_tokens: int, precision: str, activation_bytes: int
+) -> tuple[StepCost, StepCost]:
+    """Of the language model, without and with gradient checkpointing, which recomputes one layer at a time."""
+    config, text = model.config, model.backbone.config.get_text_config()
+    tokens_per_step = len(config.cameras) * n_image_tokens + model.head.n_queries
+    if config.structure == "interleaved":
+        n_sequences, length = batch_size, n_text_tokens + tokens_per_step * config.n_obs_steps
+    else:
+        n_sequences, length = batch_size * config.n_obs_steps, n_text_tokens + tokens_per_step
+    plain = _profile_decoder(model, n_sequences, length, precision)
+    layer_inputs = text.num_hidden_layers * n_sequences * length * text.hidden_size * activation_bytes
+    saved = layer_inputs + plain.saved / text.num_hidden_layers
+    return plain, StepCost(saved, saved + plain.peak - plain.saved, plain.flops * 4 / 3)
+
+
+def _profile_decoder(model: Any, n_sequences: int, length: int, precision: str) -> StepCost:
     decoder = language_model(model.backbone)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialise_fake(decoder, dtype)
-        words = torch.zeros(rows, length, model.backbone.config.get_text_config().hidden_size, requires_grad=True)
+        hidden = model.backbone.config.get_text_config().hidden_size
+        embeddings = torch.zeros(n_sequences, length, hidden, requires_grad=True)
         return profile_forward_backward(
-            decoder, lambda: decoder(inputs_embeds=words, use_cache=False).last_hidden_state, precision != "fp32"
+            decoder, lambda: decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state, precision != "fp32"
         )
 
 
-def _vision_tower(
-    config: PreTrainedConfig, n_images: int, precision: str, learns: bool
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """`profile_forward_backward` of the tower, without and with gradient checkpointing, from one block like SigLIP's."""
+def _vision_tower_costs(config: PreTrainedConfig, n_images: int, precision: str, is_trained: bool) -> tuple[StepCost, StepCost]:
+    """Of the vision tower, without and with gradient checkpointing; estimated from one SigLIP block of its size."""
     tower: Any = config.vision_config
     size = {"hidden_size": tower.hidden_size, "intermediate_size": getattr(tower, "intermediate_size", 4 * tower.hidden_size)}
     heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
@@ -248,11 +255,11 @@ def _vision_tower(
     block: Any = SiglipVisionConfig(**size, num_attention_heads=heads)
     block._attn_implementation = "sdpa"
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layer = SiglipEncoderLayer(block).requires_grad_(learns)
-        patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=learns)
-        kept, most, flops = profile_forward_backward(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
-    plain = n_blocks * kept, (n_blocks - 1) * kept + most, n_blocks * flops
-    if not learns:
+        layer = SiglipEncoderLayer(block).requires_grad_(is_trained)
+        patches = torch.zeros(n_images, (side // patch) ** 2, tower.hidden_size, requires_grad=is_trained)
+        one = profile_forward_backward(layer, lambda: layer(patches, attention_mask=None), precision != "fp32")
+    plain = StepCost(n_blocks * one.saved, (n_blocks - 1) * one.saved + one.peak, n_blocks * one.flops)
+    if not is_trained:
         return plain, plain
     layer_inputs = n_blocks * float(patches.numel()) * patches.element_size()
-    return plain, (layer_inputs, layer_inputs + most, plain[2] * 4 / 3)
+    return plain, StepCost(layer_inputs, layer_inputs + one.peak, plain.flops * 4 / 3)

@@ -23,8 +23,8 @@ PUBLISHED = {"SmolVLM2-2.2B": 2.246e9, "PaliGemma-3B": 2.923e9, "Qwen2.5-VL-3B":
 
 def small_plan(policy=ONE_STEP, b=8, **settings):
     config = AutoConfig.from_pretrained(SMALL_VLM)
-    n_words = len(TEXTS[0].split()) + 1
-    return plan_memory(config, 16, policy, batch_size=b, n_words=n_words, precision="fp32", **settings)
+    n_text_tokens = len(TEXTS[0].split()) + 1
+    return plan_memory(config, 16, policy, batch_size=b, n_text_tokens=n_text_tokens, precision="fp32", **settings)
 
 
 CASES = [
@@ -38,8 +38,8 @@ CASES = [
 def test_the_plan_agrees_with_a_measured_step(toy_demos, policy, finetuning, gradient_checkpointing):
     """Parameters exactly, peak memory within a tenth."""
     plan = small_plan(policy, finetuning=finetuning, gradient_checkpointing=gradient_checkpointing)
-    how = {"finetuning": finetuning, "gradient_checkpointing": gradient_checkpointing, "batch_size": 8, "n_processes": 1}
-    used = profile_training_step(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **how))
+    settings = {"finetuning": finetuning, "gradient_checkpointing": gradient_checkpointing, "batch_size": 8, "n_processes": 1}
+    used = profile_training_step(Stage("step", ROBOT, (str(toy_demos),), str(SMALL_VLM), 8, policy=policy, **settings))
     assert (plan.parameters, plan.trained) == (used["parameters"], used["trained"])
     assert plan.peak == pytest.approx(used["peak"], rel=0.1)
 
@@ -81,12 +81,12 @@ def test_every_family_is_planned_and_inspected(name, tmp_path):
     facts = inspect_vlm(tmp_path)
     has_all = name not in ("kosmos2", "florence2")
     assert (facts["structures"], facts["several images"]) == (("all", "yes") if has_all else ("one_step, policy_head", "no"))
-    asked = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens per image"]), ONE_STEP)
+    arguments = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens per image"]), ONE_STEP)
     if name in ("idefics", "florence2"):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
-            plan_memory(*asked, finetuning="lora", rank=2)
+            plan_memory(*arguments, finetuning="lora", rank=2)
         return
-    plan = plan_memory(*asked, finetuning="lora", rank=2)
+    plan = plan_memory(*arguments, finetuning="lora", rank=2)
     assert plan.parameters / 1e6 > facts["parameters [M]"] and plan.flops > 0 and plan.peak > 0
     assert ("token types" in facts["causal attention"]) == (name == "paligemma")
 
