@@ -167,7 +167,7 @@ def test_a_stage_runs_no_code_that_is_not_in_its_name(home, kind, changes, toy_d
     data, policy = (toy_demos, {"structure": "one_step"}) if kind == ROBOT else (scenes, {})
     stage = Stage("toy", kind, (str(data),), str(SMALL_VLM), 4, policy=policy, batch_size=4, n_processes=1, **changes)
     ran = traced(lambda: train_stage_in_process(stage, tmp_path))
-    assert ("rvlm.training.trainer", "train_stage_in_process") in ran and missing(ran, stage.code) == []
+    assert ("rvlm.training.trainer", "train_stage_in_process") in ran and missing(ran, stage.training_code) == []
 
 
 def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):

@@ -140,7 +140,7 @@ def test_what_is_in_use_stays(several):
 
 def test_what_something_is_made_from_stays_meanwhile(several):
     """The policy that is evaluated, and the start and the data of a stage, in a process that a launcher has started too."""
-    from rvlm.training.launch import _stage_in
+    from rvlm.training.launch import _load_stage
 
     several["kept"].joinpath("model").mkdir()
     model, data = str(several["kept"] / "model"), str(a_cache("datasets", "data"))
@@ -152,7 +152,7 @@ def test_what_something_is_made_from_stays_meanwhile(several):
     a_cache("datasets", "data")
     atomic_write(several["under way"] / "stage.json", json.dumps(fields))
     release()
-    _stage_in(several["under way"])
+    _load_stage(several["under way"])
     assert gone(max_bytes=0) == ["of it"]
 
 

@@ -1,7 +1,6 @@
-"""Run training stages: one stage is data, a start and a budget; its result is a folder.
+"""Run training stages in processes of their own: several by torchrun, or one forked from a server.
 
-A stage runs in processes of its own (one per core or GPU, by torchrun). Its folder is named by the hash of what made it, so
-nothing is trained twice.
+A stage's folder is named by the hash of what determines its result, so nothing is trained twice.
 """
 
 import contextlib
@@ -35,22 +34,22 @@ def train(
     stage: Stage,
     show_progress: bool = True,
     n_threads: int | None = None,
-    watch: Callable[[dict[str, float]], None] | None = None,
+    on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> Path:
-    """Train a stage unless its result is there, in `n_processes` processes; resumes what was killed.
+    """Train a stage in `n_processes` processes, unless its result exists; resumes after a kill.
 
     Args:
         stage: What to train.
         show_progress: Whether to draw a progress bar.
-        n_threads: Of each process; all cores shared between the processes if left out.
-        watch: Is shown each log entry; what it raises stops the training, which goes on from there when it is run again.
+        n_threads: Of each process; by default the cores are divided among the processes.
+        on_log: Called with each log entry; an exception from it stops the training, which can be resumed.
 
     Returns:
         The folder of the trained model.
 
     Raises:
-        TrainingDiverged: Its weights are no numbers any more.
-        RuntimeError: Training failed; the message holds the end of its log.
+        TrainingDiverged: Its weights are NaN or infinite.
+        RuntimeError: Training failed; the message has the end of its output.
 
     Example:
         >>> stage = rvlm.Stage("short", "robot", ("demonstrations",), "vlm", n_samples=8, batch_size=8, n_processes=1)
@@ -58,51 +57,51 @@ def train(
         >>> policy = rvlm.load_policy(folder)
     """
     final = stage.folder
-    with _lock(final):  # who asks for the same stage meanwhile waits for it
+    with _lock(final):  # other callers of the same stage wait
         if not final.exists():
-            _train(stage, final, show_progress, n_threads, watch)
+            _train(stage, final, show_progress, n_threads, on_log)
         _drop_checkpoints(final)
     return use(final) / "model"
 
 
 def _lock(folder: Path) -> FileLock:
-    """A lock that ends with the process that holds it, also where that is killed."""
+    """A file lock, released when its process ends or is killed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(folder.with_name(folder.name + ".lock"))
 
 
 def prepare(stage: Stage) -> Path:
-    """Make the folder in which a stage is trained, on one machine or many by `torchrun ... -m rvlm.training.launch FOLDER`."""
+    """Create the folder in which a stage is trained, also for `torchrun ... -m rvlm.training.launch FOLDER` on many machines."""
     partial = stage.folder.with_name(stage.folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / DIVERGED).unlink(missing_ok=True)
-    stage.code.require_unchanged()
-    told = dataclasses.asdict(stage)
-    atomic_write(partial / "stage.json", json.dumps(told, indent=1))
-    atomic_write(partial / "commits.json", json.dumps({name: of for name, of in hub_commits.items() if name == stage.init}))
+    stage.training_code.require_unchanged()
+    settings = dataclasses.asdict(stage)
+    atomic_write(partial / "stage.json", json.dumps(settings, indent=1))
+    commits = {name: commit for name, commit in hub_commits.items() if name == stage.init}
+    atomic_write(partial / "commits.json", json.dumps(commits))
     inputs = (stage.init, *stage.data, *stage.vqa_data)
-    write_provenance(partial, stage.code, told, inputs)
+    write_provenance(partial, stage.training_code, settings, inputs)
     use_inputs(inputs)
     return partial
 
 
 def distributed_worker(folder: Path) -> None:
-    """Train as one of the processes that a launcher has started; the first of them puts the result in its place.
+    """Train as one of the processes of an external launcher; rank 0 moves the result to the stage's folder.
 
-    A stage that is trained already is left as it is.
+    Returns at once if the stage is already trained.
 
     Raises:
-        RuntimeError: The launcher has started another number of processes than the stage is meant for, or others train it
-            at this moment.
+        RuntimeError: The launcher started another number of processes than the stage's, or the stage is being trained.
     """
-    stage = _stage_in(folder)
+    stage = _load_stage(folder)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != stage.n_processes:
         raise RuntimeError(
             f"stage {stage.name!r}: expected {stage.n_processes} processes, got {world_size}; start as many by torchrun "
-            "(on CPUs `accelerate launch` starts one, whatever it was told), or make the stage with another n_processes"
+            "(on CPUs `accelerate launch` always starts one), or create the stage with another n_processes"
         )
-    final = folder.with_name(folder.name.removesuffix(".partial"))  # as it was named when it was prepared
+    final = folder.with_name(folder.name.removesuffix(".partial"))  # its name at `prepare`
     if final.exists():
         return
     if os.environ.get("RANK", "0") != "0":
@@ -114,28 +113,28 @@ def distributed_worker(folder: Path) -> None:
             folder.replace(final)
             _drop_checkpoints(final)
     except Timeout as error:
-        raise RuntimeError(f"stage {stage.name!r}: another process trains it in {folder} at this moment; wait for it") from error
+        raise RuntimeError(f"stage {stage.name!r}: another process is training it in {folder}; wait for it") from error
 
 
-def _requested_worker(folder: Path) -> None:
-    """Train as one of the processes that `train` has started, when a trainer whose asker was killed has left the folder."""
+def _child_worker(folder: Path) -> None:
+    """Train as one of the processes of `train`, after waiting for a trainer whose parent was killed to end."""
     with _lock(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        train_stage_in_process(_stage_in(folder), folder)
+        train_stage_in_process(_load_stage(folder), folder)
 
 
-def _stage_in(folder: Path) -> Stage:
-    """The stage that is trained in a folder, from the commit that is in its name; what it is made from is in use from now on."""
+def _load_stage(folder: Path) -> Stage:
+    """The stage that is trained in a folder, with its Hub commits; marks its inputs as in use."""
     hub_commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
     stage = Stage(**json.loads((folder / "stage.json").read_text()))
     use_inputs((stage.init, *stage.data, *stage.vqa_data))
     return stage
 
 
-def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None, watch: Any) -> None:
+def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None, on_log: Any) -> None:
     partial = prepare(stage)
     process = _launch(stage, partial, n_threads) if _n_processes(stage) > 1 else _fork(partial, n_threads)
     try:
-        _tail_log(process, partial, stage, show_progress, watch)
+        _tail_log(process, partial, stage, show_progress, on_log)
     finally:
         if process.poll() is None:
             process.stop()
@@ -149,24 +148,24 @@ def _train(stage: Stage, final: Path, show_progress: bool, n_threads: int | None
 
 
 def _drop_checkpoints(final: Path) -> None:
-    """Remove what a finished stage could have gone on from, several times its model's size; a kill may have left it."""
+    """Remove a finished stage's checkpoints, several times its model's size."""
     for checkpoint in (final / "trainer").glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespace:
-    """Start a stage's processes by torchrun, in a session of their own."""
+    """Start a stage's processes by torchrun, in a process group of their own."""
     threads = n_threads or max(1, (os.cpu_count() or 1) // _n_processes(stage))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **PASSIVE}
-    several = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={_n_processes(stage)}")
-    command = [sys.executable, *several, "-m", "rvlm.training.launch", str(partial), str(os.getpid())]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={_n_processes(stage)}")
+    command = [sys.executable, *torchrun, "-m", "rvlm.training.launch", str(partial), str(os.getpid())]
     with (partial / "output.txt").open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     return SimpleNamespace(poll=process.poll, stop=lambda: os.killpg(process.pid, signal.SIGKILL), wait=process.wait)
 
 
 def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
-    """Start a stage's only process from a server that has imported everything already, which spares seconds a stage."""
+    """Fork a stage's only process from a server with all imports done, which saves seconds per stage."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rvlm.passive", "rvlm.training.preload"])
     environment = {**os.environ, **PASSIVE}
@@ -175,23 +174,22 @@ def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
     return SimpleNamespace(poll=lambda: process.exitcode, stop=process.kill, wait=process.join)
 
 
-def _single_worker(partial: Path, asker: int, n_threads: int, environment: dict[str, str]) -> None:
-    """A stage's only process: as if it had been started from the command line by its asker."""
+def _single_worker(partial: Path, parent_pid: int, n_threads: int, environment: dict[str, str]) -> None:
+    """Train as a stage's only process, with the environment of its parent."""
     os.environ.clear()
-    os.environ.update(environment)  # the server may have been started in another one
+    os.environ.update(environment)  # the server may have another
     with (partial / "output.txt").open("ab") as output:
         for standard in (1, 2):
             os.dup2(output.fileno(), standard)
-    exit_when_process_ends(asker)
+    exit_when_process_ends(parent_pid)
     torch.set_num_threads(n_threads)
-    _requested_worker(partial)
+    _child_worker(partial)
 
 
 def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> dict[str, Path]:
-    """Train independent stages at the same time, no more than there are cores; gives each one's model folder.
+    """Train independent stages in parallel, at most one per core; returns each one's model folder.
 
-    Two processes of one thread train a small model about twice as fast as one process of two threads, so use stages with
-    `n_processes=1`.
+    Small models train about twice as fast in two processes of one thread as in one process of two, so use `n_processes=1`.
 
     Example:
         >>> few = {"n_samples": 8, "batch_size": 8, "n_processes": 1}
@@ -208,19 +206,19 @@ def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> d
 
 
 def _n_processes(stage: Stage) -> int:
-    """As the stage asks, but no more than there are GPUs on a machine that has some."""
+    """Its `n_processes`, at most one per GPU if there are GPUs."""
     return min(stage.n_processes, torch.cuda.device_count()) if torch.cuda.is_available() else stage.n_processes
 
 
-def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progress: bool, watch: Any) -> None:
-    """Draw a progress bar from the log file until the process ends, and show its entries to whom it may concern."""
+def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progress: bool, on_log: Any) -> None:
+    """Follow the log file until the process ends: draws a progress bar and calls `on_log`."""
     n_shown = 0
     with tqdm(total=stage.n_samples, desc=f"train {stage.name}", unit="sample", disable=not show_progress) as bar:
         while process.poll() is None:
             time.sleep(0.1)
             entries = log_history(partial)
-            for entry in entries[n_shown:] if watch else ():
-                watch(entry)
+            for entry in entries[n_shown:] if on_log else ():
+                on_log(entry)
             n_shown = len(entries)
             if entries:
                 bar.n = entries[-1]["step"] * stage.batch_size
@@ -229,12 +227,12 @@ def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progre
 
 if __name__ == "__main__":
     partial_folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:  # asked for by `train`, which puts the result in its place
+    if len(sys.argv) > 2:  # started by `train`, which moves the result
         exit_when_process_ends(os.getppid())
         exit_when_process_ends(int(sys.argv[2]))
-        _requested_worker(partial_folder)
+        _child_worker(partial_folder)
     else:
         distributed_worker(partial_folder)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # all is written; gloo's threads may abort an interpreter that is torn down (pytorch/pytorch#179291)
+    os._exit(0)  # gloo's threads may abort the interpreter's shutdown (pytorch/pytorch#179291)

@@ -1,6 +1,6 @@
-"""What a training stage is: data, a start and a budget. Its result is a folder that is named by what makes it.
+"""`Stage`: the configuration of a training: data, initial weights and a budget.
 
-That is: every setting, the content of the data and of the start, and the code that trains (`Stage.code`).
+Its folder is named by a hash of every setting, the content of the data and of the initial weights, and the code that trains.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from rvlm.files import artifacts_dir, config_hash, folder_hash, model_hash
 from rvlm.policy.config import FINETUNING_MODES, check_settings
 from rvlm.vlm import quantization
 
+STEP_DECAY = "step_decay"
 _CHOICES = {
     "finetuning": FINETUNING_MODES,
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": tuple(o.value for o in OptimizerNames),
     "instructions": ("original", "paraphrased", "canonical"),
-    "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "step_decay"),
+    "schedule": ("cosine", "linear", "constant", "constant_with_warmup", STEP_DECAY),
 }
-AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # the most that is allowed of each
-# The least, and the most, that is allowed of each.
-WHOLE = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "gradient_accumulation_steps": 1, "rank": 1, "shots": 0, "seed": 0}
-REAL = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "vqa_fraction": 1}
-KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # name -> maximum
+_MINIMA = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "gradient_accumulation_steps": 1, "rank": 1, "shots": 0, "seed": 0}
+_MAXIMA = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "vqa_fraction": 1}
+STAGE_KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
+_PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# What is imported on the way to a training and not used by it: recorders, what renders scenes, and what only other kinds need.
+# Modules that a training imports without using them: recording, rendering, and those of other kinds of stages.
 _RECORDING = ("rvlm.data.writer", "rvlm.data.lerobot_format", "rvlm.training.cost")
 _RENDERING = tuple(f"rvlm.envs.tabletop.{name}" for name in ("env", "experts", "failures", "world", "arms", "real_arms"))
 _POLICIES = (
@@ -41,52 +41,52 @@ _POLICIES = (
     ),
     *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video", "augmentation")),
 )
-UNUSED = {
+UNUSED_MODULES = {
     DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.features"),
     VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.detection"),
     ROBOT: (*_RECORDING, *_RENDERING, "rvlm.training.detection"),
 }
 
 
-def is_real(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
+def _is_finite(value: Any) -> bool:
+    """Whether it is a finite number, not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe.
+    """One training stage.
 
     Attributes:
-        name: What it is called in figures and folders.
-        kind: "detection" (the vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
-        data: Folders of scenes, or of demonstrations; of several robots the first is the one that the policy is for.
-        weights: Share of each folder of demonstrations among the samples; equal if left out.
-        shots: Training episodes of each task family that are used; 0 for all.
-        instructions: "original", "paraphrased" (any training paraphrase, drawn for each sample), or "canonical" (one a task).
-        allow_new_embodiment: Whether a policy is meant to move to a robot that it was not for.
-        vqa_data, vqa_fraction: Folders of scenes, and the share of a robot stage's batches that ask about them: co-training.
-        init: Folder or Hub name that the weights come from.
+        name: For figures and folders.
+        kind: "detection" (vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
+        data: Folders of scenes, or of demonstrations; of several embodiments the first is the policy's default.
+        weights: Sampling weights of the folders of demonstrations; equal by default.
+        shots: Training episodes per task family; 0 for all.
+        instructions: "original", "paraphrased" (a training paraphrase, drawn for each sample), or "canonical" (one per task).
+        allow_new_embodiment: Allow fine-tuning a policy on an embodiment that it does not know.
+        vqa_data, vqa_fraction: Folders of scenes, and the fraction of VQA batches in a robot stage: co-training.
+        init: Folder or Hub name of the initial weights.
         vqa: Arguments of `questions.sample_questions`, for vision-language stages and co-training.
-        is_pretrained: False draws random weights instead (the recipe `scratch`).
+        is_pretrained: False for random weights (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
-        batch_size: Samples per optimizer step, over all processes.
+        batch_size: Global batch size: samples per optimizer step, over all processes.
         learning_rate, weight_decay, warmup: Of AdamW; `warmup` is a fraction of the steps.
-        schedule: Of the learning rate behind its warm-up: "cosine", "linear", "constant_with_warmup", or "step_decay" (a tenth
-            after half of the steps, a hundredth after three quarters); "constant" has no warm-up.
+        schedule: Of the learning rate after warm-up: "cosine", "linear", "constant_with_warmup", or "step_decay" (a tenth after
+            half of the steps, a hundredth after three quarters); "constant" has no warm-up.
         max_grad_norm: Gradients are clipped to this norm.
-        freeze_vision: Keep vision tower and connector as they are and compute their features once per frame.
-        finetuning: What of the backbone learns in a robot stage (`checkpoints.set_trainable`); all that stands around it does.
+        freeze_vision: Freeze vision tower and connector, and compute their features once per frame.
+        finetuning: Which parts of the backbone a robot stage trains (`checkpoints.set_trainable`); the other parts always are.
         rank: Of adapters.
-        augment: What is varied in images, and how much: "shift", "crop", "color", as `rvlm.data.augmentation.augment` takes them.
-        seed: Of weights, order and augmentation.
-        optimizer: Name of transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
-        gradient_accumulation_steps: Parts in which a process works through its share of a batch, one after another.
-        gradient_checkpointing: Keep only what enters each layer, and compute the layer again on the way back.
-        precision: "fp32", "bf16" or "fp16" for what is computed (weights that learn stay in fp32); "auto" is what the machine is
-            fastest in, fp32 on a CPU.
-        n_processes: Data-parallel processes; on GPUs no more than one each.
+        augment: Image augmentation: "shift", "crop", "color", as arguments of `rvlm.data.augmentation.augment`.
+        seed: Of initial weights, sample order and augmentation.
+        optimizer: Name in transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
+        gradient_accumulation_steps: Forward and backward passes per optimizer step, each on a part of a process's batch.
+        gradient_checkpointing: Save only the input of each layer, and recompute the layer during backward.
+        precision: Of the computation: "fp32", "bf16" or "fp16" (trained weights stay in fp32); "auto" is the machine's fastest,
+            fp32 on a CPU.
+        n_processes: Data-parallel processes; on GPUs at most one each.
 
     Example:
         >>> stage = rvlm.Stage(
@@ -128,12 +128,12 @@ class Stage:
     n_processes: int = 2
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        for name in ("data", "weights", "vqa_data"):  # lists, where it was read from JSON
+        self._check_types()
+        for name in ("data", "weights", "vqa_data"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_weights()
-        if self.kind not in KINDS:
-            raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.kind not in STAGE_KINDS:
+            raise ValueError(f"stage {self.name!r}: no kind {self.kind!r}; there are {', '.join(STAGE_KINDS)}")
         if self.n_samples < self.batch_size:
             raise ValueError(
                 f"stage {self.name!r}: expected n_samples of at least one batch of {self.batch_size}; got {self.n_samples}"
@@ -146,33 +146,25 @@ class Stage:
         for name, possible in _CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
-        usual = {
-            "policy": {},
-            "finetuning": "full",
-            "weights": (),
-            "shots": 0,
-            "instructions": "original",
-            "vqa_data": (),
-            "augment": {},
-        }
-        for name, value in {**usual, "allow_new_embodiment": False}.items():
+        defaults = {"policy": {}, "finetuning": "full", "weights": (), "shots": 0, "instructions": "original", "vqa_data": ()}
+        for name, value in {**defaults, "augment": {}, "allow_new_embodiment": False}.items():
             if getattr(self, name) != value and self.kind != ROBOT:
                 raise ValueError(
                     f"stage {self.name!r}: {name!r} is read by {ROBOT!r} stages only, and this one is {self.kind!r}; leave it out"
                 )
         self._check_augment()
-        object.__setattr__(self, "augment", {name: most for name, most in self.augment.items() if most})
+        object.__setattr__(self, "augment", {name: value for name, value in self.augment.items() if value})
         if self.rank != 16 and self.finetuning in ("full", "head"):
             raise ValueError(
                 f"stage {self.name!r}: 'rank' is read with adapters only, not with finetuning={self.finetuning!r}; leave it out"
             )
 
-    def _check_kinds(self) -> None:
+    def _check_types(self) -> None:
         for name in ("data", "weights", "vqa_data"):
             if not isinstance(value := getattr(self, name), tuple | list):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a tuple, got {value!r}; write ({value!r},)")
         if not self.data:
-            raise ValueError(f"stage {self.name!r}: expected at least one folder in 'data' to learn from, got none")
+            raise ValueError(f"stage {self.name!r}: expected at least one folder in 'data', got none")
         for name in ("policy", "vqa", "augment"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a dict of settings, got {value!r}")
@@ -180,63 +172,64 @@ class Stage:
             check_settings(self.policy)
         except TypeError as error:
             raise TypeError(f"stage {self.name!r}: 'policy' has {error}") from error
-        for name, least in WHOLE.items():
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"stage {self.name!r}: expected {name!r} as a whole number from {least} on, got {value!r}")
-        for name, most in REAL.items():
-            if not is_real(value := getattr(self, name)) or not 0 <= value <= most:
-                raise ValueError(f"stage {self.name!r}: expected {name!r} as a finite number from 0 to {most:g}, got {value!r}")
+        for name, minimum in _MINIMA.items():
+            if type(value := getattr(self, name)) is not int or value < minimum:
+                raise ValueError(f"stage {self.name!r}: expected {name!r} as an integer from {minimum} on, got {value!r}")
+        for name, maximum in _MAXIMA.items():
+            if not _is_finite(value := getattr(self, name)) or not 0 <= value <= maximum:
+                raise ValueError(
+                    f"stage {self.name!r}: expected {name!r} as a finite number from 0 to {maximum:g}, got {value!r}"
+                )
 
     def _check_weights(self) -> None:
-        if self.weights and (len(self.weights) != len(self.data) or not all(is_real(w) and w > 0 for w in self.weights)):
+        if self.weights and (len(self.weights) != len(self.data) or not all(_is_finite(w) and w > 0 for w in self.weights)):
             raise ValueError(
                 f"stage {self.name!r}: expected 'weights' above 0, one for each of {len(self.data)} folders of data, "
                 f"got {list(self.weights)}"
             )
 
     def _check_augment(self) -> None:
-        for name, most in self.augment.items():
+        for name, value in self.augment.items():
             if name not in AUGMENTATIONS:
                 raise ValueError(
                     f"stage {self.name!r}: no augmentation {name!r}; there are {', '.join(AUGMENTATIONS)} (images are never "
                     "mirrored: actions, states and words such as 'left' would have to be mirrored too)"
                 )
-            if not is_real(most) or not 0 <= most <= AUGMENTATIONS[name] or (name == "shift" and most % 1):
-                kind = "whole pixels" if name == "shift" else "a share"
-                raise ValueError(f"stage {self.name!r}: expected {name} as {kind} from 0 to {AUGMENTATIONS[name]}; got {most}")
+            if not _is_finite(value) or not 0 <= value <= AUGMENTATIONS[name] or (name == "shift" and value % 1):
+                unit = "whole pixels" if name == "shift" else "a fraction"
+                raise ValueError(f"stage {self.name!r}: expected {name} as {unit} from 0 to {AUGMENTATIONS[name]}; got {value}")
         if any(self.augment.values()) and self.freeze_vision:
             raise ValueError(
-                f"stage {self.name!r}: expected images as they are with freeze_vision=True, which keeps their features; got "
+                f"stage {self.name!r}: expected no augmentation with freeze_vision=True, which caches image features; got "
                 f"augment={self.augment}; leave one of them out"
             )
 
     @property
-    def computes_in(self) -> str:
-        """Its precision on this machine: "fp32", "bf16" or "fp16"."""
-        return PRECISIONS[quantization.precision()] if self.precision == "auto" else self.precision
+    def resolved_precision(self) -> str:
+        """Precision on this machine: "fp32", "bf16" or "fp16"."""
+        return _PRECISION_NAMES[quantization.precision()] if self.precision == "auto" else self.precision
 
     @property
-    def code(self) -> Code:
-        """The code that its result depends on; the tabletop's only where it words instructions anew or asks about scenes."""
-        asks = self.kind != ROBOT or self.vqa_data or self.instructions != "original"
-        return Code(
-            ("rvlm.training.trainer", "rvlm.vlm.quantization:precision"), (*UNUSED[self.kind], *(() if asks else ("rvlm.envs",)))
-        )
+    def training_code(self) -> Code:
+        """The code that its result depends on; the tabletop's only for paraphrases and VQA."""
+        uses_tabletop = self.kind != ROBOT or self.vqa_data or self.instructions != "original"
+        unused = (*UNUSED_MODULES[self.kind], *(() if uses_tabletop else ("rvlm.envs",)))
+        return Code(("rvlm.training.trainer", "rvlm.vlm.quantization:precision"), unused)
 
     @property
     def folder(self) -> Path:
-        """Where its result is: its name, and the hash of all that makes it, except who shares the work.
+        """Where its result is: its name, and the hash of all that determines it; how the work is split does not count.
 
         Raises:
-            ValueError: Data that it is to learn from is not there.
+            ValueError: A folder of data is missing.
         """
-        shared = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing")
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in shared}
-        content |= {"data": self._content_of(self.data), "vqa_data": self._content_of(self.vqa_data)}
-        content |= {"init": model_hash(self.init), "precision": self.computes_in, "code": self.code.hash}
+        not_hashed = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing")
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in not_hashed}
+        content |= {"data": self._folder_hashes(self.data), "vqa_data": self._folder_hashes(self.vqa_data)}
+        content |= {"init": model_hash(self.init), "precision": self.resolved_precision, "code": self.training_code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{config_hash(content)}"
 
-    def _content_of(self, folders: Sequence[str]) -> list[str]:
+    def _folder_hashes(self, folders: Sequence[str]) -> list[str]:
         try:
             return [folder_hash(folder) for folder in folders]
         except ValueError as error:

@@ -1,41 +1,40 @@
-"""What one process of a training stage does, on `transformers.Trainer`: settings, loss, log, checkpoints.
+"""Train a stage in this process, on `transformers.Trainer`: settings, loss, log, checkpoints.
 
-A stage goes on from its newest whole checkpoint when it is started again.
+A restarted stage resumes from its newest complete checkpoint.
 """
 
-import functools
 import importlib.util
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import MultiStepLR, SequentialLR
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_constant_schedule_with_warmup
 
 from rvlm.files import atomic_write
 from rvlm.training.cost import measure_step
 from rvlm.training.stage_data import STAGE_BUILDERS
-from rvlm.training.stages import Stage
-from rvlm.training.trainer_checkpoints import Seals, last_checkpoint
+from rvlm.training.stages import STEP_DECAY, Stage
+from rvlm.training.trainer_checkpoints import ManifestCallback, last_checkpoint
 from rvlm.vlm.backbones import as_encoder_outputs
 
-DIVERGED = "diverged.txt"  # in a stage's folder: that it ended in no numbers, for the process that asked for it
+DIVERGED = "diverged.txt"  # in a stage's folder: tells the process that started the training that it diverged
 
 
 class TrainingDiverged(RuntimeError, FloatingPointError):
-    """A training has ended in weights that are no numbers any more."""
+    """A training ended with NaN or infinite weights."""
 
 
 class JsonlLogger(TrainerCallback):
-    """Appends every log entry to a file, from which another process can follow the training.
+    """Appends every log entry to a JSON Lines file, which other processes can tail.
 
-    An entry's `seconds` are those of the stage so far, from the making of this object on, earlier runs that were killed
-    counted up to their last entry. Each entry says how many processes share the work, and what wraps the model for that: a
-    launcher that falls back to one process says nothing itself.
+    `seconds` counts from the construction of this object, plus earlier runs that were killed, up to their last entry. Each
+    entry has the number of processes and the model's wrapper, since a launcher that falls back to one process does not log it.
     """
 
     trainer: Trainer | None = None
@@ -45,10 +44,10 @@ class JsonlLogger(TrainerCallback):
         self.seconds_before = training_seconds(folder)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with self.path.open("a") as file:
-                file.write("\n")  # a kill has cut the last line short
+                file.write("\n")  # a killed process left a partial line
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-        """One line of JSON."""
+        """Append one line."""
         if state.is_world_process_zero:
             seconds = round(self.seconds_before + time.time() - self.started, 1)
             entry = {**(logs or {}), "step": state.global_step, "n_steps": state.max_steps, "seconds": seconds}
@@ -59,23 +58,20 @@ class JsonlLogger(TrainerCallback):
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` that also logs the parts of the loss that the model names."""
+    """A `Trainer` that also logs the loss terms of the model's output, and knows `step_decay`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our losses are means: accumulated steps are averaged
-        self.factor: Callable[..., float] | None = None  # of the learning rate, where the library has no such schedule
-        self._parts: dict[str, torch.Tensor] = {}  # of the loss: sum, and number of batches, since the last entry of the log
+        self.model_accepts_loss_kwargs = False  # losses are means: accumulated steps are averaged
+        self.has_step_decay = False
+        self._loss_terms: dict[str, torch.Tensor] = {}  # sum and number of batches since the last log entry
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The stage's own schedule, or the library's."""
-        if self.factor is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        n_warmup = self.args.get_warmup_steps(num_training_steps)
-        factor = functools.partial(self.factor, n_warmup=n_warmup, n_steps=num_training_steps)
-        stepped: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, factor)
-        return self.lr_scheduler
+        """`step_decay`, or a schedule of transformers."""
+        if self.lr_scheduler is None and self.has_step_decay:
+            n_warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = step_decay(optimizer or self.optimizer, n_warmup, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         """The model's own loss."""
@@ -84,12 +80,12 @@ class StageTrainer(Trainer):
         outputs = model(**inputs)
         for name, value in outputs.items():
             if name.endswith("_loss"):
-                one = torch.stack([value.detach().float(), value.new_ones((), dtype=torch.float32)])
-                self._parts[name] = self._parts.get(name, 0) + one
+                sum_and_count = torch.stack([value.detach().float(), value.new_ones((), dtype=torch.float32)])
+                self._loss_terms[name] = self._loss_terms.get(name, 0) + sum_and_count
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """A policy that is saved without its backbone puts its weights together itself."""
+        """A policy that is saved without its backbone loads its own weights."""
         policy: Any = self.model
         if getattr(getattr(policy, "config", None), "base_model", None) is not None:  # a detector has no configuration
             policy.load_own_weights(resume_from_checkpoint)
@@ -97,30 +93,27 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss with its parts."""
-        super().log({**logs, **self._means()}, *args, **kwargs)
+        """Log the loss with its terms."""
+        super().log({**logs, **self._mean_loss_terms()}, *args, **kwargs)
 
-    def _means(self) -> dict[str, float]:
-        """Mean of each part of the loss since the last entry, over all batches that had it and all processes."""
-        parts, self._parts = dict(sorted(self._parts.items())), {}
-        if not parts:
+    def _mean_loss_terms(self) -> dict[str, float]:
+        """Mean of each loss term since the last log entry, over the batches that have it, on all processes."""
+        terms, self._loss_terms = dict(sorted(self._loss_terms.items())), {}
+        if not terms:
             return {}
-        sums: Any = self.accelerator.reduce(torch.stack(list(parts.values())), "sum")
-        return {name: float(total / n) for name, (total, n) in zip(parts, sums, strict=True)}
+        sums: Any = self.accelerator.reduce(torch.stack(list(terms.values())), "sum")
+        return {name: float(total / n) for name, (total, n) in zip(terms, sums, strict=True)}
 
 
-def step_decay(step: int, n_warmup: int, n_steps: int) -> float:
-    """Factor of the learning rate: a linear warm-up, then 1, 0.1 after half of the steps, 0.01 after three quarters."""
-    if step < n_warmup:
-        return step / n_warmup
-    return 0.1 ** ((step >= n_steps / 2) + (step >= 3 * n_steps / 4))
+def step_decay(optimizer: torch.optim.Optimizer, n_warmup: int, n_steps: int) -> SequentialLR:
+    """Linear warm-up from 0, then the learning rate, a tenth of it after half of the steps, a hundredth after three quarters."""
+    milestones = [math.ceil(n_steps / 2) - n_warmup, math.ceil(3 * n_steps / 4) - n_warmup]
+    schedules = [get_constant_schedule_with_warmup(optimizer, n_warmup), MultiStepLR(optimizer, milestones)]
+    return SequentialLR(optimizer, schedules, [n_warmup])
 
 
-CUSTOM_SCHEDULES = {"step_decay": step_decay}
-
-
-def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
-    """The stage in the Trainer's own words."""
+def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
+    """The stage's settings as the Trainer's; `folder` is the stage's."""
     n_steps = stage.n_samples // stage.batch_size
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -130,23 +123,23 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
         activation_checkpointing=stage.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         optim=stage.optimizer,
-        train_sampling_strategy="sequential",  # `FixedBudgetDataset` has shuffled already
+        train_sampling_strategy="sequential",  # `FixedBudgetDataset` shuffles
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
         warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type="constant_with_warmup" if stage.schedule in CUSTOM_SCHEDULES else stage.schedule,
+        lr_scheduler_type="constant_with_warmup" if stage.schedule == STEP_DECAY else stage.schedule,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, n_steps // 100),
-        logging_nan_inf_filter=False,  # else a loss that is no number any more is logged as 0
+        logging_nan_inf_filter=False,  # else a NaN loss is logged as 0
         save_steps=max(20, n_steps // 25),
         save_total_limit=2,
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),
-        bf16=stage.computes_in == "bf16",
-        fp16=stage.computes_in == "fp16",
+        bf16=stage.resolved_precision == "bf16",
+        fp16=stage.resolved_precision == "fp16",
         ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=bool(stage.vqa_data),  # questions pass by the head
+        ddp_find_unused_parameters=bool(stage.vqa_data),  # VQA batches do not use the action head
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
@@ -154,42 +147,42 @@ def arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
 
 
 def train_stage_in_process(stage: Stage, folder: Path) -> None:
-    """Train in this process (one of `WORLD_SIZE`); the result is `folder/model`.
+    """Train in this process (one of `WORLD_SIZE`); the trained model is in `folder/model`.
 
     Raises:
-        TrainingDiverged: It ends in weights that are not finite.
+        TrainingDiverged: Its weights are NaN or infinite.
     """
     torch.manual_seed(stage.seed)
     log = JsonlLogger(folder)
     model, processor, data, collate = STAGE_BUILDERS[stage.kind](stage)
-    options = arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
-    trainer = StageTrainer(model, options, train_dataset=data, data_collator=collate, callbacks=[log, Seals()])
-    trainer.factor = CUSTOM_SCHEDULES.get(stage.schedule)
+    arguments = training_arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
+    trainer = StageTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[log, ManifestCallback()])
+    trainer.has_step_decay = stage.schedule == STEP_DECAY
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        reason = f"stage {stage.name!r}: its weights are no numbers any more; take a smaller learning_rate"
+        reason = f"stage {stage.name!r}: its weights are NaN or infinite; use a smaller learning_rate"
         atomic_write(folder / DIVERGED, reason)
         raise TrainingDiverged(reason)
-    whole = {}
-    if trainer.is_fsdp_enabled:  # then each process has a part
-        whole["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    full_state = {}
+    if trainer.is_fsdp_enabled:  # each process holds a shard
+        full_state["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "model", **whole)
+        model.save_pretrained(folder / "model", **full_state)
         processor.save_pretrained(folder / "model")
-    trainer.accelerator.end_training()  # processes that share the work part before they end
+    trainer.accelerator.end_training()  # destroys the process group
 
 
 def profile_training_step(stage: Stage) -> dict[str, float]:
-    """Peak memory [byte] and time [s] of one training step of a robot stage, taken in this process and forgotten.
+    """Peak memory [byte] and time [s] of one training step of a robot stage, profiled in this process; nothing is saved.
 
     Returns:
-        `peak` and `seconds`, as `rvlm.training.cost.measure_step`, with the `parameters` and how many of them are `trained`.
+        `peak` and `seconds` as of `rvlm.training.cost.measure_step`, the number of `parameters`, and how many are `trained`.
     """
     torch.manual_seed(stage.seed)
     model, _, data, collate = STAGE_BUILDERS[stage.kind](stage)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = StageTrainer(model, arguments(stage, Path(folder), 1))
+        trainer = StageTrainer(model, training_arguments(stage, Path(folder), 1))
     if stage.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -206,16 +199,16 @@ def profile_training_step(stage: Stage) -> dict[str, float]:
 
     step()
     parameters, states = list(model.parameters()), optimizer.state.values()
-    kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    used = measure_step(step, sum(t.numel() * t.element_size() for t in [*parameters, *kept]))
+    state_tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    measured = measure_step(step, sum(t.numel() * t.element_size() for t in [*parameters, *state_tensors]))
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return {**used, "parameters": sum(p.numel() for p in parameters), "trained": trained}
+    return {**measured, "parameters": sum(p.numel() for p in parameters), "trained": trained}
 
 
 def log_history(folder: Path) -> list[dict[str, float]]:
-    """What a stage has logged so far; `folder` is the stage's, finished or not.
+    """Log entries of a stage so far; `folder` is the stage's, finished or not.
 
-    A line that a kill has cut short is passed over, and steps that were taken again after it count once.
+    Partial lines of killed processes are skipped; of steps that were repeated after a resume, the last entry counts.
     """
     path, entries = folder / "log.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -232,6 +225,6 @@ def log_history(folder: Path) -> list[dict[str, float]]:
 
 
 def training_seconds(folder: Path) -> float:
-    """How long a stage has trained so far [s], or 0; `folder` is the stage's, finished or not."""
+    """Training time of a stage so far [s], or 0; `folder` is the stage's, finished or not."""
     entries = log_history(folder)
     return entries[-1].get("seconds", 0.0) if entries else 0.0

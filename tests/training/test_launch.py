@@ -185,10 +185,10 @@ def test_two_simultaneous_calls_share_one_training(stage, monkeypatch):
 
 def test_torchrun_trains_nothing_twice_and_refuses_a_second_launch(stage, monkeypatch):
     folder = prepare(stage)
-    monkeypatch.setattr("rvlm.training.launch._stage_in", lambda _: stage)  # JSON has no tuples, and types are checked here
+    monkeypatch.setattr("rvlm.training.launch._load_stage", lambda _: stage)  # JSON has no tuples, and types are checked here
     with (
         FileLock(f"{stage.folder}.lock"),
-        pytest.raises(RuntimeError, match=r"'toy': another process trains it in .*toy-\w+\.partial at this moment; wait for it"),
+        pytest.raises(RuntimeError, match=r"'toy': another process is training it in .*toy-\w+\.partial; wait for it"),
     ):
         distributed_worker(folder)
     stage.folder.mkdir()

@@ -120,11 +120,14 @@ def test_a_study_over_values_that_no_database_holds_resumes(home, monkeypatch):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({**MANY, "weights": [*MANY["weights"], (0.1, 0.9)]}, r"begun with 'weights' of .*got .*0\.1, 0\.9.*another name"),
-        ({**MANY, "seed": (0, 1)}, "was begun with .*, got seed too; go on with the same grid"),
-        ({"weights": MANY["weights"]}, "was begun with 'policy' of .*, got no such setting"),
-        ({**MANY, "weights": []}, r"expected one or more values of 'weights', each once, got \[\]"),
-        ({**MANY, "weights": [{1, 2}]}, "expected values of 'weights' that JSON can hold"),
+        (
+            {**MANY, "weights": [*MANY["weights"], (0.1, 0.9)]},
+            r"created with 'weights' of .*got .*0\.1, 0\.9.*another study",
+        ),
+        ({**MANY, "seed": (0, 1)}, "was created with .*, got seed too; use the same grid"),
+        ({"weights": MANY["weights"]}, "was created with 'policy' of .*, got no such setting"),
+        ({**MANY, "weights": []}, r"expected one or more distinct values of 'weights', got \[\]"),
+        ({**MANY, "weights": [{1, 2}]}, "expected JSON-serializable values of 'weights'"),
     ],
 )
 def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, grid, message):
@@ -138,7 +141,7 @@ def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, gri
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "", "a?b", "a#b", ".hidden"])
 def test_a_name_that_is_no_file_name_is_refused(home, name):
-    with pytest.raises(ValueError, match="expected a name of letters, digits"):
+    with pytest.raises(ValueError, match="expected a file name of letters, digits"):
         load_or_create_study(name, GRID)
 
 
@@ -151,7 +154,7 @@ def test_one_training_that_diverges_does_not_end_the_search(stage):
         assert len(study.trials) == 3
     tried = table(study).set_index("learning_rate")
     assert tried["state"].to_dict() == {1e-3: "COMPLETE", 1e30: "FAIL", 1e-4: "COMPLETE"}
-    assert "no numbers any more; take a smaller learning_rate" in tried.loc[1e30, "reason"]
+    assert "NaN or infinite; use a smaller learning_rate" in tried.loc[1e30, "reason"]
     assert study.best_params["learning_rate"] != 1e30
 
 
@@ -176,7 +179,7 @@ def test_a_nan_score_is_recorded_as_the_reason(home, monkeypatch):
     study = search(
         "nan", {"seed": (0, 1)}, lambda **s: SimpleNamespace(name="toy", folder=Path("toy")), lambda _: float("nan"), 2
     )
-    assert table(study)["reason"].tolist() == ["stage 'toy': its score is no number"] * 2
+    assert table(study)["reason"].tolist() == ["stage 'toy': its score is NaN"] * 2
 
 
 def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
@@ -184,7 +187,7 @@ def test_trials_of_other_code_are_not_taken_over(home, monkeypatch):
     address, before = default_storage("coded"), len(load_or_create_study("coded", GRID).trials)
     monkeypatch.setattr("rvlm.training.search.SEARCH_CODE", SimpleNamespace(hash="after"))
     assert default_storage("coded") != address and before == 0
-    with pytest.raises(ValueError, match=r"study 'coded' .*was begun by other code that trains; give the new one another name"):
+    with pytest.raises(ValueError, match=r"study 'coded' .*was created with other training code; use another study name"):
         load_or_create_study("coded", GRID, storage=address)
 
 
@@ -201,14 +204,14 @@ def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_dem
     (more / "notes.md").write_text("more")
     for other in (dataclasses.replace(stage, data=(str(more),)), dataclasses.replace(stage, n_samples=32)):
         with pytest.raises(
-            ValueError, match=r"study 'one' was begun with other data, start or settings; give the new one another name"
+            ValueError, match=r"study 'one' was created with other data, initial weights or settings; use another study name"
         ):
             go_on(other, score)
-    with pytest.raises(ValueError, match=r"study 'one' was begun with another score; give the new one another name"):
+    with pytest.raises(ValueError, match=r"study 'one' was created with another score; use another study name"):
         go_on(stage, lambda _: 2.0)
     assert len(load_or_create_study("one", GRID).trials) == 1
 
-    with pytest.raises(ValueError, match=r"study 'one' was begun with another score; give the new one another name"):
+    with pytest.raises(ValueError, match=r"study 'one' was created with another score; use another study name"):
         search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1, scored_on="other episodes")
     with pytest.raises(ValueError, match=r"expected the score as a function, got functools.partial"):
         go_on(stage, functools.partial(far_mm))

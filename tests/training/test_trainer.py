@@ -24,10 +24,10 @@ from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
     JsonlLogger,
     StageTrainer,
-    arguments,
     log_history,
     step_decay,
     train_stage_in_process,
+    training_arguments,
     training_seconds,
 )
 from rvlm.vlm.backbones import SMALL_VLM
@@ -59,10 +59,10 @@ def test_an_unknown_field_is_an_error(stage):
         ({"data": ()}, "at least one folder in 'data'"),
         ({"learning_rate": float("nan")}, "expected 'learning_rate' as a finite number from 0 to"),
         ({"warmup": 3}, "expected 'warmup' as a finite number from 0 to 1, got 3"),
-        ({"rank": 0}, "expected 'rank' as a whole number from 1 on, got 0"),
-        ({"shots": -1}, "expected 'shots' as a whole number from 0 on, got -1"),
-        ({"batch_size": 0}, "expected 'batch_size' as a whole number from 1 on"),
-        ({"n_processes": 0}, "expected 'n_processes' as a whole number from 1 on"),
+        ({"rank": 0}, "expected 'rank' as an integer from 1 on, got 0"),
+        ({"shots": -1}, "expected 'shots' as an integer from 0 on, got -1"),
+        ({"batch_size": 0}, "expected 'batch_size' as an integer from 1 on"),
+        ({"n_processes": 0}, "expected 'n_processes' as an integer from 1 on"),
         ({"weights": (1.0, 1.0)}, "expected 'weights' above 0, one for each of 1 folders"),
         ({"weights": (float("nan"),)}, "expected 'weights' above 0"),
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
@@ -76,10 +76,10 @@ def test_an_unknown_field_is_an_error(stage):
         ({"rank": 4}, "'rank' is read with adapters only, not with finetuning='full'"),
         ({"gradient_accumulation_steps": 3}, r"each in 3 part\(s\); got 8"),
         ({"augment": {"flip": 1}}, r"no augmentation 'flip'; there are shift, crop, color \(images are never mirrored"),
-        ({"augment": {"crop": 0.9}}, "expected crop as a share from 0 to 0.5; got 0.9"),
+        ({"augment": {"crop": 0.9}}, "expected crop as a fraction from 0 to 0.5; got 0.9"),
         ({"augment": {"shift": 2.5}}, "expected shift as whole pixels from 0 to 16; got 2.5"),
         ({"data": "demos"}, r"expected .data. as a tuple, got .demos.; write \(.demos.,\)"),
-        ({"augment": {"shift": 2}, "freeze_vision": True}, "expected images as they are with freeze_vision=True"),
+        ({"augment": {"shift": 2}, "freeze_vision": True}, "expected no augmentation with freeze_vision=True"),
     ],
 )
 def test_settings_without_effect_are_refused(stage, changes, message):
@@ -163,7 +163,7 @@ def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
     """In the learning rates of the optimizer, and across an interruption."""
     decayed = few(stage, n_steps=40, schedule="step_decay", warmup=0.1)
     expected = [0, 0.25, 0.5, 0.75, *[1] * 16, *[0.1] * 10, *[0.01] * 10]
-    assert [step_decay(i, 4, 40) for i in range(40)] == pytest.approx(expected)
+    assert rates_of(n_warmup=4, n_steps=40) == pytest.approx(expected)
     for _ in range(2):  # the second time from the checkpoint in the middle
         train_stage_in_process(decayed, tmp_path)
         rates = [entry["learning_rate"] / stage.learning_rate for entry in log_history(tmp_path) if "learning_rate" in entry]
@@ -171,9 +171,35 @@ def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
         shutil.rmtree(tmp_path / "trainer" / "checkpoint-40")
 
 
+def rates_of(n_warmup, n_steps, resume_at=None):
+    """Of `step_decay`, relative to the full learning rate; from `resume_at` on in a scheduler that loads the saved state."""
+    rates, saved = [], None
+    for start, end in ((0, resume_at or n_steps), (resume_at or n_steps, n_steps)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        scheduler = step_decay(optimizer, n_warmup, n_steps)
+        if saved:
+            optimizer.load_state_dict(saved[0])
+            scheduler.load_state_dict(saved[1])
+        for _ in range(start, end):
+            rates.append(optimizer.param_groups[0]["lr"] / 1e-3)
+            optimizer.step()
+            scheduler.step()
+        saved = optimizer.state_dict(), scheduler.state_dict()
+    return rates
+
+
+@pytest.mark.parametrize(("n_warmup", "n_steps"), [(0, 7), (1, 3), (4, 40), (20, 40), (36, 41), (40, 40)])
+def test_step_decay_follows_its_formula_and_resumes_anywhere(n_warmup, n_steps):
+    """Also without a warm-up, and where it is longer than half of the steps; within rounding."""
+    formula = [i / n_warmup if i < n_warmup else 0.1 ** ((i >= n_steps / 2) + (i >= 3 * n_steps / 4)) for i in range(n_steps)]
+    whole = rates_of(n_warmup, n_steps)
+    assert whole == pytest.approx(formula, rel=1e-14)
+    assert all(rates_of(n_warmup, n_steps, resume_at) == whole for resume_at in range(1, n_steps))
+
+
 def test_a_diverging_training_is_an_error(stage, tmp_path):
     """transformers would log a loss of 0, and a policy of NaN weights would be saved."""
-    with pytest.raises(FloatingPointError, match="'toy': its weights are no numbers any more; take a smaller learning_rate"):
+    with pytest.raises(FloatingPointError, match="'toy': its weights are NaN or infinite; use a smaller learning_rate"):
         train_stage_in_process(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
     assert not (tmp_path / "model").exists() and not np.isfinite(log_history(tmp_path)[-2]["loss"])
 
@@ -209,7 +235,7 @@ def a_step(stage, folder, **options):
 
 
 def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
-    args = arguments(dataclasses.replace(stage, warmup=0.5), tmp_path, world_size=1)
+    args = training_arguments(dataclasses.replace(stage, warmup=0.5), tmp_path, world_size=1)
     assert args.max_steps == 46 and args.warmup_steps == 23 and args.per_device_train_batch_size == 8
     assert args.max_grad_norm == stage.max_grad_norm and args.weight_decay == stage.weight_decay
 
@@ -286,7 +312,7 @@ def test_half_precision_keeps_trained_weights_in_32_bits(stage, tmp_path, toy_vl
     model, _, data, collate = STAGE_BUILDERS[ROBOT](stage)
     layer = model.backbone.model.get_decoder().layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
-    args = arguments(few(stage, precision="bf16"), tmp_path, 1)
+    args = training_arguments(few(stage, precision="bf16"), tmp_path, 1)
     StageTrainer(model, args, train_dataset=data, data_collator=collate).train()
     assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
 

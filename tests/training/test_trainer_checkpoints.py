@@ -9,23 +9,23 @@ from toy_stages import ONE_STEP, trained
 
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import log_history, train_stage_in_process
-from rvlm.training.trainer_checkpoints import last_checkpoint, seal
+from rvlm.training.trainer_checkpoints import last_checkpoint, write_manifest
 
 
 def test_the_newest_sealed_checkpoint_is_taken(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    for step, is_sealed in ((8, True), (20, True), (100, False)):
+    for step, is_complete in ((8, True), (20, True), (100, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        if is_sealed:
-            seal(tmp_path / f"checkpoint-{step}")
+        if is_complete:
+            write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path).endswith("checkpoint-20")
     (tmp_path / "checkpoint-20" / "notes.txt").write_text("what others put there does not matter")
     assert last_checkpoint(tmp_path).endswith("checkpoint-20")
 
 
-PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "whole.json")
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json")
 
 
 DAMAGES = {
