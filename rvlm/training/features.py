@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower: computed once for each frame, written to disk batch by batch, read back as a map."""
+"""Cached features of a frozen vision tower: computed once per frame, written in batches, memory-mapped."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped, UInt8
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.caches import Code, prune_features, register
@@ -17,31 +18,33 @@ from rvlm.vlm.backbones import language_model, vision_features, vision_modules
 from rvlm.vlm.prompts import PromptBuilder
 
 FEATURES_CODE = Code(("rvlm.training.features",))
-FRAMES_PER_BATCH = 64  # frames that pass through the tower at once
+FRAMES_PER_BATCH = 64  # of a forward pass of the tower
 
 
-def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A frozen tower's features of stored images, kept by content: of the images, the tower and its processor.
+def cached_features(
+    model: PreTrainedModel, processor: ProcessorMixin, images: Mapping[str, UInt8[np.ndarray, "n *steps h w 3"]]
+) -> dict[str, Float[np.ndarray, "n *steps p d"]]:
+    """Features of images, cached on disk by the content of the images, the tower and its processor.
 
-    Processes that train together share the work.
+    Data-parallel processes share the work.
 
     Args:
         model: The vision-language model.
         processor: Its processor.
-        images: Name -> (n, ..., h, w, 3) uint8.
+        images: By camera.
 
     Returns:
-        Name -> (n, ..., tokens, d), a map of a file: float16, or float32 where that is too narrow.
+        By camera, memory-mapped: float16, or float32 where float16 overflows.
 
     Raises:
-        FloatingPointError: The tower gives numbers that are none.
+        FloatingPointError: Features are NaN or infinite.
     """
     prompt_builder, names = PromptBuilder(processor, 1), list(images)
     tower = {"tower": _hash_of_tower(model, processor), "code": FEATURES_CODE.hash}
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
     paths = {}
     for name in names[start:] + names[:start]:
-        settings = {"frames": content_of(images[name]), **tower}
+        settings = {"frames": array_hash(images[name]), **tower}
         folder = artifacts_dir() / "features" / config_hash(settings)
         if not folder.is_dir():
             FEATURES_CODE.require_unchanged()
@@ -51,8 +54,8 @@ def cached_features(model: PreTrainedModel, processor: ProcessorMixin, images: M
     return {name: np.load(paths[name], mmap_mode="r") for name in names}
 
 
-def content_of(array: np.ndarray) -> str:
-    """Twelve characters that stand for an array: of a map of a whole file, for the file."""
+def array_hash(array: Shaped[np.ndarray, "..."]) -> str:
+    """Hash of an array, 12 hexadecimal digits; of a memory map of a whole file, the file's hash."""
     if isinstance(array, np.memmap) and array.filename is not None and _is_whole_file(array):
         return file_hash(array.filename)
     total = hashlib.sha256(repr((array.shape, array.dtype.str)).encode())
@@ -62,45 +65,45 @@ def content_of(array: np.ndarray) -> str:
 
 
 def _is_whole_file(array: np.memmap) -> bool:
-    """Whether an array holds what its file holds, in the same order: no part, no turned view, nothing that was written over."""
+    """Whether a memory map equals its file: no part of it, no other strides, no copy-on-write."""
     try:
         stored: Any = np.load(str(array.filename), mmap_mode="r")
     except (OSError, ValueError):
         return False
-    layout = [(a.shape, a.dtype, a.strides, a.offset, getattr(a, "mode", None)) for a in (array, stored)]
-    return layout[0] == layout[1]
+    layouts = [(a.shape, a.dtype, a.strides, a.offset, getattr(a, "mode", None)) for a in (array, stored)]
+    return layouts[0] == layouts[1]
 
 
 def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """What stands for all that features depend on beside the images."""
+    """Hash of all that features depend on except the images."""
     total = hashlib.sha256()
-    is_apart = language_model(model) is not model.base_model  # else the connector is among the language model's parts
-    for i, part in enumerate(vision_modules(model) if is_apart else [model]):
+    has_separate_tower = language_model(model) is not model.base_model  # else the connector is in the language model
+    for i, part in enumerate(vision_modules(model) if has_separate_tower else [model]):
         for name, value in part.state_dict().items():
             total.update(f"{i} {name} {value.dtype} {tuple(value.shape)}".encode())
             total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {key: value for key, value in model.config.to_diff_dict().items() if key != "_name_or_path"}
-    told = json.loads(processor.image_processor.to_json_string())
+    settings = json.loads(processor.image_processor.to_json_string())
     return config_hash(
-        {"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": told}
+        {"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": settings}
     )
 
 
 def _write(path: Path, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> None:
-    """All features of images (n, ..., h, w, 3), never more than a batch of them in memory."""
-    if not _has_written(path, np.dtype(np.float16), model, prompt_builder, images):
-        _has_written(path, np.dtype(np.float32), model, prompt_builder, images)
+    """Write the features of images (n, ..., h, w, 3), with at most a batch of them in memory."""
+    if not _write_as(path, np.dtype(np.float16), model, prompt_builder, images):
+        _write_as(path, np.dtype(np.float32), model, prompt_builder, images)
 
 
-def _has_written(path: Path, dtype: np.dtype, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> bool:
-    """Write them in this type, or stop at the first batch that it cannot hold."""
+def _write_as(path: Path, dtype: np.dtype, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> bool:
+    """Write features as `dtype`; False at the first batch that overflows it."""
     flat, rows = images.reshape(-1, 1, *images.shape[-3:]), None
     for i in range(0, len(flat), FRAMES_PER_BATCH):
         part = vision_features(model, prompt_builder.pixels(flat[i : i + FRAMES_PER_BATCH])).float().cpu().numpy()
         if not np.isfinite(part).all():
             raise FloatingPointError(
                 f"expected finite features of images from {i} on by the tower of {model.config.model_type!r}, got "
-                "some that are no numbers; take another precision, or a model whose weights are whole"
+                "NaN or infinity; use another precision, or a model whose weights are finite"
             )
         if np.abs(part).max() > np.finfo(dtype).max:
             return False

@@ -1,4 +1,4 @@
-"""What each kind of stage trains on: model, processor, samples in their order, and the collator that makes batches of them."""
+"""Model, processor, samples and collator of each kind of stage."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from rvlm.vlm.question_answering import VQACollator
 
 @dataclasses.dataclass(frozen=True)
 class QuestionSamples:
-    """Scenes with questions drawn about them: images (2, h, w, 3) uint8 and (question, answer) pairs.
+    """VQA samples: images (2, h, w, 3) uint8 of a scene, and (question, answer) pairs about it.
 
     Attributes:
-        scenes: As `rvlm.envs.tabletop.rendered_scenes.Scenes`.
+        scenes: A `rvlm.envs.tabletop.rendered_scenes.Scenes`.
         vqa: Arguments of `sample_questions`.
     """
 
@@ -37,7 +37,7 @@ class QuestionSamples:
     vqa: dict[str, Any]
 
     def __call__(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """Scene `i` with questions that `rng` draws."""
+        """Scene `i` with random questions."""
         from rvlm.envs.tabletop.questions import sample_questions
 
         images, scene = self.scenes[i]
@@ -53,11 +53,10 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     scenes, collate = Scenes(stage.data), VQACollator(processor)
     if stage.freeze_vision:
         freeze_vision(model)
-        kept = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
-        scenes.images = list(kept.values())
-
-    budget = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, QuestionSamples(scenes, stage.vqa))
-    return model, processor, budget, collate
+        features = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
+        scenes.images = list(features.values())
+    samples = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, QuestionSamples(scenes, stage.vqa))
+    return model, processor, samples, collate
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
@@ -68,54 +67,55 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     processor = load_processor(folder)
     model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
-    budget = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
-    return model, processor, budget, DetectionCollator(processor)
+    samples = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
+    return model, processor, samples, DetectionCollator(processor)
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
-    sets = [EpisodeDataset(root) for root in stage.data]
-    train = [_select_shots(stage, data, split(data)[0]) for data in sets]
-    robots = _robots(sets, train)
-    model, processor = _policy(stage, robots)
-    model.config.image_size = _image_size(sets, model.config.cameras)
-    prompt_builder, frames = model.prompt_builder(processor), [None] * len(sets)
+    datasets = [EpisodeDataset(root) for root in stage.data]
+    train = [_select_shots(stage, data, split(data)[0]) for data in datasets]
+    model, processor = _load_policy(stage, _embodiments(datasets, train))
+    model.config.image_size = _image_size(datasets, model.config.cameras)
+    prompt_builder, features = model.prompt_builder(processor), [None] * len(datasets)
     if stage.freeze_vision:
         freeze_vision(model.backbone)
-        seen = [data.frames_cache(model.config.cameras) for data in sets]
-        if all(prompt_builder.is_separable(*images.shape[-3:-1]) for cameras in seen for images in cameras.values()):
-            frames = [list(cached_features(model.backbone, processor, images).values()) for images in seen]
+        frames = [data.frames_cache(model.config.cameras) for data in datasets]
+        if all(prompt_builder.is_separable(*images.shape[-3:-1]) for cameras in frames for images in cameras.values()):
+            features = [list(cached_features(model.backbone, processor, images).values()) for images in frames]
     parts = []
-    for i, (data, rows, seen) in enumerate(zip(sets, train, frames, strict=True)):
+    for i, (data, rows, cached) in enumerate(zip(datasets, train, features, strict=True)):
         embodiment, config = model.embodiment(data.require_spec()), model.config
-        cut = (config.n_obs_steps, config.chunk_size, rows, embodiment.stats, config.cameras)
-        windows = Windows(data, *cut, dataset_index=i, frames=seen)
+        window = (config.n_obs_steps, config.chunk_size, rows, embodiment.stats, config.cameras)
+        windows = Windows(data, *window, dataset_index=i, frames=cached)
         samples = RobotSamples(windows, embodiment, model.conditioning, stage.instructions, stage.augment)
         parts.append(FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + i, samples))
-    budget: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
+    samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompt_builder)
     if stage.vqa_data:
-        budget, collate = _with_vqa(stage, processor, budget, collate)
-    return model, processor, budget, collate
+        samples, collate = _with_vqa(stage, processor, samples, collate)
+    return model, processor, samples, collate
 
 
-def _image_size(sets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
-    """Height and width of all images [px], which the policy then expects while it acts."""
-    sizes = {(str(data.root), c): frames.shape[1:3] for data in sets for c, frames in data.frames_cache(cameras).items()}
+def _image_size(datasets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
+    """Height and width of all images [px], which the policy then expects at inference."""
+    sizes = {(str(data.root), c): frames.shape[1:3] for data in datasets for c, frames in data.frames_cache(cameras).items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"expected images of one size (h, w), got {sizes}; resize them alike when you convert the data")
     return list(next(iter(sizes.values())))
 
 
-def _robots(sets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Embodiment]:
-    """The robot of each dataset; those under one card share statistics over the training episodes of all of them."""
-    cards = [data.require_spec().dataset for data in sets]
-    parts = {card: [part for part, of in zip(zip(sets, train, strict=True), cards, strict=True) if of == card] for card in cards}
-    stats = {card: pooled_stats(of_card) for card, of_card in parts.items()}
-    return [Embodiment(data.require_spec(), stats[card]) for data, card in zip(sets, cards, strict=True)]
+def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Embodiment]:
+    """The embodiment of each dataset; datasets with the same data card share statistics, over all their training episodes."""
+    cards = [data.require_spec().dataset for data in datasets]
+    of_card = {
+        card: [part for part, c in zip(zip(datasets, train, strict=True), cards, strict=True) if c == card] for card in cards
+    }
+    stats = {card: pooled_stats(parts) for card, parts in of_card.items()}
+    return [Embodiment(data.require_spec(), stats[card]) for data, card in zip(datasets, cards, strict=True)]
 
 
 def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
-    """The training episodes, or as many of each task family as `shots` says, drawn by the seed."""
+    """The training episodes, or a random subset of `shots` per task family."""
     if not stage.shots:
         return train
     families = data.episodes["family"].to_numpy()[train]
@@ -125,38 +125,43 @@ def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
     if short:
         raise ValueError(
             f"stage {stage.name!r}: expected {stage.shots} training episodes of each family in {data.root}, got fewer of "
-            f"{', '.join(short)}; record more, or ask for fewer shots"
+            f"{', '.join(short)}; record more, or use fewer shots"
         )
     return np.sort(train[np.concatenate(drawn)])
 
 
-def _policy(stage: Stage, robots: list[Embodiment]) -> tuple[Any, ProcessorMixin]:
-    """The stage's policy, which knows the robots of the data; the first of them is the one that it is for."""
+def _load_policy(stage: Stage, embodiments: list[Embodiment]) -> tuple[Any, ProcessorMixin]:
+    """The stage's policy, with the embodiments of the data registered; a new policy's default is the first."""
     commit = commit_on_hub(stage.init)
-    how: dict[str, Any] = {"revision": commit, "finetuning": stage.finetuning, "rank": stage.rank, "precision": stage.precision}
+    kwargs: dict[str, Any] = {
+        "revision": commit,
+        "finetuning": stage.finetuning,
+        "rank": stage.rank,
+        "precision": stage.precision,
+    }
     if is_policy(fetch(stage.init, commit)):
         if not stage.is_pretrained:
             raise ValueError(
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "
                 "leave it out, or start from a vision-language model"
             )
-        model, processor = modify_policy(stage.init, **how, **stage.policy)
-        if len(robots) == 1 and not stage.allow_new_embodiment:
-            model.spec.require_same(robots[0].spec, "policy vs demonstrations")
+        model, processor = modify_policy(stage.init, **kwargs, **stage.policy)
+        if len(embodiments) == 1 and not stage.allow_new_embodiment:
+            model.spec.require_same(embodiments[0].spec, "policy vs demonstrations")
     else:
-        how["is_pretrained"] = stage.is_pretrained
-        model, processor = make_policy(stage.init, robots[0].spec, robots[0].stats, **how, **stage.policy)
-    model.register_embodiments(robots)
+        kwargs["is_pretrained"] = stage.is_pretrained
+        model, processor = make_policy(stage.init, embodiments[0].spec, embodiments[0].stats, **kwargs, **stage.policy)
+    model.register_embodiments(embodiments)
     return model, processor
 
 
 @dataclasses.dataclass(frozen=True)
 class RobotSamples:
-    """Windows of one dataset as samples of a policy: by its own statistics, conditioned on its robot, augmented.
+    """Windows of one dataset as training samples: normalised, conditioned on the embodiment, augmented.
 
     Attributes:
         windows: Of the training episodes.
-        embodiment: The dataset's robot, with its statistics.
+        embodiment: The dataset's, with its statistics.
         conditioning: The policy's.
         instructions, augment: As of `Stage`.
     """
@@ -168,7 +173,7 @@ class RobotSamples:
     augment: dict[str, Any]
 
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Window `i`; `rng` draws the paraphrase and the augmentation."""
+        """Window `i`, with a random paraphrase and augmentation."""
         sample = self.windows[i]
         sample = self.conditioning(self.embodiment, {**sample, "instruction": self._instruction(sample["instruction"], rng)})
         return {**sample, "images": augment(sample["images"], rng, **self.augment)} if self.augment else sample
@@ -176,22 +181,22 @@ class RobotSamples:
     def _instruction(self, original: str, rng: np.random.Generator) -> str:
         if self.instructions == "original":
             return original
-        from rvlm.envs.tabletop.tasks import paraphrases  # which needs OpenGL; other data have the original instructions only
+        from rvlm.envs.tabletop.tasks import paraphrases  # imports OpenGL; other data have no paraphrases
 
-        words = paraphrases(original)
-        return words[int(rng.integers(len(words)))] if self.instructions == "paraphrased" else words[0]
+        options = paraphrases(original)
+        return options[int(rng.integers(len(options)))] if self.instructions == "paraphrased" else options[0]
 
 
 def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
-    """Co-training: batches of questions mixed in among those of actions."""
+    """Co-training: whole batches of VQA among those of actions."""
     from rvlm.envs.tabletop.rendered_scenes import Scenes
 
     scenes = Scenes(stage.vqa_data)
     questions = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, QuestionSamples(scenes, stage.vqa))
     weights = (1 - stage.vqa_fraction, stage.vqa_fraction)
     mixed = Mixture([robot, questions], weights, stage.n_samples, stage.seed, block=stage.batch_size)
-    both = VQACollator(processor)
-    return mixed, lambda samples: both(samples) if isinstance(samples[0], tuple) else collate(samples)
+    collate_vqa = VQACollator(processor)
+    return mixed, lambda samples: collate_vqa(samples) if isinstance(samples[0], tuple) else collate(samples)
 
 
 STAGE_BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}

@@ -1009,11 +1009,11 @@ def scaled(root, scale, seed):
 
 
 def test_folders_under_one_card_share_statistics_of_all(tmp_path):
-    from rvlm.training.stage_data import _robots
+    from rvlm.training.stage_data import _embodiments
 
     sets = [scaled(tmp_path / "small", 0.02, 0), scaled(tmp_path / "large", 1.0, 50)]
     train = [np.array([0, 1]), np.array([1, 2])]
-    small, large = _robots(sets, train)
+    small, large = _embodiments(sets, train)
     assert small.stats["action"].to_dict() == large.stats["action"].to_dict() and small.stats["action"].count == 24
     both = np.concatenate([sets[0].column("action")[:12], sets[1].column("action")[6:]])
     assert np.allclose(small.stats["action"].q99, np.quantile(both.astype(float), 0.99, axis=0))

@@ -61,7 +61,7 @@ def test_each_token_depends_on_the_pixels_of_its_cell(vlm):
 def test_loss_falls_and_only_the_tower_learns(vlm, scenes):
     model, processor = vlm
     batch = DetectionCollator(processor)(scenes)
-    assert batch["flags"].shape == (len(scenes), len(SCENE_STATES))
+    assert batch["scene_states"].shape == (len(scenes), len(SCENE_STATES))
     detector = Detector(model)
     optimizer = torch.optim.Adam(detector.parameters(), 3e-3)
     losses = []

@@ -12,7 +12,7 @@ from rvlm.training.trainer import log_history, train_stage_in_process
 from rvlm.training.trainer_checkpoints import last_checkpoint, write_manifest
 
 
-def test_the_newest_sealed_checkpoint_is_taken(tmp_path):
+def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert last_checkpoint(tmp_path) is None
     for step, is_complete in ((8, True), (20, True), (100, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
