@@ -102,6 +102,29 @@ def test_nothing_downloaded_is_executed(name):
     assert not unsafe, f"{name} uses {sorted(unsafe)}; weights travel as safetensors, data as parquet and json"
 
 
+def public_names(module: ast.Module) -> set[str]:
+    """Functions, classes and constants that a module defines at its top; what it imports is another's."""
+    names = {node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = [node for node in module.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    targets = [target for node in assigned for target in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    names |= {
+        node.id
+        for target in targets
+        for node in ast.walk(target)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_one_public_name_has_one_meaning():
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for name in public_names(tree(module)):
+            homes.setdefault(name, []).append(module)
+    twice = {name: sorted(modules) for name, modules in sorted(homes.items()) if len(modules) > 1}
+    assert not twice, f"defined in several modules: {twice}; rename all but one by what they are, or import the one that is meant"
+
+
 def arrows(part) -> dict[str, set[str]]:
     """What each part of the package imports of others, functions' imports included; `part` names a module's part."""
     graph: dict[str, set[str]] = {}
