@@ -1,4 +1,4 @@
-"""Imported by the server that training processes are forked from: what each of them would do again, done once."""
+"""Imports and other one-time work of the server that training processes are forked from."""
 
 import contextlib
 import gc
