@@ -17,8 +17,8 @@ import torch
 
 from rvlm.data.actions import ActionSpec, StatsAccumulator
 from rvlm.files import atomic_write, results_dir
-from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import make_policy
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy
 from rvlm.report.findings import provenance

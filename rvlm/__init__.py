@@ -30,7 +30,7 @@ _OFFERED = {
     "EpisodeDataset": "data.windows",
     "EpisodeWriter": "data.windows",
     "split": "data.windows",
-    "make_policy": "policy.checkpoints",
+    "make_policy": "policy.factory",
     "load_policy": "policy.policy",
     "Policy": "policy.policy",
     "Stage": "training.stages",
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from rvlm.evaluation.closed_loop import Evaluation as Evaluation
     from rvlm.evaluation.closed_loop import evaluate as evaluate
     from rvlm.experiments import recipes as recipes
-    from rvlm.policy.checkpoints import make_policy as make_policy
+    from rvlm.policy.factory import make_policy as make_policy
     from rvlm.policy.inspection import inspect_vlm as inspect_vlm
     from rvlm.policy.policy import Policy as Policy
     from rvlm.policy.policy import load_policy as load_policy
@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
     if name in _OFFERED:
         module = importlib.import_module(f"rvlm.{_OFFERED[name]}")
         return getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{module.__name__}.{name}")
-    raise AttributeError(f"module 'rvlm' has no {name!r}; it offers {', '.join(sorted(_OFFERED))}, and modules in its rooms")
+    raise AttributeError(f"module 'rvlm' has no {name!r}; it offers {', '.join(sorted(_OFFERED))}, and its subpackages")
 
 
 def __dir__() -> list[str]:

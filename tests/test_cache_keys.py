@@ -87,7 +87,7 @@ ACTED = {"policy", "expert", "chains"}
 CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its code has changed
     "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
     "training/trainer.py": {*ROBOT_STAGES, *ASKING},
-    "training/features.py": {*ROBOT_STAGES, "questions"},
+    "training/feature_cache.py": {*ROBOT_STAGES, "questions"},
     "training/detection.py": {"detection"},
     "evaluation/rollouts.py": ACTED,
     "evaluation/chains.py": {"chains"},
@@ -203,7 +203,7 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     """The code that selects a dataset's rows is not in the key of its frames, for the rows are."""
     from rvlm.caches import Code
     from rvlm.data import cameras
-    from rvlm.training import features
+    from rvlm.training import feature_cache
     from rvlm.vlm.backbones import load_backbone
     from rvlm.vlm.processors import load_processor
 
@@ -215,8 +215,8 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     } == set()
     processor = load_processor(toy_vlm)
     model = load_backbone(toy_vlm, processor)
-    ran = traced(lambda: features.cached_features(model, processor, kept))
-    assert ("rvlm.training.features", "_write") in ran and missing(ran, features.FEATURES_CODE) == []
+    ran = traced(lambda: feature_cache.cached_features(model, processor, kept))
+    assert ("rvlm.training.feature_cache", "_write") in ran and missing(ran, feature_cache.FEATURES_CODE) == []
 
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):

@@ -25,7 +25,7 @@ def test_a_worker_ends_with_its_asker_also_where_nobody_takes_note_of_that():
 
 
 def test_what_is_imported_before_torch_keeps_threads_from_spinning():
-    code = "import os, sys, rvlm.passive; sys.exit(os.environ['OMP_WAIT_POLICY'] != 'PASSIVE' or 'torch' in sys.modules)"
+    code = "import os, sys, rvlm.openmp; sys.exit(os.environ['OMP_WAIT_POLICY'] != 'PASSIVE' or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PATH": ""} | path(), check=False).returncode == 0
 
 

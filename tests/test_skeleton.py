@@ -154,7 +154,7 @@ def test_arrows_run_one_way(part):
 ROOMS = [
     *(
         "processes",
-        "passive",
+        "openmp",
         "files",
         "code_hash",
         "provenance",

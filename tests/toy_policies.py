@@ -5,8 +5,8 @@ import torch
 from toy_data import TEXTS
 
 from rvlm.data.actions import ActionSpec
-from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import make_policy
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}

@@ -20,7 +20,7 @@ from rvlm.data.actions import ActionSpec, CardError
 from rvlm.data.camera_names import depth_marks, find_camera, is_image
 from rvlm.data.cards import CAMERA
 from rvlm.data.dimensions import check_order
-from rvlm.data.instructions import instruction_error
+from rvlm.data.instruction_checks import instruction_error
 from rvlm.data.tables import column_names, read_json, read_json_lines, read_table, whole_numbers
 from rvlm.data.video import EpisodeError
 

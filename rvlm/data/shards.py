@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.episode_checks import check_arrays, check_extra, check_frames
-from rvlm.data.instructions import instruction_error
+from rvlm.data.instruction_checks import instruction_error
 from rvlm.data.lerobot_format import IMAGES, EpisodeFrames, ImageHistogram, common_features, infer_features, link
 from rvlm.data.video import EpisodeError, VideoWriter, concatenate
 from rvlm.files import atomic_write

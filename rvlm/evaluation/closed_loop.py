@@ -49,7 +49,7 @@ class Evaluation:
         ablation: Input ablation, a name in `INPUT_ABLATIONS`.
         robot, families, setting, max_steps: Of the tabletop; families left out are `DEFAULT_TASKS`.
         first_seed: Of the first episode; later ones count up.
-        n_action_steps, ensemble: How predicted chunks are executed, as `Policy` takes them.
+        n_action_steps, temporal_ensemble_coeff: How predicted chunks are executed, as `Policy` takes them.
 
     Example:
         >>> evaluation = rvlm.Evaluation("random", n_episodes=4, families=("lift", "push"))
@@ -66,7 +66,7 @@ class Evaluation:
     max_steps: int = 50
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int | None = None
-    ensemble: float | None = None
+    temporal_ensemble_coeff: float | None = None
 
     def __post_init__(self) -> None:
         if self.ablation not in INPUT_ABLATIONS:
@@ -149,16 +149,20 @@ def _load_evaluated(evaluation: Evaluation) -> Any:
     policy, robot = evaluation.policy, evaluation.robot
     if policy in ("random", "expert"):
         return RandomPolicy(_spec(robot)) if policy == "random" else None
-    return _load(policy, model_hash(policy), evaluation.n_action_steps, evaluation.ensemble, robot)
+    return _load(policy, model_hash(policy), evaluation.n_action_steps, evaluation.temporal_ensemble_coeff, robot)
 
 
 @functools.lru_cache(maxsize=4)
-def _load(policy: str, content: str, n_action_steps: int | None, ensemble: float | None, robot: str) -> Any:
+def _load(policy: str, content: str, n_action_steps: int | None, temporal_ensemble_coeff: float | None, robot: str) -> Any:
     """A trained policy, loaded again only if its content has changed."""
     from rvlm.policy.policy import load_policy
 
     return load_policy(
-        policy, revision=commit_on_hub(policy), n_action_steps=n_action_steps, ensemble=ensemble, spec=_spec(robot)
+        policy,
+        revision=commit_on_hub(policy),
+        n_action_steps=n_action_steps,
+        temporal_ensemble_coeff=temporal_ensemble_coeff,
+        spec=_spec(robot),
     )
 
 

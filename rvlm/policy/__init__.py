@@ -4,17 +4,17 @@ Modules:
     config: structure, head, history and window, and which combinations are supported.
     action_tokenizer: uniform binning of actions, and back.
     heads: action heads: features at `<act>` to actions.
-    histories: policy-head histories: fuse the features of several observations.
+    history_modules: policy-head histories: fuse the features of several observations.
     embodiments: the robots of a policy, and how it is conditioned on them.
-    model: the network `VLA`.
+    model: the network `VLA`: backbone, hidden states at `<act>`, state (proprioception), history, head.
     collation: windows as the batch of `VLA.forward`.
     hub: models by folder or Hub name, at a revision; upload of a policy.
     checkpoint_files: validation of a checkpoint's files.
     pretrained: save and load a policy, both directions.
-    checkpoints: make, modify, load and merge policies.
+    factory: make, modify, load and merge policies.
     model_card: the model card of a policy.
     observation_history: past observations while acting: features, KV cache, or the whole window.
-    observations: validation of observations before a policy acts on them.
+    observation_checks: validation of observations before a policy acts on them.
     policy: closed-loop inference: `reset`, `select_action`, `predict_action_chunk`, unnormalised.
     inspection: what a vision-language model supports, by trying it.
 """

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from rvlm.policy.heads import HEADS
-from rvlm.policy.histories import HISTORIES, MAX_OBS_STEPS
+from rvlm.policy.history_modules import HISTORIES, MAX_OBS_STEPS
 
 FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone is trained
 EMBODIMENT_CONDITIONING = (None, "name", "token")

@@ -18,7 +18,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of
 from rvlm.policy.heads import HEADS, TokensHead
-from rvlm.policy.histories import HISTORIES
+from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.pretrained import SavedPolicy
 from rvlm.vlm.backbones import action_query_states
 from rvlm.vlm.causality import ensure_causal_attention

@@ -15,10 +15,10 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.cards import IMAGE_KEYS
-from rvlm.policy.checkpoints import load_vla
+from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA
+from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
-from rvlm.policy.observations import Expected, ObservationError
 from rvlm.vlm.templates import image_token, special_tokens
 
 Observation = dict[str, Any]
@@ -33,9 +33,9 @@ class Policy:
         processor: Likewise.
         n_action_steps: Actions executed of each predicted chunk before the next prediction: 1 re-plans at every step,
             `chunk_size` executes whole chunks. Default: the policy's own.
-        ensemble: Temporal ensembling: execute the mean over all chunks that cover a step, weighted by exp(-ensemble * i), i
-            counted from the oldest chunk; None executes the newest chunk only. Source: ACT (Zhao et al. 2023, arXiv
-            2304.13705), section IV-B.
+        temporal_ensemble_coeff: Execute the mean over all chunks that cover a step, weighted by exp(-coeff * i), i counted
+            from the oldest chunk; None executes the newest chunk only. Source: ACT (Zhao et al. 2023, arXiv 2304.13705),
+            section IV-B.
         spec: The environment's, which selects the embodiment; conventions that differ are refused. Default: the target robot.
 
     Raises:
@@ -55,7 +55,7 @@ class Policy:
         model: VLA,
         processor: Any,
         n_action_steps: int | None = None,
-        ensemble: float | None = None,
+        temporal_ensemble_coeff: float | None = None,
         spec: ActionSpec | None = None,
     ) -> None:
         self.robot = model.embodiment(model.spec if spec is None else spec)
@@ -65,15 +65,15 @@ class Policy:
                 f"n_action_steps is expected between 1 and the chunk of {model.config.chunk_size} predicted actions; "
                 f"got {n_action_steps}"
             )
-        if ensemble is not None and (n_action_steps != 1 or not 0 <= ensemble < float("inf")):
+        if temporal_ensemble_coeff is not None and (n_action_steps != 1 or not 0 <= temporal_ensemble_coeff < float("inf")):
             raise ValueError(
-                f"an ensemble joins the chunks of every step: expected n_action_steps=1 and ensemble of at least 0; "
-                f"got n_action_steps={n_action_steps}, ensemble={ensemble}"
+                "a temporal ensemble predicts at each step: expected n_action_steps=1 and temporal_ensemble_coeff of at least 0; "
+                f"got n_action_steps={n_action_steps}, temporal_ensemble_coeff={temporal_ensemble_coeff}"
             )
         unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
         if unknown:
             raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
-        self.model, self.ensemble = model.eval(), ensemble
+        self.model, self.temporal_ensemble_coeff = model.eval(), temporal_ensemble_coeff
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
         size: Any = model.config.image_size
@@ -178,12 +178,12 @@ class Policy:
     def _next_chunk(self) -> torch.Tensor:
         """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""
         newest = self._predict()
-        if self.ensemble is None:
+        if self.temporal_ensemble_coeff is None:
             return newest
         self._chunks.append(newest)
         n = len(self._chunks)
         candidates = torch.stack([chunk[:, n - 1 - i] for i, chunk in enumerate(self._chunks)])  # for this step, oldest first
-        weights = torch.exp(-self.ensemble * torch.arange(n, device=candidates.device))[:, None, None]
+        weights = torch.exp(-self.temporal_ensemble_coeff * torch.arange(n, device=candidates.device))[:, None, None]
         return ((weights * candidates).sum(0) / weights.sum())[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
@@ -232,7 +232,7 @@ def load_policy(
         revision: Commit, branch or tag of a name on the Hub.
         base_model: Folder of the backbone, of a policy that was saved without it.
         device: Of the computation; where its weights are loaded if left out.
-        options: Of `Policy`: `n_action_steps`, `ensemble`, `spec`.
+        options: Of `Policy`: `n_action_steps`, `temporal_ensemble_coeff`, `spec`.
 
     Raises:
         ValueError: As `VLA.from_pretrained` and `Policy`.

@@ -2,11 +2,11 @@
 
 Modules:
     stages: `Stage`: the configuration of a training, and its folder.
-    features: features of a frozen vision tower, computed once per frame.
+    feature_cache: features of a frozen vision tower, computed once per frame.
     detection: stage 0: detection pre-training of the vision tower.
     stage_data: model, processor, samples and collator of each kind of stage.
     trainer_checkpoints: checkpoints of a running training, and resuming from the newest complete one.
-    trainer: one process of a stage, on `transformers.Trainer`.
+    trainer: one process of a stage, on `transformers.Trainer`: optimizer, learning-rate schedule, loss, log.
     launch: run stages, alone or in parallel.
     preload: what the server imports that training processes are forked from.
     search: hyperparameter search with Optuna, one storage for many workers.

@@ -167,7 +167,7 @@ def _launch(stage: Stage, partial: Path, n_threads: int | None) -> SimpleNamespa
 def _fork(partial: Path, n_threads: int | None) -> SimpleNamespace:
     """Fork a stage's only process from a server with all imports done, which saves seconds per stage."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rvlm.passive", "rvlm.training.preload"])
+    context.set_forkserver_preload(["rvlm.openmp", "rvlm.training.preload"])
     environment = {**os.environ, **PASSIVE}
     process = context.Process(target=_single_worker, args=(partial, os.getpid(), n_threads or os.cpu_count(), environment))
     process.start()

@@ -20,8 +20,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from rvlm.data.actions import ActionSpec
 from rvlm.files import PACKAGE
-from rvlm.policy.checkpoints import set_trainable
 from rvlm.policy.config import VLAConfig
+from rvlm.policy.factory import set_trainable
 from rvlm.policy.model import VLA
 from rvlm.training.cost import StepCost, materialise_fake, profile_forward_backward
 from rvlm.vlm.backbones import language_model
@@ -102,7 +102,7 @@ def plans(
         config: Of the vision-language model.
         n_image_tokens: Tokens per image in its prompt, as `rvlm.policy.inspection.inspect_vlm` finds them.
         policy: Fields of `VLAConfig`: structure, head, history.
-        finetuning: Which parts of the backbone are trained (`rvlm.policy.checkpoints.set_trainable`).
+        finetuning: Which parts of the backbone are trained (`rvlm.policy.factory.set_trainable`).
         rank: Of adapters.
         batch_size: Windows per forward pass.
         n_text_tokens: Tokens of the instruction and of the prompt template around it.

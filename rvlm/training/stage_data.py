@@ -13,11 +13,11 @@ from rvlm.data.sampling import FixedBudgetDataset, Mixture
 from rvlm.data.windows import EpisodeDataset, Windows, split
 from rvlm.files import commit_on_hub
 from rvlm.policy.checkpoint_files import is_policy
-from rvlm.policy.checkpoints import make_policy, modify_policy
 from rvlm.policy.collation import RobotCollator
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning
+from rvlm.policy.factory import make_policy, modify_policy
 from rvlm.policy.hub import fetch
-from rvlm.training.features import cached_features
+from rvlm.training.feature_cache import cached_features
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.vlm.backbones import freeze_vision, load_backbone
 from rvlm.vlm.processors import load_processor

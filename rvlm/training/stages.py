@@ -33,16 +33,16 @@ _PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16
 
 # Modules that a training imports without using them: recording, rendering, and those of other kinds of stages.
 _RECORDING = ("rvlm.data.writer", "rvlm.data.lerobot_format", "rvlm.training.cost")
-_RENDERING = tuple(f"rvlm.envs.tabletop.{name}" for name in ("env", "experts", "failures", "world", "arms", "real_arms"))
+_RENDERING = tuple(f"rvlm.envs.tabletop.{name}" for name in ("env", "experts", "failures", "world", "arms", "robosuite_arms"))
 _POLICIES = (
     *(
         f"rvlm.policy.{name}"
-        for name in ("checkpoints", "model", "config", "heads", "histories", "embodiments", "collation", "inspection")
+        for name in ("factory", "model", "config", "heads", "history_modules", "embodiments", "collation", "inspection")
     ),
     *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video", "augmentation")),
 )
 UNUSED_MODULES = {
-    DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.features"),
+    DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.feature_cache"),
     VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.detection"),
     ROBOT: (*_RECORDING, *_RENDERING, "rvlm.training.detection"),
 }

@@ -91,7 +91,7 @@ def test_a_policys_statistics_come_from_its_training_episodes(toy_vlm, toy_demos
     data = EpisodeDataset(toy_demos)
     train, held_out = split(data)
     train_stage_in_process(Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8, batch_size=8, n_processes=1), tmp_path)
-    from rvlm.policy.checkpoints import load_vla
+    from rvlm.policy.factory import load_vla
 
     model, _ = load_vla(tmp_path / "model")
     rows = pd.read_parquet(toy_demos / "data")

@@ -18,7 +18,7 @@ from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import COLORS, SETTINGS, UNSEEN_COLORS
-from rvlm.envs.tabletop.success import Task
+from rvlm.envs.tabletop.success_conditions import Task
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, CUE_STEPS, DEFAULT_TASKS, MEMORY_FAMILIES, TASK_FAMILIES
 from rvlm.envs.tabletop.world import axis_angle, rotation_matrix
 

@@ -17,7 +17,7 @@ from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.evaluation.replay import replay_episode
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
 from rvlm.evaluation.success import success_differences, success_table
-from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.factory import make_policy
 from rvlm.statistics import paired_difference
 
 FAMILIES = ("push_left", "turn_on_light")

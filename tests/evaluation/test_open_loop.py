@@ -13,9 +13,9 @@ from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.diagnosis import policy_checks
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.evaluation import open_loop
-from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.embodiments import Embodiment
-from rvlm.policy.observations import ObservationError
+from rvlm.policy.factory import make_policy
+from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.small import small_vlm, train_tokenizer

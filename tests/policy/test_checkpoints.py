@@ -12,7 +12,7 @@ from toy_policies import ONE_STEP, SPEC, perturbed_policy, predicted
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from rvlm.policy.checkpoint_files import CheckpointError, tensors_hash
-from rvlm.policy.checkpoints import load_vla, make_policy
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.model import VLA
 from rvlm.policy.model_card import model_card
 from rvlm.policy.policy import load_policy

@@ -17,9 +17,9 @@ from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
 from rvlm.data.sampling import FixedBudgetDataset, Mixture
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, paraphrases
-from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.config import MAX_EMBODIMENTS
 from rvlm.policy.embodiments import Embodiment, reorder_state, with_embodiment_name
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.observation_history import UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.training.stage_data import STAGE_BUILDERS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy_policies import SPEC, TOKENS, a_batch, build, fused, inputs
 
-from rvlm.policy.checkpoints import make_policy
+from rvlm.policy.factory import make_policy
 from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
 
 

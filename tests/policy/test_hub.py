@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from toy_policies import ONE_STEP, SPEC, perturbed_policy, predicted
 
 from rvlm.policy.checkpoint_files import CheckpointError
-from rvlm.policy.checkpoints import load_vla, make_policy, modify_policy
+from rvlm.policy.factory import load_vla, make_policy, modify_policy
 from rvlm.policy.model import VLA
 from rvlm.policy.policy import load_policy
 

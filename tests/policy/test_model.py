@@ -25,7 +25,7 @@ from toy_policies import (
     windows_like,
 )
 
-from rvlm.policy.checkpoints import load_vla, make_policy
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.question_answering import VQACollator
 

@@ -10,9 +10,9 @@ from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
 from rvlm.data.actions import ActionSpec, SpecMismatch
-from rvlm.policy.checkpoints import load_vla
+from rvlm.policy.factory import load_vla
+from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
-from rvlm.policy.observations import ObservationError
 from rvlm.policy.policy import Policy, load_policy
 
 STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -56,7 +56,7 @@ def test_queued_actions_are_those_of_the_predicted_chunk(toy_vlm, toy_stats, n_a
 def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_stats, settings):
     """Against a reference computation, oldest chunk first, as the window of chunks fills and slides."""
     model, processor = build(toy_vlm, toy_stats, settings)
-    policy, plain = Policy(model, processor, ensemble=0.5), Policy(model, processor)
+    policy, plain = Policy(model, processor, temporal_ensemble_coeff=0.5), Policy(model, processor)
     rng, stats = np.random.default_rng(0), model.stats["action"]
     chunks = []
     for step in range(5):
@@ -69,9 +69,9 @@ def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_
         np.testing.assert_allclose(acted[:6], mean[:6], atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"ensemble": 0.1, "n_action_steps": 2}, {"ensemble": -1.0}])
+@pytest.mark.parametrize("wrong", [{"temporal_ensemble_coeff": 0.1, "n_action_steps": 2}, {"temporal_ensemble_coeff": -1.0}])
 def test_an_ensemble_of_chunks_that_do_not_overlap_is_refused(saved, wrong):
-    with pytest.raises(ValueError, match="expected n_action_steps=1 and ensemble of at least 0; got"):
+    with pytest.raises(ValueError, match="expected n_action_steps=1 and temporal_ensemble_coeff of at least 0; got"):
         load_policy(saved[0], **wrong)
 
 
@@ -149,7 +149,11 @@ def test_robots_beside_each_other_do_not_mix_and_reset_forgets(toy_vlm, toy_stat
     np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)
 
 
-WAYS = {"first action": {"n_action_steps": 1}, "chunk": {"n_action_steps": 2}, "ensemble": {"n_action_steps": 1, "ensemble": 0.1}}
+WAYS = {
+    "first action": {"n_action_steps": 1},
+    "chunk": {"n_action_steps": 2},
+    "ensemble": {"n_action_steps": 1, "temporal_ensemble_coeff": 0.1},
+}
 
 
 @pytest.mark.parametrize(

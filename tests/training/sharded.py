@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from rvlm.policy.checkpoints import load_vla
+from rvlm.policy.factory import load_vla
 
 
 def losses_of(model, batch, n=20):

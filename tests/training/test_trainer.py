@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
-from rvlm.policy.checkpoints import merge_policy
+from rvlm.policy.factory import merge_policy
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (

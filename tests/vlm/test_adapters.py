@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from toy_data import TEXTS
 from toy_policies import ONE_STEP, POLICY_HEAD, SPEC, a_batch, inputs
 
-from rvlm.policy.checkpoints import load_vla, make_policy, merge_policy, modify_policy
+from rvlm.policy.factory import load_vla, make_policy, merge_policy, modify_policy
 from rvlm.policy.policy import load_policy
 from rvlm.vlm.backbones import ADAPTERS, load_backbone, vision_modules
 from rvlm.vlm.processors import load_processor

@@ -9,8 +9,8 @@ from toy_data import TEXTS, TOY
 from transformers import LlavaForConditionalGeneration
 
 from rvlm.data.actions import ActionSpec
-from rvlm.policy.checkpoints import make_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import make_policy
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import as_encoder_outputs, load_backbone
 from rvlm.vlm.processors import ACT, load_processor, to_pil

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_policies import SPEC
 
-from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.inspection import can_append_to_cache
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.vlm.backbones import load_backbone, vision_modules

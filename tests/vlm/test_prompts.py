@@ -14,8 +14,8 @@ from toy_policies import SPEC
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
-from rvlm.policy.checkpoints import load_vla, make_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.policy import Policy
 from rvlm.vlm import prompts
 from rvlm.vlm.backbones import load_backbone

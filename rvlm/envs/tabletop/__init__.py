@@ -5,11 +5,11 @@ Importing this package chooses a headless OpenGL platform, before MuJoCo is impo
 Modules:
     scene: the scene as MJCF text, and the domain shifts.
     arms: arms of primitive geometry, with true kinematics.
-    real_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
+    robosuite_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
     world: one MuJoCo model of scene and arm, and its true state.
-    success: success conditions, from the true state.
+    success_conditions: success conditions, from the true state.
     tasks: task families: instruction templates, success condition, initial state.
-    sampling: feasible tasks of a scene, and sampling one of them.
+    task_sampling: feasible tasks of a scene, and sampling one of them.
     experts: scripted experts: the next action from the true state.
     failures: classification of failed episodes.
     env: the `gymnasium.Env`.

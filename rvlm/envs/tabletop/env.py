@@ -9,10 +9,10 @@ import numpy as np
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
-from rvlm.envs.tabletop.real_arms import ROBOTS
-from rvlm.envs.tabletop.sampling import is_feasible, sample_task
+from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
-from rvlm.envs.tabletop.success import Task
+from rvlm.envs.tabletop.success_conditions import Task
+from rvlm.envs.tabletop.task_sampling import is_feasible, sample_task
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS, MEMORY_FAMILIES, TASK_FAMILIES
 from rvlm.envs.tabletop.world import World
 

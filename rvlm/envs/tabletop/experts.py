@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rvlm.envs.tabletop.scene import HALF
-from rvlm.envs.tabletop.success import DIRECTIONS, Task, cued_side, is_held
+from rvlm.envs.tabletop.success_conditions import DIRECTIONS, Task, cued_side, is_held
 from rvlm.envs.tabletop.world import World
 
 CLEAR = 0.085  # height above the table that clears all objects [m]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rvlm.envs.tabletop.scene import N_OBJECTS
-from rvlm.envs.tabletop.success import Task, is_held
+from rvlm.envs.tabletop.success_conditions import Task, is_held
 from rvlm.envs.tabletop.world import World
 
 GRASPED = ("lift", "place", "stack", "rotate")  # first words of families whose object must be grasped

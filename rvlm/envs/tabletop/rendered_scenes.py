@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.success import DRAWER_OPEN, is_held
+from rvlm.envs.tabletop.success_conditions import DRAWER_OPEN, is_held
 from rvlm.envs.tabletop.tasks import TASK_FAMILIES
 from rvlm.envs.tabletop.world import World
 from rvlm.files import artifacts_dir, config_hash, make_folder

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rvlm.envs.tabletop.success import (
+from rvlm.envs.tabletop.success_conditions import (
     DRAWER_OPEN,
     DRAWER_SHUT,
     SLIDER_SIDE,
@@ -35,7 +35,7 @@ class TaskFamily:
         templates: Instruction templates for training; `{a}` is the target, `{b}` the second object.
         held_out: Instruction templates never used in training.
         is_done: Success condition, from the true state.
-        can_start: Precondition on the fixtures; `rvlm.envs.tabletop.sampling.is_feasible` checks the objects too.
+        can_start: Precondition on the fixtures; `rvlm.envs.tabletop.task_sampling.is_feasible` checks the objects too.
         prepare: Changes a new scene so that the precondition holds.
         n_objects: Number of objects that the instruction names.
         step_scene: Changes the scene after each control step, given the number of steps so far.

@@ -6,7 +6,7 @@ Tasks, experts and question generators read the true state here; policies never 
 import mujoco
 import numpy as np
 
-from rvlm.envs.tabletop.real_arms import ROBOTS
+from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import (
     COLORS,
     HALF,

@@ -14,7 +14,7 @@ Modules:
     tokens: token sequences by role, and attention masks.
     diagnosis: results of diagnostic checks, their evidence, failures by kind.
     memory: memory of training against GPUs, planned against measured.
-    stages: continual learning and hyperparameter search.
+    learning_and_search: continual learning and hyperparameter search.
 """
 
 from rvlm.report.plots.charts import error_by_bins, estimates, lines
@@ -30,11 +30,11 @@ from rvlm.report.plots.images import (
     observation,
     player,
 )
+from rvlm.report.plots.learning_and_search import forgetting_matrices, parallel_coordinates
 from rvlm.report.plots.losses import compare_losses, loss_curves, smoothed
 from rvlm.report.plots.memory import memory_bars, planned_and_measured
 from rvlm.report.plots.motion import action_curves, hand_path, histograms
 from rvlm.report.plots.rates import error_against_success, rates_by_group, success_bars, verdict_title
-from rvlm.report.plots.stages import forgetting_matrices, parallel_coordinates
 from rvlm.report.plots.style import (
     COLUMN_IN,
     DIMENSIONS,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rvlm.files import file_hash
-from rvlm.training import features
+from rvlm.training import feature_cache
 from rvlm.vlm.backbones import load_backbone, vision_features
 from rvlm.vlm.processors import load_processor
 from rvlm.vlm.prompts import PromptBuilder
@@ -36,29 +36,29 @@ def some_images(path, n, seed=0):
 def test_features_go_to_disk_batch_by_batch(home, tower, tmp_path, monkeypatch):
     images, seen = some_images(tmp_path / "x.npy", 150), []
     monkeypatch.setattr(
-        features, "vision_features", lambda model, pixels: (seen.append(len(pixels)), vision_features(model, pixels))[1]
+        feature_cache, "vision_features", lambda model, pixels: (seen.append(len(pixels)), vision_features(model, pixels))[1]
     )
-    (got,) = features.cached_features(*tower, {"static": images}).values()
+    (got,) = feature_cache.cached_features(*tower, {"static": images}).values()
     assert seen == [64, 64, 22] and isinstance(got, np.memmap) and got.dtype == np.float16
     whole = vision_features(tower[0], PromptBuilder(tower[1], 1).pixels(np.array(images)[:, None])).numpy()
     assert got.shape == whole.shape and np.abs(got - whole).max() < 1e-2
-    features.cached_features(*tower, {"another name": images})
+    feature_cache.cached_features(*tower, {"another name": images})
     assert len(seen) == 3, "asked again, nothing is computed"
 
 
 def test_features_are_of_these_images_and_this_tower(home, tower, toy_vlm, tmp_path):
     first, second = (some_images(tmp_path / name / "train.npy", 3, seed) for seed, name in enumerate("ab"))
-    one, two = (features.cached_features(*tower, {"train": images})["train"] for images in (first, second))
+    one, two = (feature_cache.cached_features(*tower, {"train": images})["train"] for images in (first, second))
     assert not np.array_equal(one, two), "two folders of one name"
     anew = some_images(tmp_path / "a" / "train.npy", 3, seed=1)
-    assert np.array_equal(features.cached_features(*tower, {"train": anew})["train"], two), "recorded anew in place"
+    assert np.array_equal(feature_cache.cached_features(*tower, {"train": anew})["train"], two), "recorded anew in place"
     other = load_backbone(toy_vlm, tower[1])
     with torch.no_grad():
         next(p for name, p in other.named_parameters() if "vision_model" in name).add_(1)
-    assert not np.array_equal(features.cached_features(other, tower[1], {"train": second})["train"], two)
+    assert not np.array_equal(feature_cache.cached_features(other, tower[1], {"train": second})["train"], two)
     processor = load_processor(toy_vlm)
     processor.image_processor.image_mean = [0.1, 0.1, 0.1]
-    assert not np.array_equal(features.cached_features(tower[0], processor, {"train": second})["train"], two)
+    assert not np.array_equal(feature_cache.cached_features(tower[0], processor, {"train": second})["train"], two)
 
 
 def test_a_view_of_a_file_is_not_the_file(tmp_path):
@@ -74,9 +74,9 @@ def test_a_view_of_a_file_is_not_the_file(tmp_path):
     views += [images[:3], images[1:]]
     written = np.load(tmp_path / "x.npy", mmap_mode="c")
     written[0] = 0
-    kept = [features.array_hash(array) for array in (*views, written)]
+    kept = [feature_cache.array_hash(array) for array in (*views, written)]
     assert len(set(kept)) == len(kept) and kept[0] == file_hash(tmp_path / "x.npy")
-    assert features.array_hash(views[1]) == features.array_hash(np.array(views[1]))
+    assert feature_cache.array_hash(views[1]) == feature_cache.array_hash(np.array(views[1]))
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, np.float16), (1e6, np.float32)])
@@ -88,15 +88,15 @@ def test_features_are_stored_in_a_dtype_that_can_represent_them(home, tower, tmp
         out = vision_features(model, pixels)
         return (out * scale if len(pixels) < 64 else out).bfloat16()
 
-    monkeypatch.setattr(features, "vision_features", large)
-    got = features.cached_features(*tower, {"x": images})["x"]
+    monkeypatch.setattr(feature_cache, "vision_features", large)
+    got = feature_cache.cached_features(*tower, {"x": images})["x"]
     assert got.dtype == dtype and np.isfinite(got).all() and (np.abs(got).max() > 65504) == (scale > 1)
 
 
 def test_nan_features_are_refused_and_not_cached(home, tower, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "vision_features", lambda model, pixels: vision_features(model, pixels) * float("nan"))
+    monkeypatch.setattr(feature_cache, "vision_features", lambda model, pixels: vision_features(model, pixels) * float("nan"))
     with pytest.raises(FloatingPointError, match="expected finite features of images from 0 on"):
-        features.cached_features(*tower, {"x": some_images(tmp_path / "x.npy", 2)})
+        feature_cache.cached_features(*tower, {"x": some_images(tmp_path / "x.npy", 2)})
     assert not list(home.glob("features/*/*.npy"))
 
 

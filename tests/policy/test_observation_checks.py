@@ -10,7 +10,7 @@ import torch
 from toy_policies import ONE_STEP, POLICY_HEAD, build, observe
 
 from rvlm.policy.config import VLAConfig
-from rvlm.policy.observations import ObservationError
+from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.instructions import instruction_error
+from rvlm.data.instruction_checks import instruction_error
 from rvlm.policy.embodiments import Embodiment
 
 FAR = 10.0  # ranges of the training data beyond which a state is warned of

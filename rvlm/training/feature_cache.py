@@ -17,7 +17,7 @@ from rvlm.files import artifacts_dir, config_hash, file_hash, make_folder, reser
 from rvlm.vlm.backbones import language_model, vision_features, vision_modules
 from rvlm.vlm.prompts import PromptBuilder
 
-FEATURES_CODE = Code(("rvlm.training.features",))
+FEATURES_CODE = Code(("rvlm.training.feature_cache",))
 FRAMES_PER_BATCH = 64  # of a forward pass of the tower
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from rvlm.data.actions import ActionSpec
-from rvlm.envs.tabletop import real_arms
+from rvlm.envs.tabletop import robosuite_arms
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.real_arms import PANDA, REAL_ARMS, ROBOTS, chain_xml, coarsen, meshes_xml, read_stl
+from rvlm.envs.tabletop.robosuite_arms import PANDA, REAL_ARMS, ROBOTS, chain_xml, coarsen, meshes_xml, read_stl
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.world import World, axis_angle
 
-needs_wheel = pytest.mark.skipif(find_spec("robosuite") is None, reason=f"the asset pack is missing: {real_arms.INSTALL}")
+needs_wheel = pytest.mark.skipif(find_spec("robosuite") is None, reason=f"the asset pack is missing: {robosuite_arms.INSTALL}")
 FAMILIES = ("lift", "push_left", "open_drawer", "turn_on_light", "stack")
 
 TOY = """<mujoco><compiler angle="radian"/><actuator><motor joint="elbow"/></actuator>
@@ -86,7 +86,7 @@ def test_coarse_meshes_keep_their_shape(tmp_path, tetrahedron):
 
 
 def test_without_the_wheel_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(real_arms, "find_spec", lambda name: None)
+    monkeypatch.setattr(robosuite_arms, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"'panda' .* python -m pip install --no-deps robosuite==1\.5\.2"):
         Tabletop(robot="panda")
 
@@ -95,7 +95,7 @@ def test_another_wheel_is_refused(monkeypatch, tmp_path):
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
-    monkeypatch.setattr(real_arms, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(robosuite_arms, "find_spec", lambda name: Spec)
     with pytest.raises(FileNotFoundError, match=r"expected .*panda/robot\.xml, as in robosuite 1\.5\.2"):
         World("panda", SETTINGS["simple"])
 

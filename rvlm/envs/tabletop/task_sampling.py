@@ -3,7 +3,7 @@
 import numpy as np
 
 from rvlm.envs.tabletop.scene import HALF, N_OBJECTS, UNSEEN_COLORS
-from rvlm.envs.tabletop.success import Task, is_in_zone
+from rvlm.envs.tabletop.success_conditions import Task, is_in_zone
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW, World
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rvlm.policy.histories import HISTORIES
+from rvlm.policy.history_modules import HISTORIES
 
 
 @pytest.mark.parametrize("name", HISTORIES)
