@@ -71,7 +71,7 @@ def observe(rng, instruction=TEXTS[0]):
 def perturbed_policy(vlm, stats, finetuning="full", **options):
     """A policy whose trainable weights have been perturbed."""
     torch.manual_seed(0)
-    model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=2, **ONE_STEP, **options)
+    model, processor = make_policy(vlm, SPEC, stats, finetuning=finetuning, lora_rank=2, **ONE_STEP, **options)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:

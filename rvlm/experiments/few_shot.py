@@ -101,7 +101,7 @@ def continual_learning(
         data, weights = (new,), ()
         if replay and earlier:
             data, weights = (new, *earlier), (1 - replay, *[replay / len(earlier)] * len(earlier))
-        fields = {"seed": seed, "n_processes": 1, "weights": weights, **changes}
+        fields = {"seed": seed, "n_processes": 1, "data_weights": weights, **changes}
         model = train(Stage("continual", ROBOT, data, str(model), n_samples, **fields), n_threads=1)
         models[name], earlier = model, [*earlier, new]
     return models

@@ -24,7 +24,7 @@ def make_policy(
     is_pretrained: bool = True,
     revision: str | None = None,
     finetuning: str = "full",
-    rank: int = 16,
+    lora_rank: int = 16,
     precision: str = "auto",
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
@@ -37,7 +37,7 @@ def make_policy(
         is_pretrained: False for random weights, without vision-language pre-training.
         revision: Commit, branch or tag of a name on the Hub (default: the last commit); the commit is recorded.
         finetuning: Which weights of the backbone are trained, as of `set_trainable`.
-        rank: Of adapters.
+        lora_rank: Of adapters.
         precision: Of frozen weights.
         settings: Fields of `VLAConfig`: structure, head, history, window.
 
@@ -63,7 +63,7 @@ def make_policy(
     model.processor = processor
     _smoke_forward(model, processor)
     base = hub.origin(vlm, folder) if is_pretrained and finetuning != "full" else None
-    return set_trainable(model, finetuning, rank, base, precision), processor
+    return set_trainable(model, finetuning, lora_rank, base, precision), processor
 
 
 def _architecture(backbone: PreTrainedModel) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
     model.backbone_forward(**{name: value.to(model.device) for name, value in prompt_builder(blank, ["lift it"]).items()})
 
 
-def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
+def set_trainable(model: VLA, finetuning: str, lora_rank: int, base: dict[str, Any] | None, precision: str = "auto") -> VLA:
     """Set which weights of the backbone are trained; all others of the policy always are.
 
     Args:
         model: Without adapters.
         finetuning: "full" (all of it), "head" (nothing), "lora", "dora" (adapters on the language model, and `<act>`), or "qlora"
             (adapters on a language model that is held in 4 bits).
-        rank: Of adapters.
+        lora_rank: Of adapters.
         base: Origin of the backbone (`rvlm.policy.hub.origin`), since frozen weights are not stored; None if it cannot be loaded.
         precision: Of frozen weights: "fp32", "bf16", "fp16", or "auto", the machine's fastest.
 
@@ -106,7 +106,7 @@ def set_trainable(model: VLA, finetuning: str, rank: int, base: dict[str, Any] |
     if finetuning != "head":
         from rvlm.vlm import adapters  # and with it peft, which takes seconds
 
-        model.register_adapters(adapters.add_lora(model.backbone, finetuning, rank, model.config.act_id))
+        model.register_adapters(adapters.add_lora(model.backbone, finetuning, lora_rank, model.config.act_id))
     if base is not None:
         model.config.base_model = {**base, "finetuning": finetuning, "precision": precision}
     return model
@@ -117,7 +117,7 @@ def modify_policy(
     *,
     revision: str | None = None,
     finetuning: str = "full",
-    rank: int = 16,
+    lora_rank: int = 16,
     precision: str = "auto",
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
@@ -127,7 +127,7 @@ def modify_policy(
         folder: Of a saved policy, or its Hub name; adapters are merged.
         revision: Commit, branch or tag of a name on the Hub.
         finetuning: What of the backbone is trained (`set_trainable`).
-        rank: Of adapters.
+        lora_rank: Of adapters.
         precision: As `make_policy` takes it.
         settings: Fields of `VLAConfig` to change.
 
@@ -153,7 +153,7 @@ def modify_policy(
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
     changed.load_state_dict(fitting, strict=False)
     base = hub.origin(folder, where) if finetuning != "full" else None
-    return set_trainable(changed, finetuning, rank, base, precision), model.processor
+    return set_trainable(changed, finetuning, lora_rank, base, precision), model.processor
 
 
 def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:

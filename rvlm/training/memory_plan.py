@@ -90,7 +90,7 @@ def plans(
     policy: dict[str, Any],
     *,
     finetuning: str = "full",
-    rank: int = 16,
+    lora_rank: int = 16,
     batch_size: int = 8,
     n_text_tokens: int = 24,
     precision: str = "bf16",
@@ -103,7 +103,7 @@ def plans(
         n_image_tokens: Tokens per image in its prompt, as `rvlm.policy.inspection.inspect_vlm` finds them.
         policy: Fields of `VLAConfig`: structure, head, history.
         finetuning: Which parts of the backbone are trained (`rvlm.policy.factory.set_trainable`).
-        rank: Of adapters.
+        lora_rank: Of adapters.
         batch_size: Windows per forward pass.
         n_text_tokens: Tokens of the instruction and of the prompt template around it.
         precision: Of the computation: "fp32", "bf16" or "fp16".
@@ -113,7 +113,7 @@ def plans(
         ValueError: An optimizer of unknown state size, or an unsupported architecture.
     """
     _check_supported(config, optimizer)
-    model, four_bits = _meta_policy(config, policy, finetuning, rank)
+    model, four_bits = _meta_policy(config, policy, finetuning, lora_rank)
     frozen_bytes = 4 if finetuning == "full" or precision == "fp32" else 2
     static = _static_memory(model, four_bits, frozen_bytes, optimizer)
     decoder = _decoder_costs(model, batch_size, n_text_tokens, n_image_tokens, precision, frozen_bytes)
@@ -187,7 +187,7 @@ def _check_supported(config: PreTrainedConfig, optimizer: str) -> None:
         )
 
 
-def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, rank: int) -> tuple[Any, set[int]]:
+def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, lora_rank: int) -> tuple[Any, set[int]]:
     """A policy on the meta device, and the ids of its weights that are stored in 4 bits."""
     spec = ActionSpec.from_card("tabletop_franka7").to_dict()
     with torch.device("meta"):
@@ -195,10 +195,10 @@ def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: s
     decoder = language_model(model.backbone)
     four_bits = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Linear)} if finetuning == "qlora" else set()
     if finetuning in ("full", "head"):
-        return set_trainable(model, finetuning, rank, None), four_bits
+        return set_trainable(model, finetuning, lora_rank, None), four_bits
     from rvlm.vlm import adapters  # imports peft, which takes seconds
 
-    adapters.add_lora(model.backbone, "dora" if finetuning == "dora" else "lora", rank, 0)
+    adapters.add_lora(model.backbone, "dora" if finetuning == "dora" else "lora", lora_rank, 0)
     return model, four_bits
 
 

@@ -33,13 +33,13 @@ PAPER: Grid = {  # one GPU node and more
     "learning_rate": (1e-4, 2e-5, 1e-5),
     "weight_decay": (0.0, 0.1),
     "batch_size": (128, 256, 512),
-    "warmup": (0.25, 0.5),
+    "warmup_ratio": (0.25, 0.5),
 }
 SMALL: Grid = {  # two CPU cores, from the shipped model
     "learning_rate": (3e-3, 1e-3, 3e-4),
     "weight_decay": (0.0, 0.1),
     "batch_size": (8, 32),
-    "warmup": (0.03, 0.25),
+    "warmup_ratio": (0.03, 0.25),
 }
 # That makes a study's trials; other code needs another study.
 SEARCH_CODE = Code(("rvlm.training.trainer", "rvlm.training.launch"), (*UNUSED_MODULES[ROBOT], "rvlm.envs"))

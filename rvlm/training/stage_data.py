@@ -89,7 +89,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         windows = Windows(data, *window, dataset_index=i, frames=cached)
         samples = RobotSamples(windows, embodiment, model.conditioning, stage.instructions, stage.augment)
         parts.append(FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + i, samples))
-    samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.weights, stage.n_samples, stage.seed)
+    samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.data_weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompt_builder)
     if stage.vqa_data:
         samples, collate = _with_vqa(stage, processor, samples, collate)
@@ -136,7 +136,7 @@ def _load_policy(stage: Stage, embodiments: list[Embodiment]) -> tuple[Any, Proc
     kwargs: dict[str, Any] = {
         "revision": commit,
         "finetuning": stage.finetuning,
-        "rank": stage.rank,
+        "lora_rank": stage.lora_rank,
         "precision": stage.precision,
     }
     if is_policy(fetch(stage.init, commit)):

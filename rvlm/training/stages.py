@@ -23,11 +23,19 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": tuple(o.value for o in OptimizerNames),
     "instructions": ("original", "paraphrased", "canonical"),
-    "schedule": ("cosine", "linear", "constant", "constant_with_warmup", STEP_DECAY),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup", STEP_DECAY),
 }
 AUGMENTATIONS = {"shift": 16, "crop": 0.5, "color": 1}  # name -> maximum
-_MINIMA = {"n_samples": 1, "batch_size": 1, "n_processes": 1, "gradient_accumulation_steps": 1, "rank": 1, "shots": 0, "seed": 0}
-_MAXIMA = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup": 1, "vqa_fraction": 1}
+_MINIMA = {
+    "n_samples": 1,
+    "batch_size": 1,
+    "n_processes": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_rank": 1,
+    "shots": 0,
+    "seed": 0,
+}
+_MAXIMA = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup_ratio": 1, "vqa_fraction": 1}
 STAGE_KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 _PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -61,7 +69,7 @@ class Stage:
         name: For figures and folders.
         kind: "detection" (vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
         data: Folders of scenes, or of demonstrations; of several embodiments the first is the policy's default.
-        weights: Sampling weights of the folders of demonstrations; equal by default.
+        data_weights: Sampling weights of the folders of demonstrations; equal by default.
         shots: Training episodes per task family; 0 for all.
         instructions: "original", "paraphrased" (a training paraphrase, drawn for each sample), or "canonical" (one per task).
         allow_new_embodiment: Allow fine-tuning a policy on an embodiment that it does not know.
@@ -72,13 +80,13 @@ class Stage:
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
         batch_size: Global batch size: samples per optimizer step, over all processes.
-        learning_rate, weight_decay, warmup: Of AdamW; `warmup` is a fraction of the steps.
-        schedule: Of the learning rate after warm-up: "cosine", "linear", "constant_with_warmup", or "step_decay" (a tenth after
-            half of the steps, a hundredth after three quarters); "constant" has no warm-up.
+        learning_rate, weight_decay, warmup_ratio: Of AdamW; `warmup_ratio` is a fraction of the steps.
+        lr_scheduler_type: "cosine", "linear", "constant_with_warmup", "step_decay" (a tenth after half of the steps, a hundredth
+            after three quarters), all after warm-up; "constant" has none.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Freeze vision tower and connector, and compute their features once per frame.
         finetuning: Which parts of the backbone a robot stage trains (`checkpoints.set_trainable`); the other parts always are.
-        rank: Of adapters.
+        lora_rank: Of adapters.
         augment: Image augmentation: "shift", "crop", "color", as arguments of `rvlm.data.augmentation.augment`.
         seed: Of initial weights, sample order and augmentation.
         optimizer: Name in transformers: "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", ...
@@ -104,7 +112,7 @@ class Stage:
     vqa: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weights: Sequence[float] = ()
+    data_weights: Sequence[float] = ()
     shots: int = 0
     instructions: str = "original"
     allow_new_embodiment: bool = False
@@ -113,12 +121,12 @@ class Stage:
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    warmup: float = 0.03
-    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    lr_scheduler_type: str = "cosine"
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
     finetuning: str = "full"
-    rank: int = 16
+    lora_rank: int = 16
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     optimizer: str = "adamw_torch_fused"
@@ -129,7 +137,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("data", "weights", "vqa_data"):  # JSON has lists
+        for name in ("data", "data_weights", "vqa_data"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_weights()
         if self.kind not in STAGE_KINDS:
@@ -146,7 +154,14 @@ class Stage:
         for name, possible in _CHOICES.items():
             if getattr(self, name) not in possible:
                 raise ValueError(f"stage {self.name!r}: no {name} {getattr(self, name)!r}; there are {', '.join(possible)}")
-        defaults = {"policy": {}, "finetuning": "full", "weights": (), "shots": 0, "instructions": "original", "vqa_data": ()}
+        defaults = {
+            "policy": {},
+            "finetuning": "full",
+            "data_weights": (),
+            "shots": 0,
+            "instructions": "original",
+            "vqa_data": (),
+        }
         for name, value in {**defaults, "augment": {}, "allow_new_embodiment": False}.items():
             if getattr(self, name) != value and self.kind != ROBOT:
                 raise ValueError(
@@ -154,13 +169,13 @@ class Stage:
                 )
         self._check_augment()
         object.__setattr__(self, "augment", {name: value for name, value in self.augment.items() if value})
-        if self.rank != 16 and self.finetuning in ("full", "head"):
+        if self.lora_rank != 16 and self.finetuning in ("full", "head"):
             raise ValueError(
-                f"stage {self.name!r}: 'rank' is read with adapters only, not with finetuning={self.finetuning!r}; leave it out"
+                f"stage {self.name!r}: 'lora_rank' is for adapters only, not for finetuning={self.finetuning!r}; leave it out"
             )
 
     def _check_types(self) -> None:
-        for name in ("data", "weights", "vqa_data"):
+        for name in ("data", "data_weights", "vqa_data"):
             if not isinstance(value := getattr(self, name), tuple | list):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as a tuple, got {value!r}; write ({value!r},)")
         if not self.data:
@@ -182,10 +197,12 @@ class Stage:
                 )
 
     def _check_weights(self) -> None:
-        if self.weights and (len(self.weights) != len(self.data) or not all(_is_finite(w) and w > 0 for w in self.weights)):
+        if self.data_weights and (
+            len(self.data_weights) != len(self.data) or not all(_is_finite(w) and w > 0 for w in self.data_weights)
+        ):
             raise ValueError(
-                f"stage {self.name!r}: expected 'weights' above 0, one for each of {len(self.data)} folders of data, "
-                f"got {list(self.weights)}"
+                f"stage {self.name!r}: expected 'data_weights' above 0, one for each of {len(self.data)} folders of data, "
+                f"got {list(self.data_weights)}"
             )
 
     def _check_augment(self) -> None:

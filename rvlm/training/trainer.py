@@ -127,8 +127,8 @@ def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingA
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
-        warmup_steps=round(stage.warmup * n_steps),
-        lr_scheduler_type="constant_with_warmup" if stage.schedule == STEP_DECAY else stage.schedule,
+        warmup_steps=round(stage.warmup_ratio * n_steps),
+        lr_scheduler_type="constant_with_warmup" if stage.lr_scheduler_type == STEP_DECAY else stage.lr_scheduler_type,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, n_steps // 100),
         logging_nan_inf_filter=False,  # else a NaN loss is logged as 0
@@ -157,7 +157,7 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
     model, processor, data, collate = STAGE_BUILDERS[stage.kind](stage)
     arguments = training_arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
     trainer = StageTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[log, ManifestCallback()])
-    trainer.has_step_decay = stage.schedule == STEP_DECAY
+    trainer.has_step_decay = stage.lr_scheduler_type == STEP_DECAY
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):

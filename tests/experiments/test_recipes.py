@@ -131,7 +131,7 @@ def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
         first, second = (stage_of(model) for model in models.values())
         assert first["init"] == str(POLICY) and second["init"] == str(models["open_drawer"])
         assert len(first["data"]) == 1 and len(second["data"]) == seen
-        assert second["weights"] == ([0.5, 0.5] if replay else [])
+        assert second["data_weights"] == ([0.5, 0.5] if replay else [])
     with pytest.raises(ValueError, match=r"expected replay as a share from 0 to below 1, got 1\.5"):
         continual_learning(POLICY, tasks, 16, 1.5)
 

@@ -229,7 +229,7 @@ def test_a_folder_that_does_not_exist_is_named(load):
 def test_frozen_weights_keep_the_given_precision(toy_vlm, toy_stats, tmp_path, monkeypatch, precision, dtype):
     """On a machine that is fastest in bfloat16, when the policy is made and when it is loaded."""
     monkeypatch.setattr("rvlm.vlm.quantization.precision", lambda: torch.bfloat16)
-    model, _ = make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", rank=2, precision=precision, **ONE_STEP)
+    model, _ = make_policy(toy_vlm, SPEC, toy_stats, finetuning="lora", lora_rank=2, precision=precision, **ONE_STEP)
     model.save_pretrained(tmp_path / "policy")
     for policy in (model, load_vla(tmp_path / "policy")[0]):
         still = {name: w for name, w in policy.backbone.named_parameters() if "lora" not in name and "trainable" not in name}

@@ -98,7 +98,7 @@ def test_a_policy_over_a_folder_is_pushed_with_its_base_model(hub, toy_vlm, toy_
     base = shutil.copytree(toy_vlm, tmp_path / "base")
     first, _ = perturbed_policy(base, toy_stats, finetuning)
     first.save_pretrained(tmp_path / "first")
-    second, processor = modify_policy(tmp_path / "first", finetuning=finetuning, rank=2)
+    second, processor = modify_policy(tmp_path / "first", finetuning=finetuning, lora_rank=2)
     before = predicted(second.eval(), processor)
     commit = second.push_to_hub("lab/adapted").oid
     shutil.rmtree(base)

@@ -84,9 +84,9 @@ def test_every_family_is_planned_and_inspected(name, tmp_path):
     arguments = (AutoConfig.from_pretrained(tmp_path), int(facts["tokens per image"]), ONE_STEP)
     if name in ("idefics", "florence2"):
         with pytest.raises(ValueError, match=rf"expected a vision transformer before a decoder, got '{name}'; measure a step"):
-            plan_memory(*arguments, finetuning="lora", rank=2)
+            plan_memory(*arguments, finetuning="lora", lora_rank=2)
         return
-    plan = plan_memory(*arguments, finetuning="lora", rank=2)
+    plan = plan_memory(*arguments, finetuning="lora", lora_rank=2)
     assert plan.parameters / 1e6 > facts["parameters [M]"] and plan.flops > 0 and plan.peak > 0
     assert ("token types" in facts["causal attention"]) == (name == "paligemma")
 

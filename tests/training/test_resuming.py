@@ -42,11 +42,16 @@ def stages(home, toy_vlm, toy_demos, scenes, other_robot):
     """One of each kind."""
     common = {"init": str(toy_vlm), "n_samples": 8 * 45, "batch_size": 8, "n_processes": 1}
     robot = {**common, "kind": ROBOT, "policy": POLICY}
-    mixed = {"data": (str(toy_demos), other_robot), "weights": (0.7, 0.3), "allow_new_embodiment": True, "vqa_data": (scenes,)}
+    mixed = {
+        "data": (str(toy_demos), other_robot),
+        "data_weights": (0.7, 0.3),
+        "allow_new_embodiment": True,
+        "vqa_data": (scenes,),
+    }
     return {
         "detection": Stage("tower", DETECTION, (scenes,), **common),
         "vision_language": Stage("frozen", VISION_LANGUAGE, (scenes,), freeze_vision=True, **common),
-        "adapters": Stage("adapted", data=(str(toy_demos),), finetuning="lora", rank=2, freeze_vision=True, **robot),
+        "adapters": Stage("adapted", data=(str(toy_demos),), finetuning="lora", lora_rank=2, freeze_vision=True, **robot),
         "mixture": Stage("mixed", **mixed, **robot),
     }
 

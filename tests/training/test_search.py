@@ -31,7 +31,7 @@ def end_of(model):
 
 
 def test_the_grids_are_settings_of_a_stage(stage):
-    assert len(PAPER["learning_rate"]) * len(PAPER["weight_decay"]) * len(PAPER["batch_size"]) * len(PAPER["warmup"]) == 36
+    assert len(PAPER["learning_rate"]) * len(PAPER["weight_decay"]) * len(PAPER["batch_size"]) * len(PAPER["warmup_ratio"]) == 36
     for grid in (PAPER, SMALL):
         for key, values in grid.items():
             assert all(dataclasses.replace(stage, n_samples=512, **{key: value}) for value in values)
@@ -76,7 +76,7 @@ def test_a_bad_trial_is_pruned(stage, tmp_path):
     study = load_or_create_study("pruned", grid)
     for rate in grid["learning_rate"]:
         study.enqueue_trial({"learning_rate": rate})
-    long = dataclasses.replace(stage, n_samples=8 * 80, schedule="constant", warmup=0.0)
+    long = dataclasses.replace(stage, n_samples=8 * 80, lr_scheduler_type="constant", warmup_ratio=0.0)
     search("pruned", grid, lambda **s: dataclasses.replace(long, **s), end_of, n_trials=5, n_threads=1)
     tried = table(load_or_create_study("pruned", grid)).sort_values("learning_rate")
     assert tried["state"].tolist() == ["COMPLETE"] * 4 + ["PRUNED"]
@@ -103,7 +103,7 @@ def untrained(monkeypatch, fail=lambda settings: None):
     return tried, go_on
 
 
-MANY = {"weights": [(0.5, 0.5), (0.9, 0.1)], "policy": ({"head": "mlp"}, {"head": "flow"}), "freeze_vision": (None,)}
+MANY = {"data_weights": [(0.5, 0.5), (0.9, 0.1)], "policy": ({"head": "mlp"}, {"head": "flow"}), "freeze_vision": (None,)}
 
 
 def test_a_study_over_values_that_no_database_holds_resumes(home, monkeypatch):
@@ -113,21 +113,21 @@ def test_a_study_over_values_that_no_database_holds_resumes(home, monkeypatch):
         study = go_on(MANY, n)
         assert len(study.trials) == min(n, 4) == len(tried)
     points = [(s.weights, s.policy["head"], s.freeze_vision) for s in tried]
-    assert sorted(points, key=str) == sorted(itertools.product(MANY["weights"], ("mlp", "flow"), (None,)), key=str)
-    assert set(table(study)["weights"]) == {"[0.5, 0.5]", "[0.9, 0.1]"}
+    assert sorted(points, key=str) == sorted(itertools.product(MANY["data_weights"], ("mlp", "flow"), (None,)), key=str)
+    assert set(table(study)["data_weights"]) == {"[0.5, 0.5]", "[0.9, 0.1]"}
 
 
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
         (
-            {**MANY, "weights": [*MANY["weights"], (0.1, 0.9)]},
-            r"created with 'weights' of .*got .*0\.1, 0\.9.*another study",
+            {**MANY, "data_weights": [*MANY["data_weights"], (0.1, 0.9)]},
+            r"created with 'data_weights' of .*got .*0\.1, 0\.9.*another study",
         ),
         ({**MANY, "seed": (0, 1)}, "was created with .*, got seed too; use the same grid"),
-        ({"weights": MANY["weights"]}, "was created with 'policy' of .*, got no such setting"),
-        ({**MANY, "weights": []}, r"expected one or more distinct values of 'weights', got \[\]"),
-        ({**MANY, "weights": [{1, 2}]}, "expected JSON-serializable values of 'weights'"),
+        ({"data_weights": MANY["data_weights"]}, "was created with 'policy' of .*, got no such setting"),
+        ({**MANY, "data_weights": []}, r"expected one or more distinct values of 'data_weights', got \[\]"),
+        ({**MANY, "data_weights": [{1, 2}]}, "expected JSON-serializable values of 'data_weights'"),
     ],
 )
 def test_another_grid_is_refused_before_anything_is_tried(home, monkeypatch, grid, message):
@@ -148,7 +148,7 @@ def test_a_name_that_is_no_file_name_is_refused(home, name):
 def test_one_training_that_diverges_does_not_end_the_search(stage):
     """Its weights do become NaN; the other points are tried, and it is not tried again."""
     grid = {"learning_rate": (1e-3, 1e30, 1e-4)}
-    make = lambda **settings: dataclasses.replace(stage, **settings, schedule="constant", warmup=0.0)  # noqa: E731
+    make = lambda **settings: dataclasses.replace(stage, **settings, lr_scheduler_type="constant", warmup_ratio=0.0)  # noqa: E731
     for _ in range(2):
         study = search("diverging", grid, make, end_of, n_trials=3, n_threads=1)
         assert len(study.trials) == 3

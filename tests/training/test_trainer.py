@@ -58,13 +58,13 @@ def test_an_unknown_field_is_an_error(stage):
         ({"kind": "robots"}, "no kind 'robots'; there are .*robot"),
         ({"data": ()}, "at least one folder in 'data'"),
         ({"learning_rate": float("nan")}, "expected 'learning_rate' as a finite number from 0 to"),
-        ({"warmup": 3}, "expected 'warmup' as a finite number from 0 to 1, got 3"),
-        ({"rank": 0}, "expected 'rank' as an integer from 1 on, got 0"),
+        ({"warmup_ratio": 3}, "expected 'warmup_ratio' as a finite number from 0 to 1, got 3"),
+        ({"lora_rank": 0}, "expected 'lora_rank' as an integer from 1 on, got 0"),
         ({"shots": -1}, "expected 'shots' as an integer from 0 on, got -1"),
         ({"batch_size": 0}, "expected 'batch_size' as an integer from 1 on"),
         ({"n_processes": 0}, "expected 'n_processes' as an integer from 1 on"),
-        ({"weights": (1.0, 1.0)}, "expected 'weights' above 0, one for each of 1 folders"),
-        ({"weights": (float("nan"),)}, "expected 'weights' above 0"),
+        ({"data_weights": (1.0, 1.0)}, "expected 'data_weights' above 0, one for each of 1 folders"),
+        ({"data_weights": (float("nan"),)}, "expected 'data_weights' above 0"),
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
         ({"n_processes": 3}, r"a batch_size that 3 processes can share evenly, each in 1 part\(s\); got 8"),
         ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
@@ -72,8 +72,8 @@ def test_an_unknown_field_is_an_error(stage):
         ({"finetuning": "loraa"}, "no finetuning 'loraa'; there are full, head, lora, dora, qlora"),
         ({"precision": "int3"}, "no precision 'int3'; there are auto, fp32"),
         ({"optimizer": "adam9"}, "no optimizer 'adam9'; there are .*adamw_torch"),
-        ({"schedule": "cosin"}, "no schedule 'cosin'; there are cosine, .*step_decay"),
-        ({"rank": 4}, "'rank' is read with adapters only, not with finetuning='full'"),
+        ({"lr_scheduler_type": "cosin"}, "no lr_scheduler_type 'cosin'; there are cosine, .*step_decay"),
+        ({"lora_rank": 4}, "'lora_rank' is for adapters only, not for finetuning='full'"),
         ({"gradient_accumulation_steps": 3}, r"each in 3 part\(s\); got 8"),
         ({"augment": {"flip": 1}}, r"no augmentation 'flip'; there are shift, crop, color \(images are never mirrored"),
         ({"augment": {"crop": 0.9}}, "expected crop as a fraction from 0 to 0.5; got 0.9"),
@@ -106,11 +106,12 @@ def test_a_retrained_initial_model_is_another_one(stage, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup": 1.0}, {"schedule": "constant"},
+        {"max_grad_norm": 1e-9}, {"learning_rate": 1e-5}, {"weight_decay": 50.0}, {"warmup_ratio": 1.0},
+        {"lr_scheduler_type": "constant"},
         {"augment": {"shift": 2}}, {"augment": {"crop": 0.1}}, {"augment": {"color": 0.1}}, {"seed": 1},
         {"is_pretrained": False}, {"freeze_vision": True},
         {"finetuning": "head"}, {"finetuning": "lora"}, {"finetuning": "dora"}, {"finetuning": "qlora"},
-        {"finetuning": "lora", "rank": 2},
+        {"finetuning": "lora", "lora_rank": 2},
         {"optimizer": "sgd"}, {"precision": "bf16"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -161,7 +162,7 @@ def test_features_of_a_random_tower_are_not_those_of_the_trained_one(stage, tmp_
 
 def test_a_step_decay_warms_up_and_falls_twice(stage, tmp_path):
     """In the learning rates of the optimizer, and across an interruption."""
-    decayed = few(stage, n_steps=40, schedule="step_decay", warmup=0.1)
+    decayed = few(stage, n_steps=40, lr_scheduler_type="step_decay", warmup_ratio=0.1)
     expected = [0, 0.25, 0.5, 0.75, *[1] * 16, *[0.1] * 10, *[0.01] * 10]
     assert rates_of(n_warmup=4, n_steps=40) == pytest.approx(expected)
     for _ in range(2):  # the second time from the checkpoint in the middle
@@ -200,7 +201,9 @@ def test_step_decay_follows_its_formula_and_resumes_anywhere(n_warmup, n_steps):
 def test_a_diverging_training_is_an_error(stage, tmp_path):
     """transformers would log a loss of 0, and a policy of NaN weights would be saved."""
     with pytest.raises(FloatingPointError, match="'toy': its weights are NaN or infinite; use a smaller learning_rate"):
-        train_stage_in_process(few(stage, n_steps=40, learning_rate=1e30, schedule="constant", warmup=0.0), tmp_path)
+        train_stage_in_process(
+            few(stage, n_steps=40, learning_rate=1e30, lr_scheduler_type="constant", warmup_ratio=0.0), tmp_path
+        )
     assert not (tmp_path / "model").exists() and not np.isfinite(log_history(tmp_path)[-2]["loss"])
 
 
@@ -235,13 +238,13 @@ def a_step(stage, folder, **options):
 
 
 def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
-    args = training_arguments(dataclasses.replace(stage, warmup=0.5), tmp_path, world_size=1)
+    args = training_arguments(dataclasses.replace(stage, warmup_ratio=0.5), tmp_path, world_size=1)
     assert args.max_steps == 46 and args.warmup_steps == 23 and args.per_device_train_batch_size == 8
     assert args.max_grad_norm == stage.max_grad_norm and args.weight_decay == stage.weight_decay
 
 
 def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
-    one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, schedule="constant")
+    one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, lr_scheduler_type="constant")
     monkeypatch.setattr(FixedBudgetDataset, "item", lambda self, i: i % 8)
     train_stage_in_process(one, tmp_path)
     logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
@@ -331,7 +334,7 @@ def test_an_8_bit_optimizer_has_a_smaller_state(stage, tmp_path):
 
 def test_a_stage_with_adapters_resumes(stage, tmp_path):
     """Adapters are saved in a separate file, which the Trainer alone would ignore."""
-    adapted = few(stage, 40, finetuning="lora", rank=2)
+    adapted = few(stage, 40, finetuning="lora", lora_rank=2)
     train_stage_in_process(adapted, tmp_path / "uninterrupted")
     shutil.copytree(tmp_path / "uninterrupted" / "trainer" / "checkpoint-20", tmp_path / "resumed" / "trainer" / "checkpoint-20")
     train_stage_in_process(adapted, tmp_path / "resumed")

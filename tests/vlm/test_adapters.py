@@ -21,7 +21,7 @@ ADAPTED = ("lora", "dora", "qlora")
 
 def build(vlm, stats, finetuning, **settings):
     torch.manual_seed(0)
-    return make_policy(vlm, SPEC, stats, finetuning=finetuning, rank=4, **{**ONE_STEP, **settings})
+    return make_policy(vlm, SPEC, stats, finetuning=finetuning, lora_rank=4, **{**ONE_STEP, **settings})
 
 
 def take_steps(model, batch, n=6):
@@ -184,7 +184,7 @@ def test_an_impossible_finetuning_is_refused(toy_vlm, toy_stats, tmp_path):
 @pytest.mark.parametrize("finetuning", ADAPTED)
 def test_adapters_on_a_policy_keep_its_actions(saved, finetuning, tmp_path):
     folder, before = saved
-    model, processor = modify_policy(folder, finetuning=finetuning, rank=4)
+    model, processor = modify_policy(folder, finetuning=finetuning, lora_rank=4)
     batch = a_batch(before, processor)
     off = float((predict(model.eval(), batch) - predict(before, batch)).abs().max())
     assert off < (0.2 if finetuning == "qlora" else 1e-5), "new adapters change nothing"
@@ -197,7 +197,7 @@ def test_adapters_on_a_policy_keep_its_actions(saved, finetuning, tmp_path):
 def test_adapters_on_an_adapted_policy(adapted, tmp_path):
     """The next stage starts from the merged weights."""
     _, processor, folder, batch = adapted
-    onwards, _ = modify_policy(folder, finetuning="lora", rank=2)
+    onwards, _ = modify_policy(folder, finetuning="lora", lora_rank=2)
     assert torch.allclose(predict(onwards.eval(), batch), predict(merge_policy(folder)[0], batch), atol=1e-5)
     take_steps(onwards, batch, 3)
     onwards.save_pretrained(tmp_path, processor)
