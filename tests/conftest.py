@@ -14,9 +14,15 @@ import pytest
 from toy_data import TEXTS, TOY, toy_frames
 
 
+LONGEST = (
+    *("test_first_notebooks", "test_later_notebooks", "test_model_families", "test_launch", "test_trainer", "test_memory_plan"),
+    *("test_policy", "test_recipes", "test_prompts", "test_search", "test_resuming", "test_cache_keys"),
+)
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_first_notebooks.py", "test_later_notebooks.py"))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish():
