@@ -13,7 +13,6 @@ if not os.environ.get("MUJOCO_GL"):  # before mujoco is imported, by whichever t
 import pytest
 from toy_data import TEXTS, TOY, toy_frames
 
-
 LONGEST = (
     *("test_first_notebooks", "test_later_notebooks", "test_model_families", "test_launch", "test_trainer", "test_memory_plan"),
     *("test_policy", "test_recipes", "test_prompts", "test_search", "test_resuming", "test_cache_keys"),
