@@ -27,8 +27,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Public name -> module or subpackage; each is imported on first access.
 _OFFERED = {
     "ActionSpec": "data.actions",
-    "EpisodeDataset": "data.windows",
-    "EpisodeWriter": "data.windows",
+    "EpisodeDataset": "data.dataset",
+    "EpisodeWriter": "data.writer",
     "split": "data.windows",
     "make_policy": "policy.factory",
     "load_policy": "policy.policy",
@@ -50,9 +50,9 @@ _OFFERED = {
 
 if TYPE_CHECKING:
     from rvlm.data.actions import ActionSpec as ActionSpec
-    from rvlm.data.windows import EpisodeDataset as EpisodeDataset
-    from rvlm.data.windows import EpisodeWriter as EpisodeWriter
+    from rvlm.data.dataset import EpisodeDataset as EpisodeDataset
     from rvlm.data.windows import split as split
+    from rvlm.data.writer import EpisodeWriter as EpisodeWriter
     from rvlm.diagnosis.checklist import diagnose as diagnose
     from rvlm.diagnosis.inputs import DiagnosisInputs as DiagnosisInputs
     from rvlm.envs.tabletop.env import Tabletop as Tabletop

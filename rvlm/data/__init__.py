@@ -1,6 +1,7 @@
 """Demonstrations: what actions mean, their statistics, recording, reading, and training samples.
 
 Modules:
+    errors: `SpecMismatch`, `CardError`, `EpisodeError`.
     instruction_checks: validation of instructions.
     dimensions: names of dimensions in other spellings, and their order.
     episode_checks: checks of an episode before it is recorded.

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.cards import CARDS, CardError, check_fields, parse_field, read_card
-from rvlm.data.normalization import QUANTILES, NormStats, SpecMismatch, StatsAccumulator, array_like
+from rvlm.data.cards import CARDS, check_fields, parse_field, read_card
+from rvlm.data.errors import CardError, SpecMismatch
+from rvlm.data.normalization import QUANTILES, NormStats, StatsAccumulator, array_like
 
 __all__ = [
     "CARDS",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rvlm.data.video import EpisodeError
+from rvlm.data.errors import EpisodeError
 
 DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
 NO_COLOUR = re.compile(r"([a-z]*depth(s|map|image)?|disparity|seg|segmentation|masks?|infrared|infra|ir)\d*")

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from rvlm.code_hash import hash_of_code
+from rvlm.data.errors import EpisodeError
 from rvlm.data.frame_alignment import align_frames
 from rvlm.data.frame_cache import cached_frames
 from rvlm.data.meta import file_path
 from rvlm.data.tables import read_rows
-from rvlm.data.video import EpisodeError, decode_frames, decode_image, frame_times
+from rvlm.data.video import decode_frames, decode_image, frame_times
 from rvlm.files import file_hash
 
 CODE = (

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rvlm.data.errors import CardError
 from rvlm.files import CARDS
 
 TEXT = ("frame", "rotation", "state_rotation", "robot", "dataset")
@@ -19,10 +20,6 @@ NUMBERS = ("scale", "low", "high")
 POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 4e-2, which YAML 1.1 reads as text
 IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation
 CAMERA = re.compile(r"\w[\w .-]*")
-
-
-class CardError(ValueError):
-    """A data card cannot be read, or describes an unsupported layout."""
 
 
 def _is_ambiguous(node: yaml.Node) -> bool:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import ActionSpec, NormStats, SpecMismatch, StatsAccumulator
+from rvlm.data.actions import ActionSpec, NormStats, StatsAccumulator
 from rvlm.data.camera_names import camera_names, find_camera, is_image
 from rvlm.data.cameras import Camera
+from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.meta import check_card, file_path, read_episodes, read_info, read_tasks, stored_spec
 from rvlm.data.row_checks import check_complete, rows_of_file
 from rvlm.data.tables import column_of, episode_indices, read_json, read_rows, read_table
-from rvlm.data.video import EpisodeError
 
 OUTLIER = 100  # warn of values beyond this [normalised units]
 Index = int | np.integer | Any  # Any: other types are refused with a message

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rvlm.data.video import EpisodeError
+from rvlm.data.errors import EpisodeError
 
 PREFIXES = ("observation.state.", "observation.", "action.", "state.")
 SUFFIX = ".pos"

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
 from rvlm.data.cards import CAMERA
+from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.lerobot_format import DEFAULT_FEATURES, IMAGES, RESERVED_COLUMNS, EpisodeFrames
-from rvlm.data.video import EpisodeError
 
 OWN = {*DEFAULT_FEATURES, "instruction"}  # columns that the format or the reader adds
 

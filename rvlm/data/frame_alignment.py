@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rvlm.data.video import EpisodeError
+from rvlm.data.errors import EpisodeError
 
 DRIFT = 0.01  # largest drift of a video's clock against the recording's, as a fraction of the time
 

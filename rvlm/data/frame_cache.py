@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from rvlm.data.video import EpisodeError
+from rvlm.data.errors import EpisodeError
 from rvlm.files import artifacts_dir, config_hash, reserve
 
 

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.dataset_statistics import ImageHistogram, feature_stats
+from rvlm.data.errors import EpisodeError
 from rvlm.data.tables import stack_column
-from rvlm.data.video import CODEC, PIX_FMT, EpisodeError
+from rvlm.data.video import CODEC, PIX_FMT
 
 EpisodeFrames = dict[str, np.ndarray] | Any  # Any: other types are refused with a message
 CHUNKS_SIZE = 1000

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rvlm.data.actions import ActionSpec, CardError
+from rvlm.data.actions import ActionSpec
 from rvlm.data.camera_names import depth_marks, find_camera, is_image
 from rvlm.data.cards import CAMERA
 from rvlm.data.dimensions import check_order
+from rvlm.data.errors import CardError, EpisodeError
 from rvlm.data.instruction_checks import instruction_error
 from rvlm.data.tables import column_names, read_json, read_json_lines, read_table, whole_numbers
-from rvlm.data.video import EpisodeError
 
 READABLE = ("v3.0", "v2.1")
 PLACEHOLDERS = {"v3.0": {"chunk_index", "file_index", "video_key"}, "v2.1": {"episode_chunk", "episode_index", "video_key"}}

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from rvlm.data.errors import SpecMismatch
+
 NORMALIZATIONS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-
-
-class SpecMismatch(ValueError):
-    """Two conventions disagree, or actions do not follow the one they claim."""
 
 
 def array_like(constant: Any, x: Any) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from rvlm.data.errors import EpisodeError
 from rvlm.data.tables import read_table, whole_numbers
-from rvlm.data.video import EpisodeError
 
 COLUMNS = ["episode_index", "frame_index", "index", "task_index"]
 FIX = "was an episode deleted, or were recordings merged without numbering them again? convert the dataset again"

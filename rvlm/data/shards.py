@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.episode_checks import check_arrays, check_extra, check_frames
+from rvlm.data.errors import EpisodeError
 from rvlm.data.instruction_checks import instruction_error
 from rvlm.data.lerobot_format import IMAGES, EpisodeFrames, ImageHistogram, common_features, infer_features, link
-from rvlm.data.video import EpisodeError, VideoWriter, concatenate
+from rvlm.data.video import VideoWriter, concatenate
 from rvlm.files import atomic_write
 
 COMPLETE_MARK = "features.json"  # written last: a folder with it is complete

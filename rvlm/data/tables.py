@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rvlm.data.video import FETCH_AGAIN, EpisodeError
+from rvlm.data.errors import EpisodeError
+from rvlm.data.video import FETCH_AGAIN
 
 
 def read_json(path: Path) -> dict[str, Any]:

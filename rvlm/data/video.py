@@ -25,14 +25,12 @@ import numpy as np
 from av.video.frame import PictureType
 from PIL import Image
 
+from rvlm.data.errors import EpisodeError
+
 CODEC, PIX_FMT = "libx264", "yuv444p"
 OPTIONS = {"crf": "8", "g": "10", "bf": "0", "preset": "veryfast"}
 FETCH_AGAIN = "fetch the file again, or record it again"
 COLOUR_MODES = {"RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"}
-
-
-class EpisodeError(ValueError):
-    """Recorded data is invalid or inconsistent; the message has what was expected, what was found, and the fix."""
 
 
 class VideoWriter:

@@ -6,19 +6,17 @@ a v2.1), `Windows` cuts it into samples, `split` holds out whole episodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import NormStats, SpecMismatch
+from rvlm.data.actions import NormStats
 from rvlm.data.dataset import EpisodeDataset, EpisodeIndices, Index
-from rvlm.data.video import EpisodeError
+from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.writer import EpisodeWriter, record_dataset
 
 __all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "record_dataset", "split"]
-
-Paraphrase = Callable[[str, np.random.Generator], str]
 
 
 def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +55,6 @@ class Windows:
         episodes: indices of the episodes to use; all if left out.
         stats: from `EpisodeDataset.stats` over the *training* episodes; computed over ``episodes`` if left out.
         cameras: names, in the order of the model's input images; the card's if left out.
-        paraphrase: ``(instruction, generator) -> instruction``, called for every sample.
-        seed: of the paraphrases, which depend on seed, epoch and frame.
         dataset_index: index of the samples' card and statistics in a mixture.
         frames: arrays ``(n_frames, ...)`` per camera instead of the images, such as features of the vision tower.
     """
@@ -71,8 +67,6 @@ class Windows:
         episodes: EpisodeIndices | None = None,
         stats: dict[str, NormStats] | None = None,
         cameras: Sequence[str] | None = None,
-        paraphrase: Paraphrase | None = None,
-        seed: int = 0,
         dataset_index: int = 0,
         frames: Sequence[np.ndarray] | None = None,
     ) -> None:
@@ -84,7 +78,7 @@ class Windows:
         self.cameras = tuple(cameras or dataset.cameras)
         self.episodes = dataset.validate_episodes(episodes)
         self.stats = stats or dataset.stats(episodes=self.episodes)
-        self.paraphrase, self.seed, self.dataset_index, self.epoch = paraphrase, seed, dataset_index, 0
+        self.dataset_index = dataset_index
         self._load_columns()
         self._frames = self._load_frames() if frames is None else list(frames)
 
@@ -122,10 +116,6 @@ class Windows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which changes the paraphrases."""
-        self.epoch = epoch
-
     def __getitem__(self, index: Index) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
@@ -149,14 +139,8 @@ class Windows:
             "action": action,
             "action_mask": valid[..., None] & self.spec.present,
             "obs_mask": obs_mask,
-            "instruction": [self._instruction(r) for r in row.tolist()],
+            "instruction": [self.dataset.tasks[task] for task in self._task[row].tolist()],
             "dataset_index": np.full(len(row), self.dataset_index),
             "episode_index": episode,
             "frame_index": row - first[:, 0],
         }
-
-    def _instruction(self, row: int) -> str:
-        instruction = self.dataset.tasks[self._task[row]]
-        if self.paraphrase is None:
-            return instruction
-        return self.paraphrase(instruction, np.random.default_rng((self.seed, self.epoch, row)))

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import EpisodeError
 from rvlm.data.lerobot_format import EpisodeFrames, finalize_dataset
 from rvlm.data.shards import (
     COMPLETE_MARK,
@@ -40,7 +41,6 @@ from rvlm.data.shards import (
     rename_to_next,
     shard_index,
 )
-from rvlm.data.video import EpisodeError
 from rvlm.files import atomic_write
 from rvlm.processes import in_parallel
 

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.results import CheckResult
 

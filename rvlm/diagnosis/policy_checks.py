@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import Subset
 
-from rvlm.data.actions import NormStats, SpecMismatch, StatsAccumulator
+from rvlm.data.actions import NormStats, StatsAccumulator
+from rvlm.data.errors import SpecMismatch
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS
 from rvlm.diagnosis.results import CheckResult

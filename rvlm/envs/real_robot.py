@@ -15,8 +15,9 @@ import gymnasium
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from rvlm.data.actions import ARM_DIMS, ActionSpec, SpecMismatch
+from rvlm.data.actions import ARM_DIMS, ActionSpec
 from rvlm.data.cards import IMAGE_KEYS
+from rvlm.data.errors import SpecMismatch
 
 ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # layout [rad] -> (decoder, encoder)
     "axis_angle": (Rotation.from_rotvec, Rotation.as_rotvec),
@@ -31,7 +32,7 @@ SUPPORTED: dict[str, tuple] = {
 POSE_UNITS = ("m", "m", "m", "rad", "rad", "rad")
 
 
-class HardwareEnv(gymnasium.Env):
+class RealRobotEnv(gymnasium.Env):
     """A robot with LeRobot's interface, supervised by an operator.
 
     The robot interface uses the data card's convention, for reading and sending alike: pose keys hold position [m] and rotation

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.normalization import NormStats, SpecMismatch
+from rvlm.data.errors import SpecMismatch
+from rvlm.data.normalization import NormStats
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rvlm.data.actions import (
-    CARDS,
-    ActionSpec,
-    CardError,
-    NormStats,
-    SpecMismatch,
-    StatsAccumulator,
-)
+from rvlm.data.actions import CARDS, ActionSpec, NormStats, StatsAccumulator
+from rvlm.data.errors import CardError, SpecMismatch
 from rvlm.data.normalization import NORMALIZATIONS
 from rvlm.policy.action_tokenizer import ActionTokenizer
 

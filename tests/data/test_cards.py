@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from rvlm.data.actions import CARDS, ActionSpec, CardError, SpecMismatch, read_card
+from rvlm.data.actions import CARDS, ActionSpec, read_card
+from rvlm.data.errors import CardError, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import EpisodeError
 from rvlm.data.lerobot_format import ImageHistogram
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, record_dataset, split
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, record_dataset, split
 from rvlm.files import ROOT
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
@@ -602,18 +603,6 @@ def test_split_keeps_episodes_whole_and_is_repeatable(dataset):
     for fraction in (0, 1, -0.1):
         with pytest.raises(EpisodeError, match="expected a fraction of the episodes to hold out, above 0 and below 1, got"):
             split(dataset, fraction)
-
-
-def test_paraphrases_vary_and_repeat(dataset):
-    def paraphrase(instruction, rng):
-        return f"{instruction} {rng.integers(1_000_000)}"
-
-    windows = Windows(dataset, paraphrase=paraphrase, seed=3)
-    first = [windows[i]["instruction"] for i in range(5)]
-    assert len(set(first)) == 5 and first == [windows[i]["instruction"] for i in range(5)]
-    windows.set_epoch(1)
-    assert not set(first) & {windows[i]["instruction"] for i in range(5)}
-    assert first[0].startswith("lift the red cube")
 
 
 def test_frames_cache_is_made_once_and_equals_the_episodes(data):

@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rvlm.data.actions import CARDS, ActionSpec, CardError, NormStats, SpecMismatch
+from rvlm.data.actions import CARDS, ActionSpec, NormStats
 from rvlm.data.camera_names import find_camera
 from rvlm.data.dataset import pooled_stats
 from rvlm.data.dimensions import check_order
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, Windows, split
+from rvlm.data.errors import CardError, EpisodeError, SpecMismatch
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.files import PACKAGE
 from rvlm.policy.action_tokenizer import ActionTokenizer
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rvlm.data.errors import EpisodeError
 from rvlm.data.frame_alignment import align_frames
-from rvlm.data.windows import EpisodeError
 
 HERE = Path("static.mp4")
 

@@ -11,7 +11,8 @@ from toy_data import toy_frames
 from rvlm import files
 from rvlm.data import frame_cache, tables, video
 from rvlm.data.actions import ActionSpec
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter
+from rvlm.data.errors import EpisodeError
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 
 SPEC = ActionSpec.from_card("tabletop_franka7")
 

@@ -15,7 +15,8 @@ import pytest
 from toy_data import toy_frames
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.windows import EpisodeDataset, EpisodeError, EpisodeWriter, record_dataset
+from rvlm.data.errors import EpisodeError
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, record_dataset
 from rvlm.data.writer import partial_folder
 
 SPEC = ActionSpec.from_card("tabletop_franka7")

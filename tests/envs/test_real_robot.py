@@ -10,9 +10,10 @@ from hypothesis.extra.numpy import arrays
 from toy_data import TEXTS
 from toy_policies import ONE_STEP, build
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.envs.real_robot import HardwareEnv
+from rvlm.envs.real_robot import RealRobotEnv
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.world import TOOL_DOWN, WORKSPACE_HIGH, WORKSPACE_LOW, axis_angle, rotation_matrix
 from rvlm.evaluation.rollouts import rollout
@@ -103,7 +104,7 @@ def a_env(robot=None, spec=SPEC, operator=None, **changes):
         "workspace_low": LOW, "workspace_high": HIGH, "max_steps": 50, "is_dry_run": False, "sleep": lambda seconds: None,
         "confirm": operator.confirm, "is_stopped": operator.is_stopped,
     }  # fmt: skip
-    return HardwareEnv(robot or Arm(), spec, **(named | changes))
+    return RealRobotEnv(robot or Arm(), spec, **(named | changes))
 
 
 def started(robot=None, spec=SPEC, operator=None, **changes):
@@ -137,7 +138,7 @@ def of(sent):
 def test_a_dry_run_is_the_default_and_moves_nothing():
     arm, operator = Arm(), Operator()
     args = arm, SPEC, POSE, "gripper.pos", ("front", "hand"), {"lift": TEXTS[0]}, LOW, HIGH, 3
-    env = HardwareEnv(*args, operator.confirm, operator.is_stopped, sleep=lambda seconds: None)
+    env = RealRobotEnv(*args, operator.confirm, operator.is_stopped, sleep=lambda seconds: None)
     env.reset()
     before = arm.pose
     for _ in range(3):

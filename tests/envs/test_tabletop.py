@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rvlm.envs
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import COLORS, SETTINGS, UNSEEN_COLORS

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import DEFAULT_TASKS

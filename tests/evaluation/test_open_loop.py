@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.diagnosis import policy_checks
 from rvlm.diagnosis.inputs import DiagnosisInputs

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from toy_data import TEXTS, toy_frames
 
-from rvlm.data.actions import ActionSpec, CardError, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import CardError, SpecMismatch
 from rvlm.data.sampling import FixedBudgetDataset, Mixture
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, paraphrases

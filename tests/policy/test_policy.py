@@ -9,7 +9,8 @@ import torch
 from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.policy.factory import load_vla
 from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence

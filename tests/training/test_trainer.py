@@ -15,7 +15,8 @@ from toy_policies import a_batch, build
 from toy_stages import ONE_STEP, few, trained
 from transformers import TrainingArguments
 
-from rvlm.data.actions import ActionSpec, SpecMismatch
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
 from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
 from rvlm.policy.factory import merge_policy
