@@ -6,7 +6,7 @@ from torch.nn import functional
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, shift: int = 0, crop: float = 0, color: float = 0) -> np.ndarray:
-    """Move and cut each camera's images at random (edges repeat), and vary brightness and contrast; hues stay, orders name them.
+    """Random shift and crop per camera (edges repeat), and brightness and contrast; hue is kept, as instructions name colours.
 
     Args:
         images: (t, cameras, h, w, 3) uint8; all observation steps of one camera move together.

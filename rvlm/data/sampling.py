@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 
 class FixedBudgetDataset(Dataset):
-    """Exactly `n_samples` samples in a fixed order: epoch after epoch of shuffled data, each with a seed of its own.
+    """Exactly `n_samples` samples in a fixed order: shuffled epochs, each sample with its own seed.
 
     Deterministic in the sample's position, so a stage that was killed resumes with the same data.
 
@@ -30,7 +30,7 @@ class FixedBudgetDataset(Dataset):
         return self.n_samples
 
     def index_at(self, position: int) -> int:
-        """Which item of the data stands at a position of the order."""
+        """Index of the item at a position of the order."""
         epoch, offset = divmod(position, self.n_items)
         if epoch not in self._epochs:
             self._epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n_items)}

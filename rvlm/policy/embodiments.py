@@ -77,7 +77,7 @@ class EmbodimentConditioning:
     """Conditions samples of any robot for one policy; depends on the policy's configuration, not on its network.
 
     Attributes:
-        kind: None, "name" (the robot's name before the instruction) or "token" (its index behind the state).
+        kind: None, "name" (the robot's name before the instruction) or "token" (its index appended to the state).
         state_names: State dimensions that the policy takes: the target robot's.
         ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
     """
