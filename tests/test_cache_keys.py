@@ -72,10 +72,10 @@ def codes():
 
     shared = {"init": "vlm", "n_samples": 8, "batch_size": 4, "n_processes": 1}
     return {
-        "robot": Stage("a", ROBOT, ("demos",), **shared).code,
-        "varied": Stage("a", ROBOT, ("demos",), instructions="paraphrased", **shared).code,
-        "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).code,
-        "detection": Stage("a", DETECTION, ("scenes",), **shared).code,
+        "robot": Stage("a", ROBOT, ("demos",), **shared).training_code,
+        "varied": Stage("a", ROBOT, ("demos",), instructions="paraphrased", **shared).training_code,
+        "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).training_code,
+        "detection": Stage("a", DETECTION, ("scenes",), **shared).training_code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
         "demonstrations": demonstrations.DEMONSTRATIONS_CODE, "scenes": rendered_scenes.SCENES_CODE,
         "corrections": dagger.DAGGER_CODE,
