@@ -70,7 +70,8 @@ class StageTrainer(Trainer):
         """`step_decay`, or a schedule of transformers."""
         if self.lr_scheduler is None and self.has_step_decay:
             n_warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = step_decay(optimizer or self.optimizer, n_warmup, num_training_steps)
+            decayed: Any = optimizer or self.optimizer
+            self.lr_scheduler = step_decay(decayed, n_warmup, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
