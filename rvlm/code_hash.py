@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ PLUMBING = (
     *("rvlm", "rvlm.files", "rvlm.code_hash", "rvlm.caches", "rvlm.provenance", "rvlm.processes"),
     *("rvlm.training.stages", "rvlm.policy.model_card"),
 )
+_PARSE_LOCK = threading.Lock()  # CPython 3.11 raises SystemError where two threads build syntax trees (python/cpython#106905)
 
 
 def hash_of_code(*roots: str, without: tuple[str, ...] = ()) -> str:
@@ -109,7 +111,8 @@ def _read(path: str, *_: int) -> bytes:
 @functools.lru_cache(maxsize=1024)
 def _parts(path: Path, source: bytes) -> dict[str, ast.AST]:
     """Syntax trees of a module (key "") and of each of its functions, classes and constants, without docstrings."""
-    tree = ast.parse(source, path)
+    with _PARSE_LOCK:
+        tree = ast.parse(source, path)
     named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in _with_statements(tree):
         if isinstance(node, (ast.Module, *named)) and ast.get_docstring(node, clean=False) is not None:

@@ -1,15 +1,18 @@
 """Hashes of files, folders, models and code for cache keys; writes are atomic."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from rvlm import files
+from rvlm import code_hash, files
 from rvlm.code_hash import code_of, hash_of_code
 from rvlm.files import (
     atomic_write,
@@ -292,3 +295,24 @@ def test_a_folder_takes_the_place_of_another(tmp_path, can_exchange, monkeypatch
         with pytest.raises(FileNotFoundError):
             files.replace_folder(tmp_path / "nothing", final)
         assert [path.name for path in final.iterdir()] == ["second"]
+
+
+def test_one_thread_at_a_time_builds_a_syntax_tree(monkeypatch):
+    """CPython 3.11 raises SystemError where two do."""
+    parse, inside, overlaps = ast.parse, [], []
+
+    def slow(*arguments):
+        overlaps.append(len(inside))
+        inside.append(1)
+        time.sleep(0.01)
+        try:
+            return parse(*arguments)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(code_hash.ast, "parse", slow)
+    code_hash._parts.cache_clear()
+    modules = ("rvlm.data.cards", "rvlm.data.video", "rvlm.vlm.causality", "rvlm.statistics.power")
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(code_hash.hash_of_code, modules))) == 4
+    assert len(overlaps) > 4 and not any(overlaps)

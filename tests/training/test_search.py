@@ -112,7 +112,7 @@ def test_a_study_over_values_that_no_database_holds_resumes(home, monkeypatch):
     for n in (1, 2, 4, 20):
         study = go_on(MANY, n)
         assert len(study.trials) == min(n, 4) == len(tried)
-    points = [(s.weights, s.policy["head"], s.freeze_vision) for s in tried]
+    points = [(s.data_weights, s.policy["head"], s.freeze_vision) for s in tried]
     assert sorted(points, key=str) == sorted(itertools.product(MANY["data_weights"], ("mlp", "flow"), (None,)), key=str)
     assert set(table(study)["data_weights"]) == {"[0.5, 0.5]", "[0.9, 0.1]"}
 

@@ -246,7 +246,7 @@ def test_the_stage_is_handed_to_the_trainer_whole(stage, tmp_path):
 
 def test_loss_falls_on_one_batch(stage, tmp_path, monkeypatch):
     one = dataclasses.replace(stage, n_samples=8 * 60, learning_rate=3e-3, lr_scheduler_type="constant")
-    monkeypatch.setattr(FixedBudgetDataset, "item", lambda self, i: i % 8)
+    monkeypatch.setattr(FixedBudgetDataset, "index_at", lambda self, position: position % 8)
     train_stage_in_process(one, tmp_path)
     logged = [entry["loss"] for entry in log_history(tmp_path) if "loss" in entry]
     assert np.mean(logged[-5:]) < 0.3 * logged[0]
