@@ -125,7 +125,10 @@ def _child_worker(folder: Path) -> None:
 def _load_stage(folder: Path) -> Stage:
     """The stage that is trained in a folder, with its Hub commits; marks its inputs as in use."""
     hub_commits.update(json.loads((folder / "commits.json").read_text()) if (folder / "commits.json").exists() else {})
-    stage = Stage(**json.loads((folder / "stage.json").read_text()))
+    try:
+        stage = Stage(**json.loads((folder / "stage.json").read_text()))
+    except TypeError as error:
+        raise ValueError(f"{folder}: expected the fields of a Stage, got {error}; prepare it again with this version") from error
     use_inputs((stage.init, *stage.data, *stage.vqa_data))
     return stage
 

@@ -43,6 +43,8 @@ SMALL: Grid = {  # two CPU cores, from the shipped model
 }
 # That makes a study's trials; other code needs another study.
 SEARCH_CODE = Code(("rvlm.training.trainer", "rvlm.training.launch"), (*UNUSED_MODULES[ROBOT], "rvlm.envs"))
+# What all trials of a study share, by the name under which its hash is stored.
+SHARED = {"code": "training code", "stages": "data, initial weights or settings", "score": "score"}
 REASON = "reason"  # user attribute of a diverged trial
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
@@ -78,7 +80,7 @@ def load_or_create_study(name: str, grid: Grid, storage: str | None = None, seed
             direction="minimize",
             load_if_exists=True,
         )
-        _require_same(study, {"other training code": SEARCH_CODE.hash}, f" in {url}")
+        _require_same(study, {"code": SEARCH_CODE.hash}, f" in {url}")
     _require_same_grid(study, grid)
     return study
 
@@ -115,12 +117,13 @@ def _require_same_grid(study: optuna.Study, grid: Grid) -> None:
 
 
 def _require_same(study: optuna.Study, hashes: Mapping[str, str], where: str = "") -> None:
-    """Check that what the study's trials share has the hashes of when it was created; stores them in a new study."""
+    """Check that what the study's trials share has the hashes of when it was created; stores those that are not there yet."""
+    is_old = "code" not in study.user_attrs and study.get_trials(deepcopy=False)  # of a version that stored other hashes
     for what, value in hashes.items():
-        stored = study.user_attrs.get(what, value)
-        study.set_user_attr(what, stored)
+        stored = "" if is_old else study.user_attrs.get(what, value)
         if stored != value:
-            raise ValueError(f"study {study.study_name!r}{where} was created with {what}; use another study name")
+            raise ValueError(f"study {study.study_name!r}{where} was created with other {SHARED[what]}; use another study name")
+        study.set_user_attr(what, stored)
 
 
 def _code_of_score(score: Callable[[Path], float]) -> list[Any]:
@@ -172,8 +175,8 @@ def search(
     objective = functools.partial(_objective, labels=labels, build_stage=build_stage, score=score, n_threads=n_threads)
     n_trials = min(n_trials, math.prod(map(len, labels.values())))
     hashes = {
-        "other data, initial weights or settings": _hash_of_stages(labels, build_stage),
-        "another score": config_hash({"code": _code_of_score(score), "on": scored_on}),
+        "stages": _hash_of_stages(labels, build_stage),
+        "score": config_hash({"code": _code_of_score(score), "on": scored_on}),
     }
     with _lock(storage or default_storage(name)):
         _require_same(study, hashes)

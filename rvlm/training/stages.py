@@ -85,7 +85,7 @@ class Stage:
             after three quarters), all after warm-up; "constant" has none.
         max_grad_norm: Gradients are clipped to this norm.
         freeze_vision: Freeze vision tower and connector, and compute their features once per frame.
-        finetuning: Which parts of the backbone a robot stage trains (`checkpoints.set_trainable`); the other parts always are.
+        finetuning: Which parts of the backbone a robot stage trains, as of `rvlm.policy.factory.set_trainable`.
         lora_rank: Of adapters.
         augment: Image augmentation: "shift", "crop", "color", as arguments of `rvlm.data.augmentation.augment`.
         seed: Of initial weights, sample order and augmentation.

@@ -112,7 +112,10 @@ def check_loaded_weights(folder: str | Path, report: Mapping[str, Any]) -> None:
     """
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
-        raise ValueError(f"{folder}: expected exactly the weights of its configuration; got {wrong}; retrain or restore it")
+        raise ValueError(
+            f"{folder}: expected exactly the weights of its configuration; got {wrong}; was it saved "
+            "by another version? restore or train it again"
+        )
 
 
 def state_dict_diff(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> dict[str, set[str]]:

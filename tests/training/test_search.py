@@ -207,11 +207,11 @@ def test_trials_of_other_data_or_another_score_are_not_taken_over(stage, toy_dem
             ValueError, match=r"study 'one' was created with other data, initial weights or settings; use another study name"
         ):
             go_on(other, score)
-    with pytest.raises(ValueError, match=r"study 'one' was created with another score; use another study name"):
+    with pytest.raises(ValueError, match=r"study 'one' was created with other score; use another study name"):
         go_on(stage, lambda _: 2.0)
     assert len(load_or_create_study("one", GRID).trials) == 1
 
-    with pytest.raises(ValueError, match=r"study 'one' was created with another score; use another study name"):
+    with pytest.raises(ValueError, match=r"study 'one' was created with other score; use another study name"):
         search("one", GRID, lambda **s: dataclasses.replace(stage, **s), score, 1, scored_on="other episodes")
     with pytest.raises(ValueError, match=r"expected the score as a function, got functools.partial"):
         go_on(stage, functools.partial(far_mm))
@@ -233,3 +233,12 @@ def test_a_reformatted_score_is_the_same():
         _code_of_score(lambda _: 1.0),  # alone on its line
     ]
     assert one[0] == two[0] != one[1]
+
+
+def test_a_study_without_a_hash_of_what_its_trials_share_is_refused(home, stage, tmp_path):
+    """As one that an earlier version wrote: its trials may be of other data."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="old", storage=storage, direction="minimize")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(ValueError, match=r"study 'old' .*was created with other training code; use another study name"):
+        search("old", GRID, lambda **s: dataclasses.replace(stage, **s), lambda _: 1.0, 1, storage=storage)
