@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from toy_data import TEXTS, toy_frames
 from toy_policies import a_batch, build
-from toy_stages import ONE_STEP, few, trained
+from toy_stages import ONE_STEP, few, toy_stage, trained
 from transformers import TrainingArguments
 
 from rvlm.data.actions import ActionSpec
@@ -21,7 +21,7 @@ from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
 from rvlm.policy.factory import merge_policy
 from rvlm.training.stage_data import STAGE_BUILDERS
-from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
+from rvlm.training.stages import ROBOT, VISION_LANGUAGE
 from rvlm.training.trainer import (
     JsonlLogger,
     StageTrainer,
@@ -126,8 +126,7 @@ def plain_weights(toy_vlm, toy_demos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(folder / "home"))
-        plain = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 24, policy=ONE_STEP, batch_size=8, n_processes=1)
-        return trained(plain, folder)
+        return trained(toy_stage(toy_vlm, toy_demos, 3), folder)
 
 
 def test_frozen_weights_do_not_change_and_all_others_do(stage, tmp_path):

@@ -5,9 +5,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_stages import ONE_STEP, trained
+from toy_stages import toy_stage, trained
 
-from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import log_history, train_stage_in_process
 from rvlm.training.trainer_checkpoints import last_checkpoint, write_manifest
 
@@ -42,7 +41,7 @@ def checkpoint(toy_vlm, toy_demos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(folder / "home"))
-        forty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 320, policy=ONE_STEP, batch_size=8, n_processes=1)
+        forty = toy_stage(toy_vlm, toy_demos, 40)
         train_stage_in_process(forty, folder)
     return forty, folder
 
