@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,17 @@ def reserve(path: Path, n_bytes: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `path`, to fill and then rename; what is left of it is deleted."""
+    part = temporary(path)
+    try:
+        part.mkdir()
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def make_folder(final: Path, write: Callable[[Path], Any]) -> Path:
     """Make the folder `final` unless it exists: completely or not at all, and once for concurrent processes.
 
@@ -101,13 +112,9 @@ def make_folder(final: Path, write: Callable[[Path], Any]) -> Path:
         if not final.is_dir():
             for left in final.parent.glob(f".{final.name}.*.part"):  # of killed processes
                 shutil.rmtree(left, ignore_errors=True)
-            part = temporary(final)
-            part.mkdir()
-            try:
+            with temporary_folder(final) as part:
                 write(part)
                 part.replace(final)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
     return final
 
 

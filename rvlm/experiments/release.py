@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from rvlm.files import replace_folder, temporary
+from rvlm.files import replace_folder, temporary_folder
 from rvlm.provenance import provenance
 from rvlm.training.launch import train
 from rvlm.training.stages import Stage
@@ -23,12 +23,11 @@ def release(stage: Stage, target: Path, command: str) -> Path:
     with FileLock(target.with_name(f".{target.name}.lock")):
         for left in target.parent.glob(f".{target.name}.*.part"):  # by a killed process
             shutil.rmtree(left)
-        part = temporary(target)
-        shutil.copytree(model, part)
-        record = {"command": command, "stages": [_stage_summary(folder) for folder in stage_lineage(model)], **provenance()}
-        (part / "made.json").write_text(json.dumps(record, indent=1))
-        replace_folder(part, target)
-        shutil.rmtree(part, ignore_errors=True)
+        with temporary_folder(target) as part:
+            shutil.copytree(model, part, dirs_exist_ok=True)
+            record = {"command": command, "stages": [_stage_summary(folder) for folder in stage_lineage(model)], **provenance()}
+            (part / "made.json").write_text(json.dumps(record, indent=1))
+            replace_folder(part, target)
     return target
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rvlm.files import config_hash, temporary
+from rvlm.files import config_hash, temporary_folder
 from rvlm.policy.config import VLAConfig, check_structure
 from rvlm.policy.embodiments import embodiments_of
 from rvlm.vlm.processors import ACT, load_processor
@@ -56,9 +56,7 @@ def written_aside(folder: Path, inner: Sequence[str]) -> Iterator[Path]:
         folder: Of the checkpoint.
         inner: Its subfolders, which are replaced as a whole.
     """
-    part = temporary(folder)
-    try:
-        part.mkdir()
+    with temporary_folder(folder) as part:
         yield part
         if not folder.exists():
             part.rename(folder)
@@ -69,8 +67,6 @@ def written_aside(folder: Path, inner: Sequence[str]) -> Iterator[Path]:
             shutil.rmtree(folder / name, ignore_errors=True)
         for new in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
             new.replace(folder / new.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_policy(folder: Path) -> bool:
