@@ -32,14 +32,14 @@ def predict_chunks(
         `predicted`, `recorded` (n, k, a) raw, `mask` (n, k, a), false past an episode's end and in dimensions that the robot
         does not have, `episode_index` and `frame_index` (n,).
     """
-    model, robot = policy.model, policy.robot
+    model, robot, conditioning = policy.model, policy.robot, policy.model.conditioning
     ablate = _input_ablation(ablation, windows)
     collate, spec, stats = RobotCollator(policy.prompt_builder), robot.spec, robot.stats["action"]
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
         policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
-        batch = collate([model.conditioning(robot, sample) for sample in ablate(samples)])
+        batch = collate([conditioning(robot, sample) for sample in ablate(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)

@@ -73,10 +73,16 @@ class VLAConfig(PreTrainedConfig):
     vlm: dict | None = None
     base_model: dict | None = None
 
+    def with_stored_backbone(self, **settings: Any) -> "VLAConfig":
+        """The same configuration without a base model, for a policy that stores its backbone, with other settings."""
+        own = {name: getattr(self, name) for name in VLAConfig.__annotations__ if name != "model_type"}
+        return VLAConfig(**{**own, **settings, "base_model": None})
 
-OF_DATA = {"image_size", "spec", "stats", "embodiments", "embodiment_ids"}
-MADE = {"model_type", "backbone", "act_id", "vlm", "base_model", *OF_DATA}  # not settings: derived from data and backbone
-POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - MADE)
+
+# Not settings: derived from the backbone and the data.
+DERIVED_FIELDS = {"model_type", "backbone", "act_id", "vlm", "base_model"}
+DERIVED_FIELDS |= {"image_size", "spec", "stats", "embodiments", "embodiment_ids"}
+POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - DERIVED_FIELDS)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder
 
 

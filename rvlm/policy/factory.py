@@ -146,8 +146,7 @@ def modify_policy(
             "model.save_pretrained(another_folder, processor)"
         )
     model: Any = VLA.from_pretrained(where, is_quantized=True) if finetuning == "qlora" else VLA.merged(where)
-    own = {name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name != "model_type"}
-    changed = VLA(VLAConfig(**{**own, **settings, "base_model": None}), model.backbone)
+    changed = VLA(model.config.with_stored_backbone(**settings), model.backbone)
     changed.processor = model.processor
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}

@@ -163,8 +163,9 @@ class Policy:
         """Add the newest observations to the history."""
         images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
+        conditioning = self.model.conditioning
         samples = [
-            self.model.conditioning(self.robot, {"state": s, "instruction": o["instruction"]})
+            conditioning(self.robot, {"state": s, "instruction": o["instruction"]})
             for s, o in zip(state, observations, strict=True)
         ]
         aligned = torch.as_tensor(np.stack([s["state"] for s in samples]), dtype=torch.float32, device=self.model.device)

@@ -27,7 +27,6 @@ from rvlm.policy.checkpoint_files import (
     weights_in,
     written_aside,
 )
-from rvlm.policy.config import VLAConfig
 from rvlm.policy.model_card import model_card
 from rvlm.vlm.backbones import (
     ADAPTERS,
@@ -255,10 +254,8 @@ class SavedPolicy(PreTrainedModel):
         model = cls.from_pretrained(name, is_quantized=False, **options)
         if model.config.base_model is None:
             return model
-        own = {
-            name: getattr(model.config, name) for name in VLAConfig.__annotations__ if name not in ("model_type", "base_model")
-        }
-        merged: Any = cls(VLAConfig(**own), model.adapters.merge_and_unload() if model.adapters is not None else model.backbone)
+        backbone = model.adapters.merge_and_unload() if model.adapters is not None else model.backbone
+        merged: Any = cls(model.config.with_stored_backbone(), backbone)
         merged.load_state_dict(non_backbone_weights(model.state_dict()), strict=False)
         merged.processor = model.processor
         return merged.eval()
