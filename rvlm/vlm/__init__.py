@@ -5,7 +5,7 @@ Modules:
     templates: chat templates: the prompt format of a family.
     prompts: the one prompt builder: images and instructions to tokens, with `<act>`.
     backbones: load a model, find its parts, freeze them, read hidden states at `<act>`.
-    quantization: precision of the weights, and 4 bits by bitsandbytes.
+    quantization: device and precision of the computation, and 4 bits by bitsandbytes.
     adapters: LoRA, DoRA and QLoRA by peft.
     question_answering: questions and answers as batches for the next-token loss.
     causality: whether attention over the prompt is causal, by trying it.

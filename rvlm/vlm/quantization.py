@@ -1,8 +1,9 @@
-"""Number formats of a backbone's weights: a floating-point precision, or 4 bits by bitsandbytes.
+"""Where and in which number format a backbone computes: its device, a floating-point precision, or 4 bits by bitsandbytes.
 
 Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3: 4-bit NormalFloat, double quantisation.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from rvlm.vlm.backbones import vision_modules
 
 
+def compute_device() -> torch.device:
+    """The device that this process computes on: its GPU, by `LOCAL_RANK` where a launcher started several, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
 def precision() -> torch.dtype:
-    """This machine's compute dtype: bfloat16, float16 on GPUs without it, float32 on the CPU."""
+    """This machine's compute dtype: bfloat16, float16 on GPUs that only emulate it, float32 on the CPU."""
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def dtype_of(precision_name: str) -> torch.dtype:
