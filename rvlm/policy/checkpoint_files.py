@@ -212,7 +212,7 @@ def policy_processor(folder: Path, config: Any) -> Any:
         CheckpointError: There is none, or it is another model's.
     """
     try:
-        processor: Any = load_processor(folder)
+        processor: Any = load_processor(folder, is_tiled=True)  # it is saved as it was trained with
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         there = ", ".join(sorted(p.name for p in folder.glob("*")))
         reason = " ".join(str(error).split())[:300]

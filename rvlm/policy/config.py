@@ -37,6 +37,7 @@ class VLAConfig(PreTrainedConfig):
         n_action_steps: Actions of a chunk that are executed before the next prediction.
         cameras: Names of the card's cameras, in the order of the prompt's images.
         has_state: Whether proprioception enters.
+        image_tiling: Whether images are split into tiles, as the vision-language model's processor does; else each is one tile.
         image_size: Height and width of the images that it was trained on [px]; None where that is not known.
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
@@ -63,6 +64,7 @@ class VLAConfig(PreTrainedConfig):
     n_action_steps: int = 1
     cameras: list | tuple = ("static", "wrist")
     has_state: bool = True
+    image_tiling: bool = False
     image_size: list | tuple | None = None
     act_id: int = 0
     spec: dict | None = None

@@ -52,7 +52,7 @@ def make_policy(
     """
     check_settings(settings)
     folder = hub.fetch(vlm, revision)
-    processor = load_processor(folder)
+    processor = load_processor(folder, settings.get("image_tiling", False))
     backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **load_kwargs(folder, finetuning, precision))
     origin = {"name": Path(vlm).resolve().name, "revision": None}
     if not Path(vlm).is_dir():
@@ -146,6 +146,11 @@ def modify_policy(
             "model.save_pretrained(another_folder, processor)"
         )
     model: Any = VLA.from_pretrained(where, is_quantized=True) if finetuning == "qlora" else VLA.merged(where)
+    if settings.get("image_tiling", model.config.image_tiling) != model.config.image_tiling:
+        raise ValueError(
+            f"{folder}: expected image_tiling={model.config.image_tiling}, as it was trained; got {settings['image_tiling']}; "
+            "leave it out, or make a policy of the vision-language model"
+        )
     changed = VLA(model.config.with_stored_backbone(**settings), model.backbone)
     changed.processor = model.processor
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}

@@ -47,11 +47,12 @@ def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
     return KVCachedSequence.matches_uncached(vla, vla.prompt_builder(processor))
 
 
-def inspect_vlm(vlm: str | Path) -> pd.Series:
+def inspect_vlm(vlm: str | Path, is_tiled: bool = False) -> pd.Series:
     """What a vision-language model is and needs, found by running it.
 
     Args:
         vlm: Folder or Hub name.
+        is_tiled: Whether images are split into tiles, as in a policy with `image_tiling`.
 
     Returns:
         Facts by name; of a family without a position for `<act>`, its class and the reason only.
@@ -61,7 +62,7 @@ def inspect_vlm(vlm: str | Path) -> pd.Series:
         >>> facts["structures"]
         'all'
     """
-    processor: Any = load_processor(vlm)
+    processor: Any = load_processor(vlm, is_tiled)
     model = load_backbone(vlm, processor).eval()
     config = model.config.get_text_config()
     facts: dict[str, Any] = {"class": type(model).__name__}

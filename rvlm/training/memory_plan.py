@@ -84,6 +84,11 @@ def hub_configs() -> dict[str, tuple[PreTrainedConfig, int]]:
     return {name: (AutoConfig.for_model(**copy.deepcopy(m["config"])), m["n_image_tokens"]) for name, m in entries.items()}
 
 
+def hub_n_tiles() -> dict[str, int]:
+    """Tiles of an image of the model's size where `image_tiling` is on, of the models of `hub_configs`."""
+    return {name: m.get("n_tiles", 1) for name, m in json.loads(HUB_CONFIGS.read_text()).items()}
+
+
 def plans(
     config: PreTrainedConfig,
     n_image_tokens: int,
@@ -93,6 +98,7 @@ def plans(
     lora_rank: int = 16,
     batch_size: int = 8,
     n_text_tokens: int = 24,
+    n_tiles: int = 1,
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
 ) -> tuple[MemoryPlan, MemoryPlan]:
@@ -100,12 +106,13 @@ def plans(
 
     Args:
         config: Of the vision-language model.
-        n_image_tokens: Tokens per image in its prompt, as `rvlm.policy.inspection.inspect_vlm` finds them.
+        n_image_tokens: Tokens per image in its prompt, as `rvlm.policy.inspection.inspect_vlm` finds them; of one tile.
         policy: Fields of `VLAConfig`: structure, head, history.
         finetuning: Which parts of the backbone are trained (`rvlm.policy.factory.set_trainable`).
         lora_rank: Of adapters.
         batch_size: Windows per forward pass.
         n_text_tokens: Tokens of the instruction and of the prompt template around it.
+        n_tiles: Tiles per image, of a policy with `image_tiling`.
         precision: Of the computation: "fp32", "bf16" or "fp16".
         optimizer: Name in `OPTIMIZER_BYTES`.
 
@@ -116,8 +123,8 @@ def plans(
     model, four_bits = _meta_policy(config, policy, finetuning, lora_rank)
     frozen_bytes = 4 if finetuning == "full" or precision == "fp32" else 2
     static = _static_memory(model, four_bits, frozen_bytes, optimizer)
-    decoder = _decoder_costs(model, batch_size, n_text_tokens, n_image_tokens, precision, frozen_bytes)
-    n_images = batch_size * model.config.n_obs_steps * len(model.config.cameras)
+    decoder = _decoder_costs(model, batch_size, n_text_tokens, n_tiles * n_image_tokens, precision, frozen_bytes)
+    n_images = n_tiles * batch_size * model.config.n_obs_steps * len(model.config.cameras)
     tower = _vision_tower_costs(config, n_images, precision, is_trained=finetuning == "full")
     plain, checkpointed = (
         MemoryPlan(

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from rvlm.files import PACKAGE
+from rvlm.vlm.tiling import use_grid_of
 
 transformers_logging.disable_progress_bar()
 
@@ -67,6 +68,7 @@ def load_backbone(
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()  # as `from_pretrained` does
         _grow_embeddings(model, len(processor.tokenizer))
+    use_grid_of(model.config, processor)
     disable_bf16_repacking(model)
     return model
 

@@ -19,6 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from rvlm.vlm.templates import image_token, select_chat_template
+from rvlm.vlm.tiling import use_one_tile
 
 ACT = "<act>"
 DEFAULT_IMAGE_SIZE = 224  # for families that take images of any size [px]
@@ -49,8 +50,12 @@ class VideoFreeProcessorMixin:
         (Path(folder) / "processor_config.json").write_text(json.dumps(self._settings, indent=1))
 
 
-def load_processor(name_or_path: str | Path) -> ProcessorMixin:
+def load_processor(name_or_path: str | Path, is_tiled: bool = False) -> ProcessorMixin:
     """The processor of a vision-language model, with `<act>` in its tokenizer and at most one chat template.
+
+    Args:
+        name_or_path: Folder or Hub name.
+        is_tiled: Whether images are split into tiles as its files say; else each is one tile (`use_one_tile`).
 
     Raises:
         ImportError: The family's processor needs a package that is not installed.
@@ -65,6 +70,8 @@ def load_processor(name_or_path: str | Path) -> ProcessorMixin:
             f"{name_or_path}: expected a model of a class in transformers, got one that brings code of its own, which is never "
             "run here; take a model of a family that the library knows"
         ) from error
+    if not is_tiled:
+        use_one_tile(processor.image_processor)
     processor.chat_template = processor.tokenizer.chat_template = select_chat_template(processor)
     if ACT not in processor.tokenizer.get_vocab():
         processor.tokenizer.add_special_tokens({"extra_special_tokens": [ACT]}, replace_extra_special_tokens=False)

@@ -18,7 +18,8 @@ from rvlm.vlm.tiny import FAMILIES
 ONE_STEP = {"structure": "one_step", "chunk_size": 4}
 INTERLEAVED = {"structure": "interleaved", "n_obs_steps": 3, "chunk_size": 4}
 POLICY_HEAD = {"structure": "policy_head", "history": "lstm", "n_obs_steps": 3, "chunk_size": 4}
-PUBLISHED = {"SmolVLM2-2.2B": 2.246e9, "PaliGemma-3B": 2.923e9, "Qwen2.5-VL-3B": 3.755e9, "Qwen2.5-VL-7B": 8.292e9}
+PUBLISHED = {"SmolVLM2-500M": 0.507e9, "SmolVLM2-2.2B": 2.246e9, "PaliGemma-3B": 2.923e9}
+PUBLISHED |= {"Qwen2.5-VL-3B": 3.755e9, "Qwen2.5-VL-7B": 8.292e9}
 
 
 def small_plan(policy=ONE_STEP, b=8, **settings):

@@ -267,7 +267,7 @@ def test_image_size_is_the_side_of_a_tile(folders):
 
 @pytest.mark.parametrize("family", ["idefics2", "internvl", "llava_next", "qwen2_vl", "mllama", "smolvlm"])
 def test_a_batch_of_two_image_sizes_equals_its_samples_alone(folders, toy_stats, family):
-    model, processor = make_policy(folders(family), SPEC, toy_stats, chunk_size=2)
+    model, processor = make_policy(folders(family), SPEC, toy_stats, chunk_size=2, image_tiling=True)
     collate, rng = RobotCollator(model.prompt_builder(processor)), np.random.default_rng(0)
 
     def sample(i, height, width):
@@ -290,7 +290,8 @@ def test_a_batch_of_two_image_sizes_equals_its_samples_alone(folders, toy_stats,
 
 def test_features_are_cached_only_for_images_that_leave_the_text_unchanged(folders):
     """With a frozen tower: InternVL cuts wide images into tiles when a text goes along."""
-    separable, tiled = (PromptBuilder(load_processor(folders(family)), 1) for family in ("smolvlm", "internvl"))
+    separable, tiled = (PromptBuilder(load_processor(folders(family), is_tiled=True), 1) for family in ("smolvlm", "internvl"))
+    assert PromptBuilder(load_processor(folders("internvl")), 1).is_separable(24, 40), "as one tile"
     wide = np.zeros((2, 1, 24, 40, 3), np.uint8)
     assert separable.is_separable(24, 40) and separable.pixels(wide).shape == (2, 1, 3, SIDE, SIDE)
     assert tiled.is_separable(SIDE, SIDE) and not tiled.is_separable(24, 40)
@@ -344,14 +345,15 @@ def chunks(model, processor, images, states, structure):
 
 
 @pytest.mark.parametrize(
-    ("family", "structure"),
-    [(name, "interleaved") for name in FAMILIES if name not in ("kosmos2", "florence2", "qwen3_vl")]
-    + [(name, "one_step") for name in ("internvl", "llava_next", "mllama", "idefics2")],
+    ("family", "structure", "is_tiled"),
+    [(name, "interleaved", False) for name in FAMILIES if name not in ("kosmos2", "florence2", "qwen3_vl")]
+    + [(name, "one_step", True) for name in ("internvl", "llava_next", "mllama", "idefics2")],
 )
-def test_acting_equals_training_on_square_and_wide_images(folders, toy_stats, family, structure):
+def test_acting_equals_training_on_square_and_wide_images(folders, toy_stats, family, structure, is_tiled):
     """Over families and their chat templates; three observations, a full window."""
     n = 3 if structure == "interleaved" else 1
-    model, processor = make_policy(folders(family), SPEC, toy_stats, structure=structure, n_obs_steps=n, chunk_size=2)
+    settings = {"structure": structure, "n_obs_steps": n, "chunk_size": 2, "image_tiling": is_tiled}
+    model, processor = make_policy(folders(family), SPEC, toy_stats, **settings)
     rng = np.random.default_rng(0)
     for height, width in ((SIDE, SIDE), (24, 40)):
         images = rng.integers(0, 256, (3, 2, height, width, 3), np.uint8)
