@@ -32,6 +32,7 @@ WITH_GL = export MUJOCO_GL="$$($(GL))";
 
 help:
 	@echo "make reproduce  every notebook, then the report in results/ (PROFILE=smoke|cpu|gpu|full, now $(PROFILE))"
+	@echo "                DRY_RUN=1: what it would download, need and take"
 	@echo "make test       the test suite            make lint   style, types, spelling"
 	@echo "make lab        JupyterLab                make bench  benchmarks/"
 	@echo "make wheel      the wheel in an empty environment"
@@ -64,7 +65,7 @@ gl: $(STAMP)
 	$(GL) >/dev/null
 
 reproduce: env
-	@$(WITH_GL) $(BIN)/rvlm reproduce --profile $(PROFILE)
+	@$(WITH_GL) $(BIN)/rvlm reproduce --profile $(PROFILE) $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 # One thread per process: at these model sizes two processes of one thread are faster than one process of two.
 test: env

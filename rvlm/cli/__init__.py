@@ -4,6 +4,7 @@ Modules:
     kernels: the kernel in which papermill runs a notebook.
     execution: one notebook, executed in its own kernel.
     reproduce: run the notebooks in order, skipping those that are up to date.
+    dry_run: what a run would download, need and take.
     run: one notebook with parameters of your own.
     lab: JupyterLab on copies of the notebooks.
     cache: list caches, and delete them.

@@ -32,17 +32,25 @@ another profile writes artifacts/PROFILE/results. RVLM_RESULTS moves either.
 
 examples:
   rvlm reproduce --profile smoke
+  rvlm reproduce --profile gpu --dry-run
   rvlm reproduce --only notebooks/02_episodes_and_actions.ipynb
   RVLM_RESULTS=results/full rvlm reproduce --profile full --only 08"""
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from rvlm.cli.execution import RunPaths
+
+    paths = RunPaths.of_profile(arguments.profile)
+    if arguments.dry_run:
+        from rvlm.cli.dry_run import dry_run
+
+        for line in dry_run(paths, arguments.profile, arguments.only, arguments.force):
+            print(line)
+        return 0
     from rvlm.cli.reproduce import plan_jobs, reproduce
     from rvlm.envs.gl import choose_gl
     from rvlm.report.readme import update_readme
 
-    paths = RunPaths.of_profile(arguments.profile)
     plan_jobs(paths, arguments.profile, arguments.only)  # invalid arguments are refused before OpenGL is tried
     choose_gl()  # kernels inherit MUJOCO_GL
     status = reproduce(paths, arguments.profile, arguments.only, arguments.force)
@@ -92,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--profile", default=GIT_PROFILE, help="smoke, cpu (default), gpu or full: sizes, nothing else")
     command.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: numbers, names or paths")
     command.add_argument("--force", action="store_true", help="run finished notebooks too")
+    about = "print what would run, be downloaded, and be needed in memory and time by the plan; do nothing"
+    command.add_argument("--dry-run", action="store_true", help=about)
     command.set_defaults(run=_reproduce)
 
     run.add_run(commands)
