@@ -16,14 +16,14 @@ class FixedBudgetDataset(Dataset):
     Deterministic in the sample's position, so a stage that was killed resumes with the same data.
 
     Args:
-        n_items: Items of the data.
+        items: The data, a sequence; a batch is read at once if it has `__getitems__`.
         n_samples: Budget.
         seed: Of the order and of every sample.
-        transform: (index of an item, generator) -> sample.
+        transform: (item, generator) -> sample.
     """
 
-    def __init__(self, n_items: int, n_samples: int, seed: int, transform: Any) -> None:
-        self.n_items, self.n_samples, self.seed, self.transform = n_items, n_samples, seed, transform
+    def __init__(self, items: Any, n_samples: int, seed: int, transform: Any) -> None:
+        self.items, self.n_samples, self.seed, self.transform = items, n_samples, seed, transform
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -31,13 +31,19 @@ class FixedBudgetDataset(Dataset):
 
     def index_at(self, position: int) -> int:
         """Index of the item at a position of the order."""
-        epoch, offset = divmod(position, self.n_items)
+        epoch, offset = divmod(position, len(self.items))
         if epoch not in self._epochs:
-            self._epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n_items)}
+            self._epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(len(self.items))}
         return int(self._epochs[epoch][offset])
 
     def __getitem__(self, i: int) -> Any:
-        return self.transform(self.index_at(i), np.random.default_rng((self.seed, 1, i)))
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        indices = [self.index_at(i) for i in positions]
+        together = getattr(self.items, "__getitems__", None)
+        items = together(indices) if together else [self.items[index] for index in indices]
+        return [self.transform(item, np.random.default_rng((self.seed, 1, i))) for item, i in zip(items, positions, strict=True)]
 
 
 class Mixture(Dataset):
@@ -67,4 +73,12 @@ class Mixture(Dataset):
         return len(self.part)
 
     def __getitem__(self, i: int) -> Any:
-        return self.parts[self.part[i]][int(self.position[i])]
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        rows, samples = np.asarray(positions), [None] * len(positions)
+        for part in np.unique(self.part[rows]):
+            own = np.flatnonzero(self.part[rows] == part)
+            for i, sample in zip(own, self.parts[part].__getitems__(self.position[rows[own]].tolist()), strict=True):
+                samples[i] = sample
+        return samples

@@ -29,18 +29,16 @@ class QuestionSamples:
     """VQA samples: images (2, h, w, 3) uint8 of a scene, and (question, answer) pairs about it.
 
     Attributes:
-        scenes: A `rvlm.envs.tabletop.rendered_scenes.Scenes`.
         vqa: Arguments of `sample_questions`.
     """
 
-    scenes: Any
     vqa: dict[str, Any]
 
-    def __call__(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """Scene `i` with random questions."""
+    def __call__(self, item: tuple[np.ndarray, dict], rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
+        """A scene of `rvlm.envs.tabletop.rendered_scenes.Scenes` with random questions."""
         from rvlm.envs.tabletop.questions import sample_questions
 
-        images, scene = self.scenes[i]
+        images, scene = item
         return images, sample_questions(scene, rng, **self.vqa)
 
 
@@ -55,7 +53,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
         freeze_vision(model)
         features = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
         scenes.images = list(features.values())
-    samples = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, QuestionSamples(scenes, stage.vqa))
+    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
     return model, processor, samples, collate
 
 
@@ -67,7 +65,7 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     processor = load_processor(folder)
     model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
-    samples = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, lambda i, rng: scenes[i])
+    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, lambda scene, rng: scene)
     return model, processor, samples, DetectionCollator(processor)
 
 
@@ -87,8 +85,8 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         embodiment, config = model.embodiment(data.require_spec()), model.config
         window = (config.n_obs_steps, config.chunk_size, rows, embodiment.stats, config.cameras)
         windows = Windows(data, *window, dataset_index=i, frames=cached)
-        samples = RobotSamples(windows, embodiment, model.conditioning, stage.instructions, stage.augment)
-        parts.append(FixedBudgetDataset(len(windows), stage.n_samples, stage.seed + i, samples))
+        samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.augment)
+        parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))
     samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.data_weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompt_builder)
     if stage.vqa_data:
@@ -160,21 +158,18 @@ class RobotSamples:
     """Windows of one dataset as training samples: normalised, conditioned on the embodiment, augmented.
 
     Attributes:
-        windows: Of the training episodes.
         embodiment: The dataset's, with its statistics.
         conditioning: The policy's.
         instructions, augment: As of `Stage`.
     """
 
-    windows: Windows
     embodiment: Embodiment
     conditioning: EmbodimentConditioning
     instructions: str
     augment: dict[str, Any]
 
-    def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Window `i`, with a random paraphrase and augmentation."""
-        sample = self.windows[i]
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """A window, with a random paraphrase and augmentation."""
         sample = self.conditioning(self.embodiment, {**sample, "instruction": self._instruction(sample["instruction"], rng)})
         return {**sample, "images": augment(sample["images"], rng, **self.augment)} if self.augment else sample
 
@@ -192,7 +187,7 @@ def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any)
     from rvlm.envs.tabletop.rendered_scenes import Scenes
 
     scenes = Scenes(stage.vqa_data)
-    questions = FixedBudgetDataset(len(scenes), stage.n_samples, stage.seed, QuestionSamples(scenes, stage.vqa))
+    questions = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
     weights = (1 - stage.vqa_fraction, stage.vqa_fraction)
     mixed = Mixture([robot, questions], weights, stage.n_samples, stage.seed, block=stage.batch_size)
     collate_vqa = VQACollator(processor)

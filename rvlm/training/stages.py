@@ -32,6 +32,7 @@ _MINIMA = {
     "n_processes": 1,
     "gradient_accumulation_steps": 1,
     "lora_rank": 1,
+    "n_loader_workers": 0,
     "shots": 0,
     "seed": 0,
 }
@@ -95,6 +96,7 @@ class Stage:
         precision: Of the computation: "fp32", "bf16" or "fp16" (trained weights stay in fp32); "auto" is the machine's fastest,
             fp32 on a CPU.
         n_processes: Data-parallel processes; on GPUs at most one each.
+        n_loader_workers: Processes, for each of these, that read and collate the next batches; by default 0 on CPUs, 4 on GPUs.
 
     Example:
         >>> stage = rvlm.Stage(
@@ -134,6 +136,7 @@ class Stage:
     gradient_checkpointing: bool = False
     precision: str = "auto"
     n_processes: int = 2
+    n_loader_workers: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -188,7 +191,8 @@ class Stage:
         except TypeError as error:
             raise TypeError(f"stage {self.name!r}: 'policy' has {error}") from error
         for name, minimum in _MINIMA.items():
-            if type(value := getattr(self, name)) is not int or value < minimum:
+            value = getattr(self, name)
+            if (name, value) != ("n_loader_workers", None) and (type(value) is not int or value < minimum):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as an integer from {minimum} on, got {value!r}")
         for name, maximum in _MAXIMA.items():
             if not _is_finite(value := getattr(self, name)) or not 0 <= value <= maximum:
@@ -240,7 +244,7 @@ class Stage:
         Raises:
             ValueError: A folder of data is missing.
         """
-        not_hashed = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing")
+        not_hashed = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing", "n_loader_workers")
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in not_hashed}
         content |= {"data": self._folder_hashes(self.data), "vqa_data": self._folder_hashes(self.vqa_data)}
         content |= {"init": model_hash(self.init), "precision": self.resolved_precision, "code": self.training_code.hash}

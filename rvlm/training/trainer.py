@@ -24,6 +24,7 @@ from rvlm.training.trainer_checkpoints import ManifestCallback, last_checkpoint
 from rvlm.vlm.backbones import as_encoder_outputs
 
 DIVERGED = "diverged.txt"  # in a stage's folder: tells the process that started the training that it diverged
+GPU_LOADER_WORKERS = 4  # processes that read and collate batches for one GPU, unless a stage says otherwise
 
 
 class TrainingDiverged(RuntimeError, FloatingPointError):
@@ -115,7 +116,8 @@ def step_decay(optimizer: torch.optim.Optimizer, n_warmup: int, n_steps: int) ->
 
 def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
     """The stage's settings as the Trainer's; `folder` is the stage's."""
-    n_steps = stage.n_samples // stage.batch_size
+    n_steps, has_gpu = stage.n_samples // stage.batch_size, torch.cuda.is_available()
+    n_workers = (GPU_LOADER_WORKERS if has_gpu else 0) if stage.n_loader_workers is None else stage.n_loader_workers
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=n_steps,
@@ -125,6 +127,9 @@ def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingA
         activation_checkpointing_kwargs={"use_reentrant": False},
         optim=stage.optimizer,
         train_sampling_strategy="sequential",  # `FixedBudgetDataset` shuffles
+        dataloader_num_workers=n_workers,
+        dataloader_persistent_workers=n_workers > 0,
+        dataloader_pin_memory=has_gpu,
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta2=0.98,
@@ -136,10 +141,10 @@ def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingA
         save_steps=max(20, n_steps // 25),
         save_total_limit=2,
         seed=stage.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not has_gpu,
         bf16=stage.resolved_precision == "bf16",
         fp16=stage.resolved_precision == "fp16",
-        ddp_backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
+        ddp_backend="gloo" if world_size > 1 and not has_gpu else None,
         ddp_find_unused_parameters=bool(stage.vqa_data),  # VQA batches do not use the action head
         remove_unused_columns=False,
         disable_tqdm=True,

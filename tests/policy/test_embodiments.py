@@ -59,7 +59,7 @@ def drawn(stage):
 
 # -- the order ---------------------------------------------------------------------------------------------------------
 def parts(sizes, n):
-    return [FixedBudgetDataset(size, n, seed, lambda i, rng, seed=seed: (seed, i)) for seed, size in enumerate(sizes)]
+    return [FixedBudgetDataset(range(size), n, seed, lambda i, rng, seed=seed: (seed, i)) for seed, size in enumerate(sizes)]
 
 
 def test_parts_come_by_weight_each_in_epochs_of_its_own():

@@ -64,6 +64,7 @@ def test_an_unknown_field_is_an_error(stage):
         ({"shots": -1}, "expected 'shots' as an integer from 0 on, got -1"),
         ({"batch_size": 0}, "expected 'batch_size' as an integer from 1 on"),
         ({"n_processes": 0}, "expected 'n_processes' as an integer from 1 on"),
+        ({"n_loader_workers": -1}, "expected 'n_loader_workers' as an integer from 0 on, got -1"),
         ({"data_weights": (1.0, 1.0)}, "expected 'data_weights' above 0, one for each of 1 folders"),
         ({"data_weights": (float("nan"),)}, "expected 'data_weights' above 0"),
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
@@ -89,7 +90,7 @@ def test_settings_without_effect_are_refused(stage, changes, message):
 
 
 def test_the_folder_is_named_by_what_makes_the_result(stage):
-    for changes in ({"n_processes": 2}, {"augment": {"shift": 0}}):
+    for changes in ({"n_processes": 2}, {"augment": {"shift": 0}}, {"n_loader_workers": 2}):
         assert dataclasses.replace(stage, **changes).folder == stage.folder
     for changes in ({"seed": 1}, {"learning_rate": 2e-3}, {"augment": {"shift": 2}}, {"policy": {**ONE_STEP, "chunk_size": 4}}):
         assert dataclasses.replace(stage, **changes).folder != stage.folder
@@ -119,6 +120,15 @@ def test_a_retrained_initial_model_is_another_one(stage, tmp_path):
 )  # fmt: skip
 def test_every_setting_has_an_effect(stage, changes, tmp_path, plain_weights):
     assert moved(trained(few(stage, **changes), tmp_path / "changed"), plain_weights) > 1e-7
+
+
+def test_loader_workers_change_no_weight(stage, tmp_path, plain_weights):
+    """They read and collate the same samples, in the order of the budget."""
+    with_workers = trained(few(stage, n_loader_workers=2), tmp_path)
+    assert moved(with_workers, plain_weights) == 0
+    augmented = few(stage, augment={"shift": 2}, batch_size=4)
+    one, two = (trained(dataclasses.replace(augmented, n_loader_workers=n), tmp_path / str(n)) for n in (0, 2))
+    assert moved(one, two) == 0 < moved(one, plain_weights)
 
 
 @pytest.fixture(scope="module")
