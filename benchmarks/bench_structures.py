@@ -23,7 +23,7 @@ from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, Un
 from rvlm.policy.policy import Policy
 from rvlm.report.findings import provenance
 from rvlm.vlm.backbones import SMALL_VLM, as_encoder_outputs
-from rvlm.vlm.prompts import pad
+from rvlm.vlm.prompt_batches import pad
 
 WINDOW, BATCH, N_ROUNDS, N_ROBOTS = 8, 16, 15, 10
 TEXT = "push the red cube towards the camera"

@@ -19,7 +19,8 @@ import torch
 
 from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS
 from rvlm.statistics import Rate, wilson
-from rvlm.vlm.prompts import PromptBuilder, pad
+from rvlm.vlm.prompt_batches import pad
+from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.question_answering import VQACollator, encode_vqa
 
 LOCATION = re.compile(r"<loc(\d+)>")

@@ -40,7 +40,7 @@ def can_append_to_cache(model: PreTrainedModel, processor: Any) -> bool:
         ValueError: The family takes one image a prompt, or its attention is not causal.
     """
     spec = ActionSpec.from_card("tabletop_franka7")
-    policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras[:1], "has_state": False}
+    policy: dict[str, Any] = {"structure": "interleaved", "n_obs_steps": 3, "cameras": spec.cameras, "has_state": False}
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     config = VLAConfig(backbone=model.config.to_dict(), act_id=act_id, spec=spec.to_dict(), stats={}, **policy)
     vla = VLA(config, model).eval()

@@ -16,6 +16,9 @@ from rvlm.policy.model import VLA
 from rvlm.vlm.backbones import vision_features
 from rvlm.vlm.prompts import PromptBuilder
 
+SEQUENCE_KEYS = {"attention_mask", "token_type_ids"}  # given of all tokens, also of those in a KV cache
+CROSS_ATTENTION_MASK = "image_attention_mask"  # of Idefics, whose cache holds no images: a new token sees new ones and the last
+
 
 class SingleObservation:
     """One-step structure: the newest observation only."""
@@ -105,26 +108,29 @@ class UncachedSequence:
 class KVCachedSequence(UncachedSequence):
     """Interleaved structure with KV cache: a new observation is appended to the backbone's cached sequence.
 
-    Image features of the window are kept too, for the steps at which a new window starts. Images on which the prompt's text
-    depends (`PromptBuilder.is_separable`) are recomputed.
+    Where the family's only vision input is pixels (`PromptBuilder.is_separable`), image features of the window are kept too, for
+    the steps at which a new window starts.
     """
 
     def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
         super().__init__(model, prompt_builder)
         self._cache: Any = None
-        self._mask = self._hidden = torch.empty(0)
+        self._kept: dict[str, torch.Tensor] = {}  # inputs that the next step's continue: mask, token types
+        self._rope_deltas: torch.Tensor | None = None  # of families with positions by row and column
+        self._hidden = torch.empty(0)
 
     @staticmethod
     @torch.inference_mode()
     def matches_uncached(model: VLA, prompt_builder: PromptBuilder) -> bool:
         """Whether appending to this model's cache gives what recomputing gives: tried once, on noise.
 
-        False for families whose processor gives more than pixels, or whose positions depend on the whole sequence.
+        False for families whose prompt changes as observations join it: LLaVA-OneVision tiles an image that is the only one.
         """
-        rng, side, length = np.random.default_rng(0), prompt_builder.image_size, min(3, model.config.n_obs_steps)
-        noise = rng.integers(0, 256, (length, 2, prompt_builder.n_images, side, side, 3), np.uint8)
-        if not prompt_builder.uses_pixel_values_only:
+        rng, length = np.random.default_rng(0), min(3, model.config.n_obs_steps)
+        size = model.config.image_size or (prompt_builder.image_size, prompt_builder.image_size)
+        if not all(prompt_builder.continuation(n, *size) for n in range(2, length + 1)):
             return False
+        noise = rng.integers(0, 256, (length, 2, prompt_builder.n_images, *size, 3), np.uint8)
         cached, uncached = KVCachedSequence(model, prompt_builder), UncachedSequence(model, prompt_builder)
         for images in noise:
             zero_state = np.zeros((2, len(model.spec.state_names)), np.float32)
@@ -136,50 +142,78 @@ class KVCachedSequence(UncachedSequence):
 
     def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """As `SingleObservation.add`."""
-        if not self.prompt_builder.is_separable(*images.shape[-3:-1]):
-            return super().add(images, state, instructions)
-        is_same, length = list(instructions) == self._instructions, len(self._steps)
-        pixels = self.prompt_builder.pixels(images).to(self.model.device)
-        self._push(vision_features(self.model.backbone, pixels, len(images)), state, instructions)
-        if is_same and len(self._steps) == length + 1 and self._cache is not None:
-            self._decode_step()
+        is_same, length, size = list(instructions) == self._instructions, len(self._steps), images.shape[-3:-1]
+        vision: Any = images
+        if self.prompt_builder.is_separable(*size):
+            pixels = self.prompt_builder.pixels(images).to(self.model.device)
+            vision = vision_features(self.model.backbone, pixels, len(images))
+        self._push(vision, state, instructions)
+        if is_same and len(self._steps) == length + 1 > 1 and self.prompt_builder.continuation(length + 1, *size):
+            self._decode_step(*size)
         else:
             self._prefill()
 
     def predict(self) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a)."""
-        return super().predict() if self._cache is None else self.model.head.predict(self._hidden)
+        return self.model.head.predict(self._hidden)
 
     def keep(self, rows: Sequence[int]) -> None:
         """As `SingleObservation.keep`; the cache too."""
         super().keep(rows)
         if self._cache is not None:
-            kept = torch.as_tensor(list(rows), device=self._mask.device)
-            self._cache.batch_select_indices(kept)
-            self._mask, self._hidden = self._mask[kept], self._hidden[kept]
+            kept = torch.as_tensor(list(rows), device=self._hidden.device)
+            self._cache.reorder_cache(kept)
+            self._kept = {k: v[kept] for k, v in self._kept.items()}
+            self._hidden = self._hidden[kept]
+            self._rope_deltas = None if self._rope_deltas is None else self._rope_deltas[kept]
 
     def _prefill(self) -> None:
         """Pass the whole window through the backbone."""
-        n, length = len(self._instructions), len(self._steps)
-        tokens = self.prompt_builder.tokens(self._instructions, [length] * n)
-        self._forward(tokens["input_ids"].to(self.model.device), tokens["attention_mask"].to(self.model.device), length, None)
+        n_steps = [len(self._steps)] * len(self._instructions)
+        vision, state = self._newest(len(self._steps))
+        if isinstance(vision, torch.Tensor):
+            tokens = self.prompt_builder.tokens(self._instructions, n_steps)
+            inputs = {"image_features": vision, **{k: v.to(self.model.device) for k, v in tokens.items()}}
+        else:
+            inputs = _prompts(self.model, self.prompt_builder, vision, self._instructions, n_steps)
+        self._forward(inputs, state, None)
 
-    def _decode_step(self) -> None:
-        """Append the newest observation to the cache."""
-        text, n, length = self._instructions[0], len(self._instructions), len(self._steps)
-        before, now = (self.prompt_builder.token_ids(text, steps) for steps in (length - 1, length))
-        new = torch.tensor(now[len(before) :], device=self.model.device)
-        mask = torch.cat([self._mask, self._mask.new_ones(n, len(new))], dim=1)
-        self._forward(new.expand(n, -1), mask, 1, self._cache)
+    def _decode_step(self, height: int, width: int) -> None:
+        """Append the newest observation, with images of this size [px], to the cache."""
+        n, (vision, state) = len(self._instructions), self._newest(1)
+        new = {
+            k: v.to(self.model.device).expand(n, *v.shape[1:])
+            for k, v in self.prompt_builder.continuation(len(self._steps), height, width).items()
+        }
+        is_features = isinstance(vision, torch.Tensor)
+        prompts = {} if is_features else _prompts(self.model, self.prompt_builder, vision, self._instructions)
+        inputs = {**({"image_features": vision} if is_features else prompts), **new}
+        inputs |= {k: torch.cat([kept, inputs[k]], dim=1) for k, kept in self._kept.items()}
+        if CROSS_ATTENTION_MASK in inputs:
+            inputs[CROSS_ATTENTION_MASK] = inputs[CROSS_ATTENTION_MASK][..., -inputs["pixel_values"].shape[1] :]
+        self._forward(inputs, state, self._cache)
 
-    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, length: int, cache: Any) -> None:
-        """One pass over the last `length` observations of each robot."""
-        features, state = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*self._steps[-length:], strict=True))
+    def _newest(self, length: int) -> tuple[Any, torch.Tensor]:
+        """Images or features, and state, of the newest observations of each robot, robot by robot."""
+        vision, state = zip(*self._steps[-length:], strict=True)
+        stacked = torch.stack(state, dim=1).flatten(0, 1)
+        if isinstance(vision[0], torch.Tensor):
+            return torch.stack(vision, dim=1).flatten(0, 1), stacked
+        return np.stack(vision, axis=1).reshape(len(stacked), *vision[0].shape[1:]), stacked
+
+    def _forward(self, inputs: dict[str, torch.Tensor], state: torch.Tensor, cache: Any) -> None:
+        """One pass over these observations, after those in the cache."""
+        base: Any = self.model.backbone.base_model
+        if cache is not None and self._rope_deltas is not None:
+            base.rope_deltas = self._rope_deltas  # the model holds those of its last batch, which may be another
         hidden, self._cache = self.model.backbone_forward(
-            input_ids, self.model.action_query_embeddings(len(state), state), image_features=features,
-            attention_mask=mask, past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        self._mask, self._hidden = mask, hidden.unflatten(0, (-1, length))[:, -1]
+            offsets=self.model.action_query_embeddings(len(state), state), past_key_values=cache, use_cache=True, **inputs
+        )
+        self._rope_deltas = getattr(base, "rope_deltas", None)
+        self._kept = {k: inputs[k] for k in SEQUENCE_KEYS & inputs.keys()}
+        if CROSS_ATTENTION_MASK in inputs:
+            self._kept["pixel_values"] = inputs["pixel_values"][:, -1:]
+        self._hidden = hidden.unflatten(0, (len(self._instructions), -1))[:, -1]
 
 
 def _prompts(

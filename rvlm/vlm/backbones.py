@@ -193,12 +193,18 @@ class _PerImageFeatures(list):
         return torch.stack(list(self)).to(*args)
 
 
-def _position_ids_after_cache(model: PreTrainedModel, attention_mask: torch.Tensor, n_tokens: int) -> dict[str, torch.Tensor]:
+def _position_ids_after_cache(model: PreTrainedModel, input_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Position ids for a KV-cache continuation, in families whose own would be wrong."""
     base: Any = model.base_model
-    n_before = attention_mask.cumsum(-1)[:, -n_tokens:]
+    n_before = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :]
     if getattr(base, "rope_deltas", None) is not None:  # Qwen: images have positions by row and column
-        return {"position_ids": (n_before - 1 + base.rope_deltas).expand(3, -1, -1)}
+        first = n_before[:, :1] - 1 + base.rope_deltas
+        if "image_grid_thw" not in inputs:
+            return {"position_ids": (n_before - n_before[:, :1] + first).expand(3, -1, -1)}
+        own = {k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw")}
+        positions, deltas = base.get_rope_index(input_ids, **own)
+        base.rope_deltas = base.rope_deltas + deltas
+        return {"position_ids": positions + first}
     if base is model:  # KosMos-2 would count padding
         return {"position_ids": n_before + model.config.get_text_config().pad_token_id}
     return {}
@@ -257,5 +263,5 @@ def _base_forward(model: PreTrainedModel, input_ids: torch.Tensor, image_feature
     if image_features is not None:
         inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
     if inputs.get("past_key_values") is not None:
-        inputs |= _position_ids_after_cache(model, inputs["attention_mask"], input_ids.shape[1])
+        inputs |= _position_ids_after_cache(model, input_ids, inputs)
     return base(input_ids=input_ids, **{"use_cache": False, **inputs})

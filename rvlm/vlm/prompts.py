@@ -14,10 +14,10 @@ from jaxtyping import Float, Int, UInt8
 from transformers import ProcessorMixin
 
 from rvlm.vlm.processors import ACT, detect_image_size, detect_input_format, to_pil, with_cached_images
+from rvlm.vlm.prompt_batches import added_tokens, bos_in_first_observation, has_pixel_values_only, pad, without_tokens_after
 from rvlm.vlm.templates import ChatTemplate, image_token, special_tokens, token_pattern
 
 MAX_CACHED_PROMPTS = 4096
-TEXT_KEYS = {"input_ids", "attention_mask"}
 EXAMPLE_INSTRUCTION = "lift it"  # to try a processor with
 
 Images = UInt8[np.ndarray, "m n h w 3"] | Sequence[UInt8[np.ndarray, "n _ _ 3"]]  # of m observations; a list if sizes differ
@@ -73,6 +73,7 @@ class PromptBuilder:
         self._special_pattern = token_pattern([image_token(processor), *special_tokens(processor.tokenizer)])
         self._text_processor = with_cached_images(processor)
         self._cached_ids: dict[tuple[str, int], list[int]] = {}
+        self._continuations: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         self._is_separable: dict[tuple[int, ...], bool] = {}
         self._extra_bos, self._bos_options = "", {}
         if self.input_format == "placeholder":
@@ -94,15 +95,15 @@ class PromptBuilder:
             "tokenizer and its own code each write one; take it out of the chat template"
         )
 
-    def _black_images(self, n_steps: int) -> np.ndarray:
-        return np.zeros((n_steps, self.n_images, self.image_size, self.image_size, 3), np.uint8)
+    def _black_images(self, n_steps: int, *size: int) -> np.ndarray:
+        return np.zeros((n_steps, self.n_images, *(size or (self.image_size, self.image_size)), 3), np.uint8)
 
     @functools.cached_property
     def _rescaled_example(self) -> dict[str, torch.Tensor]:
         """The processor's output for an image of the model's size, if `_normalize` gives the same pixels; else empty."""
         noise = np.random.default_rng(0).integers(0, 256, self._black_images(1).shape, np.uint8)
         output = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
-        if not _has_pixel_values_only(output):
+        if not has_pixel_values_only(output):
             return {}
         ours, theirs = self._normalize(noise), output["pixel_values"]
         is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
@@ -119,10 +120,12 @@ class PromptBuilder:
         options = {"padding": True, "padding_side": self.padding_side, "return_tensors": "pt"}
         batch = dict(processor(**self._processor_inputs(samples, instructions), **options))
         batch.pop("labels", None)
+        tokenizer = processor.tokenizer
+        image_id, act_id = tokenizer.convert_tokens_to_ids([image_token(processor), ACT])
+        if max(n_steps) > 1:
+            batch["input_ids"] = bos_in_first_observation(batch["input_ids"], tokenizer.bos_token_id, image_id, act_id)
         if self.padding_side == "left":
-            shape, is_act = batch["input_ids"].shape, batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids(ACT)
-            end = int(is_act.nonzero()[:, 1].max()) + 1
-            batch = {k: v[:, :end] if v.shape[:2] == shape else v for k, v in batch.items()}
+            batch = without_tokens_after(batch, act_id)
         if self.is_causal_by_type:
             batch["token_type_ids"] = torch.ones_like(batch["token_type_ids"])
         return batch
@@ -161,7 +164,7 @@ class PromptBuilder:
             resized = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
             native = self._run_processor(self._black_images(1), [EXAMPLE_INSTRUCTION], [1])
             self._is_separable[height, width] = (
-                _has_pixel_values_only(resized)
+                has_pixel_values_only(resized)
                 and torch.equal(resized["input_ids"], native["input_ids"])
                 and resized["pixel_values"].shape == native["pixel_values"].shape
             )
@@ -205,7 +208,7 @@ class PromptBuilder:
 
     def _tokenize(self, instruction: str, n_steps: int) -> list[int]:
         self.text(instruction)
-        batch = self._run_processor(self._black_images(n_steps), [instruction], [n_steps], self._text_processor)
+        batch = self._text_batch(instruction, n_steps)
         processor: Any = self.processor
         candidates = [getattr(processor, "image_token_id", -1), *(getattr(processor, "image_token_ids", None) or [])]
         # one of them is the placeholder, others may mark an image's begin and end
@@ -213,6 +216,22 @@ class PromptBuilder:
         is_image = batch.get("image_embeds_position_mask", max(masks, key=torch.sum))  # KosMos-2 gives the mask itself
         self.image_token_ids = {int(batch["input_ids"][0, i]) for i in is_image[0].nonzero().flatten()}
         return batch["input_ids"][0].tolist()
+
+    def _text_batch(self, instruction: str, n_steps: int, *size: int) -> dict[str, torch.Tensor]:
+        """The processor's output for a prompt with black images, of the model's size or of this height and width [px]."""
+        return self._run_processor(self._black_images(n_steps, *size), [instruction], [n_steps], self._text_processor)
+
+    def continuation(self, n_steps: int, height: int, width: int) -> dict[str, Int[torch.Tensor, "1 l ..."]]:
+        """What the last of `n_steps` observations, with images of this size [px], adds to a prompt, whatever its instruction.
+
+        Returns:
+            `input_ids` (1, l) of l tokens and the family's other inputs per token, such as types; empty if others change too.
+        """
+        key = (n_steps, height, width)
+        if key not in self._continuations:
+            prompts = [self._text_batch(EXAMPLE_INSTRUCTION, n, height, width) for n in (n_steps - 1, n_steps)]
+            self._continuations[key] = added_tokens(*prompts)
+        return self._continuations[key]
 
     def token_roles(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
         """Tokens of the prompt of `n_steps` observations, and each one's role, for `rvlm.report.plots.tokens.token_map`.
@@ -277,22 +296,3 @@ class PromptBuilder:
         n_steps = [1] * len(instructions) if n_steps is None else n_steps
         rows = [self.token_ids(text, n) for text, n in zip(instructions, n_steps, strict=True)]
         return pad(rows, self.processor.tokenizer.pad_token_id, self.padding_side)
-
-
-def _has_pixel_values_only(batch: dict[str, torch.Tensor]) -> bool:
-    """Whether a prompt is text and unmasked pixels, without image sizes, positions or token types."""
-    mask = batch.get("pixel_attention_mask")
-    is_unmasked = mask is None or bool(mask.all())
-    return is_unmasked and set(batch) <= {*TEXT_KEYS, "pixel_values", "pixel_attention_mask"}
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict[str, Int[torch.Tensor, "b l"]]:
-    """Rows of token ids as `input_ids` and `attention_mask` (b, l), padded on one side."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        positions = slice(length - len(row), length) if side == "left" else slice(len(row))
-        ids[i, positions] = torch.tensor(row)
-        mask[i, positions] = 1
-    return {"input_ids": ids, "attention_mask": mask}

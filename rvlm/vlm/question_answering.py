@@ -8,7 +8,8 @@ from jaxtyping import Float, UInt8
 from transformers import ProcessorMixin
 
 from rvlm.vlm.processors import ACT
-from rvlm.vlm.prompts import PromptBuilder, pad
+from rvlm.vlm.prompt_batches import pad
+from rvlm.vlm.prompts import PromptBuilder
 
 
 def encode_vqa(prompt_builder: PromptBuilder, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:

@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monk
     """Where the cached sequence differs from the uncached one, the uncached one acts."""
     model, processor = build(toy_vlm, toy_stats, INTERLEAVED)
     assert isinstance(Policy(model, processor).history, KVCachedSequence)
-    monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self: None)
+    monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self, height, width: None)
     history = Policy(model, processor).history
     assert type(history) is UncachedSequence
 

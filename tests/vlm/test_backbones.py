@@ -14,7 +14,8 @@ from rvlm.policy.factory import make_policy
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import as_encoder_outputs, load_backbone
 from rvlm.vlm.processors import ACT, load_processor, to_pil
-from rvlm.vlm.prompts import PromptBuilder, pad
+from rvlm.vlm.prompt_batches import pad
+from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.question_answering import encode_vqa
 from rvlm.vlm.small import small_vlm, train_tokenizer
 

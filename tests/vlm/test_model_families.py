@@ -11,8 +11,10 @@ from toy_policies import SPEC
 from rvlm.policy.collation import RobotCollator
 from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.inspection import can_append_to_cache
+from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
-from rvlm.vlm.backbones import load_backbone, vision_modules
+from rvlm.vlm import tiny_models
+from rvlm.vlm.backbones import language_model, load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.templates import image_token
@@ -107,13 +109,59 @@ def test_the_docs_list_every_family():
     assert families_in_docs(r"^- [a-z ,]+: (.*?)(?=\n- |\n\n)") == set(FAMILIES)
 
 
-def test_the_docs_list_the_families_with_a_kv_cache_over_observations(folder):
-    is_listed = folder.name in families_in_docs(r"the\s+KV\s+cache\s+in\s+(.*?),\s+as\s+long")
-    processor = load_processor(folder)
+def test_every_family_with_several_images_appends_to_its_kv_cache(folder):
+    if folder.name not in ONE_IMAGE:
+        processor = load_processor(folder)
+        assert can_append_to_cache(load_backbone(folder, processor), processor)
+
+
+def test_a_family_whose_prompt_changes_with_its_observations_recomputes(toy_stats, tmp_path):
+    """LLaVA-OneVision tiles an image that is the only one of its prompt."""
+    FAMILIES["llava_onevision"](tmp_path)
+    settings = {"structure": "interleaved", "n_obs_steps": 3, "cameras": ("static",)}
+    assert type(Policy(*build(tmp_path, toy_stats, settings)).history) is UncachedSequence
+
+
+@pytest.fixture
+def two_layers(folder, tmp_path, monkeypatch):
+    """The family with two layers: in the second, what is cached depends on the tokens before."""
+    monkeypatch.setitem(tiny_models.LAYER_CONFIG, "num_hidden_layers", 2)
+    FAMILIES[folder.name](tmp_path)
+    return tmp_path
+
+
+@torch.inference_mode()
+def test_appending_equals_recomputing(two_layers, folder, toy_stats):
+    """As windows fill and slide, for robots whose instructions differ in length and of which some are dropped."""
     if folder.name in ONE_IMAGE:
-        assert not is_listed
-    else:
-        assert can_append_to_cache(load_backbone(folder, processor), processor) == is_listed
+        return
+    model, processor = build(two_layers, toy_stats, {"structure": "interleaved", "n_obs_steps": 4})
+    for weight in language_model(model.backbone).parameters():
+        weight.mul_(8 if weight.ndim == 2 else 1)  # for attention to differ between tokens
+    for size in ((SIDE, SIDE), (SIDE, 2 * SIDE)):  # wide images are tiled by some
+        lengths = appended_lengths(model.eval(), processor, size)
+        one, more = lengths[:2]
+        assert more < one and lengths[:4] == [one, more, more, more] and lengths[5] == more < lengths[4]
+
+
+def appended_lengths(model, processor, size):
+    """Tokens that a cached history passes through the model at each step, whose predictions are those of an uncached one."""
+    prompt_builder, rng, robots, lengths = model.prompt_builder(processor), np.random.default_rng(0), [0, 1, 2], []
+    histories = [kind(model, prompt_builder) for kind in (KVCachedSequence, UncachedSequence)]
+    handle = model.backbone.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    for step in range(6):
+        images = rng.integers(0, 256, (len(robots), 2, *size, 3), np.uint8)
+        state = torch.as_tensor(rng.normal(size=(len(robots), 7)), dtype=torch.float32)
+        for history in histories:
+            history.add(images, state, [TEXTS[robot] + " and then stop" * robot for robot in robots])
+        cached, uncached = (history.predict() for history in histories)
+        assert torch.allclose(cached, uncached, atol=1e-5), (step, float((cached - uncached).abs().max()))
+        rows = {1: [2, 0], 4: [1]}.get(step, range(len(robots)))
+        robots = [robots[row] for row in rows]
+        for history in histories:
+            history.keep(rows)
+    handle.remove()
+    return lengths[::2]
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
