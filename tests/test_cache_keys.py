@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toy_data import TEXTS, toy_frames
@@ -88,6 +89,7 @@ CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its
     "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
     "training/trainer.py": {*ROBOT_STAGES, *ASKING},
     "training/feature_cache.py": {*ROBOT_STAGES, "questions"},
+    "training/frozen_backbone.py": ROBOT_STAGES,
     "training/detection.py": {"detection"},
     "evaluation/rollouts.py": ACTED,
     "evaluation/chains.py": {"chains"},
@@ -203,9 +205,10 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     """The code that selects a dataset's rows is not in the key of its frames, for the rows are."""
     from rvlm.caches import Code
     from rvlm.data import cameras
-    from rvlm.training import feature_cache
+    from rvlm.training import feature_cache, frozen_backbone
     from rvlm.vlm.backbones import load_backbone
-    from rvlm.vlm.processors import load_processor
+    from rvlm.vlm.processors import ACT, load_processor
+    from rvlm.vlm.prompts import PromptBuilder
 
     dataset, kept = EpisodeDataset(record(tmp_path / "demos")), {}
     ran = traced(lambda: kept.update(dataset.frames_cache(["static"])))
@@ -216,7 +219,11 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     processor = load_processor(toy_vlm)
     model = load_backbone(toy_vlm, processor)
     ran = traced(lambda: feature_cache.cached_features(model, processor, kept))
-    assert ("rvlm.training.feature_cache", "_write") in ran and missing(ran, feature_cache.FEATURES_CODE) == []
+    assert ("rvlm.training.feature_cache", "write_batches") in ran and missing(ran, feature_cache.FEATURES_CODE) == []
+    act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
+    asked = model, act_id, PromptBuilder(processor, 1), [kept["static"]], np.arange(3), TEXTS[:3], "fp32"
+    ran = traced(lambda: frozen_backbone.observation_features(*asked))
+    assert ("rvlm.vlm.backbones", "action_query_states") in ran and missing(ran, frozen_backbone.OBSERVATIONS_CODE) == []
 
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):

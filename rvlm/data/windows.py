@@ -57,6 +57,7 @@ class Windows:
         cameras: names, in the order of the model's input images; the card's if left out.
         dataset_index: index of the samples' card and statistics in a mixture.
         frames: arrays ``(n_frames, ...)`` per camera instead of the images, such as features of the vision tower.
+        features: ``(n_frames, d)``, or what is indexed by row like it: samples have "features" ``(t, d)`` and no images.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Windows:
         cameras: Sequence[str] | None = None,
         dataset_index: int = 0,
         frames: Sequence[np.ndarray] | None = None,
+        features: Any = None,
     ) -> None:
         self.dataset, self.spec = dataset, dataset.require_spec()
         for name, value in (("n_obs_steps", n_obs_steps), ("chunk_size", chunk_size)):
@@ -80,7 +82,8 @@ class Windows:
         self.stats = stats or dataset.stats(episodes=self.episodes)
         self.dataset_index = dataset_index
         self._load_columns()
-        self._frames = self._load_frames() if frames is None else list(frames)
+        self._features = features
+        self._frames = self._load_frames() if frames is None and features is None else list(frames or ())
 
     def _load_columns(self) -> None:
         raw = self.dataset.column("action")
@@ -133,8 +136,12 @@ class Windows:
         action_rows = obs_rows[..., None] + np.arange(self.chunk_size)  # (b, t, k); may lie past the end
         valid = obs_mask[..., None] & (action_rows < end[..., None])
         action = self._action[np.clip(action_rows, first[..., None], end[..., None] - 1)]
+        if self._features is None:
+            seen = {"images": np.stack([frames[obs] for frames in self._frames], axis=2)}
+        else:
+            seen = {"features": self._features[obs]}
         return {
-            "images": np.stack([frames[obs] for frames in self._frames], axis=2),
+            **seen,
             "state": self._state[obs],
             "action": action,
             "action_mask": valid[..., None] & self.spec.present,

@@ -21,9 +21,11 @@ class RobotCollator:
         self.prompt_builder = prompt_builder
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Samples of `Windows` to one batch."""
+        """Samples of `Windows` to one batch; those with features have no prompt."""
         keys = ("state", "action", "action_mask", "obs_mask", "dataset_index")
-        stacked = {k: np.stack([s[k] for s in samples]) for k in keys}
+        stacked = {k: np.stack([s[k] for s in samples]) for k in (*keys, *({"features"} & samples[0].keys()))}
+        if "features" in stacked:
+            return _tensors(stacked)
         if self.prompt_builder.is_interleaved:
             n_steps, texts = stacked["obs_mask"].sum(1).tolist(), [s["instruction"] for s in samples]
             seen = [images for s in samples for images in s["images"][s["obs_mask"]]]
@@ -35,4 +37,8 @@ class RobotCollator:
             prompts = self.prompt_builder(flat, texts, n_steps)
         else:
             prompts = {**self.prompt_builder.tokens(texts, n_steps), **self.prompt_builder.vision_inputs(np.stack(seen))}
-        return {**prompts, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in stacked.items()}}
+        return {**prompts, **_tensors(stacked)}
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -88,10 +88,12 @@ class EmbodimentConditioning:
 
     def __call__(self, embodiment: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with its state aligned and, by "name", the robot before its instruction."""
-        instruction = sample["instruction"]
-        if self.kind == "name":
-            instruction = with_embodiment_name(embodiment.spec, instruction)
+        instruction = self.instruction(embodiment, sample["instruction"])
         return {**sample, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
+
+    def instruction(self, embodiment: Embodiment, instruction: str) -> str:
+        """The instruction, by "name" after the robot's name."""
+        return with_embodiment_name(embodiment.spec, instruction) if self.kind == "name" else instruction
 
     def align_state(self, embodiment: Embodiment, state: Num[np.ndarray, "*n _"]) -> Num[np.ndarray, "*n _"]:
         """A normalised state (..., s) in the policy's order; by "token" (..., s + 1), with the robot's index last."""

@@ -186,6 +186,7 @@ class VLA(SavedPolicy):
         state: Float[Tensor, "b t _"],
         obs_mask: Bool[Tensor, "b t"] | None = None,
         tokens: Int[Tensor, "n N"] | None = None,
+        features: Float[Tensor, "b t d"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "b t ... d"]:
         """Features (b, t, d) of t observation steps, each with its past; (b, t, N, d) where the head reads N.
@@ -194,8 +195,11 @@ class VLA(SavedPolicy):
             state: (b, t, s), as `conditioning` gives it.
             obs_mask: (b, t), false before the episode's start; "interleaved" leaves those observations out.
             tokens: (b * t, N), teacher-forced action tokens.
+            features: (b, t, d) of the single observations, computed before: the backbone is not run.
             inputs: Prompts of the b * t observations, in that order; interleaved, of b sequences.
         """
+        if features is not None:
+            return self.history(features)
         if self.config.structure != "interleaved":
             features = self.observation_features(state=state.flatten(0, 1), tokens=tokens, **inputs).unflatten(0, state.shape[:2])
             return self.history(features)

@@ -3,6 +3,7 @@
 Modules:
     stages: `Stage`: the configuration of a training, and its folder.
     feature_cache: features of a frozen vision tower, computed once per frame.
+    frozen_backbone: what is read at `<act>` of a frozen backbone, computed once per frame.
     detection: stage 0: detection pre-training of the vision tower.
     stage_data: model, processor, samples and collator of each kind of stage.
     trainer_checkpoints: checkpoints of a running training, and resuming from the newest complete one.

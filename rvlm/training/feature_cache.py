@@ -1,9 +1,9 @@
-"""Cached features of a frozen vision tower: computed once per frame, written in batches, memory-mapped."""
+"""Cached features of frozen networks, here of a vision tower: computed once per frame, written in batches, memory-mapped."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rvlm.caches import Code, prune_features, register
 from rvlm.files import artifacts_dir, config_hash, file_hash, make_folder, reserve
 from rvlm.vlm.backbones import language_model, vision_features, vision_modules
 from rvlm.vlm.prompts import PromptBuilder
+from rvlm.vlm.quantization import compute_device
 
 FEATURES_CODE = Code(("rvlm.training.feature_cache",))
 FRAMES_PER_BATCH = 64  # of a forward pass of the tower
@@ -26,7 +27,7 @@ def cached_features(
 ) -> dict[str, Float[np.ndarray, "n *steps p d"]]:
     """Features of images, cached on disk by the content of the images, the tower and its processor.
 
-    Data-parallel processes share the work.
+    The tower is moved to this process's device.
 
     Args:
         model: The vision-language model.
@@ -39,19 +40,72 @@ def cached_features(
     Raises:
         FloatingPointError: Features are NaN or infinite.
     """
-    prompt_builder, names = PromptBuilder(processor, 1), list(images)
     tower = {"tower": _hash_of_tower(model, processor), "code": FEATURES_CODE.hash}
+    for part in vision_modules(model):
+        part.to(compute_device())
+    prompt_builder, dtype = PromptBuilder(processor, 1), next(vision_modules(model)[0].parameters()).dtype
+
+    def batches(name: str) -> Iterable[np.ndarray]:
+        flat = images[name].reshape(-1, 1, *images[name].shape[-3:])
+        for i in range(0, len(flat), FRAMES_PER_BATCH):
+            pixels = prompt_builder.pixels(flat[i : i + FRAMES_PER_BATCH]).to(compute_device(), dtype)
+            yield vision_features(model, pixels).float().cpu().numpy()
+
+    def write(name: str, path: Path) -> None:
+        shape = images[name].shape[:-3]
+        if not write_batches(path, shape, batches(name), np.float16):
+            write_batches(path, shape, batches(name), np.float32)
+
+    return cached_arrays({name: {"frames": array_hash(images[name]), **tower} for name in images}, FEATURES_CODE, write)
+
+
+def cached_arrays(
+    settings: Mapping[str, dict[str, Any]], code: Code, write: Callable[[str, Path], Any]
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Arrays on disk, each named by its settings; those that are missing are written. Data-parallel processes share the work.
+
+    Args:
+        settings: By name of an array: JSON values that determine its content, the hash of `code` among them.
+        code: Code that computes them.
+        write: Is given a name and the path of a file to write.
+
+    Returns:
+        By name, memory-mapped.
+    """
+    names, folders = list(settings), {}
     start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
-    paths = {}
     for name in names[start:] + names[:start]:
-        settings = {"frames": array_hash(images[name]), **tower}
-        folder = artifacts_dir() / "features" / config_hash(settings)
+        folder = artifacts_dir() / "features" / config_hash(settings[name])
         if not folder.is_dir():
-            FEATURES_CODE.require_unchanged()
+            code.require_unchanged()
             prune_features()
-            make_folder(folder, lambda part, name=name: _write(part / "features.npy", model, prompt_builder, images[name]))
-        paths[name] = register(folder, FEATURES_CODE, settings) / "features.npy"
-    return {name: np.load(paths[name], mmap_mode="r") for name in names}
+            make_folder(folder, lambda part, name=name: write(name, part / "features.npy"))
+        folders[name] = register(folder, code, settings[name])
+    return {name: np.load(folders[name] / "features.npy", mmap_mode="r") for name in names}
+
+
+def write_batches(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], dtype: type[np.floating]) -> bool:
+    """Write features (*shape, ...) with at most a batch of them in memory; False at the first batch that overflows `dtype`.
+
+    Raises:
+        FloatingPointError: Features are NaN or infinite.
+    """
+    rows, i = None, 0
+    for part in batches:
+        if not np.isfinite(part).all():
+            raise FloatingPointError(
+                f"expected finite features of images from {i} on, got NaN or infinity; use another precision, or a model whose "
+                "weights are finite"
+            )
+        if np.abs(part).max() > np.finfo(dtype).max:
+            return False
+        if rows is None:
+            out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(*shape, *part.shape[1:]))
+            reserve(path, out.offset + out.nbytes)
+            rows = out.reshape(-1, *part.shape[1:])
+        rows[i : i + len(part)] = part
+        i += len(part)
+    return True
 
 
 def array_hash(array: Shaped[np.ndarray, "..."]) -> str:
@@ -75,10 +129,15 @@ def _is_whole_file(array: np.memmap) -> bool:
 
 
 def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """Hash of all that features depend on except the images."""
-    total = hashlib.sha256()
+    """Hash of all that the tower's features depend on except the images."""
     has_separate_tower = language_model(model) is not model.base_model  # else the connector is in the language model
-    for i, part in enumerate(vision_modules(model) if has_separate_tower else [model]):
+    return hash_of_network(model, processor, vision_modules(model) if has_separate_tower else [model])
+
+
+def hash_of_network(model: PreTrainedModel, processor: ProcessorMixin, parts: Iterable[torch.nn.Module]) -> str:
+    """Hash of the weights of some parts of a model, of its configuration, and of how its processor prepares images."""
+    total = hashlib.sha256()
+    for i, part in enumerate(parts):
         for name, value in part.state_dict().items():
             total.update(f"{i} {name} {value.dtype} {tuple(value.shape)}".encode())
             total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -87,30 +146,3 @@ def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     return config_hash(
         {"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": settings}
     )
-
-
-def _write(path: Path, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> None:
-    """Write the features of images (n, ..., h, w, 3), with at most a batch of them in memory."""
-    if not _write_as(path, np.dtype(np.float16), model, prompt_builder, images):
-        _write_as(path, np.dtype(np.float32), model, prompt_builder, images)
-
-
-def _write_as(path: Path, dtype: np.dtype, model: PreTrainedModel, prompt_builder: PromptBuilder, images: np.ndarray) -> bool:
-    """Write features as `dtype`; False at the first batch that overflows it."""
-    flat, rows = images.reshape(-1, 1, *images.shape[-3:]), None
-    for i in range(0, len(flat), FRAMES_PER_BATCH):
-        part = vision_features(model, prompt_builder.pixels(flat[i : i + FRAMES_PER_BATCH])).float().cpu().numpy()
-        if not np.isfinite(part).all():
-            raise FloatingPointError(
-                f"expected finite features of images from {i} on by the tower of {model.config.model_type!r}, got "
-                "NaN or infinity; use another precision, or a model whose weights are finite"
-            )
-        if np.abs(part).max() > np.finfo(dtype).max:
-            return False
-        if rows is None:
-            shape = (*images.shape[:-3], *part.shape[1:])
-            out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            reserve(path, out.offset + out.nbytes)
-            rows = out.reshape(len(flat), *part.shape[1:])
-        rows[i : i + len(part)] = part
-    return True

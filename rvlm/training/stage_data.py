@@ -18,9 +18,11 @@ from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning
 from rvlm.policy.factory import make_policy, modify_policy
 from rvlm.policy.hub import fetch
 from rvlm.training.feature_cache import cached_features
+from rvlm.training.frozen_backbone import FeaturesOfRows, observation_features, why_at_every_step
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
 from rvlm.vlm.backbones import freeze_vision, load_backbone
 from rvlm.vlm.processors import load_processor
+from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.question_answering import VQACollator
 
 
@@ -74,17 +76,13 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     train = [_select_shots(stage, data, split(data)[0]) for data in datasets]
     model, processor = _load_policy(stage, _embodiments(datasets, train))
     model.config.image_size = _image_size(datasets, model.config.cameras)
-    prompt_builder, features = model.prompt_builder(processor), [None] * len(datasets)
-    if stage.freeze_vision:
-        freeze_vision(model.backbone)
-        frames = [data.frames_cache(model.config.cameras) for data in datasets]
-        if all(prompt_builder.is_separable(*images.shape[-3:-1]) for cameras in frames for images in cameras.values()):
-            features = [list(cached_features(model.backbone, processor, images).values()) for images in frames]
+    prompt_builder = model.prompt_builder(processor)
+    precomputed = _precomputed(stage, model, prompt_builder, datasets, train)
     parts = []
-    for i, (data, rows, cached) in enumerate(zip(datasets, train, features, strict=True)):
+    for i, (data, episodes, given) in enumerate(zip(datasets, train, precomputed, strict=True)):
         embodiment, config = model.embodiment(data.require_spec()), model.config
-        window = (config.n_obs_steps, config.chunk_size, rows, embodiment.stats, config.cameras)
-        windows = Windows(data, *window, dataset_index=i, frames=cached)
+        window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras)
+        windows = Windows(data, *window, dataset_index=i, **given)
         samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.augment)
         parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))
     samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.data_weights, stage.n_samples, stage.seed)
@@ -92,6 +90,45 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     if stage.vqa_data:
         samples, collate = _with_vqa(stage, processor, samples, collate)
     return model, processor, samples, collate
+
+
+def _precomputed(
+    stage: Stage, model: Any, prompt_builder: PromptBuilder, datasets: Sequence[Any], train: Sequence[np.ndarray]
+) -> list[dict[str, Any]]:
+    """What `Windows` of each dataset takes instead of images: features of a frozen backbone or vision tower, if there are any."""
+    if stage.freeze_vision:
+        freeze_vision(model.backbone)
+    rows = [np.flatnonzero(np.isin(data.episode_of_frame, episodes)) for data, episodes in zip(datasets, train, strict=True)]
+    is_one_text = all(_has_one_text(data, at) for data, at in zip(datasets, rows, strict=True))
+    if why_at_every_step(stage, model, sum(map(len, rows)), is_one_text) is None:
+        return [
+            {"features": _observation_features(stage, model, prompt_builder, data, at)}
+            for data, at in zip(datasets, rows, strict=True)
+        ]
+    frames = [data.frames_cache(model.config.cameras) for data in datasets]
+    sizes = {images.shape[-3:-1] for cameras in frames for images in cameras.values()}
+    if not stage.freeze_vision or not all(prompt_builder.is_separable(*size) for size in sizes):
+        return [{}] * len(datasets)
+    processor = prompt_builder.processor
+    return [{"frames": list(cached_features(model.backbone, processor, images).values())} for images in frames]
+
+
+def _has_one_text(data: Any, rows: np.ndarray) -> bool:
+    """Whether the rows of each episode have the same instruction."""
+    pairs = set(zip(data.episode_of_frame[rows].tolist(), data.task_of_frame[rows].tolist(), strict=True))
+    return len(pairs) == len(np.unique(data.episode_of_frame[rows]))
+
+
+def _observation_features(stage: Stage, model: Any, prompt_builder: PromptBuilder, data: Any, rows: np.ndarray) -> FeaturesOfRows:
+    embodiment = model.embodiment(data.require_spec())
+    texts = [
+        model.conditioning.instruction(embodiment, instruction_of(stage.instructions, data.tasks[task]))
+        for task in data.task_of_frame[rows].tolist()
+    ]
+    frames = list(data.frames_cache(model.config.cameras).values())
+    return observation_features(
+        model.backbone, model.config.act_id, prompt_builder, frames, rows, texts, stage.resolved_precision
+    )
 
 
 def _image_size(datasets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
@@ -170,16 +207,19 @@ class RobotSamples:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """A window, with a random paraphrase and augmentation."""
-        sample = self.conditioning(self.embodiment, {**sample, "instruction": self._instruction(sample["instruction"], rng)})
+        instruction = instruction_of(self.instructions, sample["instruction"], rng)
+        sample = self.conditioning(self.embodiment, {**sample, "instruction": instruction})
         return {**sample, "images": augment(sample["images"], rng, **self.augment)} if self.augment else sample
 
-    def _instruction(self, original: str, rng: np.random.Generator) -> str:
-        if self.instructions == "original":
-            return original
-        from rvlm.envs.tabletop.tasks import paraphrases  # imports OpenGL; other data have no paraphrases
 
-        options = paraphrases(original)
-        return options[int(rng.integers(len(options)))] if self.instructions == "paraphrased" else options[0]
+def instruction_of(kind: str, original: str, rng: np.random.Generator | None = None) -> str:
+    """The instruction of a sample: the original, the canonical one of its task, or a paraphrase that `rng` draws."""
+    if kind == "original":
+        return original
+    from rvlm.envs.tabletop.tasks import paraphrases  # imports OpenGL; other data have no paraphrases
+
+    options = paraphrases(original)
+    return options[0] if rng is None or kind == "canonical" else options[int(rng.integers(len(options)))]
 
 
 def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:

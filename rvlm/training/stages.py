@@ -51,8 +51,8 @@ _POLICIES = (
     *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video", "augmentation")),
 )
 UNUSED_MODULES = {
-    DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.feature_cache"),
-    VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.detection"),
+    DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.feature_cache", "rvlm.training.frozen_backbone"),
+    VISION_LANGUAGE: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.detection", "rvlm.training.frozen_backbone"),
     ROBOT: (*_RECORDING, *_RENDERING, "rvlm.training.detection"),
 }
 
