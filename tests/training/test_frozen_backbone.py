@@ -53,7 +53,7 @@ def test_a_trained_policy_acts_on_what_was_read_of_its_frames(stage, tmp_path):
     samples = STAGE_BUILDERS[ROBOT](frozen(stage))[2]
     train_stage_in_process(frozen(stage), tmp_path)
     policy, loaded = load_policy(tmp_path / "model"), load_vla(tmp_path / "model")[0]
-    windows = samples.transform.windows
+    windows = samples.items
     for i in (0, 11):
         sample = windows[i]
         episode, at = windows.dataset.episode(sample["episode_index"]), sample["frame_index"]
@@ -82,7 +82,7 @@ def test_the_backbone_is_not_run_in_a_step(stage, tmp_path, monkeypatch):
 
 def features_of(stage):
     _, _, samples, _ = STAGE_BUILDERS[ROBOT](stage)
-    return np.stack([samples.transform.windows[i]["features"][-1] for i in range(20)])
+    return np.stack([samples.items[i]["features"][-1] for i in range(20)])
 
 
 def test_features_are_of_these_instructions_frames_and_weights(stage, tmp_path):
