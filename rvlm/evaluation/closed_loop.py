@@ -50,6 +50,7 @@ class Evaluation:
         robot, families, setting, max_steps: Of the tabletop; families left out are `DEFAULT_TASKS`.
         first_seed: Of the first episode; later ones count up.
         n_action_steps, temporal_ensemble_coeff: How predicted chunks are executed, as `Policy` takes them.
+        device: Of the policy's computation; this machine's GPU if it has one, else its CPU.
 
     Example:
         >>> evaluation = rvlm.Evaluation("random", n_episodes=4, families=("lift", "push"))
@@ -67,6 +68,7 @@ class Evaluation:
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int | None = None
     temporal_ensemble_coeff: float | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.ablation not in INPUT_ABLATIONS:
@@ -124,7 +126,9 @@ class Evaluation:
     def folder(self) -> Path:
         """Cache of finished batches, named by a hash of settings, data card, the policy's content, and the code."""
         content = {**dataclasses.asdict(self), "n_episodes": None, "spec": dataclasses.asdict(_spec(self.robot))}
-        content["policy"] = self.policy if self.policy in ("random", "expert") else model_hash(self.policy)
+        is_trained = self.policy not in ("random", "expert")
+        content["policy"] = model_hash(self.policy) if is_trained else self.policy
+        content["device"] = _device_type(self.device) if is_trained else None
         return artifacts_dir() / "evaluations" / config_hash({**content, "code": self.code.hash})
 
     def run(self, batch: int) -> list[dict]:
@@ -144,22 +148,33 @@ def _spec(robot: str) -> ActionSpec:
     return ActionSpec.from_card(f"tabletop_{robot}")
 
 
+def _device_type(device: str | None) -> str:
+    """"cpu" or "cuda", whose sums round differently: where a policy computes if `device` is asked for."""
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+
+
 def _load_evaluated(evaluation: Evaluation) -> Any:
     """The policy to evaluate; None for the expert."""
     policy, robot = evaluation.policy, evaluation.robot
     if policy in ("random", "expert"):
         return RandomPolicy(_spec(robot)) if policy == "random" else None
-    return _load(policy, model_hash(policy), evaluation.n_action_steps, evaluation.temporal_ensemble_coeff, robot)
+    execution = (evaluation.n_action_steps, evaluation.temporal_ensemble_coeff)
+    return _load(policy, model_hash(policy), *execution, robot, evaluation.device)
 
 
 @functools.lru_cache(maxsize=4)
-def _load(policy: str, content: str, n_action_steps: int | None, temporal_ensemble_coeff: float | None, robot: str) -> Any:
+def _load(
+    policy: str, content: str, n_action_steps: int | None, temporal_ensemble_coeff: float | None, robot: str, device: str | None
+) -> Any:
     """A trained policy, loaded again only if its content has changed."""
     from rvlm.policy.policy import load_policy
 
     return load_policy(
         policy,
         revision=commit_on_hub(policy),
+        device=device,
         n_action_steps=n_action_steps,
         temporal_ensemble_coeff=temporal_ensemble_coeff,
         spec=_spec(robot),

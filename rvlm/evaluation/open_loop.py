@@ -42,7 +42,8 @@ def predict_chunks(
         batch = collate([conditioning(robot, sample) for sample in ablate(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
-        predicted = spec.unnormalize(model.predict(**batch).float().numpy(), stats)
+        chunks = model.predict(**{name: value.to(model.device) for name, value in batch.items()})
+        predicted = spec.unnormalize(chunks.float().cpu().numpy(), stats)
         part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats), "mask": mask}
         parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

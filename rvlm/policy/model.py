@@ -62,6 +62,7 @@ class VLA(SavedPolicy):
         self.embodiment_embedding = (
             nn.Parameter(torch.zeros(MAX_EMBODIMENTS, width)) if config.embodiment_conditioning == "token" else None
         )
+        self.to(self.backbone.device)  # a backbone in 4 bits stands on the GPU already
         self.post_init()
 
     def register_embodiments(self, robots: Sequence[Embodiment]) -> None:

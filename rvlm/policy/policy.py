@@ -19,6 +19,7 @@ from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
+from rvlm.vlm.quantization import compute_device
 from rvlm.vlm.templates import image_token, special_tokens
 
 Observation = dict[str, Any]
@@ -232,7 +233,7 @@ def load_policy(
         name: A saved model's folder, or its name on the Hub.
         revision: Commit, branch or tag of a name on the Hub.
         base_model: Folder of the backbone, of a policy that was saved without it.
-        device: Of the computation; where its weights are loaded if left out.
+        device: Of the computation; this machine's GPU if it has one, else its CPU.
         options: Of `Policy`: `n_action_steps`, `temporal_ensemble_coeff`, `spec`.
 
     Raises:
@@ -244,4 +245,5 @@ def load_policy(
         >>> action = policy.select_action([observation])[0]
         >>> observation, *_ = env.step(action)
     """
+    device = device or compute_device()
     return Policy(*load_vla(name, revision=revision, base_model=base_model, device=device), **options)

@@ -160,7 +160,7 @@ class SavedPolicy(PreTrainedModel):
             revision: Commit, branch or tag on the Hub.
             base_model: Folder or Hub name of a referenced backbone, if it has moved.
             is_quantized: Whether to load the backbone in 4 bits; default: as trained.
-            device: Moved there.
+            device: Of all of it; where its backbone is loaded if left out: the CPU, or the GPU of one in 4 bits.
             config: The folder's, if read already.
             options: `cache_dir`, `force_download`, `local_files_only`, `token`.
 

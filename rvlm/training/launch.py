@@ -193,6 +193,7 @@ def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> d
     """Train independent stages in parallel, at most one per core; returns each one's model folder.
 
     Small models train about twice as fast in two processes of one thread as in one process of two, so use `n_processes=1`.
+    With a GPU, one after another.
 
     Example:
         >>> few = {"n_samples": 8, "batch_size": 8, "n_processes": 1}
@@ -203,14 +204,15 @@ def train_parallel(stages: Mapping[str, Stage], show_progress: bool = True) -> d
     """
     n_cores = os.cpu_count() or 1
     n_threads = max(1, n_cores // len(stages))
-    with ThreadPoolExecutor(min(len(stages), n_cores)) as pool:
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else min(len(stages), n_cores)) as pool:
         futures = {name: pool.submit(train, stage, show_progress, n_threads) for name, stage in stages.items()}
         return {name: future.result() for name, future in futures.items()}
 
 
 def _n_processes(stage: Stage) -> int:
-    """Its `n_processes`, at most one per GPU if there are GPUs."""
-    return min(stage.n_processes, torch.cuda.device_count()) if torch.cuda.is_available() else stage.n_processes
+    """Its `n_processes`; on GPUs at most one each, as many as share the batch evenly."""
+    most = min(stage.n_processes, torch.cuda.device_count()) if torch.cuda.is_available() else stage.n_processes
+    return next(n for n in range(most, 0, -1) if stage.batch_size % (n * stage.gradient_accumulation_steps) == 0)
 
 
 def _tail_log(process: SimpleNamespace, partial: Path, stage: Stage, show_progress: bool, on_log: Any) -> None:

@@ -14,14 +14,21 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import MultiStepLR, SequentialLR
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_constant_schedule_with_warmup
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_constant_schedule_with_warmup,
+)
 
 from rvlm.files import atomic_write
 from rvlm.training.cost import measure_step
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import STEP_DECAY, Stage
 from rvlm.training.trainer_checkpoints import ManifestCallback, last_checkpoint
-from rvlm.vlm.backbones import as_encoder_outputs
+from rvlm.vlm.backbones import as_encoder_outputs, check_loaded_weights
+from rvlm.vlm.quantization import compute_device
 
 DIVERGED = "diverged.txt"  # in a stage's folder: tells the process that started the training that it diverged
 GPU_LOADER_WORKERS = 4  # processes that read and collate batches for one GPU, unless a stage says otherwise
@@ -86,6 +93,13 @@ class StageTrainer(Trainer):
                 self._loss_terms[name] = self._loss_terms.get(name, 0) + sum_and_count
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint under the model's own names of weights: those of the family's files may be others, and are not found."""
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """A policy that is saved without its backbone loads its own weights."""
         policy: Any = self.model
@@ -93,6 +107,11 @@ class StageTrainer(Trainer):
             policy.load_own_weights(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights, or has others; the library warns and goes on with fresh ones."""
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", ()))
+        check_loaded_weights(self.args.output_dir, {"missing": missing, "unexpected": load_result.unexpected_keys})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with its terms."""
@@ -158,6 +177,8 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
     Raises:
         TrainingDiverged: Its weights are NaN or infinite.
     """
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(compute_device())  # before anything is loaded: weights in 4 bits go to the current GPU
     torch.manual_seed(stage.seed)
     log = JsonlLogger(folder)
     model, processor, data, collate = STAGE_BUILDERS[stage.kind](stage)
@@ -165,6 +186,8 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
     trainer = StageTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[log, ManifestCallback()])
     trainer.has_step_decay = stage.lr_scheduler_type == STEP_DECAY
     log.trainer = trainer
+    if trainer.args.world_size > 1 and not stage.vqa_data and not trainer.is_fsdp_enabled:
+        freeze_unreached(trainer, collate([data[0]]))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         reason = f"stage {stage.name!r}: its weights are NaN or infinite; use a smaller learning_rate"
@@ -177,6 +200,23 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
         model.save_pretrained(folder / "model", **full_state)
         processor.save_pretrained(folder / "model")
     trainer.accelerator.end_training()  # destroys the process group
+
+
+def freeze_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """Freeze parameters that the loss does not depend on, for which data-parallel processes would wait for ever.
+
+    In some families the features of a layer below the vision tower's last are read.
+    """
+    model: Any = trainer.model
+    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+    nodes, reached = {loss.grad_fn}, set()
+    while nodes - reached:
+        reached |= nodes
+        nodes = {node for parent in nodes for node, _ in parent.next_functions if node is not None} - reached
+    used = {id(node.variable) for node in reached if hasattr(node, "variable")}
+    for weight in model.parameters():
+        weight.requires_grad_(weight.requires_grad and id(weight) in used)
 
 
 def profile_training_step(stage: Stage) -> dict[str, float]:
@@ -192,14 +232,12 @@ def profile_training_step(stage: Stage) -> dict[str, float]:
     if stage.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    optimizer = trainer.create_optimizer()
+    prepared, optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
     batch = collate([data[i] for i in range(stage.batch_size // stage.gradient_accumulation_steps)])
     batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
 
     def step() -> None:
-        with trainer.accelerator.autocast():
-            loss = model(**batch).loss
-        loss.backward()
+        trainer.accelerator.backward(prepared(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
 

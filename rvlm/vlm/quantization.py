@@ -14,10 +14,10 @@ from rvlm.vlm.backbones import vision_modules
 
 
 def compute_device() -> torch.device:
-    """The device that this process computes on: its GPU, by `LOCAL_RANK` where a launcher started several, or the CPU."""
+    """The device that this process computes on: the current GPU, by `LOCAL_RANK` among several processes, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
 
 
 def precision() -> torch.dtype:

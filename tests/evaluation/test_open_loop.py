@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretended_card import CARD, PretendedCard
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
@@ -82,6 +83,16 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
         measured = errors[errors["frame_index"] == i]
         np.testing.assert_allclose(measured["first"], error[0], atol=2e-5)
         np.testing.assert_allclose(measured["chunk"], error.mean(0), atol=2e-5)
+
+
+def test_chunks_are_predicted_on_another_device_as_on_the_cpu(policy, dataset):
+    windows = open_loop.policy_windows(policy, dataset)
+    expected = open_loop.predict_chunks(policy, windows, batch_size=8)["predicted"]
+    with PretendedCard():
+        policy.model.to(CARD)
+        predicted = open_loop.predict_chunks(policy, windows, batch_size=8)["predicted"]
+        policy.model.to("cpu")
+    np.testing.assert_allclose(predicted, expected, atol=1e-5)
 
 
 def test_an_input_ablation_changes_the_observation(policy, dataset):

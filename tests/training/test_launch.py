@@ -21,7 +21,7 @@ from toy_policies import a_batch, build
 from toy_stages import ONE_STEP, few, trained
 
 from rvlm.files import atomic_write
-from rvlm.training.launch import distributed_worker, prepare, train
+from rvlm.training.launch import _n_processes, distributed_worker, prepare, train
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import log_history, train_stage_in_process
 from rvlm.training.trainer_checkpoints import last_checkpoint
@@ -74,12 +74,15 @@ def trainers_of(folder):
 
 
 @pytest.fixture(scope="module")
-def by_two(toy_vlm, toy_demos, tmp_path_factory):
-    """A stage of 60 steps with nothing masked, and its folder, trained by two processes over gloo."""
+def by_two(llava, toy_demos, tmp_path_factory):
+    """A stage of 60 steps with nothing masked, and its folder, trained by two processes over gloo.
+
+    Of a family in which no gradient reaches the last layer of the vision tower.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RVLM_HOME", str(tmp_path_factory.mktemp("two")))
         how = {"policy": {**ONE_STEP, "chunk_size": 1}, "batch_size": 8, "n_processes": 2}
-        sixty = Stage("toy", ROBOT, (str(toy_demos),), str(toy_vlm), 8 * 60, **how)
+        sixty = Stage("toy", ROBOT, (str(toy_demos),), str(llava), 8 * 60, **how)
         return sixty, train(sixty, show_progress=False, n_threads=1).parent
 
 
@@ -127,6 +130,16 @@ def test_two_processes_by_torchrun_resume_after_a_kill(by_two, tmp_path, monkeyp
     losses = [[e["loss"] for e in log_history(f) if "loss" in e][-1] for f in (stage.folder, uninterrupted)]
     assert losses[0] == losses[1]
     assert train(stage, show_progress=False) == stage.folder / "model", "the result of torchrun is found"
+
+
+@pytest.mark.parametrize(("n_gpus", "n_accumulated", "expected"), [(8, 1, 6), (4, 1, 4), (5, 1, 4), (3, 2, 3), (1, 1, 1)])
+def test_fewer_gpus_than_processes_share_the_batch_evenly(stage, monkeypatch, n_gpus, n_accumulated, expected):
+    """Else the batch of an update would be another than the stage's."""
+    stage = dataclasses.replace(stage, batch_size=24, n_samples=24, n_processes=6, gradient_accumulation_steps=n_accumulated)
+    assert _n_processes(stage) == 6, "without a GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert _n_processes(stage) == expected
 
 
 def test_accelerate_reads_the_shipped_configuration():

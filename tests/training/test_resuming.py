@@ -38,8 +38,8 @@ def other_robot(toy_home):
 
 
 @pytest.fixture
-def stages(home, toy_vlm, toy_demos, scenes, other_robot):
-    """One of each kind."""
+def stages(home, toy_vlm, llava, toy_demos, scenes, other_robot):
+    """One of each kind; one of a family whose files name weights otherwise than its modules."""
     common = {"init": str(toy_vlm), "n_samples": 8 * 45, "batch_size": 8, "n_processes": 1}
     robot = {**common, "kind": ROBOT, "policy": POLICY}
     mixed = {
@@ -50,7 +50,7 @@ def stages(home, toy_vlm, toy_demos, scenes, other_robot):
     }
     return {
         "detection": Stage("tower", DETECTION, (scenes,), **common),
-        "vision_language": Stage("frozen", VISION_LANGUAGE, (scenes,), freeze_vision=True, **common),
+        "vision_language": Stage("frozen", VISION_LANGUAGE, (scenes,), freeze_vision=True, **{**common, "init": str(llava)}),
         "adapters": Stage("adapted", data=(str(toy_demos),), finetuning="lora", lora_rank=2, freeze_vision=True, **robot),
         "mixture": Stage("mixed", **mixed, **robot),
     }

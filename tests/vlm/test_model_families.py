@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretended_card import CARD, PretendedCard
 from toy_policies import SPEC
 
 from rvlm.policy.collation import RobotCollator
@@ -232,6 +233,20 @@ def test_every_image_is_seen(folder, toy_stats):
         for sample in dark:
             sample["images"][:, camera] = 0
         assert (predicted(model, processor, dark) - whole).abs().max() > 1e-6
+
+
+def test_every_family_computes_on_another_device_as_on_the_cpu(folder, toy_stats):
+    model, processor = build(folder, toy_stats, {})
+    three = list(samples(model.config))
+    expected = predicted(model, processor, three)
+    with PretendedCard():
+        model.to(CARD)
+        batch = RobotCollator(model.prompt_builder(processor))(three)
+        loss = model(**{name: value.to(CARD) for name, value in batch.items()}).loss
+        loss.backward()
+        assert loss.device == CARD
+        actions = model.predict(**{k: v.to(CARD) for k, v in batch.items() if k not in TARGETS})
+        assert torch.allclose(actions.cpu(), expected, atol=1e-5)
 
 
 def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path):
