@@ -149,7 +149,7 @@ def _spec(robot: str) -> ActionSpec:
 
 
 def _device_type(device: str | None) -> str:
-    """"cpu" or "cuda", whose sums round differently: where a policy computes if `device` is asked for."""
+    """Where a policy computes if `device` is asked for: "cpu" or "cuda", whose sums round differently."""
     import torch
 
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type

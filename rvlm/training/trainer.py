@@ -98,7 +98,7 @@ class StageTrainer(Trainer):
         if not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, save_original_format=False)
+            self.model.save_pretrained(str(output_dir or self.args.output_dir), state_dict=state_dict, save_original_format=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """A policy that is saved without its backbone loads its own weights."""
@@ -111,7 +111,7 @@ class StageTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights, or has others; the library warns and goes on with fresh ones."""
         missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", ()))
-        check_loaded_weights(self.args.output_dir, {"missing": missing, "unexpected": load_result.unexpected_keys})
+        check_loaded_weights(str(self.args.output_dir), {"missing": missing, "unexpected": load_result.unexpected_keys})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with its terms."""

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from pretended_card import CARD, PretendedCard
-from toy_policies import ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, observe
+from toy_policies import ONE_STEP, POLICY_HEAD, SETTINGS, a_batch, build, observe
 
 from rvlm.policy.model import VLA
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.quantization import compute_device, precision
-from rvlm.vlm.tiny import FAMILIES
 
 
 def acts(policy, n_steps=4):
@@ -43,7 +42,7 @@ def test_a_policy_acts_and_learns_on_another_device_as_on_the_cpu(toy_vlm, toy_s
         assert {p.grad.device for p in model.parameters() if p.grad is not None} == {CARD}
 
 
-@pytest.mark.parametrize("settings", [ONE_STEP, {**POLICY_HEAD, "embodiment_conditioning": "token"}], ids=["one_step", "policy_head"])
+@pytest.mark.parametrize("settings", [ONE_STEP, {**POLICY_HEAD, "embodiment_conditioning": "token"}], ids=["mlp", "lstm"])
 def test_what_is_put_on_a_backbone_stands_where_it_stands(toy_vlm, toy_stats, settings):
     """As a backbone in 4 bits, which is loaded on the GPU."""
     model, processor = build(toy_vlm, toy_stats, settings)
