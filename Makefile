@@ -1,12 +1,15 @@
-# make reproduce | test | wheel | lint | lab | bench | lock | clean. Each target sets up what it needs; nothing is done twice.
+# make reproduce | test | wheel | lint | lab | bench | gpu | lock | clean. Each target sets up what it needs; nothing is done twice.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env gl reproduce test wheel lint lab bench lock clean help
+.PHONY: env gl reproduce test wheel lint lab bench gpu lock clean help
 
 PYTHON  ?= python3
 PROFILE ?= cpu
 WORKERS ?= 2
+DEVICE  ?= cuda
+SIZE    ?= true
+MINUTES ?= 8
 WHEEL_PYTHON ?= python3.12
 # Package index of torch. A smaller build without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -35,6 +38,7 @@ help:
 	@echo "                DRY_RUN=1: what it would download, need and take"
 	@echo "make test       the test suite            make lint   style, types, spelling"
 	@echo "make lab        JupyterLab                make bench  benchmarks/"
+	@echo "make gpu        real models on one card, offline, at most $(MINUTES) minutes: results/gpu"
 	@echo "make wheel      the wheel in an empty environment"
 	@echo "make env        only set up $(VENV)         make lock   resolve $(LOCK) anew from pyproject.toml"
 
@@ -99,6 +103,11 @@ lab: env
 
 bench: env
 	@$(WITH_GL) export RVLM_RESULTS="$${RVLM_RESULTS:-results}"; for file in benchmarks/bench_*.py; do if [ -e "$$file" ]; then $(BIN)/python "$$file"; fi; done
+
+# Without an environment of the clone it runs on PYTHON's own torch. To try the code: make gpu DEVICE=cpu SIZE=tiny
+gpu:
+	@python=$(BIN)/python; [ -x "$$python" ] || python=$(PYTHON); \
+	HF_HUB_OFFLINE=1 "$$python" benchmarks/gpu.py --device $(DEVICE) --size $(SIZE) --minutes $(MINUTES) $(ARGS)
 
 # Resolve the ranges of pyproject.toml and their dependencies in a separate environment. torch keeps its locked version,
 # unless another is given: make lock TORCH=torch==2.14.0

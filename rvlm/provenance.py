@@ -12,7 +12,8 @@ from typing import Any
 
 from rvlm.files import IS_CLONE, ROOT
 
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pandas", "mujoco", "gymnasium", "matplotlib")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas")
+PACKAGES += ("mujoco", "gymnasium", "matplotlib")
 
 
 def _git(*arguments: str) -> str:

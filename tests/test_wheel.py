@@ -65,12 +65,17 @@ def environment(folder, wheel, extras):
     metadata = importlib.metadata.PathDistribution(next(own.glob("*.dist-info")))
     asked = [Requirement(line) for line in metadata.requires]
     named = [str(r) for r in asked if r.marker is None or r.marker.evaluate({"extra": extras})]
-    for distribution in closure([name.partition(";")[0] for name in named]).values():
+    link_packages(own, [name.partition(";")[0] for name in named])
+    return folder / "bin" / "python"
+
+
+def link_packages(folder, requirements):
+    """Links to the packages of this environment that these requirements pull in, and to nothing else."""
+    for distribution in closure(requirements).values():
         for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}:
             source = Path(distribution.locate_file(top))
-            if source.exists() and not (own / top).exists():
-                (own / top).symlink_to(source)
-    return folder / "bin" / "python"
+            if source.exists() and not (folder / top).exists():
+                (folder / top).symlink_to(source)
 
 
 def test_the_wheel_holds_code_cards_and_what_ships(wheel):

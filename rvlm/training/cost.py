@@ -109,6 +109,13 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(null)
 
 
+def synchronized_time() -> float:
+    """A clock [s], read once the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def measure_step(step: Callable[[], Any], static_bytes: float) -> dict[str, float]:
     """Peak memory and time of a training step, on the device where it runs.
 
@@ -122,14 +129,13 @@ def measure_step(step: Callable[[], Any], static_bytes: float) -> dict[str, floa
     for _ in range(2):
         step()
     gc.collect()
-    start = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return {"peak": float(torch.cuda.max_memory_allocated()), "seconds": time.perf_counter() - start}
+    start = synchronized_time()
     step()
-    seconds = time.perf_counter() - start
+    seconds = synchronized_time() - start
+    if torch.cuda.is_available():
+        return {"peak": float(torch.cuda.max_memory_allocated()), "seconds": seconds}
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     results: Any = profiled.profiler

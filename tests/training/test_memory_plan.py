@@ -98,3 +98,13 @@ def test_output_of_a_profiler_past_python_stays_out_of_the_notebook(capfd):
     assert capfd.readouterr().err == "line\n" * 3
     os.write(2, b"written")
     assert capfd.readouterr().err == "written", "and stderr works again"
+
+
+def test_a_step_on_a_gpu_is_timed_without_the_work_before_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert cost.measure_step(lambda: calls.append("step"), 0.0)["peak"] == 7
+    assert calls == ["step", "step", "reset_peak_memory_stats", "synchronize", "step", "synchronize"]
