@@ -136,7 +136,8 @@ def test_appending_equals_recomputing(two_layers, folder, toy_stats):
     """As windows fill and slide, for robots whose instructions differ in length and of which some are dropped."""
     if folder.name in ONE_IMAGE:
         return
-    model, processor = build(two_layers, toy_stats, {"structure": "interleaved", "n_obs_steps": 4})
+    settings = {"structure": "interleaved", "n_obs_steps": 4, "image_tiling": True}
+    model, processor = build(two_layers, toy_stats, settings)
     for weight in language_model(model.backbone).parameters():
         weight.mul_(8 if weight.ndim == 2 else 1)  # for attention to differ between tokens
     for size in ((SIDE, SIDE), (SIDE, 2 * SIDE)):  # wide images are tiled by some
