@@ -1,7 +1,7 @@
 """Cost of each structure as ratios: against the bare backbone on the same tokens, and against the reference implementation.
 
 Each pair of variants takes turns in one process, so a busy machine disturbs both alike; a ratio is the median over rounds of
-the two times of one round. The model is the shipped vision-language model; inputs are noise. Ratios, with their range and the
+the two times of one round. The model is the shipped vision-language model, and for appending one of each family; inputs are noise. Ratios, with their range and the
 hardware, go to `results/benchmarks.json`.
 
 The reference implementation is rewritten here after RoboVLMs' released code (github.com/Robot-VLAs/RoboVLMs): the
@@ -11,9 +11,12 @@ interleaved sequence repeats the instruction at every frame, and acting recomput
 
 import json
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from enlarged_families import build_enlarged
 
 from rvlm.data.actions import ActionSpec, StatsAccumulator
 from rvlm.files import atomic_write, results_dir
@@ -24,8 +27,10 @@ from rvlm.policy.policy import Policy
 from rvlm.report.findings import provenance
 from rvlm.vlm.backbones import SMALL_VLM, as_encoder_outputs
 from rvlm.vlm.prompt_batches import pad
+from rvlm.vlm.tiny import FAMILIES
 
 WINDOW, BATCH, N_ROUNDS, N_ROBOTS = 8, 16, 15, 10
+ONE_IMAGE = {"kosmos2", "florence2"}  # a prompt: not interleaved
 TEXT = "push the red cube towards the camera"
 SPEC = ActionSpec.from_card("tabletop_franka7")
 STRUCTURES = {
@@ -50,9 +55,9 @@ def frames(*shape):
     return RNG.integers(0, 256, (*shape, 2, 96, 96, 3), np.uint8)
 
 
-def build(settings):
+def build(settings, vlm=SMALL_VLM):
     torch.manual_seed(0)
-    return make_policy(SMALL_VLM, SPEC, STATS, **settings)
+    return make_policy(vlm, SPEC, STATS, **settings)
 
 
 def a_batch(model, processor):
@@ -100,10 +105,14 @@ def reference_tokens(model, processor, n, t):
 def ratio(name, ours, theirs, n_rounds=N_ROUNDS):
     """Median over rounds of time(ours) / time(theirs), measured in turn."""
     ours(), theirs()
-    times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(n_rounds)])
+    return summary(name, np.array([[_seconds(ours), _seconds(theirs)] for _ in range(n_rounds)]))
+
+
+def summary(name, times):
+    """A row: median and quartiles of the ratios of these pairs of times (n, 2) [s]."""
     values = times[:, 0] / times[:, 1]
     row = {"name": name, "ratio": np.median(values), "low": np.quantile(values, 0.25), "high": np.quantile(values, 0.75)}
-    row |= {"ours_ms": 1000 * np.median(times[:, 0]), "theirs_ms": 1000 * np.median(times[:, 1]), "rounds": n_rounds}
+    row |= {"ours_ms": 1000 * np.median(times[:, 0]), "theirs_ms": 1000 * np.median(times[:, 1]), "rounds": len(times)}
     print(
         f"{name:64s} {row['ratio']:5.2f} ({row['low']:.2f} to {row['high']:.2f})   "
         f"{row['ours_ms']:.1f} ms / {row['theirs_ms']:.1f} ms"
@@ -141,13 +150,13 @@ def training(name, settings):
     ]
 
 
-def full_window(kind, model, prompt_builder):
+def full_window(kind, model, prompt_builder, n_robots):
     """An observation history whose window is full after the next observation, and that observation."""
-    history, state = kind(model, prompt_builder), torch.zeros(N_ROBOTS, 7)
+    history, state = kind(model, prompt_builder), torch.zeros(n_robots, 7)
     with torch.inference_mode():
         for _ in range(WINDOW - 1):
-            history.add(frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
-    return history, (frames(N_ROBOTS), state, [TEXT] * N_ROBOTS)
+            history.add(frames(n_robots), state, [TEXT] * n_robots)
+    return history, (frames(n_robots), state, [TEXT] * n_robots)
 
 
 def acting(name, settings):
@@ -181,25 +190,30 @@ def acting(name, settings):
 
     rows = [ratio(f"act, {name}, {2 * WINDOW} steps of {N_ROBOTS} robots / the reference implementation", ours, reference, 5)]
     if structure == "interleaved":
-        rows.append(_appending(model, prompt_builder))
+        rows.append(_appending(name, model, prompt_builder))
     return rows
 
 
-def _appending(model, prompt_builder):
-    """The step that fills the window: appended to the KV cache against recomputed."""
+def _appending(name, model, prompt_builder, n_robots=N_ROBOTS, n_rounds=N_ROUNDS):
+    """The step that fills the window: recomputed against appended to the KV cache."""
     times = []
-    for _ in range(N_ROUNDS + 1):
+    for _ in range(n_rounds + 1):
         pair = []
-        for kind in (KVCachedSequence, UncachedSequence):
-            history, observation = full_window(kind, model, prompt_builder)
+        for kind in (UncachedSequence, KVCachedSequence):
+            history, observation = full_window(kind, model, prompt_builder, n_robots)
             with torch.inference_mode():
                 pair.append(_seconds(lambda h=history, o=observation: (h.add(*o), h.predict())))
         times.append(pair)
-    values = np.array(times[1:])[:, 1] / np.array(times[1:])[:, 0]
-    row = {"name": f"act, interleaved, full window of {WINDOW}: recomputation / appending", "ratio": np.median(values)}
-    row |= {"low": np.quantile(values, 0.25), "high": np.quantile(values, 0.75), "rounds": N_ROUNDS}
-    print(f"{row['name']:64s} {row['ratio']:5.2f} ({row['low']:.2f} to {row['high']:.2f})")
-    return {k: v if isinstance(v, str) else round(float(v), 4) for k, v in row.items()}
+    return summary(f"act, {name}, full window of {WINDOW}: recomputation / appending", np.array(times[1:]))
+
+
+def families():
+    """As `_appending`, in every causal family with several images a prompt, enlarged until computing dominates."""
+    for name in (name for name in FAMILIES if name not in ONE_IMAGE):
+        with TemporaryDirectory() as folder:
+            build_enlarged(name, Path(folder))
+            model, processor = build(STRUCTURES["interleaved"], folder)
+        yield _appending(f"{name} enlarged", model.eval(), model.prompt_builder(processor), 1, 5)
 
 
 def flatness():
@@ -225,6 +239,7 @@ def main():
     rows = [row for name, settings in STRUCTURES.items() for row in training(name, settings)]
     rows += [row for name, settings in STRUCTURES.items() for row in acting(name, settings)]
     rows += flatness()
+    rows += families()
     path = results_dir() / "benchmarks.json"
     settings = {"threads": 1, "frames_per_train_step": BATCH, "window": WINDOW, "robots": N_ROBOTS}
     atomic_write(path, json.dumps({**settings, **provenance(), "rows": rows}, indent=1))
