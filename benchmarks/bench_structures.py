@@ -1,8 +1,8 @@
 """Cost of each structure as ratios: against the bare backbone on the same tokens, and against the reference implementation.
 
 Each pair of variants takes turns in one process, so a busy machine disturbs both alike; a ratio is the median over rounds of
-the two times of one round. The model is the shipped vision-language model, and for appending one of each family; inputs are noise. Ratios, with their range and the
-hardware, go to `results/benchmarks.json`.
+the two times of one round. The model is the shipped vision-language model, for appending also one of each family; inputs are
+noise. Ratios, with their range and the hardware, go to `results/benchmarks.json`.
 
 The reference implementation is rewritten here after RoboVLMs' released code (github.com/Robot-VLAs/RoboVLMs): the
 language-model head and all hidden states are always computed, each camera is a separate call of the vision tower, an
