@@ -23,5 +23,6 @@ Modules:
     frame_cache: decoded frames on disk, within a size limit.
     cameras: images of one camera of a dataset.
     dataset: read a LeRobotDataset, v3.0 or v2.1.
+    hub_datasets: datasets by folder or name on the Hub.
     windows: training samples: windows, masks, splits.
 """
