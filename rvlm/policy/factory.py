@@ -39,7 +39,7 @@ def make_policy(
         finetuning: Which weights of the backbone are trained, as of `set_trainable`.
         lora_rank: Of adapters.
         precision: Of frozen weights.
-        settings: Fields of `VLAConfig`: structure, head, history, window.
+        settings: Fields of `VLAConfig`: structure, head, history, window; `cameras` are all of the card's by default.
 
     Raises:
         TypeError: An unknown setting.
@@ -59,7 +59,7 @@ def make_policy(
         origin = {"name": str(vlm), "revision": hub.commit_of(folder)}
     derived = {"vlm": origin, "act_id": processor.tokenizer.convert_tokens_to_ids(ACT), "backbone": _architecture(backbone)}
     conventions = {"spec": spec.to_dict(), "stats": {name: s.to_dict() for name, s in stats.items()}}
-    model = VLA(VLAConfig(**derived, **conventions, **settings), backbone)
+    model = VLA(VLAConfig(**derived, **conventions, **{"cameras": spec.cameras, **settings}), backbone)
     model.processor = processor
     _smoke_forward(model, processor)
     base = hub.origin(vlm, folder) if is_pretrained and finetuning != "full" else None

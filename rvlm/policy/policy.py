@@ -71,15 +71,13 @@ class Policy:
                 "a temporal ensemble predicts at each step: expected n_action_steps=1 and temporal_ensemble_coeff of at least 0; "
                 f"got n_action_steps={n_action_steps}, temporal_ensemble_coeff={temporal_ensemble_coeff}"
             )
-        unknown = [c for c in model.config.cameras if c not in IMAGE_KEYS]
-        if unknown:
-            raise ValueError(f"no observation holds the cameras {unknown}; there are {', '.join(IMAGE_KEYS)}")
         self.model, self.temporal_ensemble_coeff = model.eval(), temporal_ensemble_coeff
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
         size: Any = model.config.image_size
+        self._image_keys = tuple(IMAGE_KEYS.get(camera, camera) for camera in model.config.cameras)
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
-        self.expected = Expected(tuple(IMAGE_KEYS[c] for c in model.config.cameras), size and tuple(size), self.robot, words)
+        self.expected = Expected(self._image_keys, size and tuple(size), self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
@@ -110,8 +108,8 @@ class Policy:
         """The next raw action (n, a) of each robot; predicts a new chunk when the queue is empty.
 
         Args:
-            observations: One per robot, always in the same order: `image`, `wrist_image` (h, w, 3) uint8 RGB; `state`
-                (s,) in the card's units; `instruction`.
+            observations: One per robot, always in the same order: `image`, `wrist_image` (h, w, 3) uint8 RGB, or other cameras by
+                their names in the card; `state` (s,) in the card's units; `instruction`.
 
         Raises:
             ObservationError: Number, images, state or instruction differ in kind from training.
@@ -162,7 +160,7 @@ class Policy:
     @torch.inference_mode()
     def _observe(self, observations: Observations) -> None:
         """Add the newest observations to the history."""
-        images = np.stack([[o[IMAGE_KEYS[c]] for c in self.model.config.cameras] for o in observations])
+        images = np.stack([[o[key] for key in self._image_keys] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         conditioning = self.model.conditioning
         samples = [

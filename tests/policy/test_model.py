@@ -1,5 +1,6 @@
 """The policy's network: what it is made of, what moves its actions and what must not, save and load."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from toy_policies import (
 )
 
 from rvlm.policy.factory import load_vla, make_policy
+from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import load_backbone
 from rvlm.vlm.question_answering import VQACollator
 
@@ -64,6 +66,14 @@ THERE_ARE = (
 def test_an_unsupported_combination_is_refused(toy_vlm, toy_stats, wrong, message):
     with pytest.raises(ValueError, match=message):
         make_policy(toy_vlm, SPEC, toy_stats, **{**ONE_STEP, **wrong})
+
+
+def test_cameras_are_those_of_the_card_unless_named(toy_vlm, toy_stats):
+    one = dataclasses.replace(SPEC, cameras=("front",))
+    model, processor = make_policy(toy_vlm, one, toy_stats, **ONE_STEP)
+    observation = {"front": np.zeros((48, 48, 3), np.uint8), "state": np.zeros(7), "instruction": TEXTS[0]}
+    assert list(model.config.cameras) == ["front"] and Policy(model, processor).select_action([observation]).shape == (1, 7)
+    assert list(make_policy(toy_vlm, SPEC, toy_stats, **ONE_STEP, cameras=["wrist"])[0].config.cameras) == ["wrist"]
 
 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
