@@ -7,10 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from toy_stages import ONE_STEP, few
 
 from rvlm.files import file_hash
+from rvlm.policy.factory import load_vla
 from rvlm.training import feature_cache
-from rvlm.vlm.backbones import load_backbone, vision_features
+from rvlm.training.trainer import train_stage_in_process
+from rvlm.vlm.backbones import load_backbone, vision_features, vision_modules
 from rvlm.vlm.processors import load_processor
 from rvlm.vlm.prompts import PromptBuilder
 
@@ -98,6 +101,32 @@ def test_nan_features_are_refused_and_not_cached(home, tower, tmp_path, monkeypa
     with pytest.raises(FloatingPointError, match="expected finite features of images from 0 on"):
         feature_cache.cached_features(*tower, {"x": some_images(tmp_path / "x.npy", 2)})
     assert not list(home.glob("features/*/*.npy"))
+
+
+@pytest.mark.parametrize("finetuning", ["head", "lora", "dora"])
+def test_features_of_a_backbone_in_half_precision_are_cached_and_trained_on(stage, finetuning, tmp_path, monkeypatch):
+    """Frozen weights are held in bfloat16 where the machine computes in it; numpy has no such type."""
+    seen = []
+
+    def watched(model, pixels):
+        seen.append((pixels.dtype, {p.dtype for p in vision_modules(model)[0].parameters()}))
+        return vision_features(model, pixels)
+
+    monkeypatch.setattr(feature_cache, "vision_features", watched)
+    train_stage_in_process(few(stage, 1, finetuning=finetuning, precision="bf16", freeze_vision=True), tmp_path)
+    assert seen and all(each == (torch.bfloat16, {torch.bfloat16}) for each in seen)
+    (cached, *_) = [np.load(path) for path in (tmp_path / "home").glob("features/*/features.npy")]
+    assert cached.dtype == np.float16 and np.array_equal(cached, torch.from_numpy(cached).bfloat16().half().numpy())
+    model, _ = load_vla(tmp_path / "model")
+    assert {p.dtype for p in vision_modules(model.backbone)[0].parameters()} == {torch.bfloat16}
+
+
+def test_a_backbone_in_half_precision_is_read_once_and_trained_on(stage, tmp_path):
+    """In float32, which holds every half-precision number."""
+    policy = {**ONE_STEP, "has_state": False}
+    train_stage_in_process(few(stage, 10, finetuning="head", precision="bf16", policy=policy), tmp_path)
+    (cached,) = [np.load(path) for path in (tmp_path / "home").glob("features/*/features.npy")]
+    assert cached.dtype == np.float32 and np.array_equal(cached, torch.from_numpy(cached).bfloat16().float().numpy())
 
 
 WITHOUT_SIMULATOR = """
