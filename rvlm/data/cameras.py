@@ -15,7 +15,7 @@ import numpy as np
 from rvlm.code_hash import hash_of_code
 from rvlm.data.errors import EpisodeError
 from rvlm.data.frame_alignment import align_frames
-from rvlm.data.frame_cache import cached_frames
+from rvlm.data.frame_cache import FrameFile, cached_frames
 from rvlm.data.meta import file_path
 from rvlm.data.tables import read_rows
 from rvlm.data.video import decode_frames, decode_image, frame_times
@@ -142,7 +142,7 @@ class Camera:
             )
         return image
 
-    def _decode(self, files: dict[Path, np.ndarray], out: np.ndarray) -> None:
+    def _decode(self, files: dict[Path, np.ndarray], out: FrameFile) -> None:
         def decode(path: Path) -> None:
             for row, image in self._images(path):
                 out[row] = image

@@ -49,7 +49,7 @@ def cached_frames(
         made_from: JSON values that determine the content; hashed for the name.
         about: further JSON values for people.
         shape: returns (n_frames, h, w, 3); called before decoding.
-        decode: called with the array to write to.
+        decode: called with what takes an image by its row, ``out[row] = image``; also from several threads.
     """
     folder = artifacts_dir() / "frames" / config_hash(made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,16 +78,41 @@ def _lock(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _make(folder: Path, shape: tuple[int, ...], decode: Callable[[np.ndarray], None], about: dict[str, Any]) -> None:
+class FrameFile:
+    """A file of frames, written image by image: to a memory map it would take a page fault for every 4 kB.
+
+    Args:
+        path: of the ``.npy`` file to make.
+        shape: (n_frames, h, w, 3).
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self._file, self._shape, self._n_bytes = path.open("w+b"), shape[1:], math.prod(shape[1:])
+        np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        self._file.flush()
+        self._start = self._file.tell()
+        reserve(path, self._start + math.prod(shape))
+
+    def __setitem__(self, row: int, image: np.ndarray) -> None:
+        if image.shape != self._shape:
+            raise EpisodeError(f"expected images of shape {self._shape}, as the first, got {image.shape} at row {row}")
+        os.pwrite(self._file.fileno(), np.ascontiguousarray(image).data, self._start + row * self._n_bytes)
+
+    def close(self) -> None:
+        """Write all frames to the disk: what is renamed to a complete cache must outlast a power failure."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _make(folder: Path, shape: tuple[int, ...], decode: Callable[[FrameFile], None], about: dict[str, Any]) -> None:
     make_room(int(np.prod(shape)))
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        out = np.lib.format.open_memmap(temporary / "frames.npy", mode="w+", dtype=np.uint8, shape=shape)
-        reserve(temporary / "frames.npy", out.offset + out.nbytes)
+        out = FrameFile(temporary / "frames.npy", shape)
         decode(out)
-        out.flush()
+        out.close()
         (temporary / "about.json").write_text(json.dumps({**about, "shape": list(shape)}, indent=1))
         temporary.rename(folder)
     finally:

@@ -23,6 +23,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from rvlm.data.errors import EpisodeError
@@ -104,24 +105,25 @@ def decode_frames(path: Path, ticks: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
 
 def _decode_from(path: Path, start: int | None, last: int, index: dict[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    reformatter = VideoReformatter()  # one for all frames, as each sets up its own colour conversion
     with _opened(path) as (container, stream):
         if start is not None:
             container.seek(start, stream=stream)
         for frame in container.decode(stream):
             if frame.pts is not None and frame.pts in index and not frame.is_corrupt:
-                yield index[frame.pts], _colours(path, frame)
+                yield index[frame.pts], _colours(path, frame, reformatter)
             if frame.pts is not None and frame.pts >= last:
                 return
 
 
-def _colours(path: Path, frame: av.VideoFrame) -> np.ndarray:
+def _colours(path: Path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     parts = frame.format.components
     if len(parts) == 1 and parts[0].bits > 8:
         raise EpisodeError(
             f"{path}: expected colours, got greys of {parts[0].bits} bits ({frame.format.name}): a depth map? mark it as "
             "'is_depth_map' in info.json, or convert it to 8-bit colours"
         )
-    return frame.to_ndarray(format="rgb24")
+    return reformatter.reformat(frame, format="rgb24").to_ndarray()
 
 
 @contextmanager

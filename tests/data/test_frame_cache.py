@@ -131,3 +131,14 @@ def test_damaged_frames_are_decoded_again_and_block_nothing(demos, monkeypatch):
     monkeypatch.setenv("RVLM_FRAMES_GB", "nan")
     with pytest.raises(EpisodeError, match="expected RVLM_FRAMES_GB as a number of gigabytes"):
         frame_cache.make_room(1)
+
+
+def test_images_are_written_by_row_and_of_one_size(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
+    out = frame_cache.FrameFile(tmp_path / "frames.npy", images.shape)
+    for row in (2, 0, 1):
+        out[row] = images[row][:, ::-1]  # not contiguous
+    with pytest.raises(EpisodeError, match=r"expected images of shape \(4, 5, 3\), as the first, got \(5, 4, 3\) at row 1"):
+        out[1] = images[1].swapaxes(0, 1)
+    out.close()
+    assert np.array_equal(np.load(tmp_path / "frames.npy"), images[:, :, ::-1])
