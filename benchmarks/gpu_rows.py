@@ -117,7 +117,8 @@ def training(row, run):
     """Peak memory and time of a step, and of forward and backward against the bare backbone's on the same inputs."""
     model, processor = _policy(row, run, ONE_STEP, row["finetuning"])
     if row["gradient_checkpointing"]:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        older = not hasattr(model, "activation_checkpointing_enable")  # before transformers 5.23
+        (model.gradient_checkpointing_enable if older else model.activation_checkpointing_enable)({"use_reentrant": False})
     batch = gpu_models.random_batch(model, processor, SIZES[run["size"]]["batch"], run["device"])
     measured = _measured_step(model.train(), batch, run)
     ours, bare = _against_bare(model, batch, run)

@@ -134,7 +134,15 @@ def step_decay(optimizer: torch.optim.Optimizer, n_warmup: int, n_steps: int) ->
 
 
 def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
-    """The stage's settings as the Trainer's; `folder` is the stage's."""
+    """The stage's settings as the Trainer's; `folder` is the stage's.
+
+    Raises:
+        ValueError: float16 without a GPU: the library would train without scaling gradients, in no precision that it says.
+    """
+    if stage.resolved_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError(
+            f"stage {stage.name!r}: expected a GPU for precision='fp16', got a CPU; leave it out, or take 'fp32' or 'bf16'"
+        )
     n_steps, has_gpu = stage.n_samples // stage.batch_size, torch.cuda.is_available()
     n_workers = (GPU_LOADER_WORKERS if has_gpu else 0) if stage.n_loader_workers is None else stage.n_loader_workers
     return TrainingArguments(

@@ -68,7 +68,11 @@ def _act_embedding(model: PreTrainedModel, act_id: int) -> dict[str, Any]:
 def _wrap(model: PreTrainedModel, config: PeftConfig) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the deprecated name
-        return get_peft_model(model, config)
+        wrapped, table = get_peft_model(model, config), cast(Any, model.get_input_embeddings())
+    if "additional_embedding" in (config.modules_to_save or ()):  # peft copies it in the precision of frozen weights
+        added = table.additional_embedding.float()
+        added.register_forward_hook(lambda module, args, rows: rows.to(table.weight.dtype))
+    return wrapped
 
 
 def save_lora_weights(adapters: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

@@ -330,6 +330,12 @@ def test_half_precision_keeps_trained_weights_in_32_bits(stage, tmp_path, toy_vl
     assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_float16_without_a_gpu_is_refused(stage, tmp_path):
+    """The library would train in float32 without a word."""
+    with pytest.raises(ValueError, match=r"stage 'toy': expected a GPU for precision='fp16', got a CPU; .*'fp32' or 'bf16'"):
+        training_arguments(few(stage, precision="fp16"), tmp_path, 1)
+
+
 def test_an_8_bit_optimizer_has_a_smaller_state(stage, tmp_path):
     """On the shipped model's shapes; bitsandbytes keeps tensors of fewer than 4,096 elements in 32 bits."""
     sizes = {}

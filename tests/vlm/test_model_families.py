@@ -18,6 +18,7 @@ from rvlm.vlm import tiny_models
 from rvlm.vlm.backbones import language_model, load_backbone, vision_modules
 from rvlm.vlm.processors import ACT, load_processor
 from rvlm.vlm.prompts import PromptBuilder
+from rvlm.vlm.quantization import dtype_of
 from rvlm.vlm.templates import image_token
 from rvlm.vlm.tiny import FAMILIES, SIDE, UNSUPPORTED
 from rvlm.vlm.tiny import TOKENIZER_TEXTS as TEXTS
@@ -248,6 +249,22 @@ def test_every_family_computes_on_another_device_as_on_the_cpu(folder, toy_stats
         assert loss.device == CARD
         actions = model.predict(**{k: v.to(CARD) for k, v in batch.items() if k not in TARGETS})
         assert torch.allclose(actions.cpu(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_family_learns_and_acts_in_half_precision(folder, toy_stats, precision):
+    """As a GPU does it: frozen weights in 16 bits, trained ones in 32, forward passes under autocast while training alone."""
+    model, processor = build(folder, toy_stats, {"finetuning": "lora", "precision": precision})
+    batch = RobotCollator(model.prompt_builder(processor))(list(samples(model.config)))
+    dtypes = {p.requires_grad: p.dtype for p in model.backbone.parameters()}
+    assert dtypes == {True: torch.float32, False: dtype_of(precision)}
+    with torch.autocast("cpu", dtypes[False]):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32} and all(p.grad.isfinite().all() for p in trained if p.grad is not None)
+    actions = predicted(model, processor, list(samples(model.config)))
+    assert actions.dtype == torch.float32 and actions.isfinite().all()
 
 
 def test_new_tokens_join_without_touching_the_others(folder, toy_stats, tmp_path):
