@@ -6,6 +6,7 @@ Modules:
     copies: executed notebooks, made small.
     notebooks: parameters of notebooks: cells, profiles, validation.
     page: the HTML report.
+    gpu_rows: rows of `make gpu` as a table.
     readme: the computed parts of the README.
     plots: the figures, all in one style.
     widgets: teleoperation in a notebook.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
+from rvlm.report.gpu_rows import measured_steps
 from rvlm.report.page import FULL, list_notebooks
 from rvlm.report.withdrawn import trainings_of
 from rvlm.statistics.verdicts import VERDICT_PATTERN
@@ -183,12 +184,29 @@ def taken_back(results: Path, notebooks: Path | None = None) -> str:
     return "".join(_wrapped(f"- **{', '.join(sorted(of))}**: {as_markdown(line)}", "  ") + "\n" for line, of in lines.items())
 
 
+def on_gpu(results: Path, notebooks: Path | None = None) -> str:
+    """Peak memory of steps of real models on a GPU, measured and planned: a table, or that there is none."""
+    steps = measured_steps(results / "gpu")
+    if steps.empty:
+        return "Real models on a GPU: not measured. `make gpu` measures them on yours, offline, in at most 8 minutes.\n"
+    rows = [
+        [
+            f"{row['model']}, {row['finetuning']}{', checkpointing' * row['gradient_checkpointing']}",
+            *((f"{row[name]:.1f}" if row[name] == row[name] else "–") for name in ("planned [GB]", "measured [GB]")),
+            row["failed"].partition(":")[0] or f"{1000 * row['step [s]']:.0f} ms, {row['to bare model']:.2f} x the bare model",
+        ]
+        for row in steps.to_dict("records")
+    ]
+    return _table(["A step of 8 frames", "Planned [GB]", f"On {steps['GPU'][0]} [GB]", "Time"], rows)
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "success": success,
     "cost": cost,
     "found": lambda results, notebooks=None: board(results),
     "notebooks": notebooks_table,
     "withdrawn": taken_back,
+    "gpu": on_gpu,
 }
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +29,16 @@ class StepCost(NamedTuple):
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Tracks the bytes of all live storages that operations inside it return."""
+    """Tracks the bytes of all live storages that operations inside it return.
 
-    def __init__(self) -> None:
+    Args:
+        not_counted: Storages that are there before, such as weights, of which views are returned.
+    """
+
+    def __init__(self, not_counted: Iterable[torch.UntypedStorage]) -> None:
         super().__init__()
         self.current = self.peak = 0
-        self._live: set[int] = set()
+        self._live = {storage._cdata for storage in not_counted}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -56,14 +60,15 @@ class _PeakMemory(TorchDispatchMode):
 
 
 def profile_forward_backward(model: torch.nn.Module, forward: Callable[[], Any], is_mixed: bool) -> StepCost:
-    """Cost of a forward and backward, gradients included; weights are not counted, except those that it takes views of.
+    """Cost of a forward and backward, gradients included; the model's own weights and buffers are not counted.
 
     Args:
         model: Whose weights are used.
         forward: Computes the output, a tensor.
         is_mixed: Whether under bfloat16 autocast.
     """
-    weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    own = [tensor.untyped_storage() for tensor in itertools.chain(model.parameters(), model.buffers())]
+    weights, saved = {storage._cdata for storage in own}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -72,7 +77,7 @@ def profile_forward_backward(model: torch.nn.Module, forward: Callable[[], Any],
         return tensor
 
     with (
-        _PeakMemory() as memory,
+        _PeakMemory(own) as memory,
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),

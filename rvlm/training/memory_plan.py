@@ -29,6 +29,7 @@ from rvlm.vlm.quantization import meta_model
 
 # Memory [GB], peak of dense tensor cores [TFLOP/s] (16-bit inputs, 32-bit accumulation); source: NVIDIA's data sheets.
 GPUS = {"RTX 3070": (8, 41), "T4": (16, 65), "L4": (24, 121), "L40S": (48, 362), "A100": (80, 312)}
+GPUS |= {"H100": (80, 989), "H200": (141, 989)}
 UTILISATION = 0.35  # model FLOPs utilisation: fraction of the peak throughput that training reaches; an assumption
 CUDA_CONTEXT_BYTES = 0.8e9  # of the CUDA context and libraries [byte]; an assumption
 OPTIMIZER_BYTES = {

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_data import TEXTS
 from transformers import AutoConfig
 
@@ -108,3 +109,13 @@ def test_a_step_on_a_gpu_is_timed_without_the_work_before_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     assert cost.measure_step(lambda: calls.append("step"), 0.0)["peak"] == 7
     assert calls == ["step", "step", "reset_peak_memory_stats", "synchronize", "step", "synchronize"]
+
+
+def test_views_of_frozen_weights_are_not_activations():
+    """`F.linear` takes the transposed weight where autograd does not record; the plan of LoRA counted each as a new tensor."""
+    with FakeTensorMode():
+        frozen, x = torch.nn.Linear(512, 512).requires_grad_(False), torch.zeros(4, 512, requires_grad=True)
+        plain = cost.profile_forward_backward(frozen, lambda: frozen(x), False)
+        viewed = cost.profile_forward_backward(frozen, lambda: frozen(x) + 0 * (x @ frozen.weight.t()), False)
+    n_bytes = 4 * frozen.weight.numel()
+    assert plain.peak < n_bytes and viewed.peak < n_bytes

@@ -15,7 +15,7 @@ from rvlm.report.plots.style import COLUMN_IN, NEUTRAL, PAGE_IN, PALETTE, figure
 
 @styled
 def memory_bars(table: pd.DataFrame, gpus: Mapping[str, float], title: str) -> Figure:
-    """Peak memory of a training step as stacked bars of its parts; dashed lines are the memory of GPUs.
+    """Peak memory of a training step as stacked bars of its parts; dashed lines are the memory of GPUs, as far as the bars.
 
     Args:
         table: column ``name`` (a row of the figure), and one column [GB] for each part.
@@ -30,9 +30,10 @@ def memory_bars(table: pd.DataFrame, gpus: Mapping[str, float], title: str) -> F
         left += table[part].to_numpy()
     for y, total in enumerate(left):
         ax.text(total, y, f" {total:.1f}", va="center", fontsize=6, color=NEUTRAL)
-    for name, holds in gpus.items():
+    for holds in sorted({holds for holds in gpus.values() if holds < 1.08 * left.max()}):
+        names = ", ".join(name for name, memory in gpus.items() if memory == holds)
         ax.axvline(holds, color="black", linestyle="--", linewidth=0.7)
-        ax.text(holds, -0.9, f"{name}\n{holds:g} GB", ha="center", va="bottom", fontsize=6)
+        ax.text(holds, -0.9, f"{names}\n{holds:g} GB", ha="center", va="bottom", fontsize=6)
     ax.set(xlabel="peak memory of a training step [GB]", ylim=(len(table) - 0.5, -0.6), xlim=(0, 1.08 * left.max()))
     ax.grid(False, axis="y")
     fig.legend(loc="outside lower left", ncols=len(parts))
