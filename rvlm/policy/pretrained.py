@@ -114,10 +114,8 @@ class SavedPolicy(PreTrainedModel):
 
     def _write(self, folder: Path, whole: dict[str, torch.Tensor], **options: Any) -> None:
         if self.config.base_model is not None and self.adapters is not None:
-            from rvlm.vlm import adapters  # and with it peft, which takes seconds
-
             inner = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
-            adapters.save_lora_weights(self.adapters, folder, inner)
+            _adapters().save_lora_weights(self.adapters, folder, inner)
         kept = whole if self.config.base_model is None else non_backbone_weights(whole)
         super().save_pretrained(folder, state_dict=kept, **options)
 
@@ -199,10 +197,8 @@ class SavedPolicy(PreTrainedModel):
     def _over(cls, folder: Path, config: Any, base_model: Any, is_quantized: bool | None, processor: Any) -> Any:
         model: Any = cls(config, cls._backbone(folder, config, base_model, is_quantized, processor))
         if config.base_model["finetuning"] != "head":
-            from rvlm.vlm import adapters
-
             read_json_object(folder / ADAPTERS / "adapter_config.json")
-            model.register_adapters(adapters.add_saved_lora(model.backbone, folder))
+            model.register_adapters(_adapters().add_saved_lora(model.backbone, folder))
         model.load_own_weights(folder)
         return model
 
@@ -235,10 +231,8 @@ class SavedPolicy(PreTrainedModel):
         """
         folder = Path(folder)
         if self.adapters is not None:
-            from rvlm.vlm import adapters
-
             header_of(folder / ADAPTERS / "adapter_model.safetensors")
-            adapters.load_lora_weights(self.adapters, folder)
+            _adapters().load_lora_weights(self.adapters, folder)
         saved = {name: value for path in weights_in(folder) for name, value in load_file(path).items()}
         check_loaded_weights(folder, state_dict_diff(non_backbone_weights(self.state_dict()), saved))
         self.load_state_dict(saved, strict=False)
@@ -259,6 +253,13 @@ class SavedPolicy(PreTrainedModel):
         merged.load_state_dict(non_backbone_weights(model.state_dict()), strict=False)
         merged.processor = model.processor
         return merged.eval()
+
+
+def _adapters() -> Any:
+    """The module of adapters, with which peft comes, which takes seconds."""
+    from rvlm.vlm import adapters
+
+    return adapters
 
 
 def _download_options(options: dict[str, Any]) -> dict[str, Any]:
