@@ -30,20 +30,24 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a stored weight
 
 
 class Trainings(NamedTuple):
-    """Trainings of one kind in a notebook: how many, and the names of its parameters for the samples of one and a multiplier."""
+    """Trainings of one kind in a notebook: its parameter with their samples, how many, and its parameter that multiplies that."""
 
     budget: str
+    finetuning: str = ""  # the notebook's parameter if left out
     n: int = 1
     times: str = ""
-    finetuning: str = ""  # the notebook's parameter if left out
 
 
 TRAININGS = {  # of the notebooks that train the model of their parameter `vlm`; what 06 has from 05 is counted there
-    "05_train_in_stages": (Trainings("n_samples"), Trainings("n_compare_samples", 2, "", "full"), Trainings("n_stage_samples")),
-    "06_evaluate": (Trainings("n_probe_samples", finetuning="head"),),
-    "08_cross_embodiment": (Trainings("n_samples", 6, "n_seeds"),),
-    "09_ablations": (Trainings("n_frames", 16, "n_seeds"), Trainings("n_grid_samples", 1, "n_trials")),
-    "10_single_gpu_qlora": tuple(Trainings("n_frames", 1, "n_seeds", mode) for mode in ("head", "lora", "qlora", "full")),
+    "05_train_in_stages": (
+        Trainings("n_samples"),
+        Trainings("n_compare_samples", "full", 2),
+        Trainings("n_stage_samples", "full"),
+    ),
+    "06_evaluate": (Trainings("n_probe_samples", "head"),),
+    "08_cross_embodiment": (Trainings("n_samples", "full", 6, "n_seeds"),),
+    "09_ablations": (Trainings("n_frames", "full", 16, "n_seeds"), Trainings("n_grid_samples", "full", 1, "n_trials")),
+    "10_single_gpu_qlora": tuple(Trainings("n_frames", mode, 1, "n_seeds") for mode in ("head", "lora", "qlora", "full")),
 }
 
 
@@ -55,11 +59,9 @@ def dry_run(paths: RunPaths, profile: str, only: Sequence[str] = (), force: bool
     """
     jobs = plan_jobs(paths, profile, only)
     yield f"profile {profile}: results in {paths.results}; nothing is downloaded, trained or written now"
-    has_gpu = torch.cuda.is_available()
-    yield f"this machine: {torch.cuda.get_device_name() if has_gpu else 'no GPU; models of the Hub need one'}"
-    for extra, package in EXTRAS.items():
-        if importlib.util.find_spec(package) is None:
-            yield f"missing package: {package}; pip install 'rvlm[{extra}]'"
+    yield f"this machine: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU; models of the Hub need one'}"
+    for extra, package in ((e, p) for e, p in EXTRAS.items() if importlib.util.find_spec(p) is None):
+        yield f"missing package: {package}; pip install 'rvlm[{extra}]'"
     yield f"memory and time of trainings: by the plan, at {100 * memory_plan.UTILISATION:.0f} % of a GPU's peak, not measured"
     tracked, names = read_profiles(paths.notebooks).get(GIT_PROFILE, {}), {}
     for job in jobs:
@@ -69,9 +71,7 @@ def dry_run(paths: RunPaths, profile: str, only: Sequence[str] = (), force: bool
         yield f"{job.stem}: to run"
         yield from (f"  {line}" for line in _about(job, paths, profile, tracked.get(job.stem, {})))
         names |= _hub_names(job.parameters)
-    yield from (f"download: {_download(name, kind)}" for name, kind in names.items())
-    if not names:
-        yield "download: nothing"
+    yield from (f"download: {_download(name, kind)}" for name, kind in names.items()) if names else ("download: nothing",)
 
 
 def _about(job: Job, paths: RunPaths, profile: str, tracked: Mapping[str, Any]) -> Iterator[str]:
@@ -84,17 +84,17 @@ def _about(job: Job, paths: RunPaths, profile: str, tracked: Mapping[str, Any]) 
 
 
 def _training(trainings: Trainings, parameters: Mapping[str, Any]) -> str:
-    """Memory and time of trainings, on each GPU that holds them."""
-    vlm, n = parameters["vlm"] or str(SMALL_VLM), trainings.n * parameters.get(trainings.times, 1)
-    finetuning, samples = trainings.finetuning or parameters.get("finetuning", "full"), parameters[trainings.budget]
-    batch = parameters.get("batch_size", 8) // parameters.get("gradient_accumulation_steps", 1)
+    """Memory and time of trainings, on each GPU that holds them; the shipped model's time is not that of its FLOPs."""
+    vlm, finetuning = parameters["vlm"] or str(SMALL_VLM), trainings.finetuning or parameters.get("finetuning", "full")
+    n, samples = trainings.n * parameters.get(trainings.times, 1), parameters[trainings.budget]
+    usual = 64 if "finetuning" in parameters else 8  # batch size of 05 and 06, and of the others
+    batch = parameters.get("batch_size", usual) // parameters.get("gradient_accumulation_steps", 1)
     what = f"{n} x {trainings.budget} {samples:,}, {finetuning}, {batch} at a time"
     plan = _plan(vlm, finetuning, batch)
     if plan is None:
         return f"{what}: memory and time unknown, {vlm} is not among the plan's models"
-    is_small = vlm == str(SMALL_VLM)  # its time is not that of its FLOPs
-    fitting = [gpu for gpu in memory_plan.GPUS if plan.fits(gpu)]
-    cards = [gpu if is_small else f"{gpu} {_duration(n * samples / batch * plan.seconds(gpu))}" for gpu in fitting]
+    fitting = {gpu: _duration(n * samples / batch * plan.seconds(gpu)) for gpu in memory_plan.GPUS if plan.fits(gpu)}
+    cards = [gpu if vlm == str(SMALL_VLM) else f"{gpu} {time}" for gpu, time in fitting.items()]
     return f"{what}: {plan.peak / 1e9:.1f} GB, fits {', '.join(cards) or 'none of ' + ', '.join(memory_plan.GPUS)}"
 
 
@@ -112,7 +112,6 @@ def _plan(vlm: str, finetuning: str, batch_size: int) -> memory_plan.MemoryPlan 
 
 
 def _entry(vlm: str) -> dict[str, Any]:
-    """What the plan knows of a model of the Hub; empty if nothing."""
     entries = json.loads(memory_plan.HUB_CONFIGS.read_text())
     return next(({"name": name, **entry} for name, entry in entries.items() if entry["source"].endswith(f"/{vlm}")), {})
 
@@ -133,14 +132,15 @@ def _duration(seconds: float) -> str:
 
 def _hub_names(parameters: Mapping[str, Any]) -> dict[str, str]:
     """Names on the Hub among a notebook's parameters, each "model" or "dataset"."""
-    given = {name: "model" for key in ("vlm", "vlms") for name in str(parameters.get(key, "")).split()}
-    given |= {name: "dataset" for name in [str(parameters.get("demonstrations", ""))] if name}
-    return {name: kind for name, kind in given.items() if "/" in name and not Path(name).expanduser().is_dir()}
+    kinds = {"vlm": "model", "vlms": "model", "demonstrations": "dataset"}
+    given = {name: kind for key, kind in kinds.items() for name in str(parameters.get(key, "")).split()}
+    return {
+        name: kind for name, kind in given.items() if "/" in name and name[-3:] != ".md" and not Path(name).expanduser().is_dir()
+    }
 
 
 def _download(name: str, kind: str) -> str:
-    entry = _entry(name)
-    size = f"{entry['parameters'] * BYTES[entry['stored']] / 1e9:.1f} GB" if "stored" in entry else "size unknown"
+    size = f"{e['parameters'] * BYTES[e['stored']] / 1e9:.1f} GB" if "stored" in (e := _entry(name)) else "size unknown"
     try:
         folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True))
     except (OSError, ValueError):

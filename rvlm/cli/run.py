@@ -87,5 +87,5 @@ def _checked_value(name: str, value: Any) -> Any:
     folder = Path(str(value)).expanduser().resolve()
     if name.endswith("_folder") and value and not folder.is_dir():
         raise InvalidRun(f"{name}: no folder {folder}")
-    is_folder = isinstance(value, str) and value and name.endswith(("folder", "vlm")) and folder.is_dir()
+    is_folder = isinstance(value, str) and value and name.endswith(("folder", "vlm", "demonstrations")) and folder.is_dir()
     return str(folder) if is_folder else value

@@ -39,6 +39,7 @@ def _ship(arguments: argparse.Namespace) -> int:
         raise InvalidRun(
             f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}"
         )
+    from rvlm.envs.tabletop.demonstrations import Collection
     from rvlm.experiments import recipes
     from rvlm.experiments.release import release
 
@@ -48,7 +49,7 @@ def _ship(arguments: argparse.Namespace) -> int:
         print(f"writing {target}; the {name} that ships stays (--install replaces it)", flush=True)
     stages = {
         "vlm": lambda: recipes.vision_language(sizes["n_scenes"], sizes["n_samples"]),
-        "policy": lambda: recipes.main_policy(sizes["n_episodes"], sizes["n_samples"]),
+        "policy": lambda: recipes.main_policy(Collection(n_episodes=sizes["n_episodes"]), sizes["n_samples"]),
     }
     print(release(stages[name](), target, f"rvlm {name} --profile {profile}"))
     return 0

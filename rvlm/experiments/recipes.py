@@ -82,35 +82,41 @@ def vision_language(n_scenes: int, n_samples: int, seed: int = 0) -> Stage:
     return Stage("vision_language", VISION_LANGUAGE, fresh, str(train(together)), 5 * n_samples, vqa=appearance, **all_weights)
 
 
-def in_domain(collection: Collection, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
-    """Stage 2: robot fine-tuning on demonstrations of the tabletop; `changes` are fields of `Stage`."""
-    data = (str(collect_demonstrations(collection)),)
-    return Stage("in_domain", ROBOT, data, str(init), n_samples, **{"policy": ONE_STEP, **changes})
+def in_domain(data: Collection | str | Path, n_samples: int, init: str | Path = SMALL_VLM, **changes: Any) -> Stage:
+    """Stage 2: robot fine-tuning.
+
+    Args:
+        data: Demonstrations of the tabletop, or the folder of a dataset.
+        n_samples: Budget.
+        init: Vision-language model: folder or Hub name.
+        changes: Fields of `Stage`.
+    """
+    folder = collect_demonstrations(data) if isinstance(data, Collection) else data
+    return Stage("in_domain", ROBOT, (str(folder),), str(init), n_samples, **{"policy": ONE_STEP, **changes})
 
 
-def main_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
-    """The policy of notebooks 05 and 06, and, at full size, the shipped one.
+def main_policy(data: Collection | str | Path, n_samples: int, seed: int = 0, **changes: Any) -> Stage:
+    """The policy of notebooks 05 and 06, and, at full size, the shipped one; arguments as of `in_domain`.
 
     Vision tower and connector are frozen, which allows three times the samples in the same time on a CPU.
     """
-    shared: dict[str, Any] = {"seed": seed, "n_processes": _n_processes(n_samples)}
-    return in_domain(Collection(n_episodes=n_episodes), n_samples, freeze_vision=True, **shared)
+    shared: dict[str, Any] = {"seed": seed, "n_processes": _n_processes(n_samples), "freeze_vision": True}
+    return in_domain(data, n_samples, **{**shared, **changes})
 
 
-def main_data(n_episodes: int) -> EpisodeDataset:
-    """The demonstrations of `main_policy`."""
-    return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes)))
-
-
-def random_backbone_policy(n_episodes: int, n_samples: int, seed: int = 0) -> Stage:
-    """Baseline of what state and head achieve alone: the backbone is random and frozen."""
+def random_backbone_policy(data: Collection | str | Path, n_samples: int, seed: int = 0, **changes: Any) -> Stage:
+    """Baseline of what state and head achieve alone: the backbone is random and frozen; arguments as of `in_domain`."""
     frozen: dict[str, Any] = {"freeze_vision": True, "finetuning": "head", "is_pretrained": False}
-    return in_domain(Collection(n_episodes=n_episodes), n_samples, seed=seed, **frozen)
+    return in_domain(data, n_samples, seed=seed, **changes, **frozen)
 
 
-def unseen_demonstrations(n_episodes: int) -> EpisodeDataset:
-    """Demonstrations that no policy is trained on, to compare open-loop errors of policies with different training data."""
-    return EpisodeDataset(collect_demonstrations(Collection(n_episodes=n_episodes, first_seed=UNSEEN_SEED)))
+def unseen_demonstrations(n_episodes: int, image_size: int = 96) -> EpisodeDataset:
+    """Demonstrations that no policy is trained on, to compare open-loop errors of policies with different training data.
+
+    The episodes are the same at every size of their images [px].
+    """
+    collection = Collection(n_episodes=n_episodes, first_seed=UNSEEN_SEED, image_size=image_size)
+    return EpisodeDataset(collect_demonstrations(collection))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +159,7 @@ class ExperimentSetup:
         n_samples: Budget of all stages together.
         n_scenes: Scenes of the questions in co-training.
         changes: Fields of `Stage` to change from its defaults.
+        vlm: Vision-language model that every recipe starts from, or, for `scratch`, its architecture: folder or Hub name.
     """
 
     target: Collection
@@ -160,20 +167,32 @@ class ExperimentSetup:
     n_samples: int
     n_scenes: int = 400
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vlm: str = str(SMALL_VLM)
 
 
 SCRATCH: dict[str, Any] = {"is_pretrained": False, "freeze_vision": False}  # random weights, none frozen
 SHARED_TASKS = ("move_slider_left", "move_slider_right", "open_drawer", "turn_on_light", "push_left", "push_right")
 
 
-def low_data_target(n_target: int, n_others: int, n_samples: int) -> ExperimentSetup:
-    """Setup of notebooks 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
+def low_data_target(
+    n_target: int, n_others: int, n_samples: int, vlm: str | Path = SMALL_VLM, image_size: int = 96, **changes: Any
+) -> ExperimentSetup:
+    """Setup of notebooks 05, 07 and 08: few demonstrations of the target robot, more of two others, the same tasks for all.
 
     Vision tower and connector are frozen, except for the recipe `scratch` (see `train_recipe`).
+
+    Args:
+        n_target: Demonstrations of the target robot.
+        n_others: Of each other robot.
+        n_samples: Budget of all stages together.
+        vlm: As of `ExperimentSetup`.
+        image_size: Of all demonstrations [px].
+        changes: Fields of `Stage`.
     """
-    changes = {"freeze_vision": True, "batch_size": 8}
-    others = tuple(Collection(robot, n_others, SHARED_TASKS) for robot in ("ur6", "small5"))
-    return ExperimentSetup(Collection(n_episodes=n_target, families=SHARED_TASKS), others, n_samples, changes=changes)
+    changes = {"freeze_vision": True, "batch_size": 8, **changes}
+    target = Collection(n_episodes=n_target, families=SHARED_TASKS, image_size=image_size)
+    others = tuple(Collection(robot, n_others, SHARED_TASKS, image_size=image_size) for robot in ("ur6", "small5"))
+    return ExperimentSetup(target, others, n_samples, changes=changes, vlm=str(vlm))
 
 
 def train_recipe(recipe: str, setup: ExperimentSetup, seed: int = 0, n_threads: int | None = None) -> list[Path]:
@@ -199,7 +218,7 @@ def train_recipe(recipe: str, setup: ExperimentSetup, seed: int = 0, n_threads: 
         raise ValueError(f"recipe {recipe!r} trains on other robots too; expected demonstrations in others, got none")
     target = str(collect_demonstrations(setup.target))
     all_robots = (target, *(str(collect_demonstrations(other)) for other in setup.others))
-    model, models = SMALL_VLM, []
+    model, models = setup.vlm, []
     for stage in RECIPES[recipe]:
         scenes = tuple(map(str, collect_scenes(setup.n_scenes, SCENE_SEED))) if stage.with_vqa else ()
         fields = {"policy": ONE_STEP, "seed": seed, "vqa_data": scenes, **setup.changes}
@@ -213,8 +232,8 @@ def train_recipe(recipe: str, setup: ExperimentSetup, seed: int = 0, n_threads: 
 def train_recipes_parallel(
     recipes: Sequence[str], setup: ExperimentSetup, seeds: Sequence[int]
 ) -> dict[tuple[str, int], list[Path]]:
-    """Train recipes with several seeds in parallel, one process each, as many at a time as there are cores."""
+    """Train recipes with several seeds in parallel, one process each, as many at a time as there are cores; with a GPU, one."""
     single = dataclasses.replace(setup, changes={"n_processes": 1, **setup.changes})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
         futures = {(recipe, seed): pool.submit(train_recipe, recipe, single, seed, 1) for seed in seeds for recipe in recipes}
         return {key: future.result() for key, future in futures.items()}

@@ -90,6 +90,8 @@ def test_values_are_read_as_the_notebook_means_them(home, tmp_path, monkeypatch)
     assert job.parameters == {"windows": [2, 3], "n_frames": 12000} and job.notebook.parent == ROOT / "notebooks"
     assert paths.results == home / "tried" / f"04_history-{job.key}" and paths.artifacts == home
     assert make_job("00", [("policy_folder", "mine")])[0].parameters == {"policy_folder": str(tmp_path / "mine")}
+    assert make_job("05", [("demonstrations", "mine")])[0].parameters == {"demonstrations": str(tmp_path / "mine")}
+    assert make_job("05", [("demonstrations", "lab/lifts libero")])[0].parameters == {"demonstrations": "lab/lifts libero"}
     assert make_job("03", [("learning_rate", "1")])[0].parameters == {"learning_rate": 1}
     assert make_job("look_first", [])[0].key != make_job("0", [("seed", "1")])[0].key
     own = tmp_path / "04_history.ipynb"  # an edited copy does not write where the notebook itself does

@@ -20,6 +20,7 @@ from rvlm.experiments.recipes import (
     SCRATCH,
     ExperimentSetup,
     low_data_target,
+    main_policy,
     random_backbone_policy,
     train_recipe,
     train_recipes_parallel,
@@ -89,8 +90,26 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
         "scratch": (False, False),
         "vision-language": (True, True),
     }
-    baseline = random_backbone_policy(10, 64)
+    baseline = random_backbone_policy(Collection(n_episodes=10), 64)
     assert (baseline.freeze_vision, baseline.is_pretrained, baseline.finetuning) == (True, False, "head")
+
+
+def test_recipes_start_from_any_model_and_train_on_any_dataset(monkeypatch):
+    """As notebooks 05, 06 and 08 name them by their parameters; nothing is recorded for a dataset of one's own."""
+    built = []
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
+    monkeypatch.setattr("rvlm.experiments.recipes.train", lambda stage, n_threads=None: built.append(stage) or Path("model"))
+    train_recipe("vl -> cross_embodiment -> in_domain", low_data_target(10, 10, 64, "lab/vlm", learning_rate=1e-4))
+    train_recipe("scratch", low_data_target(10, 10, 64, "lab/vlm", learning_rate=1e-4))
+    assert [(stage.init, stage.learning_rate) for stage in built] == [("lab/vlm", 1e-4), ("model", 1e-4), ("lab/vlm", 1e-4)]
+    changes = {"init": "lab/vlm", "batch_size": 32, "gradient_accumulation_steps": 4}
+    own = main_policy("own", 64, finetuning="qlora", **changes)
+    assert (own.data, own.init, own.finetuning, own.gradient_accumulation_steps) == (("own",), "lab/vlm", "qlora", 4)
+    recorded = main_policy(Collection(n_episodes=10), 64)
+    assert recorded.data == ("franka7",) and recorded.init == str(SMALL_VLM)
+    probe = random_backbone_policy(Collection(n_episodes=10), 64, **changes)
+    assert (probe.init, probe.finetuning, probe.is_pretrained) == ("lab/vlm", "head", False)
 
 
 def test_what_recipes_share_is_trained_once(experiment):
