@@ -5,6 +5,8 @@ Modules:
     tiling: one tile an image, in families that split images.
     templates: chat templates: the prompt format of a family.
     prompt_batches: prompts as batches of tensors: padded, cut at `<act>`, continued by an observation.
+    pixel_lookup: image processors as a table, where each value depends on one pixel.
+    processor_shortcut: prompts' vision inputs without the processor, bit for bit.
     prompts: the one prompt builder: images and instructions to tokens, with `<act>`.
     backbones: load a model, find its parts, freeze them, read hidden states at `<act>`.
     quantization: device and precision of the computation, and 4 bits by bitsandbytes.

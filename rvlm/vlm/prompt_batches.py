@@ -1,6 +1,7 @@
 """Prompts as batches of tensors: padded, cut at `<act>`, continued by an observation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,6 +19,31 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> dict
         ids[i, positions] = torch.tensor(row)
         mask[i, positions] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def pad_rows(rows: Sequence[dict[str, torch.Tensor]], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Inputs per token (1, l, ...) of prompts as those of a batch (b, l, ...), padded with 0, ids with `pad_id`."""
+    length, batch = max(row["input_ids"].shape[1] for row in rows), {}
+    for name, first in rows[0].items():
+        batch[name] = first.new_full((len(rows), length, *first.shape[2:]), pad_id if name == "input_ids" else 0)
+        for values, row in zip(batch[name], rows, strict=True):
+            n = row[name].shape[1]
+            values[length - n if side == "left" else 0 :][:n] = row[name][0]
+    return batch
+
+
+def inputs_per_token(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a processor's output, what has a value for each token (b, l, ...)."""
+    return {name: value for name, value in batch.items() if value.shape[:2] == batch["input_ids"].shape}
+
+
+def image_token_ids(processor: Any, batch: dict[str, torch.Tensor]) -> set[int]:
+    """Ids of the tokens of a prompt (1, l) at which the image's features enter."""
+    candidates = [getattr(processor, "image_token_id", -1), *(getattr(processor, "image_token_ids", None) or [])]
+    # one of them is the placeholder, others may mark an image's begin and end
+    masks = [batch["input_ids"] == (-1 if token is None else token) for token in candidates]
+    is_image = batch.get("image_embeds_position_mask", max(masks, key=torch.sum))  # KosMos-2 gives the mask itself
+    return {int(batch["input_ids"][0, i]) for i in is_image[0].nonzero().flatten()}
 
 
 def bos_in_first_observation(

@@ -3,7 +3,6 @@
 The family's own processor and chat template write the prompt; one object does it for training and evaluation.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from transformers import ProcessorMixin
 
+from rvlm.vlm import prompt_batches as batches
+from rvlm.vlm.processor_shortcut import ProcessorShortcut, find_shortcut, is_same_batch
 from rvlm.vlm.processors import ACT, detect_image_size, detect_input_format, to_pil, with_cached_images
-from rvlm.vlm.prompt_batches import added_tokens, bos_in_first_observation, has_pixel_values_only, pad, without_tokens_after
+from rvlm.vlm.prompt_batches import TEXT_KEYS, inputs_per_token, pad_rows
 from rvlm.vlm.templates import ChatTemplate, image_token, special_tokens, token_pattern
 
 MAX_CACHED_PROMPTS = 4096
@@ -28,8 +29,8 @@ class PromptBuilder:
 
     The text is a user's turn (images and instruction) in the model's chat template, up to where the answer begins, and `<act>`.
     Further observations of the sequence follow as the image tokens that the template would write next (it may number them) and
-    `<act>`. If the processor only rescales and normalises images of the model's size, which is tried once, prompts are made
-    without it, from cached token ids. All outputs of other processors are passed on.
+    `<act>`. If the processor only rescales, normalises and reorders the pixels of images of a size, which is tried once, prompts
+    are made without it, bit for bit the same: pixels are looked up, and the text is kept. Its outputs are all passed on.
 
     Args:
         processor: The backbone's processor.
@@ -72,7 +73,8 @@ class PromptBuilder:
         self.image_token_ids: set[int] = set()
         self._special_pattern = token_pattern([image_token(processor), *special_tokens(processor.tokenizer)])
         self._text_processor = with_cached_images(processor)
-        self._cached_ids: dict[tuple[str, int], list[int]] = {}
+        self._known: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._shortcuts: dict[tuple[int, int], ProcessorShortcut | None] = {}
         self._continuations: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         self._is_separable: dict[tuple[int, ...], bool] = {}
         self._extra_bos, self._bos_options = "", {}
@@ -98,16 +100,38 @@ class PromptBuilder:
     def _black_images(self, n_steps: int, *size: int) -> np.ndarray:
         return np.zeros((n_steps, self.n_images, *(size or (self.image_size, self.image_size)), 3), np.uint8)
 
-    @functools.cached_property
-    def _rescaled_example(self) -> dict[str, torch.Tensor]:
-        """The processor's output for an image of the model's size, if `_normalize` gives the same pixels; else empty."""
-        noise = np.random.default_rng(0).integers(0, 256, self._black_images(1).shape, np.uint8)
-        output = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
-        if not has_pixel_values_only(output):
-            return {}
-        ours, theirs = self._normalize(noise), output["pixel_values"]
-        is_same = ours.numel() == theirs.numel() and torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-5)
-        return output if is_same else {}
+    def shortcut(self, images: Images) -> ProcessorShortcut | None:
+        """The way around the processor for these images, if they have one size and there is one; searched once a size."""
+        size, *others = {image.shape[-3:-1] for image in images}
+        if others:
+            return None
+        if size not in self._shortcuts:
+            self._shortcuts[size] = self._find_shortcut(*size)
+        return self._shortcuts[size]
+
+    def _find_shortcut(self, height: int, width: int) -> ProcessorShortcut | None:
+        """A shortcut for images of this size [px] that gives the processor's output for three prompts with noise, bit for bit."""
+        example = self._text_batch(EXAMPLE_INSTRUCTION, 1, height, width)
+        shortcut = find_shortcut(self._example_prompts, example, self.n_images, height, width)
+        depends_on_images = any(value.ndim > 2 for value in inputs_per_token(example).values())
+        if shortcut is None or (self.is_interleaved and depends_on_images):  # of which prompts then have different numbers
+            return None
+        n_steps, texts = [1 + self.is_interleaved] * 3, [EXAMPLE_INSTRUCTION, "lift", EXAMPLE_INSTRUCTION * 3]
+        noise = np.random.default_rng(1).integers(0, 256, self._black_images(sum(n_steps), height, width).shape, np.uint8)
+        ours, theirs = self._assemble(shortcut, noise, texts, n_steps), self._run_processor(noise, texts, n_steps)
+        return shortcut if is_same_batch(ours, theirs) else None
+
+    def _example_prompts(self, images: UInt8[np.ndarray, "m n h w 3"]) -> dict[str, torch.Tensor]:
+        """The processor's output for m observations with the example's instruction."""
+        return self._run_processor(images, [EXAMPLE_INSTRUCTION] * len(images), [1] * len(images))
+
+    def _assemble(
+        self, shortcut: ProcessorShortcut, images: Images, instructions: Sequence[str], n_steps: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """A batch of prompts without the processor."""
+        size, pad_id = images[0].shape[-3:-1], self.processor.tokenizer.pad_token_id
+        rows = [self._inputs_per_token(text, n, *size) for text, n in zip(instructions, n_steps, strict=True)]
+        return self._causal(pad_rows(rows, pad_id, self.padding_side)) | shortcut(np.asarray(images))
 
     def _run_processor(
         self, images: Images, instructions: Sequence[str], n_steps: Sequence[int], processor: Any = None
@@ -123,12 +147,13 @@ class PromptBuilder:
         tokenizer = processor.tokenizer
         image_id, act_id = tokenizer.convert_tokens_to_ids([image_token(processor), ACT])
         if max(n_steps) > 1:
-            batch["input_ids"] = bos_in_first_observation(batch["input_ids"], tokenizer.bos_token_id, image_id, act_id)
+            batch["input_ids"] = batches.bos_in_first_observation(batch["input_ids"], tokenizer.bos_token_id, image_id, act_id)
         if self.padding_side == "left":
-            batch = without_tokens_after(batch, act_id)
-        if self.is_causal_by_type:
-            batch["token_type_ids"] = torch.ones_like(batch["token_type_ids"])
-        return batch
+            batch = batches.without_tokens_after(batch, act_id)
+        return self._causal(batch)
+
+    def _causal(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return batch | ({"token_type_ids": torch.ones_like(batch["token_type_ids"])} if self.is_causal_by_type else {})
 
     def _processor_inputs(self, samples: Sequence[Sequence[list]], instructions: Sequence[str]) -> dict[str, Any]:
         """Samples (PIL images of each observation) and instructions in the processor's `input_format`."""
@@ -141,19 +166,6 @@ class PromptBuilder:
         steps = [[[*sample[0], text + queries], *([*images, queries] for images in sample[1:])] for sample, text in pairs]
         return {"text": [list(itertools.chain(*parts)) for parts in steps]}
 
-    def _normalize(self, images: UInt8[np.ndarray, "b n h w 3"]) -> Float[torch.Tensor, "b n 3 h w"]:
-        """Images as the processor rescales and normalises them, float32."""
-        config = self.processor.image_processor
-        std = np.asarray(config.image_std, np.float32)
-        scale, shift = config.rescale_factor / std, np.asarray(config.image_mean, np.float32) / std
-        channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
-        return channels_first * torch.tensor(scale, dtype=torch.float32)[:, None, None] - torch.tensor(shift)[:, None, None]
-
-    @property
-    def uses_pixel_values_only(self) -> bool:
-        """Whether the model's only vision input for an image of its size is `pixel_values`."""
-        return self.is_separable(self.image_size, self.image_size)
-
     def is_separable(self, height: int, width: int) -> bool:
         """Whether images of this size [px] leave the text as it is and become pixels alone; tried once a size.
 
@@ -161,19 +173,13 @@ class PromptBuilder:
         """
         if (height, width) not in self._is_separable:
             noise = np.random.default_rng(0).integers(0, 256, (1, self.n_images, height, width, 3), np.uint8)
-            resized = self._run_processor(noise, [EXAMPLE_INSTRUCTION], [1])
-            native = self._run_processor(self._black_images(1), [EXAMPLE_INSTRUCTION], [1])
+            resized, native = self._example_prompts(noise), self._example_prompts(self._black_images(1))
             self._is_separable[height, width] = (
-                has_pixel_values_only(resized)
+                batches.has_pixel_values_only(resized)
                 and torch.equal(resized["input_ids"], native["input_ids"])
                 and resized["pixel_values"].shape == native["pixel_values"].shape
             )
         return self._is_separable[height, width]
-
-    def can_skip_processor(self, images: Images) -> bool:
-        """Whether prompts with these images need only cached token ids and `_normalize`."""
-        shapes = {image.shape[-3:-1] for image in images}
-        return shapes == {(self.image_size, self.image_size)} and bool(self._rescaled_example)
 
     def text(self, instruction: str, n_steps: int = 1) -> str:
         """The prompt of `n_steps` observations as text, before the processor expands the image tokens.
@@ -200,22 +206,20 @@ class PromptBuilder:
         Raises:
             ValueError: As `text`.
         """
-        ids = self._cached_ids.pop((instruction, n_steps), None) or self._tokenize(instruction, n_steps)
-        self._cached_ids[instruction, n_steps] = ids  # most recently used last
-        if len(self._cached_ids) > MAX_CACHED_PROMPTS:
-            self._cached_ids.pop(next(iter(self._cached_ids)))
-        return list(ids)
+        return self._inputs_per_token(instruction, n_steps, self.image_size, self.image_size)["input_ids"][0].tolist()
 
-    def _tokenize(self, instruction: str, n_steps: int) -> list[int]:
-        self.text(instruction)
-        batch = self._text_batch(instruction, n_steps)
-        processor: Any = self.processor
-        candidates = [getattr(processor, "image_token_id", -1), *(getattr(processor, "image_token_ids", None) or [])]
-        # one of them is the placeholder, others may mark an image's begin and end
-        masks = [batch["input_ids"] == (-1 if token is None else token) for token in candidates]
-        is_image = batch.get("image_embeds_position_mask", max(masks, key=torch.sum))  # KosMos-2 gives the mask itself
-        self.image_token_ids = {int(batch["input_ids"][0, i]) for i in is_image[0].nonzero().flatten()}
-        return batch["input_ids"][0].tolist()
+    def _inputs_per_token(self, instruction: str, n_steps: int, *size: int) -> dict[str, torch.Tensor]:
+        """Inputs per token (1, l, ...) of a prompt of `n_steps` observations with images of this height and width [px]; kept."""
+        key = (instruction, n_steps, size, self.is_causal_by_type)
+        inputs = self._known.pop(key, None)
+        if inputs is None:
+            self.text(instruction)
+            batch = self._text_batch(instruction, n_steps, *size)
+            self.image_token_ids, inputs = batches.image_token_ids(self.processor, batch), inputs_per_token(batch)
+        self._known[key] = inputs  # most recently used last
+        if len(self._known) > MAX_CACHED_PROMPTS:
+            self._known.pop(next(iter(self._known)))
+        return inputs
 
     def _text_batch(self, instruction: str, n_steps: int, *size: int) -> dict[str, torch.Tensor]:
         """The processor's output for a prompt with black images, of the model's size or of this height and width [px]."""
@@ -230,7 +234,7 @@ class PromptBuilder:
         key = (n_steps, height, width)
         if key not in self._continuations:
             prompts = [self._text_batch(EXAMPLE_INSTRUCTION, n, height, width) for n in (n_steps - 1, n_steps)]
-            self._continuations[key] = added_tokens(*prompts)
+            self._continuations[key] = batches.added_tokens(*prompts)
         return self._continuations[key]
 
     def token_roles(self, instruction: str, n_steps: int = 1) -> tuple[list[str], list[str]]:
@@ -257,9 +261,6 @@ class PromptBuilder:
         Raises:
             ValueError: The text depends on images of this size (`is_separable`).
         """
-        if self.can_skip_processor(images):
-            scaled = self._normalize(images)
-            return scaled if self._rescaled_example["pixel_values"].ndim == scaled.ndim else scaled.flatten(0, 1)
         height, width = images.shape[-3:-1]
         if not self.is_separable(height, width):
             raise ValueError(
@@ -267,7 +268,7 @@ class PromptBuilder:
                 f"it tiles, pads, or encodes in rows and columns; resize them to {self.image_size} x {self.image_size} "
                 "or give them with their text"
             )
-        return self._run_processor(images, [EXAMPLE_INSTRUCTION] * len(images), [1] * len(images))["pixel_values"]
+        return (self.shortcut(images) or self._example_prompts)(images)["pixel_values"]
 
     def __call__(
         self, images: Images, instructions: Sequence[str], n_steps: Sequence[int] | None = None
@@ -283,16 +284,13 @@ class PromptBuilder:
             `input_ids`, `attention_mask` (b, l) int64, `pixel_values`, and other outputs of the family's processor.
         """
         n_steps = [1] * len(instructions) if n_steps is None else list(n_steps)
-        if not self.can_skip_processor(images):
-            return self._run_processor(images, instructions, n_steps)
-        batch = {**self.tokens(instructions, n_steps), "pixel_values": self.pixels(np.asarray(images))}
-        if "pixel_attention_mask" in self._rescaled_example:
-            shape = batch["pixel_values"].select(-3, 0).shape
-            batch["pixel_attention_mask"] = self._rescaled_example["pixel_attention_mask"].new_ones(()).expand(shape)
-        return batch
+        shortcut = self.shortcut(images)
+        arguments = (images, instructions, n_steps)
+        return self._assemble(shortcut, *arguments) if shortcut else self._run_processor(*arguments)
 
     def tokens(self, instructions: Sequence[str], n_steps: Sequence[int] | None = None) -> dict[str, Int[torch.Tensor, "b l"]]:
         """Text inputs of a batch: `input_ids` and `attention_mask` (b, l)."""
         n_steps = [1] * len(instructions) if n_steps is None else n_steps
-        rows = [self.token_ids(text, n) for text, n in zip(instructions, n_steps, strict=True)]
-        return pad(rows, self.processor.tokenizer.pad_token_id, self.padding_side)
+        side, pairs = self.image_size, zip(instructions, n_steps, strict=True)
+        rows = [{k: self._inputs_per_token(text, n, side, side)[k] for k in TEXT_KEYS} for text, n in pairs]
+        return pad_rows(rows, self.processor.tokenizer.pad_token_id, self.padding_side)

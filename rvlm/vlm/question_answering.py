@@ -36,7 +36,8 @@ class VQACollator:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.prompt_builder = PromptBuilder(processor, n_images=2)
-        if not self.prompt_builder.uses_pixel_values_only:
+        side = self.prompt_builder.image_size
+        if not self.prompt_builder.is_separable(side, side):
             raise ValueError(
                 f"expected a family whose only vision input is pixel_values, got that of {type(processor).__name__}; "
                 "train it on VQA by its own recipe, and its policy here"

@@ -232,7 +232,7 @@ def test_new_instructions_need_only_the_tokenizer_and_old_ones_leave_the_cache(f
     monkeypatch.setattr(part, "__call__", lambda *_, **__: pytest.fail("images were processed again"))
     monkeypatch.setattr(prompts, "MAX_CACHED_PROMPTS", 2)
     ids = [prompt_builder.token_ids(f"lift {i} cubes") for i in range(9)]
-    assert len(prompt_builder._cached_ids) == 2 and len({tuple(i) for i in ids}) == 9
+    assert len(prompt_builder._known) == 2 and len({tuple(i) for i in ids}) == 9
 
 
 def test_processors_get_pil_images(folders, monkeypatch):
@@ -260,7 +260,7 @@ def test_image_size_is_the_side_of_a_tile(folders):
     part.size, part.max_image_size, part.do_image_splitting = {"longest_edge": 4 * SIDE}, {"longest_edge": SIDE}, True
     prompt_builder = PromptBuilder(processor, 1)
     image = np.zeros((1, 1, SIDE, SIDE, 3), np.uint8)
-    assert prompt_builder.image_size == SIDE and not prompt_builder.can_skip_processor(image)
+    assert prompt_builder.image_size == SIDE and prompt_builder.shortcut(image) is None
     batch = prompt_builder(image, ["lift"])
     assert batch["pixel_values"].shape[1] == 17 and torch.equal(batch["input_ids"], prompt_builder.tokens(["lift"])["input_ids"])
 
