@@ -54,6 +54,16 @@ def solve(env, max_steps=100):
     return None
 
 
+def test_images_have_the_size_that_is_asked():
+    env = Tabletop(image_size=896)
+    observation, _ = env.reset(seed=0)
+    assert observation["image"].shape == observation["wrist_image"].shape == (896, 896, 3) and env.render().shape == (256, 256, 3)
+    large, small = env.image("static", 1024), env.image("static", 64)
+    blocks = large.reshape(64, 16, 64, 16, 3).mean((1, 3))
+    assert np.abs(blocks - small).mean() < 6, "the same picture, and all of it"
+    env.close()
+
+
 # -- a gymnasium environment -------------------------------------------------------------------------------------------
 def test_gymnasiums_own_checker_passes(env):
     check_env(env, skip_render_check=True)

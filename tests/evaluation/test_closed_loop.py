@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
+from toy_data import TEXTS, TOY
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
+from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 from rvlm.evaluation import closed_loop
@@ -19,7 +21,11 @@ from rvlm.evaluation.replay import replay_episode
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
 from rvlm.evaluation.success import success_differences, success_table
 from rvlm.policy.factory import make_policy
+from rvlm.policy.policy import load_policy
 from rvlm.statistics import paired_difference
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import train_stage_in_process
+from rvlm.vlm.small import small_vlm, train_tokenizer
 
 FAMILIES = ("push_left", "turn_on_light")
 FEW = Evaluation("expert", n_episodes=4, families=FAMILIES, max_steps=40)
@@ -255,6 +261,21 @@ def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_
     assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
         closed_loop.run_batch(dataclasses.replace(evaluation, robot="ur6"), 0)
+
+
+def test_a_policy_of_a_large_image_size_is_recorded_for_trained_and_run_at_it(tmp_path):
+    """Beyond the 96 px of the small tier: what is recorded, trained on and rendered is 256 px, without resizing."""
+    settings = {**TOY, "image_size": 256, "patch_size": 32}
+    model, processor = small_vlm(train_tokenizer(TEXTS, ["<loc00>"]), **settings)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "vlm")
+    recorded = collect_demonstrations(Collection(n_episodes=2, families=("push_left",), image_size=256), 1, progress=False)
+    stage = Stage("large", ROBOT, (str(recorded),), str(tmp_path / "vlm"), 4, batch_size=4, n_processes=1)
+    train_stage_in_process(stage, tmp_path / "trained")
+    policy = load_policy(tmp_path / "trained" / "model")
+    assert policy.image_size == (256, 256) == (policy.prompt_builder.image_size,) * 2
+    evaluation = Evaluation(str(tmp_path / "trained" / "model"), n_episodes=1, max_steps=2)
+    assert closed_loop.run_batch(evaluation, 0, keep_frames=True)[0]["frames"].shape == (2, 256, 256, 3)
 
 
 @pytest.mark.parametrize("by", ["name", ("name", "family")])

@@ -143,6 +143,8 @@ class Tabletop(gymnasium.Env):
         """RGB image (h, w, 3) uint8 from a camera, without shadows and reflections (they cost most of a frame)."""
         size = size or self.image_size
         if size not in self._renderers:
+            buffer = self.world.model.vis.global_  # a renderer's images must fit in it
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
             self._renderers[size] = mujoco.Renderer(self.world.model, size, size)
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self._renderers[size].scene.flags[flag] = 0
