@@ -12,7 +12,7 @@ from rvlm.policy import hub
 from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
 from rvlm.policy.model import VLA
 from rvlm.policy.pretrained import load_kwargs, non_backbone_weights
-from rvlm.vlm.backbones import freeze_unused, load_backbone
+from rvlm.vlm.backbones import freeze_unused, load_backbone, set_attention
 from rvlm.vlm.processors import ACT, load_processor
 
 
@@ -26,6 +26,7 @@ def make_policy(
     finetuning: str = "full",
     lora_rank: int = 16,
     precision: str = "auto",
+    attn_implementation: str | None = None,
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
     """Attach an action head to a vision-language model; gives the policy's model and its processor.
@@ -39,11 +40,12 @@ def make_policy(
         finetuning: Which weights of the backbone are trained, as of `set_trainable`.
         lora_rank: Of adapters.
         precision: Of frozen weights.
+        attn_implementation: How attention is computed, one of `rvlm.vlm.backbones.ATTENTION`; by default the library's choice.
         settings: Fields of `VLAConfig`: structure, head, history, window; `cameras` are all of the card's by default.
 
     Raises:
         TypeError: An unknown setting.
-        ValueError: An unsupported combination, a family that has no position for `<act>`, or no such model.
+        ValueError: An unsupported combination, a family that has no position for `<act>`, or no such model or attention.
 
     Example:
         >>> data, settings = rvlm.EpisodeDataset("demonstrations"), {"structure": "interleaved", "n_obs_steps": 8, "head": "flow"}
@@ -54,6 +56,7 @@ def make_policy(
     folder = hub.fetch(vlm, revision)
     processor = load_processor(folder, settings.get("image_tiling", False))
     backbone = load_backbone(folder, processor, is_pretrained=is_pretrained, **load_kwargs(folder, finetuning, precision))
+    set_attention(backbone, attn_implementation)
     origin = {"name": Path(vlm).resolve().name, "revision": None}
     if not Path(vlm).is_dir():
         origin = {"name": str(vlm), "revision": hub.commit_of(folder)}
@@ -119,6 +122,7 @@ def modify_policy(
     finetuning: str = "full",
     lora_rank: int = 16,
     precision: str = "auto",
+    attn_implementation: str | None = None,
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
     """A trained policy with other settings, such as a history: parts of equal shape keep their weights, new ones are random.
@@ -129,6 +133,7 @@ def modify_policy(
         finetuning: What of the backbone is trained (`set_trainable`).
         lora_rank: Of adapters.
         precision: As `make_policy` takes it.
+        attn_implementation: As `make_policy` takes it.
         settings: Fields of `VLAConfig` to change.
 
     Returns:
@@ -153,6 +158,7 @@ def modify_policy(
         )
     changed = VLA(model.config.with_stored_backbone(**settings), model.backbone)
     changed.processor = model.processor
+    set_attention(changed.backbone, attn_implementation)
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}
     fitting = {name: value for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
     changed.load_state_dict(fitting, strict=False)

@@ -19,6 +19,7 @@ from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
+from rvlm.vlm.backbones import set_attention
 from rvlm.vlm.quantization import compute_device
 from rvlm.vlm.templates import image_token, special_tokens
 
@@ -223,6 +224,7 @@ def load_policy(
     revision: str | None = None,
     base_model: str | Path | None = None,
     device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
     **options: Any,
 ) -> Policy:
     """A trained policy, ready to act.
@@ -232,6 +234,7 @@ def load_policy(
         revision: Commit, branch or tag of a name on the Hub.
         base_model: Folder of the backbone, of a policy that was saved without it.
         device: Of the computation; this machine's GPU if it has one, else its CPU.
+        attn_implementation: How attention is computed, as `make_policy` takes it.
         options: Of `Policy`: `n_action_steps`, `temporal_ensemble_coeff`, `spec`.
 
     Raises:
@@ -244,4 +247,6 @@ def load_policy(
         >>> observation, *_ = env.step(action)
     """
     device = device or compute_device()
-    return Policy(*load_vla(name, revision=revision, base_model=base_model, device=device), **options)
+    model, processor = load_vla(name, revision=revision, base_model=base_model, device=device)
+    set_attention(model.backbone, attn_implementation)
+    return Policy(model, processor, **options)

@@ -173,6 +173,7 @@ def _load_policy(stage: Stage, embodiments: list[Embodiment]) -> tuple[Any, Proc
         "finetuning": stage.finetuning,
         "lora_rank": stage.lora_rank,
         "precision": stage.precision,
+        "attn_implementation": stage.attn_implementation,
     }
     if is_policy(fetch(stage.init, commit)):
         if not stage.is_pretrained:

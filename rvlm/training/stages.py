@@ -95,6 +95,7 @@ class Stage:
         gradient_checkpointing: Save only the input of each layer, and recompute the layer during backward.
         precision: Of the computation: "fp32", "bf16" or "fp16" (trained weights stay in fp32); "auto" is the machine's fastest,
             fp32 on a CPU.
+        attn_implementation: How attention is computed, as `rvlm.policy.factory.make_policy` takes it.
         n_processes: Data-parallel processes; on GPUs at most one each.
         n_loader_workers: Processes, for each of these, that read and collate the next batches; by default 0 on CPUs, 4 on GPUs.
 
@@ -135,6 +136,7 @@ class Stage:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     precision: str = "auto"
+    attn_implementation: str | None = None
     n_processes: int = 2
     n_loader_workers: int | None = None
 
@@ -160,6 +162,7 @@ class Stage:
         defaults = {
             "policy": {},
             "finetuning": "full",
+            "attn_implementation": None,
             "data_weights": (),
             "shots": 0,
             "instructions": "original",

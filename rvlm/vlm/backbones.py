@@ -27,6 +27,7 @@ transformers_logging.disable_progress_bar()
 
 LOAD_LOCK = threading.RLock()  # transformers patches itself while loading: two threads at once both lose tied weights
 ADAPTERS = "adapter"  # a policy's subfolder of peft adapters
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # of the library
 SMALL_VLM = PACKAGE / "assets" / "small-vlm"  # the shipped vision-language model
 
 
@@ -71,6 +72,25 @@ def load_backbone(
     use_grid_of(model.config, processor)
     disable_bf16_repacking(model)
     return model
+
+
+def set_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Let a model compute attention by one of `ATTENTION`; None leaves the library's choice.
+
+    Raises:
+        ValueError: An unknown name, or one that is not installed or not supported by the family; with the library's reason.
+    """
+    if name is None:
+        return
+    if name not in ATTENTION:  # the library would run code from the Hub for others
+        raise ValueError(f"no attn_implementation {name!r}; there are {', '.join(ATTENTION)}")
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"expected an attention implementation that is installed and that {type(model).__name__} supports, got {name!r}: "
+            f"{error}; take 'sdpa' or 'eager'"
+        ) from error
 
 
 def disable_bf16_repacking(model: torch.nn.Module) -> None:

@@ -70,6 +70,10 @@ def test_an_unknown_field_is_an_error(stage):
         ({"n_samples": 7}, "expected n_samples of at least one batch of 8; got 7"),
         ({"n_processes": 3}, r"a batch_size that 3 processes can share evenly, each in 1 part\(s\); got 8"),
         ({"kind": VISION_LANGUAGE}, "'policy' is read by 'robot' stages only"),
+        (
+            {"kind": VISION_LANGUAGE, "policy": {}, "attn_implementation": "sdpa"},
+            "'attn_implementation' is read by 'robot' stages",
+        ),
         ({"kind": VISION_LANGUAGE, "policy": {}, "finetuning": "head"}, "'finetuning' is read by 'robot' stages only"),
         ({"finetuning": "loraa"}, "no finetuning 'loraa'; there are full, head, lora, dora, qlora"),
         ({"precision": "int3"}, "no precision 'int3'; there are auto, fp32"),
