@@ -76,7 +76,7 @@ class Policy:
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
         size: Any = model.config.image_size
-        self._image_keys = tuple(IMAGE_KEYS.get(camera, camera) for camera in model.config.cameras)
+        self._image_keys = tuple(str(IMAGE_KEYS.get(camera, camera)) for camera in model.config.cameras)
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected(self._image_keys, size and tuple(size), self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
