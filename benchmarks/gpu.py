@@ -157,6 +157,10 @@ def run_rows(todo, folder, run, ends, measuring):
         run |= measuring.start(ends - time.monotonic())
     except EOFError:
         sys.exit("the process that measures did not start, for the reason above")
+    if others := _devices(folder) - {run["about"]["name"]}:
+        measuring.stop()
+        got = ", ".join(sorted(others))
+        sys.exit(f"expected rows of {run['about']['name']} in {folder}, got rows of {got}; give another folder by --results")
     context, n_planners = get_context("spawn"), max(1, min(4, (os.cpu_count() or 1) // 2))
     with ProcessPoolExecutor(n_planners, context, _hide_cards, (os.getpid(),)) as pool:
         planned = dict.fromkeys((row["model"], row["finetuning"]) for row in missing if row["kind"] == "training")
@@ -174,6 +178,11 @@ def run_rows(todo, folder, run, ends, measuring):
             pool.shutdown(wait=False, cancel_futures=True)
             measuring.stop()
     return len(missing)
+
+
+def _devices(folder):
+    """Names of the devices whose rows are in a folder."""
+    return {json.loads(path.read_text())["device"]["name"] for path in folder.glob("*.json")}
 
 
 def _planned(plans, row, ends):

@@ -93,6 +93,13 @@ def test_a_process_that_dies_costs_its_row_alone(tmp_path):
     assert processes[0] == processes[1] and processes[2] == processes[3] and len(set(processes)) == 3
 
 
+def test_rows_of_another_card_are_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "first.json").write_text(json.dumps({"device": {"name": "another card"}}))
+    with pytest.raises(SystemExit, match=r"expected rows of .* got rows of another card; give another folder by --results"):
+        run_fakes(tmp_path, ["first", "second"], 600)
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["first"]
+
+
 def test_a_row_that_outlasts_the_time_is_left_to_the_next_run(tmp_path):
     left, made = run_fakes(tmp_path, ["sleeps", "never"], 8)
     assert left == 2 and made == {}
