@@ -67,8 +67,12 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     processor = load_processor(folder)
     model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
-    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, lambda scene, rng: scene)
+    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, _unchanged)
     return model, processor, samples, DetectionCollator(processor)
+
+
+def _unchanged(scene: Any, rng: np.random.Generator) -> Any:
+    return scene
 
 
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
@@ -231,8 +235,24 @@ def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any)
     questions = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
     weights = (1 - stage.vqa_fraction, stage.vqa_fraction)
     mixed = Mixture([robot, questions], weights, stage.n_samples, stage.seed, block=stage.batch_size)
-    collate_vqa = VQACollator(processor)
-    return mixed, lambda samples: collate_vqa(samples) if isinstance(samples[0], tuple) else collate(samples)
+    return mixed, CoTrainingCollator(collate, VQACollator(processor))
+
+
+@dataclasses.dataclass(frozen=True)
+class CoTrainingCollator:
+    """Collates a whole batch of actions, or of VQA.
+
+    Attributes:
+        robot: Of windows of demonstrations.
+        vqa: Of scenes with questions.
+    """
+
+    robot: RobotCollator
+    vqa: VQACollator
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Samples of one of the two kinds to a batch."""
+        return (self.vqa if isinstance(samples[0], tuple) else self.robot)(samples)
 
 
 STAGE_BUILDERS = {DETECTION: _detection, VISION_LANGUAGE: _vision_language, ROBOT: _robot}

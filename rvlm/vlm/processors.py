@@ -5,6 +5,7 @@ processor and tokenizer alone.
 """
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ class VideoFreeProcessorMixin:
     """Mixin that lets a family's processor class work without a video processor."""
 
     _settings: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its family, as its class has no name in a module."""
+        return _empty_video_free, (type(self).__bases__[1],), self.__dict__
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         """Accept a component of any class."""
@@ -96,9 +101,21 @@ def _without_video_processor(name_or_path: str) -> Any:
     settings = {k: v for k, v in config.items() if not isinstance(v, dict) and k not in ("processor_class", "auto_map")}
     auto = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
     components = {name: cls.from_pretrained(name_or_path, **NO_REMOTE_CODE) for name, cls in auto.items()}
-    saved = {"_settings": {**settings, "processor_class": family.__name__}}
-    video_free = type(family.__name__, (VideoFreeProcessorMixin, family), saved)
-    return video_free(**components, video_processor=NullVideoProcessor(), chat_template=template, **settings)
+    processor = _video_free(family)(**components, video_processor=NullVideoProcessor(), chat_template=template, **settings)
+    processor._settings = {**settings, "processor_class": family.__name__}
+    return processor
+
+
+@functools.cache
+def _video_free(family: type) -> Any:
+    """The family's processor class with `VideoFreeProcessorMixin`."""
+    return type(family.__name__, (VideoFreeProcessorMixin, family), {})
+
+
+def _empty_video_free(family: type) -> Any:
+    """A processor without components, for `pickle` to fill."""
+    made = _video_free(family)
+    return made.__new__(made)
 
 
 def to_pil(images: UInt8[np.ndarray, "n h w 3"]) -> list[Image.Image]:

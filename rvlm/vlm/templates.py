@@ -60,13 +60,13 @@ class ChatTemplate:
     def __init__(self, processor: Any, n_images: int) -> None:
         self._processor, self._image_token = processor, image_token(processor)
         self._special_pattern = token_pattern(special_tokens(processor.tokenizer))
-        self._content = self._content_formats()[0]
+        self._content: Any = _as_string
         if getattr(processor, "chat_template", None):
             self._content = self._detect_content_format(n_images)
 
     def __call__(self, instruction: str, n_images: int) -> str:
         """The turn with this many images, as text."""
-        return self._render(self._content(instruction, n_images))
+        return self._render(self._content(self._image_token, instruction, n_images))
 
     def image_markup(self, start: int, stop: int) -> list[str]:
         """The text of images start to stop (counted from 0) of a conversation, each as in "Picture 3: <image>".
@@ -83,18 +83,11 @@ class ChatTemplate:
             )
         return [text for text in markup if text is not None]
 
-    def _content_formats(self) -> list[Any]:
-        """A turn's content as one string, and as a list of parts."""
-        return [
-            lambda text, n: self._image_token * n + text,
-            lambda text, n: [{"type": "image"}] * n + [{"type": "text", "text": text}],
-        ]
-
     def _detect_content_format(self, n_images: int) -> Any:
         errors = []
-        for content in reversed(self._content_formats()):
+        for content in (_as_parts, _as_string):
             try:
-                one, other = (self._render(content(text, n_images)) for text in (SENTINEL, OTHER_SENTINEL))
+                one, other = (self._render(content(self._image_token, text, n_images)) for text in (SENTINEL, OTHER_SENTINEL))
             except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
@@ -120,6 +113,16 @@ class ChatTemplate:
             if long[:start] + long[start + n :] == short and not inside_token & {start, start + n}:
                 return long[start : start + n] if n > 0 else None
         return None
+
+
+def _as_string(image_token: str, text: str, n: int) -> str:
+    """A turn's content as one string."""
+    return image_token * n + text
+
+
+def _as_parts(image_token: str, text: str, n: int) -> list[dict[str, str]]:
+    """A turn's content as a list of parts."""
+    return [{"type": "image"}] * n + [{"type": "text", "text": text}]
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

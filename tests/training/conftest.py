@@ -1,4 +1,4 @@
-"""A stage for the tests of this folder."""
+"""A stage and scenes for the tests of this folder."""
 
 import pytest
 
@@ -10,3 +10,11 @@ def stage(toy_vlm, toy_demos, tmp_path, monkeypatch):
 
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     return toy_stage(toy_vlm, toy_demos, 46)
+
+
+@pytest.fixture(scope="session")
+def scenes(toy_home):
+    """Folder of twelve scenes with questions."""
+    from rvlm.envs.tabletop.rendered_scenes import make_scenes
+
+    return str(make_scenes(toy_home / "scenes", "franka7", 1000, 12, 48))

@@ -20,14 +20,6 @@ POLICY = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 3
 
 
 @pytest.fixture(scope="module")
-def scenes(toy_home):
-    """Folder of twelve scenes with questions."""
-    from rvlm.envs.tabletop.rendered_scenes import make_scenes
-
-    return str(make_scenes(toy_home / "scenes", "franka7", 1000, 12, 48))
-
-
-@pytest.fixture(scope="module")
 def other_robot(toy_home):
     """Folder of ten synthetic demonstrations of another robot."""
     spec = ActionSpec.from_card("tabletop_ur6")
