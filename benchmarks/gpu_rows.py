@@ -55,6 +55,7 @@ def measure(row, run):
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         result = {"failed": text if len(text) < 600 else f"{text[:600]} ..."}
+        result |= {"batch_size": SIZES[run["size"]]["batch"]} if row["kind"] == "training" else {}
         error.__traceback__ = None  # holds the row's tensors
     return {**result, "provenance": provenance(), "restart": not _is_clean(run["device"])}
 

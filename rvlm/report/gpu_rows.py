@@ -12,6 +12,7 @@ STEP_COLUMNS = (
     "model",
     "finetuning",
     "gradient_checkpointing",
+    "batch size",
     "GPU",
     "planned [GB]",
     "measured [GB]",
@@ -37,6 +38,7 @@ def _training_row(row: dict[str, Any]) -> dict[str, Any]:
     planned, measured = row["planned"], row["measured"]
     return {
         **{name: row[name] for name in STEP_COLUMNS[:3]},
+        "batch size": measured.get("batch_size"),
         "GPU": row["device"]["name"],
         "planned [GB]": planned.get("peak", float("nan")) / 1e9,
         "measured [GB]": measured.get("peak", float("nan")) / 1e9,
@@ -46,10 +48,22 @@ def _training_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_measured(planned: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
-    """Plans of `rvlm.training.memory_plan.compare` with the column "measured": [GB] and GPU, the failure, or "not measured"."""
-    keys = list(STEP_COLUMNS[:3])
-    texts = {tuple(row[key] for key in keys): _text(row) for row in measured.to_dict("records")}
+def measured_on(steps: pd.DataFrame) -> str:
+    """How many steps of `measured_steps` have a measurement, and on which GPUs; or "not measured"."""
+    done = steps[steps["failed"] == ""]
+    return NOT_MEASURED if done.empty else f"{len(done)} measured on {', '.join(sorted(set(done['GPU'])))}"
+
+
+def with_measured(planned: pd.DataFrame, measured: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """Plans with the column "measured": [GB] and GPU, the failure, or "not measured".
+
+    Args:
+        planned: Of `rvlm.training.memory_plan.compare`.
+        measured: Of `measured_steps`; steps of another batch size are no measurement of these plans.
+        batch_size: Of the plans.
+    """
+    keys, same = list(STEP_COLUMNS[:3]), measured[measured["batch size"] == batch_size]
+    texts = {tuple(row[key] for key in keys): _text(row) for row in same.to_dict("records")}
     found = [texts.get(tuple(row), NOT_MEASURED) for row in planned[keys].itertuples(index=False)]
     return planned.assign(measured=found)
 

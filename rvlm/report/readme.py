@@ -192,12 +192,20 @@ def on_gpu(results: Path, notebooks: Path | None = None) -> str:
     rows = [
         [
             f"{row['model']}, {row['finetuning']}{', checkpointing' * row['gradient_checkpointing']}",
-            *((f"{row[name]:.1f}" if row[name] == row[name] else "–") for name in ("planned [GB]", "measured [GB]")),
+            *(
+                _number(row[name], form)
+                for name, form in {"batch size": ".0f", "planned [GB]": ".1f", "measured [GB]": ".1f"}.items()
+            ),
+            row["GPU"],
             row["failed"].partition(":")[0] or f"{1000 * row['step [s]']:.0f} ms, {row['to bare model']:.2f} x the bare model",
         ]
         for row in steps.to_dict("records")
     ]
-    return _table(["A step of 8 frames", "Planned [GB]", f"On {steps['GPU'][0]} [GB]", "Time"], rows)
+    return _table(["A training step", "Frames", "Planned [GB]", "Measured [GB]", "GPU", "Time"], rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or value != value else format(value, form)
 
 
 PARTS: dict[str, Callable[..., str]] = {
