@@ -212,7 +212,8 @@ def summary(measured, planned):
     if "failed" in measured:
         return f"failed: {measured['failed'][:90]}"
     if "hz" in measured:
-        return f"{measured['median_ms']:.1f} ms, {measured['hz']:.1f} Hz"
+        milliseconds = f"{measured['prediction_ms']:.1f} ms a prediction, slowest step {measured['slowest_ms']:.1f} ms"
+        return f"{milliseconds}, {measured['hz']:.1f} Hz"
     text = f"{measured['peak'] / 1e9:.2f} GB, {1000 * measured['seconds']:.0f} ms a step"
     return (
         f"{text}, planned {planned['peak'] / 1e9:.2f} GB, bare x {measured['ratio_to_bare']:.2f}" if "peak" in planned else text

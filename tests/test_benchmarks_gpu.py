@@ -14,6 +14,7 @@ from test_wheel import link_packages
 from toy_measuring import fake
 from transformers import AutoConfig
 
+from rvlm.policy.policy import Policy
 from rvlm.training.memory_plan import hub_configs
 from rvlm.vlm.backbones import language_model
 from rvlm.vlm.processors import load_processor
@@ -25,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_models  # noqa: E402
+import gpu_rows  # noqa: E402
 
 PACKAGES = ["torch", "transformers", "peft", "numpy", "pandas", "safetensors", "pillow"]
 TRIED = (
@@ -103,6 +105,24 @@ def test_rows_of_another_card_are_not_taken_for_this_ones(tmp_path):
 def test_a_row_that_outlasts_the_time_is_left_to_the_next_run(tmp_path):
     left, made = run_fakes(tmp_path, ["sleeps", "never"], 8)
     assert left == 2 and made == {}
+
+
+@pytest.mark.parametrize(("policy", "n_action_steps"), [("one step", 1), ("chunked", gpu_rows.CHUNK)])
+def test_milliseconds_are_those_of_steps_that_predict(policy, n_action_steps, tmp_path, monkeypatch):
+    predictions, predict = [], Policy._predict
+
+    def timed(call):
+        before = len(predictions)
+        call()
+        return 1.0 if len(predictions) > before else 0.001
+
+    monkeypatch.setattr(Policy, "_predict", lambda self: predictions.append(self) or predict(self))
+    monkeypatch.setattr(gpu_rows, "timed", timed)
+    row = {"kind": "acting", "model": "SmolVLM2-500M", "policy": policy, "compile": False}
+    measured = gpu_rows.acting(row, {"device": "cpu", "size": "tiny", "home": tmp_path})
+    assert measured["prediction_ms"] == measured["slowest_ms"] == 1000
+    assert measured["hz"] == (pytest.approx(1) if n_action_steps == 1 else pytest.approx(4 / 1.003))
+    assert "1000.0 ms a prediction, slowest step 1000.0 ms, " in gpu.summary(measured, {})
 
 
 @pytest.mark.parametrize("name", gpu.MODELS)

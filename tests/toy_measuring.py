@@ -12,4 +12,4 @@ def fake(connection, run):
             os._exit(3)
         if row["name"] == "sleeps":
             time.sleep(600)
-        connection.send({"hz": os.getpid(), "median_ms": 1.0, "restart": row["name"] == "spoils"})
+        connection.send({"hz": os.getpid(), "prediction_ms": 1.0, "slowest_ms": 1.0, "restart": row["name"] == "spoils"})

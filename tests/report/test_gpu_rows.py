@@ -47,7 +47,7 @@ def test_rows_of_several_cards_each_name_their_own(tmp_path):
     other["measured"] = {"peak": 1e9, "seconds": 0.2, "ratio_to_bare": 1.1, "batch_size": 2}
     (written(tmp_path) / "gpu" / "d.json").write_text(json.dumps(other))
     steps = measured_steps(tmp_path / "gpu")
-    assert measured_on(steps) == "2 measured on H100, T4" and measured_on(steps[steps["failed"] != ""]) == "not measured"
+    assert measured_on(steps) == "2 measured on H100, T4" and measured_on(steps.query("failed != ''")) == "not measured"
     assert "| M, lora, checkpointing | 2 | – | 1.0 | T4 | 200 ms, 1.10 x the bare model |" in on_gpu(tmp_path)
 
 
