@@ -145,5 +145,8 @@ def _download(name: str, kind: str) -> str:
         folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True))
     except (OSError, ValueError):
         return f"{kind} {name}: {size}"
-    is_there = any(folder.rglob("*.safetensors" if kind == "model" else "*.parquet"))
-    return f"{kind} {name}: {'in the local cache' if is_there else size}"
+    if not any(folder.rglob("*.safetensors" if kind == "model" else "*.parquet")):
+        return f"{kind} {name}: {size}"
+    indices = [json.loads(path.read_text())["weight_map"] for path in folder.glob("*.safetensors.index.json")]
+    is_whole = all((folder / shard).exists() for index in indices for shard in index.values())
+    return f"{kind} {name}: " + ("in the local cache" if is_whole else f"{size}, partly in the local cache")

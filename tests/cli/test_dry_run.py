@@ -89,6 +89,12 @@ def test_what_is_cached_or_unknown_or_missing_is_said(paths, monkeypatch):
     assert f"model {MODEL}: 1.0 GB" in said(paths, "gpu"), "a snapshot without weights"
     (snapshot / "model.safetensors").touch()
     assert f"model {MODEL}: in the local cache" in said(paths, "gpu")
+    shards = {"embed": "model-1.safetensors", "head": "model-2.safetensors"}
+    (snapshot / "model.safetensors").rename(snapshot / "model-1.safetensors")
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert f"model {MODEL}: 1.0 GB, partly in the local cache" in said(paths, "gpu"), "one of two shards"
+    (snapshot / "model-2.safetensors").touch()
+    assert f"model {MODEL}: in the local cache" in said(paths, "gpu")
     memory_plan.HUB_CONFIGS.write_text("{}")
     module._plan.cache_clear()
     monkeypatch.setitem(module.EXTRAS, "qlora", "no_such_package")
