@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -79,6 +80,8 @@ class Evaluation:
             )
         if isinstance(self.families, str) or not all(isinstance(name, str) for name in self.families or ()):
             raise ValueError(f"expected families as a tuple of names, got {self.families!r}; write ({self.families!r},)")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
+            raise ValueError(f"expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got {self.device!r}")
         if type(self.n_episodes) is not int or self.n_episodes < 1:
             raise ValueError(f"expected at least one episode, a whole number; got n_episodes={self.n_episodes!r}")
 

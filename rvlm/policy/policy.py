@@ -246,7 +246,7 @@ def load_policy(
         >>> action = policy.select_action([observation])[0]
         >>> observation, *_ = env.step(action)
     """
-    device = device or compute_device()
+    device = compute_device(device)
     model, processor = load_vla(name, revision=revision, base_model=base_model, device=device)
     set_attention(model.backbone, attn_implementation)
     return Policy(model, processor, **options)

@@ -135,14 +135,18 @@ def _hash_of_tower(model: PreTrainedModel, processor: ProcessorMixin) -> str:
 
 
 def hash_of_network(model: PreTrainedModel, processor: ProcessorMixin, parts: Iterable[torch.nn.Module]) -> str:
-    """Hash of the weights of some parts of a model, of its configuration, and of how its processor prepares images."""
+    """Hash of the weights of some parts of a model, of its configuration, and of how it computes and prepares images."""
     total = hashlib.sha256()
     for i, part in enumerate(parts):
         for name, value in part.state_dict().items():
             total.update(f"{i} {name} {value.dtype} {tuple(value.shape)}".encode())
             total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {key: value for key, value in model.config.to_diff_dict().items() if key != "_name_or_path"}
-    settings = json.loads(processor.image_processor.to_json_string())
-    return config_hash(
-        {"weights": total.hexdigest(), "config": json.dumps(config, sort_keys=True, default=str), "processor": settings}
-    )
+    attention = sorted({str(getattr(getattr(m, "config", None), "_attn_implementation", None)) for m in model.modules()})
+    settings = {
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "processor": json.loads(processor.image_processor.to_json_string()),
+        "attention": attention,  # it rounds otherwise, as another type of device does
+        "device": compute_device().type,
+    }
+    return config_hash({"weights": total.hexdigest(), **settings})

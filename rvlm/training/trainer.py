@@ -210,14 +210,15 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
     trainer.accelerator.end_training()  # destroys the process group
 
 
-def freeze_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+def freeze_unreached(trainer: StageTrainer, batch: dict[str, torch.Tensor]) -> None:
     """Freeze parameters that the loss does not depend on, for which data-parallel processes would wait for ever.
 
     In some families the features of a layer below the vision tower's last are read.
     """
     model: Any = trainer.model
     with torch.random.fork_rng(), trainer.compute_loss_context_manager():
-        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+    trainer._loss_terms.clear()
     nodes, reached = {loss.grad_fn}, set()
     while nodes - reached:
         reached |= nodes

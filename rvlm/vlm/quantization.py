@@ -13,11 +13,32 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from rvlm.vlm.backbones import vision_modules
 
 
-def compute_device() -> torch.device:
-    """The device that this process computes on: the current GPU, by `LOCAL_RANK` among several processes, or the CPU."""
+def compute_device(name: str | torch.device | None = None) -> torch.device:
+    """The device that this process computes on: the current GPU, by `LOCAL_RANK` among several processes, or the CPU.
+
+    Args:
+        name: One that is asked for instead.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    if name is not None:
+        return _existing_device(name)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
+
+
+def _existing_device(name: str | torch.device) -> torch.device:
+    n_gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.type == "cuda" and (device.index or 0) >= n_gpus):
+        existing = ", ".join(["cpu", *(f"cuda:{i}" for i in range(n_gpus))])
+        raise ValueError(f"expected a device of this machine, {existing}; got {name!r}")
+    return device
 
 
 def precision() -> torch.dtype:

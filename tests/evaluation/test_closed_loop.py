@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from statsmodels.stats.proportion import proportion_confint
 from toy_data import TEXTS, TOY
 
@@ -72,6 +73,7 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
     ("changes", "message"),
     [
         ({"first_seed": FIRST_HELD_OUT_SEED - 1}, "evaluation seeds start at 900000.*got 899999"),
+        ({"device": "gpu"}, "expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got 'gpu'"),
         ({"ablation": "blindfold"}, "no input ablation 'blindfold'; there are none, no_language, shuffled_language, blank_image"),
         ({"n_episodes": 0}, "expected at least one episode"),
     ],
@@ -241,13 +243,16 @@ def in_process(job, batch, folder, ran):
     return len(rows)
 
 
-def test_the_folder_follows_settings_and_weights(tmp_path):
+def test_the_folder_follows_settings_and_weights(tmp_path, monkeypatch):
     assert dataclasses.replace(FEW, n_episodes=9).folder == FEW.folder
     for changes in ({"ablation": "no_language"}, {"setting": "lighting"}, {"n_action_steps": 2}, {"robot": "ur6"}):
         assert dataclasses.replace(FEW, **changes).folder != FEW.folder
     model = dataclasses.replace(FEW, policy=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"one")
     before = model.folder
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model.folder == dataclasses.replace(model, device="cuda:1").folder != before, "another device rounds otherwise"
+    monkeypatch.undo()
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert model.folder != before
 

@@ -54,7 +54,7 @@ def test_what_is_put_on_a_backbone_stands_where_it_stands(toy_vlm, toy_stats, se
 def test_a_loaded_policy_acts_on_this_machines_gpu_unless_another_device_is_asked_for(toy_vlm, toy_stats, tmp_path, monkeypatch):
     model, processor = build(toy_vlm, toy_stats, ONE_STEP)
     model.save_pretrained(tmp_path, processor)
-    monkeypatch.setattr("rvlm.policy.policy.compute_device", lambda: CARD)
+    monkeypatch.setattr("rvlm.policy.policy.compute_device", lambda name: torch.device(name or CARD))
     with PretendedCard():
         assert everywhere(load_policy(tmp_path).model) == {CARD}
         assert everywhere(load_policy(tmp_path, device="cpu").model) == {torch.device("cpu")}
@@ -66,6 +66,9 @@ def test_a_loaded_policy_acts_on_this_machines_gpu_unless_another_device_is_aske
 def test_a_process_has_its_own_gpu_and_what_it_computes(monkeypatch, rank, is_computed, device, dtype):
     """bfloat16 that a card only emulates is slower than float16."""
     assert compute_device() == torch.device("cpu") and precision() == torch.float32
+    for wrong in ("cuda", "gpu"):
+        with pytest.raises(ValueError, match=rf"expected a device of this machine, cpu; got '{wrong}'"):
+            compute_device(wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or is_computed)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

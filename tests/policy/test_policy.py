@@ -11,7 +11,7 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_b
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
-from rvlm.policy.factory import load_vla
+from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
@@ -137,6 +137,25 @@ def test_a_cache_that_cannot_be_appended_to_is_not_used(toy_vlm, toy_stats, monk
     monkeypatch.setattr(KVCachedSequence, "_decode_step", lambda self, height, width: None)
     history = Policy(model, processor).history
     assert type(history) is UncachedSequence
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trial_of_the_cache_notices_wrong_positions_and_a_lost_past(toy_vlm, toy_stats, monkeypatch, precision):
+    model, processor = make_policy(toy_vlm, SPEC, toy_stats, **INTERLEAVED, finetuning="head", precision=precision)
+    model.eval()
+
+    def shifted(model, input_ids, inputs):
+        return {"position_ids": inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :] + 39}
+
+    def blind(model, input_ids, inputs):
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        inputs["attention_mask"][:, 5 : -input_ids.shape[1]] = 0
+        return {}
+
+    assert KVCachedSequence.matches_uncached(model, model.prompt_builder(processor))
+    for wrong in (shifted, blind):
+        monkeypatch.setattr("rvlm.vlm.backbones._position_ids_after_cache", wrong)
+        assert not KVCachedSequence.matches_uncached(model, model.prompt_builder(processor)), wrong.__name__
 
 
 @STRUCTURES

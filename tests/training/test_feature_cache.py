@@ -64,6 +64,18 @@ def test_features_are_of_these_images_and_this_tower(home, tower, toy_vlm, tmp_p
     assert not np.array_equal(feature_cache.cached_features(tower[0], processor, {"train": second})["train"], two)
 
 
+def test_features_of_another_attention_or_device_are_others(tower, toy_vlm, monkeypatch):
+    """They round otherwise."""
+    model, processor = tower
+    named = {feature_cache.hash_of_network(model, processor, [model])}
+    other = load_backbone(toy_vlm, processor)
+    other.set_attn_implementation("eager")
+    named.add(feature_cache.hash_of_network(other, processor, [other]))
+    monkeypatch.setattr(feature_cache, "compute_device", lambda: torch.device("cuda"))
+    named.add(feature_cache.hash_of_network(model, processor, [model]))
+    assert len(named) == 3
+
+
 def test_a_view_of_a_file_is_not_the_file(tmp_path):
     images = some_images(tmp_path / "x.npy", 4)
     views = [

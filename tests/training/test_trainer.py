@@ -21,10 +21,11 @@ from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
 from rvlm.policy.factory import merge_policy
 from rvlm.training.stage_data import STAGE_BUILDERS
-from rvlm.training.stages import ROBOT, VISION_LANGUAGE
+from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
     JsonlLogger,
     StageTrainer,
+    freeze_unreached,
     log_history,
     step_decay,
     train_stage_in_process,
@@ -332,6 +333,23 @@ def test_half_precision_keeps_trained_weights_in_32_bits(stage, tmp_path, toy_vl
     args = training_arguments(few(stage, precision="bf16"), tmp_path, 1)
     StageTrainer(model, args, train_dataset=data, data_collator=collate).train()
     assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["detection", "vision_language", "robot"])
+def test_data_parallel_processes_wait_for_no_weight(stages, llava, toy_demos, kind, tmp_path):
+    """What is trained after `freeze_unreached` is what gets a gradient, no less and no more."""
+    robot = Stage("toy", ROBOT, (str(toy_demos),), str(llava), 8, policy=ONE_STEP, batch_size=8, n_processes=1)
+    stage = few({**stages, "robot": robot}[kind], 1)
+    model, _, data, collate = STAGE_BUILDERS[stage.kind](stage)
+    trainer = StageTrainer(model, training_arguments(stage, tmp_path, 1))
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    freeze_unreached(trainer, collate([data[0]]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in before)
+    trainer.compute_loss(model, collate([data[0]])).backward()
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert kind != "robot" or any("vision_tower" in name for name in before - trained)
 
 
 def test_float16_without_a_gpu_is_refused(stage, tmp_path):
