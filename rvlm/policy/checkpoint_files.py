@@ -18,6 +18,7 @@ from rvlm.files import config_hash, temporary_folder
 from rvlm.policy.config import VLAConfig, check_structure
 from rvlm.policy.embodiments import embodiments_of
 from rvlm.vlm.processors import ACT, load_processor
+from rvlm.vlm.tiling import splits_images
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -206,7 +207,7 @@ def naming(where: Path) -> Iterator[None]:
 
 
 def policy_processor(folder: Path, config: Any) -> Any:
-    """The processor in a policy's folder.
+    """The processor in a policy's folder; a configuration without `image_tiling` is given what it does.
 
     Raises:
         CheckpointError: There is none, or it is another model's.
@@ -220,6 +221,8 @@ def policy_processor(folder: Path, config: Any) -> Any:
             f"{folder}: expected the policy's processor (processor_config.json, tokenizer.json, tokenizer_config.json), "
             f"got {reason}; the folder holds {there}; save it with the policy: save_pretrained(folder, processor)"
         ) from error
+    if "image_tiling" not in read_json_object(folder / CONFIG):  # saved before there was this field
+        config.image_tiling = splits_images(processor.image_processor)
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     if act_id != config.act_id:
         raise CheckpointError(
