@@ -99,7 +99,7 @@ def plans(
     lora_rank: int = 16,
     batch_size: int = 8,
     n_text_tokens: int = 24,
-    n_tiles: int = 1,
+    n_tiles: int | None = None,
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
 ) -> tuple[MemoryPlan, MemoryPlan]:
@@ -113,14 +113,15 @@ def plans(
         lora_rank: Of adapters.
         batch_size: Windows per forward pass.
         n_text_tokens: Tokens of the instruction and of the prompt template around it.
-        n_tiles: Tiles per image, of a policy with `image_tiling`.
+        n_tiles: Tiles per image of a policy with `image_tiling`, as of `hub_n_tiles`; 1 without.
         precision: Of the computation: "fp32", "bf16" or "fp16".
         optimizer: Name in `OPTIMIZER_BYTES`.
 
     Raises:
-        ValueError: An optimizer of unknown state size, or an unsupported architecture.
+        ValueError: An optimizer of unknown state size, an unsupported architecture, or `image_tiling` without `n_tiles`.
     """
     _check_supported(config, optimizer)
+    n_tiles = _tiles(policy, n_tiles)
     model, four_bits = _meta_policy(config, policy, finetuning, lora_rank)
     frozen_bytes = 4 if finetuning == "full" or precision == "fp32" else 2
     static = _static_memory(model, four_bits, frozen_bytes, optimizer)
@@ -193,6 +194,15 @@ def _check_supported(config: PreTrainedConfig, optimizer: str) -> None:
             f"expected a vision transformer before a decoder, got {config.model_type!r}; measure a step of it instead: "
             "rvlm.training.trainer.profile_training_step(stage)"
         )
+
+
+def _tiles(policy: dict[str, Any], n_tiles: int | None) -> int:
+    if policy.get("image_tiling") and n_tiles is None:
+        raise ValueError(
+            "expected n_tiles, the tiles per image, with a policy of image_tiling=True, got none; give it, as of "
+            f"rvlm.training.memory_plan.hub_n_tiles(): {hub_n_tiles()}"
+        )
+    return n_tiles or 1
 
 
 def _meta_policy(config: PreTrainedConfig, policy: dict[str, Any], finetuning: str, lora_rank: int) -> tuple[Any, set[int]]:
