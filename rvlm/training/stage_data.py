@@ -1,4 +1,8 @@
-"""Model, processor, samples and collator of each kind of stage."""
+"""Model, processor, samples and collator of each kind of stage.
+
+The processor is the one that is saved with the model. A vision-language model is trained on images of one tile, and its processor
+saved as its files said: whether images are split is the choice of the policy that is made of it.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -48,7 +52,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
     from rvlm.envs.tabletop.rendered_scenes import Scenes
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
-    processor = load_processor(folder)
+    processor, saved_processor = (load_processor(folder, is_tiled) for is_tiled in (False, True))
     model = load_backbone(folder, processor, is_pretrained=stage.is_pretrained)
     scenes, collate = Scenes(stage.data), VQACollator(processor)
     if stage.freeze_vision:
@@ -56,7 +60,7 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
         features = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
         scenes.images = list(features.values())
     samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
-    return model, processor, samples, collate
+    return model, saved_processor, samples, collate
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
@@ -64,11 +68,11 @@ def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
     from rvlm.training.detection import DetectionCollator, Detector
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
-    processor = load_processor(folder)
+    processor, saved_processor = (load_processor(folder, is_tiled) for is_tiled in (False, True))
     model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
     samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, _unchanged)
-    return model, processor, samples, DetectionCollator(processor)
+    return model, saved_processor, samples, DetectionCollator(processor)
 
 
 def _unchanged(scene: Any, rng: np.random.Generator) -> Any:

@@ -60,7 +60,8 @@ def load_processor(name_or_path: str | Path, is_tiled: bool = False) -> Processo
 
     Args:
         name_or_path: Folder or Hub name.
-        is_tiled: Whether images are split into tiles as its files say; else each is one tile (`use_one_tile`).
+        is_tiled: Whether images are split into tiles as its files say; else each is one tile (`use_one_tile`), also
+            of the files that such a processor saves.
 
     Raises:
         ImportError: The family's processor needs a package that is not installed.
