@@ -247,7 +247,10 @@ def _decoder_costs(
     plain = _profile_decoder(model, n_sequences, length, precision)
     layer_inputs = text.num_hidden_layers * n_sequences * length * text.hidden_size * activation_bytes
     saved = layer_inputs + plain.saved / text.num_hidden_layers
-    return plain, StepCost(saved, saved + plain.peak - plain.saved, plain.flops * 4 / 3)
+    peak = saved + plain.peak - plain.saved
+    if not all(p.requires_grad for p in language_model(model.backbone).parameters()):  # else the decoder's peak has them
+        peak += 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # gradients gather while layers are recomputed
+    return plain, StepCost(saved, peak, plain.flops * 4 / 3)
 
 
 def _profile_decoder(model: Any, n_sequences: int, length: int, precision: str) -> StepCost:
