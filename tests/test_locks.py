@@ -85,7 +85,7 @@ WITHOUT_IMPORT = {
     "tensorboard": "curves of transformers.Trainer, where it is there",
     "robosuite": "meshes, read as files",
 }
-OWN = {"rvlm", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+OWN = {"rvlm", *(path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))}
 
 
 def imported():

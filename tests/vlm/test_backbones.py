@@ -13,6 +13,7 @@ from rvlm.policy.collation import RobotCollator
 from rvlm.policy.factory import make_policy
 from rvlm.policy.policy import Policy
 from rvlm.vlm.backbones import as_encoder_outputs, load_backbone
+from rvlm.vlm.pixel_lookup import PixelLookup
 from rvlm.vlm.processors import ACT, load_processor, to_pil
 from rvlm.vlm.prompt_batches import pad
 from rvlm.vlm.prompts import PromptBuilder
@@ -72,7 +73,7 @@ def test_fast_path_is_taken_and_skips_the_processor(processor, monkeypatch):
 def test_a_processor_that_does_more_than_normalise_is_called(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
     prompt_builder, image_batch = PromptBuilder(processor, 1), images(n=1)
-    monkeypatch.setattr(PromptBuilder, "_normalize", lambda self, image_batch: torch.zeros(*image_batch.shape[:2], 3, 48, 48))
+    monkeypatch.setattr(PixelLookup, "__call__", lambda self, seen: torch.zeros(len(seen), len(self.position)))
     torch.testing.assert_close(prompt_builder.pixels(image_batch), own(processor, image_batch, TEXTS[:2])["pixel_values"])
 
 
