@@ -16,6 +16,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,9 @@ from filelock import FileLock, Timeout
 
 from rvlm.data.errors import EpisodeError
 from rvlm.files import artifacts_dir, config_hash, reserve
+
+
+SYNC_EVERY = 64_000_000  # bytes
 
 
 def limit_bytes() -> float:
@@ -91,15 +95,21 @@ class FrameFile:
         np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         self._file.flush()
         self._start = self._file.tell()
+        self._syncer, self._n_unsynced = ThreadPoolExecutor(1), 0
         reserve(path, self._start + math.prod(shape))
 
     def __setitem__(self, row: int, image: np.ndarray) -> None:
         if image.shape != self._shape:
             raise EpisodeError(f"expected images of shape {self._shape}, as the first, got {image.shape} at row {row}")
         os.pwrite(self._file.fileno(), np.ascontiguousarray(image).data, self._start + row * self._n_bytes)
+        self._n_unsynced += self._n_bytes
+        if self._n_unsynced > SYNC_EVERY:  # the disk writes while the next frames are decoded
+            self._n_unsynced = 0
+            self._syncer.submit(os.fsync, self._file.fileno())
 
     def close(self) -> None:
         """Write all frames to the disk: what is renamed to a complete cache must outlast a power failure."""
+        self._syncer.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
 
