@@ -26,7 +26,6 @@ from filelock import FileLock, Timeout
 from rvlm.data.errors import EpisodeError
 from rvlm.files import artifacts_dir, config_hash, reserve
 
-
 SYNC_EVERY = 64_000_000  # bytes
 
 
