@@ -62,7 +62,7 @@ def with_measured(planned: pd.DataFrame, measured: pd.DataFrame, batch_size: int
         measured: Of `measured_steps`; steps of another batch size are no measurement of these plans.
         batch_size: Of the plans.
     """
-    keys, same = list(STEP_COLUMNS[:3]), measured[measured["batch size"] == batch_size]
+    keys, same = list(STEP_COLUMNS[:3]), measured.query("`batch size` == @batch_size")
     texts = {tuple(row[key] for key in keys): _text(row) for row in same.to_dict("records")}
     found = [texts.get(tuple(row), NOT_MEASURED) for row in planned[keys].itertuples(index=False)]
     return planned.assign(measured=found)
