@@ -94,7 +94,7 @@ class FrameFile:
         np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         self._file.flush()
         self._start = self._file.tell()
-        self._syncer, self._n_unsynced = ThreadPoolExecutor(1), 0
+        self._syncer, self._syncs, self._n_unsynced = ThreadPoolExecutor(1), [], 0
         reserve(path, self._start + math.prod(shape))
 
     def __setitem__(self, row: int, image: np.ndarray) -> None:
@@ -104,11 +104,13 @@ class FrameFile:
         self._n_unsynced += self._n_bytes
         if self._n_unsynced > SYNC_EVERY:  # the disk writes while the next frames are decoded
             self._n_unsynced = 0
-            self._syncer.submit(os.fsync, self._file.fileno())
+            self._syncs.append(self._syncer.submit(os.fsync, self._file.fileno()))
 
     def close(self) -> None:
         """Write all frames to the disk: what is renamed to a complete cache must outlast a power failure."""
         self._syncer.shutdown()
+        for sync in self._syncs:
+            sync.result()  # an error of the disk is reported once, to the call that meets it
         os.fsync(self._file.fileno())
         self._file.close()
 

@@ -121,6 +121,22 @@ def test_a_full_disk_is_refused_before_anything_is_mapped(tmp_path, monkeypatch)
     assert [path.suffix for path in (tmp_path / "frames").iterdir()] in ([], [".lock"])
 
 
+def test_an_error_of_the_disk_between_frames_is_no_complete_cache(demos, monkeypatch):
+    """The system reports it once, to the call that meets it, here one in the background."""
+    errors, fsync = [OSError(5, "Input/output error")], os.fsync
+
+    def failing_once(file):
+        if errors:
+            raise errors.pop()
+        fsync(file)
+
+    monkeypatch.setattr(frame_cache, "SYNC_EVERY", 1)
+    monkeypatch.setattr(frame_cache.os, "fsync", failing_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        EpisodeDataset(demos).frames_cache(["wrist"])
+    assert not errors and not arrays()
+
+
 def test_damaged_frames_are_decoded_again_and_block_nothing(demos, monkeypatch):
     whole = np.array(EpisodeDataset(demos).frames_cache(["static"])["static"])
     kept = arrays()["static"] / "frames.npy"
