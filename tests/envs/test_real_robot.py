@@ -14,8 +14,9 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.real_robot import RealRobotEnv
+from rvlm.envs.tabletop.arm_control import TOOL_DOWN, axis_angle, rotation_matrix
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.world import TOOL_DOWN, WORKSPACE_HIGH, WORKSPACE_LOW, axis_angle, rotation_matrix
+from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW
 from rvlm.evaluation.rollouts import rollout
 from rvlm.policy.policy import Policy
 
@@ -77,7 +78,7 @@ class Tabletopped(Arm):
     def send_action(self, action):
         self.sent.append(action)
         world, target = self.sim.world, np.array([action[key] for key in POSE])
-        turn = axis_angle(rotation_matrix(target[3:]) @ TOOL_DOWN @ world.target_rotation.T)
+        turn = axis_angle(rotation_matrix(target[3:]) @ TOOL_DOWN @ world.controller.target_rotation.T)
         world.move(target[:3] - world.pos_tcp_world, turn, action["gripper.pos"] > 0, 1 / SPEC.rate_hz)
         return action
 

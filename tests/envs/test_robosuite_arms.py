@@ -9,10 +9,11 @@ import pytest
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop import robosuite_arms
+from rvlm.envs.tabletop.arm_control import axis_angle
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.robosuite_arms import PANDA, REAL_ARMS, ROBOTS, chain_xml, coarsen, meshes_xml, read_stl
 from rvlm.envs.tabletop.scene import SETTINGS
-from rvlm.envs.tabletop.world import World, axis_angle
+from rvlm.envs.tabletop.world import World
 
 needs_wheel = pytest.mark.skipif(find_spec("robosuite") is None, reason=f"the asset pack is missing: {robosuite_arms.INSTALL}")
 FAMILIES = ("lift", "push_left", "open_drawer", "turn_on_light", "stack")
@@ -120,11 +121,11 @@ def test_the_hand_starts_where_it_should_pointing_down(robot):
     assert world.model.nu == len(REAL_ARMS[robot].home) + 2
     for seed in range(5):
         world.randomize(np.random.default_rng(seed))
-        assert np.linalg.norm(world.target_pos - world.pos_tcp_world) < 0.005
-        error = axis_angle(world.target_rotation @ world.rotation_tcp_world.T)
+        assert np.linalg.norm(world.controller.target_pos - world.pos_tcp_world) < 0.005
+        error = axis_angle(world.controller.target_rotation @ world.controller.rotation_tcp_world.T)
         assert np.degrees(np.linalg.norm(error)) < 2
         assert (
-            np.degrees(np.linalg.norm(world.tilt[:2])) < 8 and abs(world.rotation_tcp_world[1, 1]) > 0.9
+            np.degrees(np.linalg.norm(world.tilt[:2])) < 8 and abs(world.controller.rotation_tcp_world[1, 1]) > 0.9
         )  # fingers close along y
 
 

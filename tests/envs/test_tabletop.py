@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import rvlm.envs
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
+from rvlm.envs.tabletop.arm_control import axis_angle, rotation_matrix
 from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import COLORS, SETTINGS, UNSEEN_COLORS
 from rvlm.envs.tabletop.success_conditions import Task
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, CUE_STEPS, DEFAULT_TASKS, MEMORY_FAMILIES, TASK_FAMILIES
-from rvlm.envs.tabletop.world import axis_angle, rotation_matrix
 
 ROBOTS = tuple(ARMS)
 ALL = pytest.mark.parametrize("robot", ROBOTS)
@@ -477,7 +477,7 @@ def test_a_point_projects_to_where_it_is_drawn(robot, camera):
         for i in (1, 2):
             world.place_object(i, np.array([0, 0.2 * i, -0.6]))
         forward, aside = ((0.01, 0.03), (0.01, -0.03), (0.12, 0.03), (0.12, -0.03))[seed]  # well away from the middle
-        under = world.pos_tcp_world + world.rotation_tcp_world[:, :2] @ (forward, aside)
+        under = world.pos_tcp_world + world.controller.rotation_tcp_world[:, :2] @ (forward, aside)
         world.place_object(0, np.array([*(under[:2] if camera == "wrist" else (0.12, 0.05)), 0.024]))
         world.model.geom_rgba[world.model.geom("object0").id] = (1, 0, 1, 1)
         mujoco.mj_forward(world.model, world.data)

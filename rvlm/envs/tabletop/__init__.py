@@ -6,6 +6,7 @@ Modules:
     scene: the scene as MJCF text, and the domain shifts.
     arms: arms of primitive geometry, with true kinematics.
     robosuite_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
+    arm_control: inverse kinematics, fingers and proprioception of one simulated arm.
     world: one MuJoCo model of scene and arm, and its true state.
     success_conditions: success conditions, from the true state.
     tasks: task families: instruction templates, success condition, initial state.

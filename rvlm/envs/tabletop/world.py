@@ -6,6 +6,7 @@ Tasks, experts and question generators read the true state here; policies never 
 import mujoco
 import numpy as np
 
+from rvlm.envs.tabletop.arm_control import ArmController, simulate
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import (
     COLORS,
@@ -19,32 +20,15 @@ from rvlm.envs.tabletop.scene import (
     scene_xml,
 )
 
-TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # rotation of the hand that points straight down, world frame
 WORKSPACE_LOW = np.array([-0.26, -0.37, 0.012])  # of the tool centre point [m]
 WORKSPACE_HIGH = np.array([0.22, 0.36, 0.40])
+START_LOW, START_HIGH = np.array((-0.12, -0.18, 0.10)), np.array((0.16, 0.18, 0.24))  # of the tool centre point [m]
 OBJECTS_LOW, OBJECTS_HIGH = np.array([-0.10, -0.115]), np.array([0.15, 0.165])  # where objects start [m]
 _GEOM = {"cube": mujoco.mjtGeom.mjGEOM_BOX, "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER, "ball": mujoco.mjtGeom.mjGEOM_SPHERE}
 
 
-def rotation_matrix(rotvec: np.ndarray) -> np.ndarray:
-    """Rotation matrix (3, 3) of an axis-angle vector [rad] (Rodrigues' formula)."""
-    angle = float(np.linalg.norm(rotvec))
-    if angle < 1e-9:
-        return np.eye(3)
-    x, y, z = np.asarray(rotvec) / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
-def axis_angle(matrix: np.ndarray) -> np.ndarray:
-    """Axis-angle vector (3,) [rad] of a rotation matrix; inverse of `rotation_matrix` for angles below pi."""
-    skew = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
-    sine, cosine = np.linalg.norm(skew) / 2, (np.trace(matrix) - 1) / 2
-    return skew / 2 if sine < 1e-9 else skew / (2 * sine) * np.arctan2(sine, cosine)
-
-
 class World:
-    """Scene, arm and inverse kinematics.
+    """Scene and arm.
 
     Args:
         robot: One of `ROBOTS`.
@@ -70,18 +54,13 @@ class World:
 
     def _index(self) -> None:
         model = self.model
-        joints = [model.joint(f"joint{i}") for i in range(model.nu - 2)]  # two servos are the fingers'
-        self._q = np.array([j.qposadr[0] for j in joints])
-        self._dofs = np.array([j.dofadr[0] for j in joints])
-        self._limits = np.array([j.range for j in joints]).T
-        self._fingers = np.array([model.joint(f"finger_{s}").qposadr[0] for s in ("left", "right")])
+        self.controller = ArmController(model, self.data, self.arm, WORKSPACE_LOW, WORKSPACE_HIGH)
         self._object_q = np.array([model.joint(f"object{i}").qposadr[0] for i in range(N_OBJECTS)])
         self._object_v = np.array([model.joint(f"object{i}").dofadr[0] for i in range(N_OBJECTS)])
         self._object_geoms = [model.geom(f"object{i}").id for i in range(N_OBJECTS)]
         self._fixture_q = {n: model.joint(n).qposadr[0] for n in ("drawer", "button", "slider")}
-        self._tcp, self._handle = model.site("tcp").id, model.site("handle").id
+        self._handle = model.site("handle").id
         self._bodies = {n: model.body(n).id for n in ("cabinet", "switch", "button", "rail", "slider", "zone")}
-        self._jacobian = np.zeros((6, model.nv))
         self._camera = model.camera("static").id
         self._defaults = {n: getattr(model, n).copy() for n in ("light_diffuse", "light_pos", "cam_pos")}
         self._body_pos = model.body_pos.copy()
@@ -90,26 +69,21 @@ class World:
     @property
     def pos_tcp_world(self) -> np.ndarray:
         """Tool centre point between the fingertips (3,) [m]."""
-        return self.data.site_xpos[self._tcp]
-
-    @property
-    def rotation_tcp_world(self) -> np.ndarray:
-        """Rotation matrix (3, 3) of the hand in the world frame; its z points out of the fingers."""
-        return self.data.site_xmat[self._tcp].reshape(3, 3)
+        return self.controller.pos_tcp_world
 
     @property
     def tilt(self) -> np.ndarray:
         """Axis-angle (3,) [rad] of the hand relative to pointing straight down, world frame."""
-        return axis_angle(self.rotation_tcp_world @ TOOL_DOWN.T)
+        return self.controller.tilt
 
     @property
     def opening(self) -> float:
         """Distance between the fingers [m]."""
-        return float(self.data.qpos[self._fingers].sum())
+        return self.controller.opening
 
     def state(self) -> np.ndarray:
-        """Proprioception (7,): tool centre point [m], tilt [rad], finger distance [m]; world frame."""
-        return np.concatenate([self.pos_tcp_world, self.tilt, [self.opening]]).astype(np.float32)
+        """Proprioception (7,) of the arm, see `ArmController.state`."""
+        return self.controller.state()
 
     def pos_object(self, i: int) -> np.ndarray:
         """Position (3,) of object `i` [m], world frame."""
@@ -230,50 +204,19 @@ class World:
     # -- the arm -------------------------------------------------------------------------------------------------
     def start_arm(self, rng: np.random.Generator) -> None:
         """Put the arm above the table, hand down within a few degrees, fingers open or closed."""
-        self.data.qpos[self._q] = self.arm.home
         out = self.setting.start_spread
-        self.target_pos = rng.uniform(np.array((-0.12, -0.18, 0.10)) - out, np.array((0.16, 0.18, 0.24)) + out)
-        self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
-        for _ in range(60):
-            mujoco.mj_kinematics(self.model, self.data)
-            mujoco.mj_comPos(self.model, self.data)
-            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve()
-            if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
-                break
-        is_open = bool(rng.random() < 0.7)
-        self.data.qpos[self._fingers] = self.arm.opening if is_open else 0.0
-        self.data.ctrl[: len(self._q)] = self.data.qpos[self._q]
-        self.data.ctrl[len(self._q) :] = self.arm.opening if is_open else 0.0
+        self.controller.start(rng, START_LOW - out, START_HIGH + out, is_open=None)
         mujoco.mj_forward(self.model, self.data)
 
-    def _solve(self) -> np.ndarray:
-        """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""
-        mujoco.mj_jacSite(self.model, self.data, self._jacobian[:3], self._jacobian[3:], self._tcp)
-        jacobian = self._jacobian[:, self._dofs]
-        error = np.concatenate(
-            [self.target_pos - self.pos_tcp_world, axis_angle(self.target_rotation @ self.rotation_tcp_world.T)]
-        )
-        step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 4e-4 * np.eye(6), error)
-        return np.clip(self.data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
-
     def move(self, delta_pos: np.ndarray, delta_rotvec: np.ndarray, is_open: bool, duration_s: float) -> None:
-        """Move by `delta_pos` [m] and `delta_rotvec` [rad], world frame; simulate `duration_s`.
-
-        The position target starts from the measured position, so that it does not wind up when the arm is blocked; the rotation
-        target from the last target, so that contacts do not rotate the hand permanently.
-        """
-        self.target_pos = np.clip(self.pos_tcp_world + delta_pos, WORKSPACE_LOW, WORKSPACE_HIGH)
-        self.target_rotation = rotation_matrix(delta_rotvec) @ self.target_rotation
-        self.data.ctrl[len(self._q) :] = self.arm.opening if is_open else 0.0
-        n_steps = max(2, round(duration_s / self.model.opt.timestep))
-        for part in (n_steps // 2, n_steps - n_steps // 2):
-            self.data.ctrl[: len(self._q)] = self._solve()
-            mujoco.mj_step(self.model, self.data, nstep=part)
+        """Move by `delta_pos` [m] and `delta_rotvec` [rad], world frame; simulate `duration_s`."""
+        self.controller.set_target(delta_pos, delta_rotvec, is_open)
+        simulate([self.controller], duration_s)
         self._update_button()
 
     def hold(self, duration_s: float) -> None:
         """Hold the pose and the fingers' last command; simulate `duration_s`."""
-        self.move(np.zeros(3), np.zeros(3), bool(self.data.ctrl[-1] > 0), duration_s)
+        self.move(np.zeros(3), np.zeros(3), self.controller.is_commanded_open, duration_s)
 
     def _update_button(self) -> None:
         """Toggle the light once per press of the button."""

@@ -1,0 +1,146 @@
+"""Control of a simulated arm: inverse kinematics of its hand's pose, finger commands, and proprioception.
+
+A scene may hold several arms; the names of an arm's joints, sites and servos then begin with its prefix.
+"""
+
+from collections.abc import Sequence
+
+import mujoco
+import numpy as np
+
+from rvlm.envs.tabletop.arms import Arm
+
+TOOL_DOWN = np.diag([1.0, -1.0, -1.0])  # rotation of the hand that points straight down, world frame
+
+
+def rotation_matrix(rotvec: np.ndarray) -> np.ndarray:
+    """Rotation matrix (3, 3) of an axis-angle vector [rad] (Rodrigues' formula)."""
+    angle = float(np.linalg.norm(rotvec))
+    if angle < 1e-9:
+        return np.eye(3)
+    x, y, z = np.asarray(rotvec) / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
+def axis_angle(matrix: np.ndarray) -> np.ndarray:
+    """Axis-angle vector (3,) [rad] of a rotation matrix; inverse of `rotation_matrix` for angles below pi."""
+    skew = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
+    sine, cosine = np.linalg.norm(skew) / 2, (np.trace(matrix) - 1) / 2
+    return skew / 2 if sine < 1e-9 else skew / (2 * sine) * np.arctan2(sine, cosine)
+
+
+class ArmController:
+    """One arm in a MuJoCo model.
+
+    Args:
+        model, data: The simulation.
+        arm: The embodiment.
+        workspace_low, workspace_high: Limits (3,) of the tool centre point's target [m], world frame.
+        prefix: Of the arm's names in the model.
+
+    Attributes:
+        target_pos, target_rotation: Target pose of the hand: (3,) [m] and a rotation matrix (3, 3), world frame.
+        is_commanded_open: The fingers' last command.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        data: mujoco.MjData,
+        arm: Arm,
+        workspace_low: np.ndarray,
+        workspace_high: np.ndarray,
+        prefix: str = "",
+    ) -> None:
+        self.model, self.data, self.arm = model, data, arm
+        self.workspace_low, self.workspace_high = workspace_low, workspace_high
+        joints = [model.joint(f"{prefix}joint{i}") for i in range(len(arm.home))]
+        fingers = [model.joint(f"{prefix}finger_{side}") for side in ("left", "right")]
+        self._q, self._fingers = (np.array([j.qposadr[0] for j in group]) for group in (joints, fingers))
+        self._dofs, self._limits = np.array([j.dofadr[0] for j in joints]), np.array([j.range for j in joints]).T
+        servo_of = {int(joint): servo for servo, (joint, _) in enumerate(model.actuator_trnid)}
+        self._servos, self._finger_servos = ([servo_of[j.id] for j in group] for group in (joints, fingers))
+        self._tcp = model.site(f"{prefix}tcp").id
+        self._jacobian = np.zeros((6, model.nv))
+        self.target_pos, self.target_rotation, self.is_commanded_open = np.zeros(3), TOOL_DOWN, True
+
+    @property
+    def pos_tcp_world(self) -> np.ndarray:
+        """Tool centre point between the fingertips (3,) [m]."""
+        return self.data.site_xpos[self._tcp]
+
+    @property
+    def rotation_tcp_world(self) -> np.ndarray:
+        """Rotation matrix (3, 3) of the hand in the world frame; its z points out of the fingers."""
+        return self.data.site_xmat[self._tcp].reshape(3, 3)
+
+    @property
+    def tilt(self) -> np.ndarray:
+        """Axis-angle (3,) [rad] of the hand relative to pointing straight down, world frame."""
+        return axis_angle(self.rotation_tcp_world @ TOOL_DOWN.T)
+
+    @property
+    def opening(self) -> float:
+        """Distance between the fingers [m]."""
+        return float(self.data.qpos[self._fingers].sum())
+
+    def state(self) -> np.ndarray:
+        """Proprioception (7,): tool centre point [m], tilt [rad], finger distance [m]; world frame."""
+        return np.concatenate([self.pos_tcp_world, self.tilt, [self.opening]]).astype(np.float32)
+
+    def start(self, rng: np.random.Generator, low: np.ndarray, high: np.ndarray, is_open: bool | None) -> None:
+        """Put the hand at a position between `low` and `high` (3,) [m], pointing down within a few degrees.
+
+        Fingers open or closed as `is_open` says; None: seven times of ten open.
+        """
+        self.data.qpos[self._q] = self.arm.home
+        self.target_pos = rng.uniform(low, high)
+        self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
+        for _ in range(60):
+            mujoco.mj_kinematics(self.model, self.data)
+            mujoco.mj_comPos(self.model, self.data)
+            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve()
+            if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
+                break
+        self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
+        self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
+        self.data.ctrl[self._servos] = self.data.qpos[self._q]
+
+    def _solve(self) -> np.ndarray:
+        """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""
+        mujoco.mj_jacSite(self.model, self.data, self._jacobian[:3], self._jacobian[3:], self._tcp)
+        jacobian = self._jacobian[:, self._dofs]
+        error = np.concatenate(
+            [self.target_pos - self.pos_tcp_world, axis_angle(self.target_rotation @ self.rotation_tcp_world.T)]
+        )
+        step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 4e-4 * np.eye(6), error)
+        return np.clip(self.data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
+
+    def set_target(self, delta_pos: np.ndarray, delta_rotvec: np.ndarray, is_open: bool) -> None:
+        """Set the target pose by `delta_pos` [m] and `delta_rotvec` [rad], world frame, and command the fingers.
+
+        The position target starts from the measured position, so that it does not wind up when the arm is blocked; the rotation
+        target from the last target, so that contacts do not rotate the hand permanently.
+        """
+        self.target_pos = np.clip(self.pos_tcp_world + delta_pos, self.workspace_low, self.workspace_high)
+        self.target_rotation = rotation_matrix(delta_rotvec) @ self.target_rotation
+        self._command_fingers(is_open)
+
+    def _command_fingers(self, is_open: bool) -> None:
+        self.is_commanded_open = is_open
+        self.data.ctrl[self._finger_servos] = self.arm.opening if is_open else 0.0
+
+    def servo(self) -> None:
+        """Command the joints one step of inverse kinematics towards the target pose."""
+        self.data.ctrl[self._servos] = self._solve()
+
+
+def simulate(arms: Sequence[ArmController], duration_s: float) -> None:
+    """Move all arms of one model towards their targets for `duration_s`; inverse kinematics is solved twice."""
+    model, data = arms[0].model, arms[0].data
+    n_steps = max(2, round(duration_s / model.opt.timestep))
+    for part in (n_steps // 2, n_steps - n_steps // 2):
+        for arm in arms:
+            arm.servo()
+        mujoco.mj_step(model, data, nstep=part)
