@@ -163,6 +163,11 @@ class ActionSpec:
         return self.n_dims - 1
 
     @property
+    def is_binary(self) -> np.ndarray:
+        """(a,) bool: true for dimensions that are one of two values, in {0, 1} while training; the gripper's."""
+        return np.arange(self.n_dims) == self.gripper_index
+
+    @property
     def arm_slice(self) -> slice:
         """The arm's dimensions on the last axis."""
         return slice(0, self.n_dims - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +17,34 @@ from rvlm.data.normalization import NormStats
 class ActionTokenizer:
     """Normalised actions -> integers 0 to ``bins - 1`` per dimension, and back to bin centres.
 
-    Bins are uniform over [-1, 1] for the arm and [0, 1] for the gripper, the last dimension. Values outside are clipped to the
-    end bins; the quantisation error inside is at most half a bin.
+    Bins are uniform over [-1, 1], or [0, 1] in binary dimensions. Values outside are clipped to the end bins; the quantisation
+    error inside is at most half a bin.
 
     Source: RT-1 and RT-2 (256 uniform bins per dimension).  Taught in: 02_episodes_and_actions.
+
+    Attributes:
+        is_binary: which of the ``a`` dimensions are, as of the spec.
+        bins: per dimension.
     """
 
+    is_binary: Sequence[bool] | np.ndarray
     bins: int = 256
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "is_binary", tuple(map(bool, self.is_binary)))
         if type(self.bins) is not int or self.bins < 1:
             raise SpecMismatch(f"expected bins as a whole number from 1 on, got {self.bins!r}")
 
-    def _low_and_width(self, n_dims: int) -> tuple[np.ndarray, np.ndarray]:
-        low = np.r_[np.full(n_dims - 1, -1.0), 0.0]
+    @property
+    def _low_and_width(self) -> tuple[np.ndarray, np.ndarray]:
+        low = np.where(self.is_binary, 0.0, -1.0)
         return low, (1.0 - low) / self.bins
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Normalised ``(..., a)`` -> token ids ``(..., a)`` int64."""
         if not np.isfinite(actions).all():
             raise SpecMismatch("expected finite actions to tokenize, got NaN or infinity; drop or repair the frame")
-        low, width = self._low_and_width(np.shape(actions)[-1])
+        low, width = self._low_and_width
         return np.clip(np.floor((np.asarray(actions, np.float64) - low) / width), 0, self.bins - 1).astype(np.int64)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
@@ -45,7 +52,7 @@ class ActionTokenizer:
         ids = np.asarray(ids)
         if ids.dtype.kind not in "iu" or ((ids < 0) | (ids >= self.bins)).any():
             raise SpecMismatch(f"expected token ids from 0 to {self.bins - 1}, got {ids.dtype} {ids.ravel()[:8].tolist()} ...")
-        low, width = self._low_and_width(np.shape(ids)[-1])
+        low, width = self._low_and_width
         return low + (ids + 0.5) * width
 
     def round_trip(self, actions: np.ndarray, spec: ActionSpec, stats: NormStats) -> np.ndarray:

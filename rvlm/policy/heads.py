@@ -1,12 +1,16 @@
 """Action heads: hidden states at `<act>` to actions, all with the same `loss` and `predict`.
 
-A head says how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one per
-token for discrete ones.
+Action dimensions go by a mask, `is_binary`: binary ones, as most grippers, are classified, all others are regressed. A head says
+how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one per token for
+discrete ones.
 Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on action heads.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +24,16 @@ def masked_mean(values: Float[Tensor, "*n"], mask: Bool[Tensor, "*n"]) -> Float[
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def require_continuous(is_binary: Sequence[bool]) -> None:
+    """Refuse a robot without a continuous dimension, for heads that denoise actions.
+
+    Raises:
+        ValueError: Every dimension is binary.
+    """
+    if all(is_binary):
+        raise ValueError("expected a continuous action dimension to denoise, got binary ones only; take head 'mlp' or 'tokens'")
+
+
 def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     """Two hidden layers."""
     return nn.Sequential(
@@ -27,70 +41,99 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     )  # fmt: skip
 
 
+def split_dims(
+    values: Shaped[Tensor, "*n a"], is_binary: Sequence[bool]
+) -> tuple[Shaped[Tensor, "*n c"], Shaped[Tensor, "*n g"]]:
+    """Continuous (..., c) and binary (..., g) dimensions of values (..., a)."""
+    dims = range(len(is_binary))
+    return values[..., [i for i in dims if not is_binary[i]]], values[..., [i for i in dims if is_binary[i]]]
+
+
+def join_dims(
+    continuous: Shaped[Tensor, "*n c"], binary: Shaped[Tensor, "*n g"], is_binary: Sequence[bool]
+) -> Shaped[Tensor, "*n a"]:
+    """Inverse of `split_dims`."""
+    split = sorted(range(len(is_binary)), key=lambda i: is_binary[i])
+    return torch.cat([continuous, binary], dim=-1)[..., [split.index(i) for i in range(len(is_binary))]]
+
+
 def continuous_action_loss(
-    arm: Float[Tensor, "*n k arm"],
-    logit: Float[Tensor, "*n k"],
-    is_open: Float[Tensor, "*n k"],
+    error: Float[Tensor, "*n k c"],
+    logits: Float[Tensor, "*n k g"],
+    action: Float[Tensor, "*n k a"],
     mask: Bool[Tensor, "*n k a"],
+    is_binary: Sequence[bool],
     gripper_weight: float,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Masked loss of continuous actions: regression of the arm plus binary cross entropy of the gripper.
+    """Masked loss of actions: regression of continuous dimensions plus binary cross entropy of binary ones.
 
     Args:
-        arm: Error of each arm dimension (..., k, a - 1).
-        logit: Of the gripper being open (..., k).
-        is_open: The truth in {0, 1} (..., k).
+        error: Of each continuous dimension (..., k, c).
+        logits: Of each binary dimension being 1, the gripper open (..., k, g).
+        action: The truth (..., k, a), binary dimensions in {0, 1}.
         mask: (..., k, a).
+        is_binary: Which of the a dimensions are.
         gripper_weight: Weight of the cross entropy (the paper's lambda).
+
+    Returns:
+        `loss`, and its parts: `arm_loss` of continuous dimensions, `gripper_loss` of binary ones; 0 where there is none.
     """
-    bce = F.binary_cross_entropy_with_logits(logit, is_open, reduction="none")
-    arm_loss, gripper_loss = masked_mean(arm, mask[..., :-1]), masked_mean(bce, mask[..., -1])
+    arm_mask, gripper_mask = split_dims(mask, is_binary)
+    bce = F.binary_cross_entropy_with_logits(logits, split_dims(action, is_binary)[1], reduction="none")
+    arm_loss, gripper_loss = masked_mean(error, arm_mask), masked_mean(bce, gripper_mask)
     return {"loss": arm_loss + gripper_weight * gripper_loss, "arm_loss": arm_loss, "gripper_loss": gripper_loss}
 
 
 class MLPHead(nn.Module):
-    """Regression of the arm and classification of the gripper, whole chunk at once.
+    """Regression of continuous dimensions and classification of binary ones, whole chunk at once.
 
     Args:
         width: Size of a feature (d).
         chunk_size: Actions predicted (k).
-        n_dims: Action dimensions (a); the gripper is the last.
+        is_binary: Which of the a action dimensions are.
         hidden: Size of the hidden layers.
         arm_loss: "mse" (as in the paper), "huber" (as in its released code) or "l1".
-        gripper_weight: Weight of the gripper's binary cross entropy (the paper's lambda).
+        gripper_weight: Weight of the binary cross entropy (the paper's lambda).
     """
 
     n_queries = 1
 
     def __init__(
-        self, width: int, chunk_size: int, n_dims: int, hidden: int = 512, arm_loss: str = "mse", gripper_weight: float = 0.1
+        self,
+        width: int,
+        chunk_size: int,
+        is_binary: Sequence[bool],
+        hidden: int = 512,
+        arm_loss: str = "mse",
+        gripper_weight: float = 0.1,
     ) -> None:
         super().__init__()
         if arm_loss not in ARM_LOSSES:
             raise ValueError(f"no arm loss {arm_loss!r}; there are {', '.join(ARM_LOSSES)}")
-        self.shape, self.arm_loss, self.gripper_weight = (chunk_size, n_dims), ARM_LOSSES[arm_loss], gripper_weight
-        self.layers = nn.Sequential(nn.LayerNorm(width), *mlp(width, hidden, chunk_size * n_dims))
+        self.shape, self.is_binary = (chunk_size, len(is_binary)), tuple(is_binary)
+        self.arm_loss, self.gripper_weight = ARM_LOSSES[arm_loss], gripper_weight
+        self.layers = nn.Sequential(nn.LayerNorm(width), *mlp(width, hidden, chunk_size * len(is_binary)))
 
     def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
-        """(..., d) to (..., k, a): arm in normalised units, gripper as a logit of being open."""
+        """(..., d) to (..., k, a): continuous dimensions in normalised units, binary ones as logits."""
         return self.layers(features).unflatten(-1, self.shape)
 
     def loss(
         self, features: Float[Tensor, "*n d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
-        predicted = self(features)
-        arm = self.arm_loss(predicted[..., :-1], action[..., :-1], reduction="none")
-        return continuous_action_loss(arm, predicted[..., -1], action[..., -1], mask, self.gripper_weight)
+        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
+        predicted, logits = split_dims(self(features), self.is_binary)
+        error = self.arm_loss(predicted, split_dims(action, self.is_binary)[0], reduction="none")
+        return continuous_action_loss(error, logits, action, mask, self.is_binary, self.gripper_weight)
 
     def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a); the gripper is the probability of being open."""
-        predicted = self(features)
-        return torch.cat([predicted[..., :-1], predicted[..., -1:].sigmoid()], dim=-1)
+        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
+        predicted, logits = split_dims(self(features), self.is_binary)
+        return join_dims(predicted, logits.sigmoid(), self.is_binary)
 
 
 class FlowHead(nn.Module):
-    """Conditional flow matching of the arm's chunk, and classification of the gripper.
+    """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones.
 
     A small denoiser is conditioned on the feature and the flow time, and predicts the clean action (x1) of a noised chunk, which
     gives the velocity. Inference takes a few Euler steps from one noise sample that is stored with the weights, so the policy is
@@ -99,9 +142,12 @@ class FlowHead(nn.Module):
     Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 
     Args:
-        width, chunk_size, n_dims, hidden, gripper_weight: As of `MLPHead`.
+        width, chunk_size, is_binary, hidden, gripper_weight: As of `MLPHead`.
         n_euler_steps: From noise to action.
         n_noise_samples: Noise and time samples for each feature and update; the backbone runs once for all of them.
+
+    Raises:
+        ValueError: Every dimension is binary.
     """
 
     n_queries = 1
@@ -111,47 +157,55 @@ class FlowHead(nn.Module):
         self,
         width: int,
         chunk_size: int,
-        n_dims: int,
+        is_binary: Sequence[bool],
         hidden: int = 512,
         n_euler_steps: int = 5,
         n_noise_samples: int = 8,
         gripper_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        self.shape, self.gripper_weight = (chunk_size, n_dims - 1), gripper_weight
+        require_continuous(is_binary)
+        n_binary, self.is_binary, self.gripper_weight = sum(is_binary), tuple(is_binary), gripper_weight
+        self.shape = (chunk_size, len(is_binary) - n_binary)
         self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples
-        n_values = chunk_size * (n_dims - 1)
+        n_values = math.prod(self.shape)
         self.norm = nn.LayerNorm(width)
         self.expert = mlp(width + n_values + 2, hidden, n_values)
-        self.gripper = mlp(width, hidden, chunk_size)
+        self.gripper = mlp(width, hidden, chunk_size * n_binary) if n_binary else None
         self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def predict_clean_action(
-        self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*n k arm"], time: Float[Tensor, "*n 1"]
-    ) -> Float[Tensor, "*n k arm"]:
-        """Clean action x1 (..., k, a - 1) of a noised chunk of that shape at flow time (..., 1): 0 is noise, 1 is action."""
+        self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*n k c"], time: Float[Tensor, "*n 1"]
+    ) -> Float[Tensor, "*n k c"]:
+        """Clean action x1 (..., k, c) of a noised chunk of that shape at flow time (..., 1): 0 is noise, 1 is action."""
         waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
         return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
+
+    def binary_logits(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k g"]:
+        """Logits (..., k, g) of the g binary dimensions."""
+        if self.gripper is None:
+            return features.new_zeros(*features.shape[:-1], self.shape[0], 0)
+        return self.gripper(self.norm(features)).unflatten(-1, (self.shape[0], -1))
 
     def loss(
         self, features: Float[Tensor, "*n d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; the gripper is in {0, 1}."""
-        arm = (action * mask)[..., :-1].expand(self.n_noise_samples, *action[..., :-1].shape)  # masked action dims are zeroed
-        noise, time = torch.randn_like(arm), torch.rand_like(arm[..., 0, :1])
-        noised = (1 - time[..., None]) * noise + time[..., None] * arm
-        error = (
-            (self.predict_clean_action(features.expand(self.n_noise_samples, *features.shape), noised, time) - arm) ** 2
-        ).mean(0)
-        return continuous_action_loss(error, self.gripper(self.norm(features)), action[..., -1], mask, self.gripper_weight)
+        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
+        clean, _ = split_dims(action * mask, self.is_binary)  # masked action dims are zeroed
+        clean = clean.expand(self.n_noise_samples, *clean.shape)
+        noise, time = torch.randn_like(clean), torch.rand_like(clean[..., 0, :1])
+        noised = (1 - time[..., None]) * noise + time[..., None] * clean
+        repeated = features.expand(self.n_noise_samples, *features.shape)
+        error = ((self.predict_clean_action(repeated, noised, time) - clean) ** 2).mean(0)
+        return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
 
     def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a); the gripper is the probability of being open."""
+        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
         chunk = self.initial_noise.expand(*features.shape[:-1], *self.shape)
         for step in range(self.n_euler_steps):
             time = torch.full_like(features[..., :1], step / self.n_euler_steps)
             chunk = chunk + (self.predict_clean_action(features, chunk, time) - chunk) / (self.n_euler_steps - step)
-        return torch.cat([chunk, self.gripper(self.norm(features)).sigmoid()[..., None]], dim=-1)
+        return join_dims(chunk, self.binary_logits(features).sigmoid(), self.is_binary)
 
 
 class TokensHead(nn.Module):
@@ -165,17 +219,19 @@ class TokensHead(nn.Module):
     Source: RT-2 (arXiv 2307.15818), section 3.2; parallel decoding as in OpenVLA-OFT (arXiv 2502.19645), section IV.
 
     Args:
-        width, chunk_size, n_dims: As of `MLPHead`.
+        width, chunk_size, is_binary: As of `MLPHead`.
         n_bins: Per dimension.
         decoding: "autoregressive", each token conditioned on those before it, or "parallel", all in one pass.
     """
 
-    def __init__(self, width: int, chunk_size: int, n_dims: int, n_bins: int = 256, decoding: str = "autoregressive") -> None:
+    def __init__(
+        self, width: int, chunk_size: int, is_binary: Sequence[bool], n_bins: int = 256, decoding: str = "autoregressive"
+    ) -> None:
         super().__init__()
         if decoding not in ("autoregressive", "parallel"):
             raise ValueError(f"no decoding {decoding!r}; there are autoregressive, parallel")
-        self.shape, self.n_queries = (chunk_size, n_dims), chunk_size * n_dims
-        self.is_autoregressive, self.tokenizer = decoding == "autoregressive", ActionTokenizer(n_bins)
+        self.shape, self.n_queries = (chunk_size, len(is_binary)), chunk_size * len(is_binary)
+        self.is_autoregressive, self.tokenizer = decoding == "autoregressive", ActionTokenizer(tuple(is_binary), n_bins)
         self.token_position_embeddings = nn.Parameter(torch.randn(self.n_queries, width) * width**-0.5)
         self.tokens = nn.Embedding(n_bins, width) if self.is_autoregressive else None
         if self.tokens is not None:
@@ -213,7 +269,7 @@ class TokensHead(nn.Module):
         return self.out(features).argmax(-1)
 
     def predict(self, features: Float[Tensor, "*n N d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a) from the features (..., N, d); the gripper's bins lie in [0, 1]."""
+        """Normalised actions (..., k, a) from the features (..., N, d); bins of binary dimensions lie in [0, 1]."""
         return self.decode(self.greedy_tokens(features))
 
 

@@ -53,7 +53,8 @@ class VLA(SavedPolicy):
         self.backbone: Any = backbone
         self.register_adapters(None)
         width = self.backbone.config.get_text_config().hidden_size
-        self.head: Any = HEADS[config.head](width, config.chunk_size, len(self.spec.names), **(config.head_options or {}))
+        is_binary = self.spec.is_binary.tolist()
+        self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(self.spec.state_names)
         self.state_projector = (
@@ -222,7 +223,7 @@ class VLA(SavedPolicy):
 
         Args:
             state: (b, t, s), as `conditioning` gives it.
-            action: (b, t, k, a), normalised, the gripper in {0, 1}.
+            action: (b, t, k, a), normalised, binary dimensions in {0, 1}.
             action_mask: (b, t, k, a), false past the episode's end, before its start, and in dimensions that the robot lacks.
             obs_mask: (b, t), false before the episode's start.
             dataset_index: (b,), of the dataset whose card and statistics the actions follow.
@@ -230,7 +231,8 @@ class VLA(SavedPolicy):
             inputs: As `history_features` takes them.
 
         Returns:
-            `loss`, and its parts: `arm_loss` and `gripper_loss`, `token_loss`, or `answer_loss`.
+            `loss`, and its parts: `arm_loss` of continuous dimensions and `gripper_loss` of binary ones, `token_loss`, or
+            `answer_loss`.
         """
         if labels is not None:
             loss = self.backbone(labels=labels, **inputs).loss

@@ -17,6 +17,7 @@ from rvlm.policy.action_tokenizer import ActionTokenizer
 
 SPECS = {name: ActionSpec.from_card(name) for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")}
 FRANKA, UR = SPECS["tabletop_franka7"], SPECS["tabletop_ur6"]
+BINARY = [False] * 6 + [True]
 
 
 def some_actions(n=200, spec=FRANKA, seed=0):
@@ -250,7 +251,7 @@ def test_accumulator_refuses_nonsense():
     bins=st.sampled_from([16, 255, 256]),
 )
 def test_tokens_lose_at_most_half_a_bin(arm, gripper, bins):
-    tokenizer, x = ActionTokenizer(bins), np.concatenate([arm, gripper], 1)
+    tokenizer, x = ActionTokenizer(BINARY, bins), np.concatenate([arm, gripper], 1)
     ids = tokenizer.encode(x)
     assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < bins
     half = np.r_[[1 / bins] * 6, 0.5 / bins]
@@ -260,22 +261,22 @@ def test_tokens_lose_at_most_half_a_bin(arm, gripper, bins):
 
 def test_every_id_comes_back():
     ids = np.repeat(np.arange(256)[:, None], 7, 1)
-    assert (ActionTokenizer().encode(ActionTokenizer().decode(ids)) == ids).all()
+    assert (ActionTokenizer(BINARY).encode(ActionTokenizer(BINARY).decode(ids)) == ids).all()
 
 
 def test_outside_falls_into_the_end_bins():
-    assert ActionTokenizer().encode(np.array([-3.0, 3, 0, 0, 0, 0, 1])).tolist() == [0, 255, 128, 128, 128, 128, 255]
+    assert ActionTokenizer(BINARY).encode(np.array([-3.0, 3, 0, 0, 0, 0, 1])).tolist() == [0, 255, 128, 128, 128, 128, 255]
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_round_trip_error_in_si_units(spec):
     actions = some_actions(500, spec)
     stats = stats_of(actions, "min_max")
-    worst = ActionTokenizer().round_trip_error(actions, spec, stats, np.max)
+    worst = ActionTokenizer(BINARY).round_trip_error(actions, spec, stats, np.max)
     half_bin = stats.offset_and_scale()[1] * np.asarray(spec.scale) / 256
     assert worst.shape == (7,) and (worst[:6] <= half_bin[:6] * 1.001).all() and (worst[:6] > half_bin[:6] * 0.8).all()
     assert worst[6] == 0
-    assert (ActionTokenizer().round_trip_error(actions, spec, stats) < worst + 1e-9).all()
+    assert (ActionTokenizer(BINARY).round_trip_error(actions, spec, stats) < worst + 1e-9).all()
 
 
 # --- cards that say what they can't mean ------------------------------------------------------------------------------------

@@ -981,12 +981,12 @@ def test_impossible_statistics_are_refused(field, value, message, sound):
 
 
 def test_tokens_are_made_of_numbers_and_from_ids():
-    for wrong in (lambda: ActionTokenizer(0), lambda: ActionTokenizer().encode(np.full(7, np.nan))):
+    for wrong in (lambda: ActionTokenizer([False], 0), lambda: ActionTokenizer(SPEC.is_binary).encode(np.full(7, np.nan))):
         with pytest.raises(SpecMismatch, match="expected"):
             wrong()
     for ids in ([256] * 7, [-1] * 7, [1.5] * 7):
         with pytest.raises(SpecMismatch, match="expected token ids from 0 to 255"):
-            ActionTokenizer().decode(np.array(ids))
+            ActionTokenizer(SPEC.is_binary).decode(np.array(ids))
 
 
 @pytest.mark.parametrize("number", ["010", "1:30", "1" * 401])

@@ -5,7 +5,16 @@ import torch
 from toy_policies import SPEC, TOKENS, a_batch, build, fused, inputs
 
 from rvlm.policy.factory import make_policy
-from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
+from rvlm.policy.heads import FlowHead, MLPHead, TokensHead, join_dims, split_dims
+
+SEVEN = [False] * 6 + [True]  # six arm dimensions and a gripper
+ROBOTS = {
+    "arm and gripper": SEVEN,
+    "no gripper": [False] * 2,
+    "two arms, two grippers": [*SEVEN, *SEVEN],
+    "gripper first": [True, False, False],
+    "gripper alone": [True],
+}
 
 
 def test_an_unknown_option_of_the_head_is_an_error(toy_vlm, toy_stats):
@@ -18,7 +27,7 @@ def test_an_unknown_option_of_the_head_is_an_error(toy_vlm, toy_stats):
 def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
     """For any leading shape."""
     torch.manual_seed(0)
-    head, features = kind(8, 5, 7), torch.randn(*shape, 8)
+    head, features = kind(8, 5, SEVEN), torch.randn(*shape, 8)
     predicted = head.predict(features)
     assert predicted.shape == (*shape, 5, 7)
     assert ((predicted[..., 6] > 0) & (predicted[..., 6] < 1)).all()
@@ -35,11 +44,40 @@ def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
     assert losses(moved)["arm_loss"] != before["arm_loss"] and losses(moved)["gripper_loss"] == before["gripper_loss"]
 
 
+@pytest.mark.parametrize("is_binary", ROBOTS.values(), ids=ROBOTS)
+@pytest.mark.parametrize(
+    ("kind", "options"), [(MLPHead, {"hidden": 32}), (FlowHead, {"hidden": 32}), (TokensHead, {"n_bins": 32})]
+)
+def test_every_head_fits_the_dimensions_of_any_robot(kind, options, is_binary):
+    """Regressed where continuous, classified where binary, wherever they stand; masked ones do not count."""
+    if kind is FlowHead and all(is_binary):
+        with pytest.raises(ValueError, match="expected a continuous action dimension to denoise"):
+            kind(8, 2, is_binary)
+        return
+    torch.manual_seed(0)
+    head, binary = kind(64, 2, is_binary, **options), torch.tensor(is_binary)
+    features = torch.randn(1, *([head.n_queries] if kind is TokensHead else []), 64)
+    action = torch.where(binary, torch.tensor(1.0), torch.linspace(-0.9, 0.9, 2 * len(is_binary)).view(1, 2, -1))
+    mask = torch.ones_like(action, dtype=torch.bool)
+    mask[..., -1, 0] = False
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        losses = head.loss(features, torch.where(mask, action, 1e6), mask)
+        losses["loss"].backward()
+        optimizer.step()
+    predicted = head.predict(features)
+    assert predicted.shape == action.shape and torch.allclose(predicted[mask], action[mask], atol=0.15)
+    assert (predicted[..., binary] <= 1).all() and torch.equal(join_dims(*split_dims(action, is_binary), is_binary), action)
+    if kind is not TokensHead:
+        assert (losses["gripper_loss"] == 0) == (not any(is_binary)) and (losses["arm_loss"] == 0) == all(is_binary)
+
+
 def test_flow_follows_the_straight_line_to_the_action():
     """With a denoiser that predicts one chunk, any number of Euler steps goes there in a straight line, in equal steps."""
     goal, path = torch.rand(2, 3, 6), []
     for n_euler_steps in (1, 4, 10):
-        head = FlowHead(8, 3, 7, n_euler_steps=n_euler_steps)
+        head = FlowHead(8, 3, SEVEN, n_euler_steps=n_euler_steps)
         head.predict_clean_action = lambda features, chunk, time: path.append((time[0], chunk)) or goal
         torch.testing.assert_close(head.predict(torch.randn(2, 8))[..., :6], goal)
         for time, chunk in path:
@@ -52,7 +90,7 @@ def test_flow_learns_two_modes_where_regression_averages_them():
     torch.manual_seed(0)
     features, action, mask = torch.zeros(256, 8), torch.zeros(256, 1, 7), torch.ones(256, 1, 7, dtype=torch.bool)
     action[::2, 0, 0], action[1::2, 0, 0] = -1.0, 1.0
-    for head, is_chosen in ((MLPHead(8, 1, 7, hidden=64), False), (FlowHead(8, 1, 7, hidden=64, n_euler_steps=10), True)):
+    for head, is_chosen in ((MLPHead(8, 1, SEVEN, hidden=64), False), (FlowHead(8, 1, SEVEN, hidden=64, n_euler_steps=10), True)):
         optimizer = torch.optim.Adam(head.parameters(), 3e-3)
         for _ in range(400):
             optimizer.zero_grad()
@@ -64,7 +102,7 @@ def test_flow_learns_two_modes_where_regression_averages_them():
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_tokens_of_any_leading_shape_come_back(shape):
-    head = TokensHead(8, 3, 7, n_bins=64)
+    head = TokensHead(8, 3, SEVEN, n_bins=64)
     action = torch.rand(*shape, 3, 7) * 2 - 1
     action[..., 6] = (action[..., 6] > 0).float()
     ids = head.encode(action)
@@ -97,13 +135,21 @@ def test_action_tokens_are_causal(toy_vlm, toy_stats):
 
 @pytest.mark.parametrize("name", ["mse", "huber", "l1"])
 def test_loss_is_the_published_formula(name):
+    """With six arm dimensions and a gripper it is the source's; another order of dimensions does not change it."""
     torch.manual_seed(0)
-    head, features = MLPHead(8, 2, 7, arm_loss=name, gripper_weight=0.3), torch.randn(4, 8)
-    action = torch.rand(4, 2, 7).round()
+    head, features = MLPHead(8, 2, SEVEN, arm_loss=name, gripper_weight=0.3), torch.randn(4, 8)
+    action, mask = torch.rand(4, 2, 7).round(), torch.rand(4, 2, 7) > 0.3
     raw = head(features)
     error = (raw[..., :6] - action[..., :6]).abs()
-    arm = {"mse": error**2, "l1": error, "huber": torch.where(error < 1, error**2 / 2, error - 0.5)}[name].mean()
-    p = raw[..., 6].sigmoid()
-    bce = -(action[..., 6] * p.log() + (1 - action[..., 6]) * (1 - p).log()).mean()
-    losses = head.loss(features, action, torch.ones_like(raw, dtype=torch.bool))
-    torch.testing.assert_close(losses["loss"], arm + 0.3 * bce)
+    arm = {"mse": error**2, "l1": error, "huber": torch.where(error < 1, error**2 / 2, error - 0.5)}[name]
+    p = raw[..., 6:].sigmoid()
+    bce = -(action[..., 6:] * p.log() + (1 - action[..., 6:]) * (1 - p).log())
+    published = arm[mask[..., :6]].mean() + 0.3 * bce[mask[..., 6:]].mean()
+    torch.testing.assert_close(head.loss(features, action, mask)["loss"], published)
+
+    order = [6, 2, 0, 1, 5, 3, 4]
+    other = MLPHead(8, 2, [SEVEN[i] for i in order], arm_loss=name, gripper_weight=0.3)
+    other.load_state_dict(head.state_dict())
+    rows = torch.tensor([7 * step + i for step in range(2) for i in order])
+    other.layers[-1].weight.data, other.layers[-1].bias.data = (w.data[rows] for w in head.layers[-1].parameters())
+    torch.testing.assert_close(other.loss(features, action[..., order], mask[..., order])["loss"], published)
