@@ -1,6 +1,8 @@
 """Environments: each a `gymnasium.Env` with an `ActionSpec`. Importing this package registers them.
 
 Modules:
+    suites: an environment with its tasks and time limits, by name: the tabletop's or your own.
+    suite_checks: checks that an environment is as its suite says.
     gl: choice of a headless OpenGL platform.
     tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
     real_robot: a real robot (LeRobot's `Robot`) behind safety limits.

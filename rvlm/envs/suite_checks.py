@@ -1,0 +1,114 @@
+"""Checks that an environment is as its suite says: what was expected, what came."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
+
+SEEDS = (900_000, 900_001)  # held out
+NO_TASK = "no such task"
+
+
+class SuiteError(ValueError):
+    """No such suite or task, or an environment that is not as its suite says."""
+
+
+def check_suite(suite: Any, env: gymnasium.Env) -> None:
+    """Check an environment against its suite (`rvlm.envs.suites.Suite`), by its spaces and four resets; no step is made.
+
+    Raises:
+        SuiteError: Another spec, action space, camera, image, state or instruction; a task that does not exist is accepted; the
+            same seed starts differently; or all seeds, or all fixed initial states, start alike.
+    """
+    _check_spec(suite, env)
+    task = suite.default_tasks[0]
+    begin, again = (_first_observation(suite, env, SEEDS[0], task, 0) for _ in range(2))
+    if difference := _difference(begin, again):
+        raise _error(
+            suite, f"the same start after two resets with seed {SEEDS[0]}", f"others in {difference}", "seed all randomness"
+        )
+    if suite.n_starts != 1 and not _difference(begin, _first_observation(suite, env, SEEDS[1], task, 1)):
+        what = "seeds" if suite.n_starts is None else "initial states 'start'"
+        raise _error(suite, f"two {what} that start differently", "the same images and state", "read them in reset()")
+    _check_unknown_task_is_refused(suite, env)
+
+
+def _error(suite: Any, expected: str, came: str, mend: str) -> SuiteError:
+    return SuiteError(f"suite {suite.name}: expected {expected}, got {came}; {mend}")
+
+
+def _check_spec(suite: Any, env: gymnasium.Env) -> None:
+    spec = getattr(env.unwrapped, "action_spec", None)
+    if not isinstance(env, gymnasium.Env) or not isinstance(spec, ActionSpec):
+        came = f"{type(env.unwrapped).__name__} with {spec!r}"
+        raise _error(suite, "a gymnasium.Env with an ActionSpec as action_spec", came, "set it in __init__")
+    try:
+        suite.spec.require_same(spec, "suite vs environment")
+    except SpecMismatch as error:
+        raise SuiteError(f"suite {suite.name}: {error}") from error
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Box) or space.shape != (spec.n_dims,):
+        dims = f"{spec.n_dims} dimensions {list(spec.names)}"
+        raise _error(suite, f"an action space Box of {dims}", str(space), "make it of the spec's low and high")
+    low, high = np.asarray(spec.low, float), np.asarray(spec.high, float)
+    outside = (space.low > low + 1e-4 * np.abs(low)) | (space.high < high - 1e-4 * np.abs(high))
+    if outside.any():
+        names = [name for name, is_outside in zip(spec.names, outside, strict=True) if is_outside]
+        came = f"{space.low[outside].tolist()} to {space.high[outside].tolist()}"
+        raise _error(
+            suite, f"the spec's range of {names}, {low[outside].tolist()} to {high[outside].tolist()}", came, "correct one"
+        )
+
+
+def _first_observation(suite: Any, env: gymnasium.Env, seed: int, task: str, start: int) -> dict[str, Any]:
+    options = {"task": task} if suite.n_starts is None else {"task": task, "start": start}
+    observation, info = env.reset(seed=seed, options=options)
+    if info.get("task", task) != task:
+        raise _error(suite, f"task {task!r}, which reset() was asked for", f"info['task'] {info['task']!r}", "obey the option")
+    check_observation(suite, observation)
+    return observation
+
+
+def check_observation(suite: Any, observation: Any) -> None:
+    """Check that an observation has the cameras, images, state and instruction that the suite's spec promises.
+
+    Raises:
+        SuiteError: What was expected, what came.
+    """
+    keys = {"images", "state", "instruction"}
+    if not isinstance(observation, Mapping) or not keys <= set(observation) or not isinstance(observation["images"], Mapping):
+        came = sorted(map(str, observation)) if isinstance(observation, Mapping) else type(observation).__name__
+        raise _error(suite, f"observations with {sorted(keys)}, images by camera", str(came), "see rvlm.envs.suites")
+    images, spec = observation["images"], suite.spec
+    if set(images) != set(spec.cameras):
+        raise _error(suite, f"images of the cameras {list(spec.cameras)}", str(list(images)), "name them as the spec does")
+    for camera, image in images.items():
+        shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", None)
+        if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3:
+            came = f"{type(image).__name__} of shape {shape} and {dtype}"
+            raise _error(suite, f"images (h, w, 3) of uint8 from {camera!r}", came, "give RGB from 0 to 255, channels last")
+    state = observation["state"]
+    if np.shape(state) != (len(spec.state_names),) or np.asarray(state).dtype.kind != "f" or not np.isfinite(state).all():
+        expected = f"a state of {len(spec.state_names)} finite floats {list(spec.state_names)}"
+        came = f"shape {np.shape(state)} of {np.asarray(state).dtype}: {state!r}"
+        raise _error(suite, expected, came, "give the spec's state, in its order")
+    if not isinstance(observation["instruction"], str) or not observation["instruction"]:
+        raise _error(suite, "an instruction in words", repr(observation["instruction"]), "say what the task is")
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What differs between two observations, in words; empty if nothing does."""
+    cameras = [name for name, image in one["images"].items() if not np.array_equal(image, other["images"][name])]
+    return ", ".join([*cameras, *(["state"] if not np.array_equal(one["state"], other["state"]) else [])])
+
+
+def _check_unknown_task_is_refused(suite: Any, env: gymnasium.Env) -> None:
+    try:
+        env.reset(seed=SEEDS[0], options={"task": NO_TASK})
+    except Exception:  # of any kind: environments are others'
+        return
+    raise _error(suite, f"a refusal of the unknown task {NO_TASK!r}", "a reset", "raise in reset() for tasks that do not exist")
