@@ -13,6 +13,7 @@ Modules:
     task_sampling: feasible tasks of a scene, and sampling one of them.
     experts: scripted experts: the next action from the true state.
     failures: classification of failed episodes.
+    rendering: camera images of a scene.
     env: the `gymnasium.Env`.
     demonstrations: demonstrations with injected noise and the expert's labels.
     rendered_scenes: rendered scenes with their true state, for vision-language data.

@@ -9,6 +9,7 @@ import numpy as np
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
+from rvlm.envs.tabletop.rendering import CameraRenderer
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
 from rvlm.envs.tabletop.success_conditions import Task
@@ -60,7 +61,7 @@ class Tabletop(gymnasium.Env):
         self.setting = setting if isinstance(setting, Setting) else SETTINGS[_known(setting, SETTINGS, "setting")]
         self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ROBOTS, 'robot')}")
         self.world = World(robot, self.setting)
-        self._renderers: dict[int, mujoco.Renderer] = {}
+        self._renderer = CameraRenderer(self.world.model, self.world.data, CAMERAS)
         self.image_size = image_size
         self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
         image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -140,16 +141,8 @@ class Tabletop(gymnasium.Env):
         return spec.set_gripper(action, is_open).astype(np.float32)
 
     def image(self, camera: str = "static", size: int | None = None) -> np.ndarray:
-        """RGB image (h, w, 3) uint8 from a camera, without shadows and reflections (they cost most of a frame)."""
-        size = size or self.image_size
-        if size not in self._renderers:
-            buffer = self.world.model.vis.global_  # a renderer's images must fit in it
-            buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
-            self._renderers[size] = mujoco.Renderer(self.world.model, size, size)
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._renderers[size].scene.flags[flag] = 0
-        self._renderers[size].update_scene(self.world.data, camera=_known(camera, CAMERAS, "camera"))
-        return self._renderers[size].render()
+        """RGB image (h, w, 3) uint8 from a camera."""
+        return self._renderer.image(camera, size or self.image_size)
 
     def render(self) -> np.ndarray:
         """The static camera at 256 px."""
@@ -161,9 +154,7 @@ class Tabletop(gymnasium.Env):
 
     def close(self) -> None:
         """Free the renderers; the environment makes new ones if it is used again."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
+        self._renderer.close()
 
 
 def _known(name: str, table: Any, kind: str) -> str:

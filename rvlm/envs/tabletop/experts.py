@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rvlm.envs.tabletop.scene import HALF
-from rvlm.envs.tabletop.success_conditions import DIRECTIONS, Task, cued_side, is_held
+from rvlm.envs.tabletop.success_conditions import DIRECTIONS, HandAndObjects, Task, cued_side, is_held
 from rvlm.envs.tabletop.world import World
 
 CLEAR = 0.085  # height above the table that clears all objects [m]
@@ -26,7 +26,7 @@ class Command(NamedTuple):
     yaw: float = 0.0
 
 
-def _reach(world: World, goal: np.ndarray, is_open: bool, clear: float = CLEAR, near: float = 0.016) -> Command:
+def _reach(world: HandAndObjects, goal: np.ndarray, is_open: bool, clear: float = CLEAR, near: float = 0.016) -> Command:
     """Go to `goal` from above: up to a clear height, across, then down."""
     tcp, over = world.pos_tcp_world, max(clear, goal[2] + 0.05)
     distance = float(np.linalg.norm(goal[:2] - tcp[:2]))
@@ -37,7 +37,7 @@ def _reach(world: World, goal: np.ndarray, is_open: bool, clear: float = CLEAR, 
     return Command(np.array([*goal[:2], over]), is_open)
 
 
-def _grasp(world: World, i: int) -> Command:
+def grasp(world: HandAndObjects, i: int) -> Command:
     """Close the fingers around object `i`, reached from above."""
     goal = np.add(world.pos_object(i), (0, 0, -0.002))
     offset = np.abs(goal - world.pos_tcp_world)
@@ -48,9 +48,12 @@ def _grasp(world: World, i: int) -> Command:
 
 def lift(world: World, task: Task) -> Command:
     """Grasp the target, then go straight up."""
-    if not is_held(world, task.target_object):
-        return _grasp(world, task.target_object)
-    return Command(np.add(world.pos_tcp_world, (0, 0, 0.1)), False)
+    return raise_object(world, task.target_object)
+
+
+def raise_object(world: HandAndObjects, i: int) -> Command:
+    """Grasp object `i`, then go straight up."""
+    return Command(np.add(world.pos_tcp_world, (0, 0, 0.1)), False) if is_held(world, i) else grasp(world, i)
 
 
 def _press_along(
@@ -80,7 +83,7 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
     if np.abs(offset[:2]).max() < 1.5 * near and abs(offset[2]) < 0.008:
         return Command(np.add(tcp, (0, 0, 0.05 if world.opening > 2 * HALF + 0.014 else 0.0)), True)
     if not is_held(world, i):
-        return _grasp(world, i)
+        return grasp(world, i)
     over = max(CARRY, goal[2] + 0.05)
     if np.linalg.norm(offset[:2]) < near:
         return Command(tcp + offset, False)
@@ -113,7 +116,7 @@ def stack(world: World, task: Task) -> Command:
 def _rotate(sign: int) -> Callable[[World, Task], Command]:
     def rotate(world: World, task: Task) -> Command:
         if not is_held(world, task.target_object):
-            return _grasp(world, task.target_object)
+            return grasp(world, task.target_object)
         return Command(world.pos_tcp_world, False, yaw=float(world.tilt[2]) + sign * 0.3)
 
     return rotate
@@ -195,5 +198,9 @@ def expert_delta(world: World, task: Task) -> tuple[np.ndarray, np.ndarray, bool
         the fingers should be open; in the world frame, not limited to the range of one action.
     """
     command = _release(world) if _holds_handle(world) and "drawer" not in task.family else EXPERTS[task.family](world, task)
-    tilt = world.tilt
-    return command.pos - world.pos_tcp_world, np.array([-tilt[0], -tilt[1], command.yaw - tilt[2]]), command.is_open
+    return delta_to(command, world.pos_tcp_world, world.tilt)
+
+
+def delta_to(command: Command, pos: np.ndarray, tilt: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """As of `expert_delta`, from the hand's position (3,) [m] and tilt (3,) [rad] to the command's pose."""
+    return command.pos - pos, np.array([-tilt[0], -tilt[1], command.yaw - tilt[2]]), command.is_open

@@ -61,7 +61,7 @@ SETTINGS = {
     "new_start": Setting(start_spread=0.05),
 }
 
-_HEAD = """<option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>
+HEAD = """<option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>
 <compiler angle="radian" autolimits="true"/>
 <visual><quality shadowsize="0" offsamples="0" numslices="12" numstacks="8"/>
   <headlight ambient=".38 .38 .38" diffuse=".42 .42 .42" specular="0 0 0"/><global offwidth="512" offheight="512"/></visual>
@@ -122,7 +122,7 @@ def _distractor_xml(i: int) -> str:
     return f'<body name="distractor{i}" pos="0 0 -1"><geom name="distractor{i}" {kind} rgba=".05 .05 .05 1"/></body>'
 
 
-def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
+def look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
     """Axes (`xyaxes`) of a camera at `pos` that looks at `target`, with the world's z up."""
     back = np.subtract(pos, target)
     right = np.cross((0, 0, 1), back)
@@ -133,9 +133,9 @@ def _look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
 def scene_xml(arm: Arm) -> str:
     """The scene with this arm, as MJCF text."""
     objects = "".join(_object_xml(i) for i in range(N_OBJECTS)) + "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
-    axes = _look_at(arm.camera_pos, arm.camera_target)
+    axes = look_at(arm.camera_pos, arm.camera_target)
     camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{axes}" fovy="{arm.camera_fovy}"/>'
-    return f"""<mujoco model="tabletop">{_HEAD}{asset_xml(arm)}<worldbody>
+    return f"""<mujoco model="tabletop">{HEAD}{asset_xml(arm)}<worldbody>
     <light name="sun" pos=".2 -.5 1.6" dir="-.1 .3 -1" diffuse=".45 .45 .45" castshadow="false"/>{camera}
     <geom name="table" type="box" size=".55 .48 .02" pos="-.1 0 -.02" material="wood"/>
     {_FIXTURES}{objects}{arm_xml(arm)}</worldbody><actuator>{actuator_xml(arm)}</actuator></mujoco>"""

@@ -5,6 +5,7 @@ Directions are those of the static camera's image: left and right in it, far and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -66,7 +67,25 @@ def cued_side(task: Task) -> int:
     return 1 if task.was_light_on else -1
 
 
-def is_held(world: World, i: int) -> bool:
+class HandAndObjects(Protocol):
+    """What grasping needs to know: a `World`, or one arm of several with its objects."""
+
+    @property
+    def pos_tcp_world(self) -> np.ndarray:
+        """Tool centre point between the fingertips (3,) [m]."""
+        ...
+
+    @property
+    def opening(self) -> float:
+        """Distance between the fingers [m]."""
+        ...
+
+    def pos_object(self, i: int) -> np.ndarray:
+        """Position (3,) of object `i` [m], world frame."""
+        ...
+
+
+def is_held(world: HandAndObjects, i: int) -> bool:
     """Whether object `i` is between the closed fingers."""
     offset = np.abs(world.pos_object(i) - world.pos_tcp_world)
     return bool(offset[:2].max() < 0.024 and offset[2] < 0.026 and 0.02 < world.opening < 2 * HALF + 0.014)
