@@ -168,7 +168,7 @@ def acting(name, settings):
     policy = Policy(model, processor)
     policy.reset(N_ROBOTS)
     observations = [
-        [{"image": i[0], "wrist_image": i[1], "state": np.zeros(7), "instruction": TEXT} for i in frames(N_ROBOTS)]
+        [{"images": {"static": i[0], "wrist": i[1]}, "state": np.zeros(7), "instruction": TEXT} for i in frames(N_ROBOTS)]
         for _ in range(2 * WINDOW)
     ]
     t_reference = t if structure == "interleaved" else 1

@@ -25,7 +25,7 @@ class OneFrame(Tabletop):
     """One small image per step."""
 
     def _observe(self):
-        return {"image": self.image("static", 64), "state": self.world.state()}
+        return {"images": {"static": self.image("static", 64)}, "state": self.world.state()}
 
 
 def steps_per_second(env, seed):

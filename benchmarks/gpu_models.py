@@ -216,6 +216,12 @@ def observations(model, prompt_builder, n):
     """n observations of one robot."""
     side = prompt_builder.image_size
     return [
-        [{"image": first, "wrist_image": second, "state": np.zeros(len(SPEC.state_names), np.float32), "instruction": TEXT}]
+        [
+            {
+                "images": {"static": first, "wrist": second},
+                "state": np.zeros(len(SPEC.state_names), np.float32),
+                "instruction": TEXT,
+            }
+        ]
         for first, second in noise_images(n, 2, side, side)
     ]

@@ -37,7 +37,7 @@ def main(extras):
     policy = load_policy(package / "assets" / "policy")
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
-    seen = {"image": image, "wrist_image": image, "state": np.zeros(7, np.float32), "instruction": "lift the red cube"}
+    seen = {"images": {"static": image, "wrist": image}, "state": np.zeros(7, np.float32), "instruction": "lift the red cube"}
     (action,) = policy.select_action([seen])
     assert action.shape[-1] == 7 and np.isfinite(action).all() and (action >= spec.low).all() and (action <= spec.high).all()
     result = {"action": np.round(action, 3).ravel().tolist(), "python": sys.version.split()[0], "extras": extras}

@@ -65,7 +65,7 @@ def inputs(batch):
 def observe(rng, instruction=TEXTS[0]):
     image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
     state = rng.normal(size=7).astype(np.float32)
-    return {"image": image[0], "wrist_image": image[1], "state": state, "instruction": instruction}
+    return {"images": {"static": image[0], "wrist": image[1]}, "state": state, "instruction": instruction}
 
 
 def perturbed_policy(vlm, stats, finetuning="full", **options):

@@ -18,7 +18,6 @@ TEXTS = ("names", "units", "cameras", "state_names", "state_units", "absent")
 NUMBER = ("gripper_open", "gripper_close", "rate_hz", "image_rotation_deg")
 NUMBERS = ("scale", "low", "high")
 POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 4e-2, which YAML 1.1 reads as text
-IMAGE_KEYS = {"static": "image", "wrist": "wrist_image"}  # camera of a card -> key of an observation
 CAMERA = re.compile(r"\w[\w .-]*")
 
 

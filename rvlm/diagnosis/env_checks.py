@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rvlm.data.cards import IMAGE_KEYS
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
 from rvlm.diagnosis.results import CheckResult
@@ -17,7 +16,7 @@ NO_SEEDS = "skipped: seeds of the data's episodes were not recorded"
 def check_resets(inputs: DiagnosisInputs) -> CheckResult:
     """Do episodes with different seeds start differently, and are instructions those of the data?"""
     first, *others = [inputs.env.reset(seed=seed)[0] for seed in (1, 2, 3)]
-    if all(np.array_equal(first[key], other[key]) for other in others for key in ("state", "image")):
+    if all(_looks_equal(first, other) for other in others):
         return CheckResult("resets", "three seeds gave the same initial state", "same start")
     for episode in inputs.sampled_episodes():
         observation, recorded = inputs.reset_to_recorded(episode), inputs.dataset.instruction(episode)
@@ -30,6 +29,11 @@ def check_resets(inputs: DiagnosisInputs) -> CheckResult:
     return CheckResult("resets", measured)
 
 
+def _looks_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    images = (np.array_equal(image, b["images"][camera]) for camera, image in a["images"].items())
+    return np.array_equal(a["state"], b["state"]) and all(images)
+
+
 def check_images(inputs: DiagnosisInputs) -> CheckResult:
     """Does the environment show what was recorded?"""
     cameras = inputs.policy.model.config.cameras
@@ -39,7 +43,7 @@ def check_images(inputs: DiagnosisInputs) -> CheckResult:
         if observation is None:
             return CheckResult("images", NO_SEEDS)
         recorded.append([cache[camera][inputs.frame_slice(episode).start] for camera in cameras])
-        rendered.append([observation[IMAGE_KEYS[camera]] for camera in cameras])
+        rendered.append([observation["images"][camera] for camera in cameras])
     expected, images = np.array(recorded, np.float32), np.array(rendered, np.float32)  # (n, cameras, h, w, 3)
     for where, shown in (("the data", expected), ("the environment", images)):
         if shown.std(axis=(0, 2, 3, 4)).min() < 1:

@@ -106,7 +106,7 @@ def _env(inputs: DiagnosisInputs, **changes: Any) -> DiagnosisInputs:
 
 
 def _images(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict], dict]:
-    return lambda observation: {k: change(v) if "image" in k else v for k, v in observation.items()}
+    return lambda observation: observation | {"images": {name: change(v) for name, v in observation["images"].items()}}
 
 
 def _stats(inputs: DiagnosisInputs, change: Callable[[NormStats], NormStats]) -> DiagnosisInputs:
@@ -206,15 +206,17 @@ def _other_kind(inputs: DiagnosisInputs) -> DiagnosisInputs:
 
 
 def _swap_cameras(observation: dict) -> dict:
-    return {**observation, "image": observation["wrist_image"], "wrist_image": observation["image"]}
+    images = observation["images"]
+    return observation | {"images": dict(zip(images, reversed(images.values()), strict=True))}
 
 
 def _rephrase(observation: dict) -> dict:
     return {**observation, "instruction": f"What action should the robot take to {observation['instruction']}?"}
 
 
-def _black_wrist_camera(observation: dict) -> dict:
-    return {**observation, "wrist_image": np.zeros_like(observation["wrist_image"])}
+def _black_last_camera(observation: dict) -> dict:
+    images = observation["images"]
+    return observation | {"images": images | {list(images)[-1]: np.zeros_like(list(images.values())[-1])}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +257,7 @@ FAULTS: tuple[Fault, ...] = (
         "environment", "static and wrist camera swapped", "cameras swapped",
         lambda inputs: _env(inputs, observe=_swap_cameras),
     ),
-    Fault("environment", "wrist camera is black", "image missing", lambda inputs: _env(inputs, observe=_black_wrist_camera)),
+    Fault("environment", "wrist camera is black", "image missing", lambda inputs: _env(inputs, observe=_black_last_camera)),
     Fault("policy", "chunks executed whole", "chunk execution", _whole_chunks),
     Fault("environment", "the seed is ignored", "same start", lambda inputs: _env(inputs, seed=lambda seed: 0)),
     Fault(

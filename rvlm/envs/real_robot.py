@@ -16,7 +16,6 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ARM_DIMS, ActionSpec
-from rvlm.data.cards import IMAGE_KEYS
 from rvlm.data.errors import SpecMismatch
 
 ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # layout [rad] -> (decoder, encoder)
@@ -39,7 +38,7 @@ class RealRobotEnv(gymnasium.Env):
     [rad, in the card's `state_rotation`] of the hand in the card's frame. The gripper's key is sent the card's `gripper_open` or
     `gripper_close`, and read as the last number of the card's state.
 
-    Observation: `image` and `wrist_image` (h, w, 3) uint8 RGB, those in the card; `state` (7,) float32; `instruction`.
+    Observation: `images`, (h, w, 3) uint8 RGB of each camera in the card; `state` (7,) float32; `instruction`.
     Action: (7,) in the card's units. A displacement is relative to the last observed pose; its rotation, also from Euler angles,
     is one rotation about the axes of the card's frame (CALVIN adds Euler angles instead). Rotations are sent with angles in
     [-pi, pi]. Only the card's range limits a step: with a wide range steps may be long, and an absolute target may be anywhere in
@@ -88,7 +87,7 @@ class RealRobotEnv(gymnasium.Env):
         _require_conventions(spec)
         self.robot, self.action_spec, self.keys = robot, spec, (*pose_keys, gripper_key)
         _require_keys(robot, spec, self.keys, cameras)
-        self._cameras = dict(zip((IMAGE_KEYS[c] for c in spec.cameras), cameras, strict=True))
+        self._cameras = dict(zip(spec.cameras, cameras, strict=True))
         self.instructions, self.max_steps, self.is_dry_run = dict(instructions), max_steps, is_dry_run
         self.confirm, self.is_stopped, self.sleep, self.clock = confirm, is_stopped, sleep, clock
         low, high = (np.asarray(v, np.float64) for v in (workspace_low, workspace_high))
@@ -108,7 +107,9 @@ class RealRobotEnv(gymnasium.Env):
             raise ValueError(f"expected cameras of one size, as a policy stacks their images; got {shapes}; set them up alike")
         self.image_shape, texts = next(iter(shapes.values())), self.instructions.values()
         spaces: dict[str, gymnasium.Space] = {
-            **dict.fromkeys(self._cameras, gymnasium.spaces.Box(0, 255, self.image_shape, np.uint8)),
+            "images": gymnasium.spaces.Dict(
+                dict.fromkeys(self._cameras, gymnasium.spaces.Box(0, 255, self.image_shape, np.uint8))
+            ),
             "state": gymnasium.spaces.Box(-np.inf, np.inf, (len(self.keys),), np.float32),
             "instruction": gymnasium.spaces.Text(max(map(len, texts)), charset=frozenset("".join(texts))),
         }
@@ -229,7 +230,7 @@ class RealRobotEnv(gymnasium.Env):
                 f"expected finite numbers for {list(self.keys)} and images {self.image_shape} uint8; got {self._pose.tolist()} "
                 f"and {formats}; check the robot's sensors and cameras"
             )
-        return {**images, "state": self._pose.astype(np.float32), "instruction": self.instructions[self.family]}
+        return {"images": images, "state": self._pose.astype(np.float32), "instruction": self.instructions[self.family]}
 
     def close(self) -> None:
         """Disconnect the robot; `reset` connects it again."""
@@ -241,7 +242,6 @@ class RealRobotEnv(gymnasium.Env):
 def _require_conventions(spec: ActionSpec) -> None:
     got = {name: getattr(spec, name) for name in SUPPORTED}
     wrong = [f"{name} {value!r} (works: {SUPPORTED[name]})" for name, value in got.items() if value not in SUPPORTED[name]]
-    wrong += [f"camera {camera!r} (works: {tuple(IMAGE_KEYS)})" for camera in spec.cameras if camera not in IMAGE_KEYS]
     for name in ("units", "state_units"):
         units = getattr(spec, name)
         if units[:ARM_DIMS] != POSE_UNITS or len(units) != ARM_DIMS + 1:

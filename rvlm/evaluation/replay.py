@@ -10,7 +10,7 @@ def replay_episode(evaluation: Evaluation, seed: int) -> dict:
     """Run an evaluated episode again, in the same batch as before, and keep its frames.
 
     Returns:
-        Its row of `rollout`, with `frames`, `wrist_frames` (n, h, w, 3) uint8 and raw `actions` (n, a).
+        Its row of `rollout`, with `frames`, camera -> (n, h, w, 3) uint8, and raw `actions` (n, a).
 
     Raises:
         ValueError: The evaluation has no such episode.

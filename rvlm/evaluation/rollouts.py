@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from rvlm.data.observations import stack_images
+
 InputAblation = Callable[[Sequence[dict]], list[dict]]  # observations of a batch -> the same with an input removed
 
 
@@ -70,7 +72,7 @@ def permute_instructions(
 
 def blank_image(observations: Sequence[dict]) -> list[dict]:
     """Black images of all cameras."""
-    return [{k: np.zeros_like(v) if "image" in k else v for k, v in o.items()} for o in observations]
+    return [o | {"images": {name: np.zeros_like(image) for name, image in o["images"].items()}} for o in observations]
 
 
 INPUT_ABLATIONS: dict[str, InputAblation] = {
@@ -126,7 +128,7 @@ def rollout(
         envs: One per episode.
         episodes: (seed, family) of each.
         ablation: Input ablation, a name in `INPUT_ABLATIONS`.
-        keep_frames: Also return each episode's `frames` (n, h, w, 3), `wrist_frames` and `actions` (n, a).
+        keep_frames: Also return each episode's `frames`, camera -> (n, h, w, 3), and `actions` (n, a).
         keep_state: Start from the scene's current state instead of a new one.
 
     Returns:
@@ -143,17 +145,18 @@ def rollout(
         unfinished = []
         for position, (i, action) in enumerate(zip(running, actions, strict=True)):
             if keep_frames:
-                recorded[i].append((observations[i]["image"], observations[i]["wrist_image"], action))
+                recorded[i].append((observations[i]["images"], action))
             observations[i], is_done = _step(envs[i], action, rows[i])
             unfinished += [] if is_done else [position]
         if hasattr(policy, "keep") and 0 < len(unfinished) < len(running):
             policy.keep(unfinished)
         running = [running[position] for position in unfinished]
     simulator_s = time.perf_counter() - started - policy_s
-    for row, frames in zip(rows, recorded, strict=True):
+    for row, steps in zip(rows, recorded, strict=True):
         row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
         if keep_frames:
-            row |= dict(zip(("frames", "wrist_frames", "actions"), map(np.stack, zip(*frames, strict=True)), strict=True))
+            images, actions = zip(*steps, strict=True)
+            row |= {"frames": stack_images(images), "actions": np.stack(actions)}
     return rows
 
 

@@ -28,13 +28,13 @@ class Expected:
     """The observations that a policy takes.
 
     Attributes:
-        images: Image keys of an observation, in the policy's camera order.
+        cameras: Names of the policy's cameras, in its order.
         image_size: Height and width of the training images [px]; None if unknown.
         robot: Of the state.
         words: Special tokens of the prompt, which an instruction must not contain.
     """
 
-    images: tuple[str, ...]
+    cameras: tuple[str, ...]
     image_size: tuple[int, int] | None
     robot: Embodiment
     words: tuple[str, ...]
@@ -56,7 +56,10 @@ class Expected:
         sizes = {}
         for i, observation in enumerate(observations):
             self._check_keys(observation, i)
-            sizes |= {f"{key} of robot {i}": _image_size(observation[key], key, i, self.image_size) for key in self.images}
+            sizes |= {
+                f"{camera} of robot {i}": _image_size(observation["images"][camera], camera, i, self.image_size)
+                for camera in self.cameras
+            }
             self._check_state(observation["state"], i)
             self._check_instruction(observation["instruction"], i)
         if len(set(sizes.values())) > 1:
@@ -77,11 +80,19 @@ class Expected:
     def _check_keys(self, observation: Any, i: int) -> None:
         if not isinstance(observation, Mapping):
             raise ObservationError(f"robot {i}: expected an observation as a dict, got {type(observation).__name__}")
-        needed = {*self.images, "state", "instruction"}
-        missing = sorted(needed - set(observation))
+        missing = sorted({"images", "state", "instruction"} - set(observation))
         if missing:
             raise ObservationError(
-                f"robot {i}: expected {sorted(needed)} in an observation, as in training; got {sorted(map(str, observation))}; "
+                f"robot {i}: expected images, state and instruction in an observation; got {sorted(map(str, observation))}; "
+                f"add {missing}"
+            )
+        images = observation["images"]
+        if not isinstance(images, Mapping):
+            raise ObservationError(f"robot {i}: expected images as a dict, camera -> image; got {type(images).__name__}")
+        missing = [camera for camera in self.cameras if camera not in images]
+        if missing:
+            raise ObservationError(
+                f"robot {i}: expected images of cameras {list(self.cameras)}, as in training; got {sorted(map(str, images))}; "
                 f"add {missing}"
             )
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.cards import IMAGE_KEYS
+from rvlm.data.observations import stack_images
 from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA
 from rvlm.policy.observation_checks import Expected, ObservationError
@@ -76,9 +76,9 @@ class Policy:
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
         size: Any = model.config.image_size
-        self._image_keys = tuple(str(IMAGE_KEYS.get(camera, camera)) for camera in model.config.cameras)
+        self._cameras = tuple(model.config.cameras)
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
-        self.expected = Expected(self._image_keys, size and tuple(size), self.robot, words)
+        self.expected = Expected(self._cameras, size and tuple(size), self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
@@ -109,8 +109,8 @@ class Policy:
         """The next raw action (n, a) of each robot; predicts a new chunk when the queue is empty.
 
         Args:
-            observations: One per robot, always in the same order: `image`, `wrist_image` (h, w, 3) uint8 RGB, or other cameras by
-                their names in the card; `state` (s,) in the card's units; `instruction`.
+            observations: One per robot, always in the same order: `images`, (h, w, 3) uint8 RGB of each camera by its name in
+                the card; `state` (s,) in the card's units; `instruction`.
 
         Raises:
             ObservationError: Number, images, state or instruction differ in kind from training.
@@ -161,7 +161,7 @@ class Policy:
     @torch.inference_mode()
     def _observe(self, observations: Observations) -> None:
         """Add the newest observations to the history."""
-        images = np.stack([[o[key] for key in self._image_keys] for o in observations])
+        images = np.stack([[o["images"][camera] for camera in self._cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         conditioning = self.model.conditioning
         samples = [
@@ -202,20 +202,27 @@ def record_rollout(policy: Policy, env: Any, seed: int, family: str | None = Non
     """One episode of one robot: observations, executed actions and the chunk predicted at every step.
 
     Returns:
-        Per step "image" and "wrist_image" (n, h, w, 3), "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
+        "images", camera -> (n, h, w, 3); per step "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
         and "instruction", "seed", "is_success".
     """
     observation, _ = env.reset(seed=seed, options={"family": family})
     policy.reset()
+    images: list[dict[str, np.ndarray]] = []
     steps: list[dict[str, np.ndarray]] = []
     is_success = is_over = False
     while not (is_success or is_over):
         chunk = policy.predict_action_chunk([observation])[0]
-        observed = {k: observation[k] for k in ("image", "wrist_image", "state")}
-        steps.append({**observed, "action": chunk[0], "chunk": chunk})
+        images.append(observation["images"])
+        steps.append({"state": observation["state"], "action": chunk[0], "chunk": chunk})
         observation, _, is_success, is_over, _ = env.step(chunk[0])
     columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
-    return {**columns, "instruction": observation["instruction"], "seed": seed, "is_success": is_success}
+    return {
+        "images": stack_images(images),
+        **columns,
+        "instruction": observation["instruction"],
+        "seed": seed,
+        "is_success": is_success,
+    }
 
 
 def load_policy(

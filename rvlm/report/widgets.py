@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from rvlm.data.observations import stack_images
+
 MOVES = {  # command -> (dimension, sign), with the directions of the static camera's image
     "left": ("dy", -1.0),
     "right": ("dy", 1.0),
@@ -50,16 +52,15 @@ def scripted_teleop(env: Any, commands: Iterable[str], seed: int, is_open: bool 
     """Execute a list of `MOVES`; the non-interactive version of `teleoperate`.
 
     Returns:
-        Observations before each command and after the last: "image" and "wrist_image" ``(n, h, w, 3)``,
+        Observations before each command and after the last: "images", camera -> ``(n, h, w, 3)``,
         "state" ``(n, s)``, and "action" ``(n - 1, a)``.
     """
     observations, actions = [env.reset(seed=seed)[0]], []
     for command in commands:
         actions.append(move(env.unwrapped.action_spec, command, is_open))
         observations.append(env.step(actions[-1])[0])
-    return {key: np.stack([o[key] for o in observations]) for key in ("image", "wrist_image", "state")} | {
-        "action": np.stack(actions)
-    }
+    images, state = stack_images([o["images"] for o in observations]), np.stack([o["state"] for o in observations])
+    return {"images": images, "state": state, "action": np.stack(actions)}
 
 
 class OnOneThread:

@@ -352,8 +352,9 @@ def test_an_observation_is_the_tabletops():
     env = a_env(Tabletopped(sim))
     ours, info = env.reset(options={"family": "lift", "keep_state": False})
     assert ours.keys() == theirs.keys() and ours in env.observation_space and env.action_space == sim.action_space
-    for key in ("image", "wrist_image", "state"):
-        np.testing.assert_array_equal(ours[key], theirs[key], strict=True)
+    for camera in ("static", "wrist"):
+        np.testing.assert_array_equal(ours["images"][camera], theirs["images"][camera], strict=True)
+    np.testing.assert_array_equal(ours["state"], theirs["state"], strict=True)
     assert ours["instruction"] == TEXTS[0] and info == {"family": "lift", "is_success": False}
     sim.close()
 
@@ -401,7 +402,7 @@ def test_a_policy_acts_on_it_unchanged(toy_vlm, toy_stats):
     rows = rollout(policy, envs, [(FIRST_HELD_OUT_SEED, "lift"), (FIRST_HELD_OUT_SEED + 1, "lift")], keep_frames=True)
     assert [row["n_steps"] for row in rows] == [2, 4] == [len(arm.sent) for arm in arms]
     assert all(row["is_success"] and row["instruction"] == TEXTS[0] for row in rows) and len(operator.questions) == 2
-    assert (rows[1]["frames"] == 10).all() and (rows[1]["wrist_frames"] == 20).all()
+    assert (rows[1]["frames"]["static"] == 10).all() and (rows[1]["frames"]["wrist"] == 20).all()
     moved = np.clip(rows[1]["actions"][:, :3], -1, 1).sum(0) * STEP
     np.testing.assert_allclose(arms[1].pose[:3], np.array([0, 0, 0.2]) + moved, atol=1e-6)
 

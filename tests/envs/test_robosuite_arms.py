@@ -154,7 +154,7 @@ def test_same_seed_same_frames(robot):
         first, _ = env.reset(seed=3, options={"family": "lift"})
         last, *_ = env.step(env.expert_action())
         env.close()
-        return [o[k] for o in (first, last) for k in ("image", "wrist_image", "state")]
+        return [values for o in (first, last) for values in (*o["images"].values(), o["state"])]
 
     frames = episode()
     assert all(np.array_equal(a, b) for a, b in zip(frames, episode(), strict=True))

@@ -57,7 +57,11 @@ def solve(env, max_steps=100):
 def test_images_have_the_size_that_is_asked():
     env = Tabletop(image_size=896)
     observation, _ = env.reset(seed=0)
-    assert observation["image"].shape == observation["wrist_image"].shape == (896, 896, 3) and env.render().shape == (256, 256, 3)
+    assert observation["images"]["static"].shape == observation["images"]["wrist"].shape == (
+        896,
+        896,
+        3,
+    ) and env.render().shape == (256, 256, 3)
     large, small = env.image("static", 1024), env.image("static", 64)
     blocks = large.reshape(64, 16, 64, 16, 3).mean((1, 3))
     assert np.abs(blocks - small).mean() < 6, "the same picture, and all of it"
@@ -73,8 +77,8 @@ def test_gymnasiums_own_checker_passes(env):
 def test_the_registered_name_makes_a_vector_of_environments():
     envs = gymnasium.make_vec("rvlm/Tabletop-v0", num_envs=2, vectorization_mode="sync", image_size=32)
     observation, _ = envs.reset(seed=[5, 6])
-    assert observation["image"].shape == (2, 32, 32, 3) and len(observation["instruction"]) == 2
-    assert not np.array_equal(observation["image"][0], observation["image"][1])
+    assert observation["images"]["static"].shape == (2, 32, 32, 3) and len(observation["instruction"]) == 2
+    assert not np.array_equal(observation["images"]["static"][0], observation["images"]["static"][1])
     observation, reward, *_ = envs.step(envs.action_space.sample())
     assert observation["state"].shape == (2, 7) and reward.shape == (2,)
     envs.close()
@@ -121,7 +125,9 @@ def test_the_same_seed_gives_the_same_bits(robot):
     for again in (film(env, 11), film(other, 11)):
         for a, b in zip(first, again, strict=True):
             assert a["instruction"] == b["instruction"] and a["state"].tobytes() == b["state"].tobytes()
-            assert np.array_equal(a["image"], b["image"]) and np.array_equal(a["wrist_image"], b["wrist_image"])
+            assert np.array_equal(a["images"]["static"], b["images"]["static"]) and np.array_equal(
+                a["images"]["wrist"], b["images"]["wrist"]
+            )
     env.close()
     other.close()
 
@@ -182,7 +188,7 @@ def test_where_memory_is_needed_one_observation_has_two_correct_actions(family):
         env.world.set_light(is_on)
         env.task = dataclasses.replace(env.task, was_light_on=is_on)
     observations = [env.step(np.zeros(7))[0] for env in envs]
-    assert not np.array_equal(observations[0]["image"], observations[1]["image"]), "the cue is visible"
+    assert not np.array_equal(observations[0]["images"]["static"], observations[1]["images"]["static"]), "the cue is visible"
     for step in range(20):
         acts = [env.expert_action() for env in envs]
         if step >= CUE_STEPS and np.abs(acts[0] - acts[1]).max() > 0.1:
@@ -190,8 +196,9 @@ def test_where_memory_is_needed_one_observation_has_two_correct_actions(family):
         observations = [env.step(acts[0])[0] for env in envs]  # the same is done in both
     else:
         pytest.fail("the expert does the same in both scenes")
-    for key in ("image", "wrist_image", "state"):
-        assert np.array_equal(observations[0][key], observations[1][key]), key
+    for camera in ("static", "wrist"):
+        assert np.array_equal(*(o["images"][camera] for o in observations)), camera
+    assert np.array_equal(*(o["state"] for o in observations))
     assert observations[0]["instruction"] == observations[1]["instruction"]
 
 
@@ -351,20 +358,20 @@ def test_there_is_nothing_to_keep_in_a_new_environment():
 # -- settings ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def simple_view(env):
-    return env.reset(seed=21, options={"family": "lift"})[0]["image"].astype(int)
+    return env.reset(seed=21, options={"family": "lift"})[0]["images"]["static"].astype(int)
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("simple", "novel_description")])
 def test_a_setting_changes_the_images(simple_view, setting):
     changed = Tabletop(image_size=64, setting=setting)
-    image = changed.reset(seed=21, options={"family": "lift"})[0]["image"].astype(int)
+    image = changed.reset(seed=21, options={"family": "lift"})[0]["images"]["static"].astype(int)
     assert (np.abs(image - simple_view).max(-1) > 12).mean() > 0.01
     changed.close()
 
 
 def test_the_simple_setting_is_the_default_and_changes_nothing(simple_view):
     same = Tabletop(image_size=64, setting="simple")
-    assert np.array_equal(same.reset(seed=21, options={"family": "lift"})[0]["image"], simple_view)
+    assert np.array_equal(same.reset(seed=21, options={"family": "lift"})[0]["images"]["static"], simple_view)
     same.close()
 
 

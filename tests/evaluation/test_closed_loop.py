@@ -93,9 +93,9 @@ def test_an_input_ablation_removes_what_it_says_and_nothing_else(small_envs, abl
     whole, changed = seen["none"], seen[ablation]
     assert (changed["instruction"] == "") == (ablation == "no_language")
     assert (changed["instruction"] == whole["instruction"]) == (ablation in ("none", "blank_image"))
-    for key in ("image", "wrist_image"):
-        assert whole[key].any() and changed[key].any() == (ablation != "blank_image")
-        assert changed[key].shape == whole[key].shape
+    for camera in ("static", "wrist"):
+        before, after = whole["images"][camera], changed["images"][camera]
+        assert before.any() and after.any() == (ablation != "blank_image") and after.shape == before.shape
     assert np.array_equal(changed["state"], whole["state"])
 
 
@@ -147,7 +147,7 @@ def test_random_actions_are_those_of_the_episode(small_envs):
 def test_a_rollout_keeps_its_frames_where_it_is_asked_to(small_envs):
     rows = rollout(RandomPolicy(SPEC), small_envs, EPISODES, keep_frames=True)
     for row in rows:
-        assert row["frames"].shape == (row["n_steps"], 16, 16, 3) == row["wrist_frames"].shape
+        assert {frames.shape for frames in row["frames"].values()} == {(row["n_steps"], 16, 16, 3)}
         assert row["actions"].shape == (row["n_steps"], 7)
         assert row["n_steps"] == 6 or row["is_success"]
     plain = rollout(RandomPolicy(SPEC), small_envs, EPISODES)
@@ -263,7 +263,7 @@ def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_
     model.save_pretrained(folder, processor)
     evaluation = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
     rows = closed_loop.run_batch(evaluation, 0, keep_frames=True)
-    assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"].shape[1:] == (48, 48, 3)
+    assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"]["static"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
         closed_loop.run_batch(dataclasses.replace(evaluation, robot="ur6"), 0)
 
@@ -280,7 +280,7 @@ def test_a_policy_of_a_large_image_size_is_recorded_for_trained_and_run_at_it(tm
     policy = load_policy(tmp_path / "trained" / "model")
     assert policy.image_size == (256, 256) == (policy.prompt_builder.image_size,) * 2
     evaluation = Evaluation(str(tmp_path / "trained" / "model"), n_episodes=1, max_steps=2)
-    assert closed_loop.run_batch(evaluation, 0, keep_frames=True)[0]["frames"].shape == (2, 256, 256, 3)
+    assert closed_loop.run_batch(evaluation, 0, keep_frames=True)[0]["frames"]["static"].shape == (2, 256, 256, 3)
 
 
 @pytest.mark.parametrize("by", ["name", ("name", "family")])

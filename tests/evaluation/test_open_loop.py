@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
     policy.reset(1)
     for i in range(LENGTHS[1]):
         row = LENGTHS[0] + i
-        images = {"image": frames["static"][row], "wrist_image": frames["wrist"][row]}
+        images = {"images": {camera: images[row] for camera, images in frames.items()}}
         (chunk,) = policy.predict_action_chunk([{**images, "state": state[row], "instruction": "lift the red cube"}])
         real = recorded[i : i + 3]
         error = np.abs(SPEC.to_si(chunk[: len(real)] - real))
@@ -155,7 +155,7 @@ def test_a_policy_is_evaluated_on_the_robot_that_it_acts_for(dataset, tmp_path, 
     policy = Policy(model, processor, spec=second)
     errors = open_loop.open_loop_errors(policy, other)
     image, wrist = (other.frames_cache()[c][0] for c in ("static", "wrist"))
-    seen = {"image": image, "wrist_image": wrist, "state": other.column("observation.state")[0]}
+    seen = {"images": {"static": image, "wrist": wrist}, "state": other.column("observation.state")[0]}
     (chunk,) = policy.predict_action_chunk([{**seen, "instruction": "lift the red cube"}])
     by_hand = np.abs(second.to_si(chunk[0] - other.column("action")[0]))
     by_hand[6] = second.is_open(chunk[0]) != second.is_open(other.column("action")[0])

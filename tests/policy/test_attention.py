@@ -14,8 +14,7 @@ from rvlm.training.stages import ROBOT, Stage
 from rvlm.vlm.backbones import vision_modules
 
 OBSERVATION = {
-    "image": np.full((48, 48, 3), 9, np.uint8),
-    "wrist_image": np.full((48, 48, 3), 99, np.uint8),
+    "images": {"static": np.full((48, 48, 3), 9, np.uint8), "wrist": np.full((48, 48, 3), 99, np.uint8)},
     "state": np.zeros(7, np.float32),
     "instruction": "lift the red cube",
 }

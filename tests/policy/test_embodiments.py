@@ -152,7 +152,7 @@ def test_a_policy_acts_on_each_robot_that_it_was_trained_on(trained):
     """The same normalised action gives each robot its own raw action; an unknown robot is refused."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 48, 48, 3), np.uint8)
-    observation = {"image": image[0], "wrist_image": image[1], "state": rng.normal(size=7), "instruction": TEXTS[0]}
+    observation = {"images": {"static": image[0], "wrist": image[1]}, "state": rng.normal(size=7), "instruction": TEXTS[0]}
     for name in ROBOTS:
         spec = ActionSpec.from_card(name)
         policy = load_policy(trained, spec=spec)
@@ -206,7 +206,7 @@ def test_a_named_robot_is_named_alike_in_training_and_evaluation(stage, tmp_path
     policy, asked = Policy(model.eval(), processor, spec=ActionSpec.from_card(ROBOTS[2])), []
     policy.history.add = lambda images, state, texts: asked.extend(texts)
     image = np.zeros((48, 48, 3), np.uint8)
-    policy._observe([{"image": image, "wrist_image": image, "state": np.zeros(7), "instruction": TEXTS[0]}])
+    policy._observe([{"images": {"static": image, "wrist": image}, "state": np.zeros(7), "instruction": TEXTS[0]}])
     assert asked == [with_embodiment_name(policy.robot.spec, TEXTS[0])] == [f"small5: {TEXTS[0]}"]
 
 

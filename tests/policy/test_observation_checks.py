@@ -29,8 +29,10 @@ def policy(toy_vlm, toy_stats):
     return Policy(model, processor)
 
 
-def given(**changes):
-    return {**observe(np.random.default_rng(1)), **changes}
+def given(static=None, wrist=None, **changes):
+    seen = observe(np.random.default_rng(1))
+    images = {name: image for name, image in (("static", static), ("wrist", wrist)) if image is not None}
+    return {**seen, "images": seen["images"] | images, **changes}
 
 
 def test_training_sets_the_policys_image_size(toy_vlm, toy_demos, tmp_path, monkeypatch):
@@ -42,7 +44,7 @@ def test_training_sets_the_policys_image_size(toy_vlm, toy_demos, tmp_path, monk
     policy = load_policy(tmp_path / "policy")
     assert policy.image_size == (48, 48)
     with pytest.raises(ObservationError, match=r"as in training; got \(96, 96, 3\)"):
-        policy.select_action([given(image=np.zeros((96, 96, 3), np.uint8))])
+        policy.select_action([given(static=np.zeros((96, 96, 3), np.uint8))])
 
 
 def test_the_shipped_policy_knows_the_size_of_its_images():
@@ -73,11 +75,12 @@ IMAGES = {
 
 
 @pytest.mark.parametrize(("image", "named"), IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("key", ["image", "wrist_image"])
-def test_an_image_of_another_kind_is_refused(policy, key, image, named):
+@pytest.mark.parametrize("camera", ["static", "wrist"])
+def test_an_image_of_another_kind_is_refused(policy, camera, image, named):
     policy.reset()
-    with pytest.raises(ObservationError, match=rf"robot 0: expected '{key}' .*{named}"):
-        policy.select_action([given(**{key: image})])
+    with pytest.raises(ObservationError, match=rf"robot 0: expected '{camera}' .*{named}"):
+        seen = given()
+        policy.select_action([{**seen, "images": seen["images"] | {camera: image}}])
     assert not policy.history._features, "what was refused is not remembered"
 
 
@@ -137,7 +140,12 @@ def test_a_batch_is_a_list_of_dicts_one_a_robot(policy):
         (np.zeros(2), "got ndarray"),
         ([given()], r"each of 2 robots, got 1; begin with reset\(n_robots=1\)"),
         ([given(), "lift it"], "robot 1: expected an observation as a dict, got str"),
-        ([given(), {"static": IMAGE, "state": np.zeros(7)}], r"robot 1: .*add \['image', 'instruction', 'wrist_image'\]"),
+        ([given(), {"static": IMAGE, "state": np.zeros(7)}], r"robot 1: .*add \['images', 'instruction'\]"),
+        ([given(), given(images=IMAGE)], "robot 1: expected images as a dict, camera -> image; got ndarray"),
+        (
+            [given(), given(images={"front": IMAGE, "wrist": IMAGE})],
+            r"cameras \['static', 'wrist'\].*got \['front', .*add \['static'\]",
+        ),
     ):
         with pytest.raises(ObservationError, match=named):
             policy.select_action(batch)
@@ -149,13 +157,13 @@ def test_a_policy_that_does_not_know_its_images_size_takes_one_size_an_episode(t
     policy = Policy(*build(toy_vlm, toy_stats, ONE_STEP))
     assert policy.image_size == (48, 48), "of its backbone"
     small = np.zeros((24, 24, 3), np.uint8)
-    with pytest.raises(ObservationError, match=r"images of one size.*'wrist_image of robot 0': \(48, 48\)"):
-        policy.select_action([given(image=small)])
+    with pytest.raises(ObservationError, match=r"images of one size.*'wrist of robot 0': \(48, 48\)"):
+        policy.select_action([given(static=small)])
     policy.reset(2)
-    with pytest.raises(ObservationError, match=r"images of one size.*'image of robot 1': \(24, 24\)"):
-        policy.select_action([given(), given(image=small, wrist_image=small)])
+    with pytest.raises(ObservationError, match=r"images of one size.*'static of robot 1': \(24, 24\)"):
+        policy.select_action([given(), given(static=small, wrist=small)])
     policy.reset()
-    policy.select_action([given(image=small, wrist_image=small)])
+    policy.select_action([given(static=small, wrist=small)])
     with pytest.raises(ObservationError, match=r"images of \(24, 24\) .* as in this episode's first observation, got \(48, 48\)"):
         policy.select_action([given()])
 

@@ -33,8 +33,8 @@ def test_more_actions_than_predicted_cannot_be_executed(saved, n):
 def test_a_missing_camera_and_a_missing_robot_are_named(saved):
     policy, rng = load_policy(saved[0]), np.random.default_rng(0)
     observation = observe(rng)
-    observation.pop("wrist_image")
-    with pytest.raises(ObservationError, match=r"add \['wrist_image'\]"):
+    observation["images"].pop("wrist")
+    with pytest.raises(ObservationError, match=r"add \['wrist'\]"):
         policy.select_action([observation])
     with pytest.raises(ValueError, match=r"expected an observation of each of 1 robots, got 2; begin with reset\(n_robots=2\)"):
         policy.select_action([observe(rng), observe(rng)])
@@ -103,7 +103,7 @@ def test_the_closed_loop_equals_a_full_recomputation(toy_vlm, toy_stats, setting
             state = model.stats["observation.state"].normalize(np.stack([o["state"] for o in seen])).astype(np.float32)
             t, k = len(seen), settings["chunk_size"]
             samples.append({
-                "images": np.stack([[o["image"], o["wrist_image"]] for o in seen]), "state": state, "instruction": text,
+                "images": np.stack([list(o["images"].values()) for o in seen]), "state": state, "instruction": text,
                 "action": np.zeros((t, k, 7), np.float32), "action_mask": np.ones((t, k, 7), bool),
                 "obs_mask": np.ones(t, bool), "dataset_index": 0,
             })  # fmt: skip
@@ -245,7 +245,7 @@ import numpy as np, rvlm
 from pathlib import Path
 policy = rvlm.load_policy(Path(rvlm.__file__).parent / "assets" / "policy")
 image, state = np.zeros((96, 96, 3), np.uint8), np.zeros(7, np.float32)
-action = policy.select_action([{"image": image, "wrist_image": image, "state": state, "instruction": "lift the red cube"}])
+action = policy.select_action([{"images": {"static": image, "wrist": image}, "state": state, "instruction": "lift the red cube"}])
 assert action.shape == (1, 7) and np.isfinite(action).all()
 """
 

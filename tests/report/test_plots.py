@@ -47,7 +47,7 @@ def draw_all():
         {"name": ["one-step continuous", "random"], "successes": [9, 0], "n": [20, 20], "published": [0.5, None]}
     )
     return {
-        "filmstrip": plots.filmstrip(FRAMES, "lift the red cube", True, n=4, wrist=FRAMES),
+        "filmstrip": plots.filmstrip({"static": FRAMES, "wrist": FRAMES}, "lift the red cube", True, n=4),
         "action_curves": plots.action_curves(rng.normal(size=(12, 7)), SPEC, rng.normal(size=(12, 3, 7))),
         "token_map": plots.token_map(["<image>"] * 16 + ["lift", "<act>"], ["image"] * 16 + ["instruction", "action"]),
         "success_bars": plots.success_bars(rates),
@@ -96,7 +96,7 @@ def test_drawing_leaves_no_trace():
 
 @pytest.mark.parametrize("success, color", [(True, plots.SUCCESS), (False, plots.FAILURE), (None, plots.NEUTRAL)])
 def test_filmstrip_border_and_title_tell_the_outcome(success, color):
-    fig = plots.filmstrip(list(FRAMES), "open the drawer", success, n=5)
+    fig = plots.filmstrip({"static": list(FRAMES)}, "open the drawer", success, n=5)
     shown = [ax for ax in fig.axes if ax.images]
     assert [ax.get_xlabel() for ax in shown] == [f"step {i}" for i in (0, 3, 6, 8, 11)]
     assert {to_hex(s.get_edgecolor()) for ax in shown for s in ax.spines.values()} == {to_hex(color)}
@@ -300,7 +300,7 @@ def test_bad_input_is_one_clear_error():
     with pytest.raises(ValueError, match="unknown: \\['picture'\\]"):
         plots.token_map(["a"], ["picture"])
     with pytest.raises(ValueError, match="got 12 and 3"):
-        plots.filmstrip(FRAMES, "lift", True, wrist=FRAMES[:3])
+        plots.filmstrip({"static": FRAMES, "wrist": FRAMES[:3]}, "lift", True)
     with pytest.raises(ValueError, match="got 1 points and 2 labels"):
         plots.grounding_overlay(FRAMES[0], [(1, 1)], ["a", "b"])
     with pytest.raises(ValueError, match="with a positive sum"):
@@ -322,7 +322,7 @@ def test_video_is_h264_that_browsers_play_and_decodes_to_the_frames():
 
 
 def test_explore_scrubs_every_camera():
-    widget = plots.explore({"image": FRAMES, "wrist_image": FRAMES[::-1], "instruction": "lift the red cube"})
+    widget = plots.explore({"images": {"static": FRAMES, "wrist": FRAMES[::-1]}, "instruction": "lift the red cube"})
     label, screens, controls = widget.children
     first = [screen.value for screen in screens.children]
     controls.children[-1].value = 11
@@ -343,7 +343,7 @@ def draw_more():
         "rates_by_group": plots.rates_by_group(rates, "Seeing helps"),
         "gallery": plots.gallery({"static": FRAMES[:3], "wrist": FRAMES[3:6]}, ["1 [px]", "2 [px]", "3 [px]"], "Three scenes"),
         "observation": plots.observation(
-            {"image": FRAMES[0], "wrist_image": FRAMES[1], "state": np.arange(2.0), "instruction": "lift it"},
+            {"images": {"static": FRAMES[0], "wrist": FRAMES[1]}, "state": np.arange(2.0), "instruction": "lift it"},
             SimpleNamespace(state_names=("x", "y"), state_units=("m", "m")),
         ),
     }

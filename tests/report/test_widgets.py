@@ -25,7 +25,7 @@ def test_a_command_is_an_action_in_the_cards_convention(robot):
 def test_teleoperation_by_buttons_and_by_script():
     env = Tabletop(image_size=32)
     driven = widgets.scripted_teleop(env, ["down", "left", "left"], seed=3)
-    assert driven["image"].shape == (4, 32, 32, 3) and driven["action"].shape == (3, 7)
+    assert driven["images"]["static"].shape == (4, 32, 32, 3) and driven["action"].shape == (3, 7)
     moved = driven["state"][-1] - driven["state"][0]
     assert moved[1] < -0.02 and moved[2] < -0.01  # [m]
 

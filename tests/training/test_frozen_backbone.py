@@ -57,7 +57,9 @@ def test_a_trained_policy_acts_on_what_was_read_of_its_frames(stage, tmp_path):
     for i in (0, 11):
         sample = windows[i]
         episode, at = windows.dataset.episode(sample["episode_index"]), sample["frame_index"]
-        images = {"image": episode["observation.images.static"][at], "wrist_image": episode["observation.images.wrist"][at]}
+        images = {
+            "images": {"static": episode["observation.images.static"][at], "wrist": episode["observation.images.wrist"][at]}
+        }
         seen = {**images, "state": episode["observation.state"][at], "instruction": sample["instruction"]}
         state, features = (torch.from_numpy(sample[name][None]) for name in ("state", "features"))
         expected = loaded.predict(state, features=features)

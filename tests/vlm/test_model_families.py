@@ -86,7 +86,7 @@ def observations(seed):
     rng = np.random.default_rng(seed)
     image = lambda: rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)  # noqa: E731
     return [
-        {"image": image(), "wrist_image": image(), "state": rng.normal(size=7).astype(np.float32), "instruction": text}
+        {"images": {"static": image(), "wrist": image()}, "state": rng.normal(size=7).astype(np.float32), "instruction": text}
         for text in TEXTS
     ]
 

@@ -329,7 +329,7 @@ def chunks(model, processor, images, states, structure):
     spec = policy.robot.spec
     acted = []
     for views, state in zip(images, states, strict=True):
-        observation = {"image": views[0], "wrist_image": views[-1], "state": state, "instruction": TEXTS[0]}
+        observation = {"images": {"static": views[0], "wrist": views[-1]}, "state": state, "instruction": TEXTS[0]}
         acted.append(policy.predict_action_chunk([observation])[0])
     normalized = policy.robot.stats["observation.state"].normalize(states).astype(np.float32)
     samples = []

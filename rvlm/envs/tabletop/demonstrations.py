@@ -15,6 +15,7 @@ import numpy as np
 
 from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
+from rvlm.data.observations import stack_images
 from rvlm.data.writer import record_dataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.tabletop.env import Tabletop
@@ -29,13 +30,6 @@ HELD_OUT = {  # reserved for evaluation: seeds from the first on, instruction te
     "first_seed": FIRST_HELD_OUT_SEED,
     "wordings": [wording for family in ALL_FAMILIES.values() for wording in family.held_out],
     "words": list(UNSEEN_COLORS),
-}
-KEYS = {  # LeRobot's key -> key of an observation or action
-    "observation.images.static": "image",
-    "observation.images.wrist": "wrist_image",
-    "observation.state": "state",
-    "action": "action",
-    "action_executed": "executed",
 }
 NOISE_PER_DIM = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3)  # rotations are noisy less
 
@@ -90,18 +84,19 @@ def labelled_rollout(
         `action`, the expert's, and `action_executed` (n, a), both float32 in raw units. And whether the task succeeded in time.
     """
     observation, _ = env.reset(seed=seed, options={"family": family})
-    columns: dict[str, list[Any]] = {key: [] for key in KEYS}
+    images, columns = [], {"observation.state": [], "action": [], "action_executed": []}
     is_success = False
     for _ in range(env.max_steps):
         expert = env.expert_action()
         executed = act(observation, expert)
-        step = observation | {"action": expert, "executed": executed}
-        for key, values in columns.items():
-            values.append(step[KEYS[key]])
+        images.append(observation["images"])
+        for values, value in zip(columns.values(), (observation["state"], expert, executed), strict=True):
+            values.append(value)
         observation, _, is_success, _, _ = env.step(executed)
         if is_success:
             break
-    return {key: np.stack(values) for key, values in columns.items()}, is_success
+    recorded = {f"observation.images.{camera}": frames for camera, frames in stack_images(images).items()}
+    return recorded | {key: np.stack(values) for key, values in columns.items()}, is_success
 
 
 def demonstrate(env: Tabletop, seed: int, family: str, noise: float) -> dict[str, np.ndarray] | None:

@@ -24,7 +24,7 @@ _PRINTABLE = "".join(map(chr, range(32, 127)))
 class Tabletop(gymnasium.Env):
     """A language-conditioned tabletop with a simulated arm.
 
-    Observation: `image` and `wrist_image` (h, w, 3) uint8 RGB; `state` (7,) float32 as in the data card; `instruction`.
+    Observation: `images`, (h, w, 3) uint8 RGB of each of `CAMERAS`; `state` (7,) float32 as in the data card; `instruction`.
     Action: (7,) in the data card's units, frame, range and gripper sign (`action_spec`).
     Reward 1.0 at success, which terminates the episode; truncation after `max_steps`.
 
@@ -41,7 +41,7 @@ class Tabletop(gymnasium.Env):
     Example:
         >>> env = rvlm.Tabletop("ur6")
         >>> observation, info = env.reset(seed=900_000, options={"family": "lift"})
-        >>> observation["image"].shape, info["is_success"]
+        >>> observation["images"]["static"].shape, info["is_success"]
         ((96, 96, 3), False)
     """
 
@@ -66,8 +66,7 @@ class Tabletop(gymnasium.Env):
         self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
         image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
-            image=image,
-            wrist_image=image,
+            images=gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, image)),
             state=gymnasium.spaces.Box(-np.inf, np.inf, (7,), np.float32),
             instruction=gymnasium.spaces.Text(120, charset=_PRINTABLE),
         )
@@ -149,8 +148,8 @@ class Tabletop(gymnasium.Env):
         return self.image("static", 256)
 
     def _observe(self) -> dict[str, Any]:
-        images = {"image": self.image("static"), "wrist_image": self.image("wrist")}
-        return {**images, "state": self.world.state(), "instruction": self.task.instruction}
+        images = {camera: self.image(camera) for camera in CAMERAS}
+        return {"images": images, "state": self.world.state(), "instruction": self.task.instruction}
 
     def close(self) -> None:
         """Free the renderers; the environment makes new ones if it is used again."""

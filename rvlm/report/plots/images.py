@@ -31,39 +31,38 @@ Frames = Sequence[np.ndarray] | UInt8[np.ndarray, "_ _ _ 3"]  # a list of images
 
 @styled
 def filmstrip(
-    frames: Frames,
+    frames: Mapping[str, Frames],
     instruction: str,
     success: bool | np.bool_ | None,
     n: int = 8,
-    wrist: Frames | None = None,
 ) -> Figure:
-    """An episode as evenly spaced frames, bordered by its outcome.
+    """An episode as evenly spaced frames, a row for each camera, bordered by its outcome.
 
     Args:
-        frames: static camera, ``(t, h, w, 3)`` uint8, or a list of such images.
+        frames: camera -> ``(t, h, w, 3)`` uint8, or a list of such images.
         instruction: becomes the title.
         success: outcome; None for an episode without one (grey border).
         n: frames to show.
-        wrist: wrist camera, as many frames; becomes a second row.
     """
-    if len(frames) == 0 or (wrist is not None and len(wrist) != len(frames)):
-        raise ValueError(f"filmstrip: expected at least one frame and as many wrist frames, got {len(frames)} and {_len(wrist)}")
-    steps = np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int))
-    rows = [frames] if wrist is None else [frames, wrist]
-    fig, axes = _strip_axes(len(rows), max(len(steps), 4), np.shape(frames[0])[0] / np.shape(frames[0])[1])
+    lengths = {camera: len(images) for camera, images in frames.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"filmstrip: expected as many frames of each camera, at least one; got {lengths}")
+    n_steps, first = lengths[next(iter(frames))], next(iter(frames.values()))[0]
+    steps = np.unique(np.linspace(0, n_steps - 1, min(n, n_steps)).round().astype(int))
+    fig, axes = _strip_axes(len(frames), max(len(steps), 4), np.shape(first)[0] / np.shape(first)[1])
     color = NEUTRAL if success is None else SUCCESS if success else FAILURE
-    for row, images in zip(axes, rows, strict=True):
+    for row, images in zip(axes, frames.values(), strict=True):
         for ax, step in zip(row, steps, strict=False):
             ax.imshow(images[step], interpolation="nearest")
             hide_axes(ax, color)
     for ax, step in zip(axes[-1], steps, strict=False):
         ax.set_xlabel(f"step {step}", labelpad=2)
-    for ax, camera in zip(axes[:, 0], ("static", "wrist") if wrist is not None else ("",), strict=True):
+    for ax, camera in zip(axes[:, 0], frames, strict=True):
         ax.set_ylabel(camera)
     for ax in axes[:, len(steps) :].flat:
         ax.set_axis_off()
     outcome = "" if success is None else ": done" if success else ": not done"
-    figure_title(fig, f"“{instruction}”{outcome} in {len(frames)} steps" if outcome else f"“{instruction}”, {len(frames)} steps")
+    figure_title(fig, f"“{instruction}”{outcome} in {n_steps} steps" if outcome else f"“{instruction}”, {n_steps} steps")
     return fig
 
 
@@ -101,31 +100,34 @@ def _strip_axes(n_rows: int, n_columns: int, aspect: float) -> tuple[Figure, np.
     return fig, axes
 
 
-def _len(x: Any) -> int | None:
-    return None if x is None else len(x)
+def _count(things: Any, kind: str) -> str:
+    return f"{len(things)} {kind}" + "s" * (len(things) != 1)
 
 
 @styled
 def observation(observed: Mapping[str, Any], spec: Any, title: str | None = None) -> Figure:
-    """A policy's observation at one step: both images at their true resolution, and the proprioceptive state.
+    """A policy's observation at one step: its images at their true resolution, and the proprioceptive state.
 
     Args:
-        observed: "image" and "wrist_image" ``(h, w, 3)`` uint8, "state" ``(s,)``, "instruction".
+        observed: "images", camera -> ``(h, w, 3)`` uint8, "state" ``(s,)``, "instruction".
         spec: an `ActionSpec`: ``state_names``, ``state_units``.
         title: a sentence; by default the instruction and the size of the images.
     """
-    fig, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 2.5), layout="constrained")
-    for ax, key in zip(axes, ("image", "wrist_image"), strict=False):
-        ax.imshow(observed[key], interpolation="nearest")
+    images = observed["images"]
+    fig, axes = plt.subplots(1, len(images) + 1, figsize=(PAGE_IN, 2.5), layout="constrained")
+    for ax, (camera, image) in zip(axes, images.items(), strict=False):
+        ax.imshow(image, interpolation="nearest")
         hide_axes(ax, NEUTRAL)
-        ax.set_xlabel(f"{key.replace('_', ' ')}, {observed[key].shape[1]} × {observed[key].shape[0]} px")
+        ax.set_xlabel(f"{camera}, {image.shape[1]} × {image.shape[0]} px")
     values = zip(spec.state_names, observed["state"], spec.state_units, strict=True)
-    axes[2].set_axis_off()
-    axes[2].text(0.0, 0.97, "state", fontweight="bold", va="top", transform=axes[2].transAxes)
+    axes[-1].set_axis_off()
+    axes[-1].text(0.0, 0.97, "state", fontweight="bold", va="top", transform=axes[-1].transAxes)
     for i, (name, value, unit) in enumerate(values):
         line, font = f"{name:<16}{value:+.3f} {unit}", {"family": "monospace", "fontsize": 7.5}
-        axes[2].text(0.0, 0.85 - 0.11 * i, line, va="top", transform=axes[2].transAxes, **font)
-    figure_title(fig, title or f"“{observed['instruction']}”: two small images, {len(spec.state_names)} numbers and a sentence")
+        axes[-1].text(0.0, 0.85 - 0.11 * i, line, va="top", transform=axes[-1].transAxes, **font)
+    figure_title(
+        fig, title or f"“{observed['instruction']}”: {_count(images, 'image')}, {len(spec.state_names)} numbers and a sentence"
+    )
     return fig
 
 
@@ -193,23 +195,22 @@ def explore(episode: Mapping[str, Any]) -> Any:
     """A slider through an episode; its static twin, for paper and GitHub, is `filmstrip`.
 
     Args:
-        episode: "image" ``(t, h, w, 3)`` uint8, and where present "wrist_image" (the same) and "instruction".
+        episode: "images", camera -> ``(t, h, w, 3)`` uint8, and where present "instruction".
 
     Returns:
         An ``ipywidgets.VBox``; its slider is ``.children[-1].children[-1]``.
     """
     import ipywidgets as widgets
 
-    cameras = [name for name in ("image", "wrist_image") if episode.get(name) is not None]
-    pngs = {name: [_png(frame) for frame in episode[name]] for name in cameras}
-    screens = {name: widgets.Image(value=pngs[name][0], format="png", layout={"width": "256px"}) for name in cameras}
-    last = len(pngs["image"]) - 1
+    pngs = {camera: [_png(frame) for frame in frames] for camera, frames in episode["images"].items()}
+    screens = {camera: widgets.Image(value=png[0], format="png", layout={"width": "256px"}) for camera, png in pngs.items()}
+    last = min(map(len, pngs.values())) - 1
     play, slider = widgets.Play(max=last, interval=100), widgets.IntSlider(max=last, description="step")
     widgets.jslink((play, "value"), (slider, "value"))
 
     def show(change: Mapping[str, Any]) -> None:
-        for name in cameras:
-            screens[name].value = pngs[name][change["new"]]
+        for camera, screen in screens.items():
+            screen.value = pngs[camera][change["new"]]
 
     slider.observe(show, names="value")
     instruction = widgets.Label(str(episode.get("instruction", "")))
