@@ -3,7 +3,7 @@
 Modules:
     errors: `SpecMismatch`, `CardError`, `EpisodeError`.
     instruction_checks: validation of instructions.
-    observations: images by camera, state, instruction.
+    observations: images by camera.
     dimensions: names of dimensions in other spellings, and their order.
     episode_checks: checks of an episode before it is recorded.
     video: frames to mp4 and back.

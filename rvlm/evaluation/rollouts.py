@@ -72,7 +72,11 @@ def permute_instructions(
 
 def blank_image(observations: Sequence[dict]) -> list[dict]:
     """Black images of all cameras."""
-    return [o | {"images": {name: np.zeros_like(image) for name, image in o["images"].items()}} for o in observations]
+
+    def blank(images: Any) -> Any:
+        return {k: np.zeros_like(v) for k, v in images.items()} if isinstance(images, dict) else np.zeros_like(images)
+
+    return [observation | {"images": blank(observation["images"])} for observation in observations]
 
 
 INPUT_ABLATIONS: dict[str, InputAblation] = {

@@ -227,7 +227,9 @@ def test_kernels_are_this_interpreter_with_the_packages_environment(paths, tmp_p
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     shown = "[sys.executable, *map(os.environ.get, ('RVLM_RESULTS', 'RVLM_HOME', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'))]"
-    figure = "import numpy as np\nfrom rvlm.report import plots\nplots.filmstrip({'static': np.zeros((3, 8, 8, 3), np.uint8)}, 'lift', True)"
+    figure = (
+        "import numpy as np\nfrom rvlm.report import plots\nplots.filmstrip({'': np.zeros((3, 8, 8, 3), 'u1')}, 'lift', True)"
+    )
     write(paths, "00_a", log_line("00_a", shown), figure)
     assert reproduce.reproduce(paths, "cpu", only=["00_a"]) == 0
     assert log(paths) == [str([sys.executable, str(paths.results), str(paths.artifacts), "PASSIVE", "7"])]

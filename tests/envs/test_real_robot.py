@@ -253,7 +253,6 @@ def test_missing_features_of_the_robot_are_named_before_it_is_connected(changes,
         ({"rotation": "quat_xyzw"}, r"rotation 'quat_xyzw' \(works: \('axis_angle', 'euler_xyz'\)\)"),
         ({"state_rotation": "joint"}, "state_rotation 'joint'"),
         ({"image_rotation_deg": 180.0}, "image_rotation_deg 180.0"),
-        ({"cameras": ("static", "side")}, r"camera 'side' \(works: \('static', 'wrist'\)\)"),
         ({"units": ("mm", "mm", "mm", "rad", "rad", "rad", "1")}, r"units \('mm'"),
         (
             {"state_names": (*SPEC.state_names, "finger"), "state_units": (*SPEC.state_units, "m")},

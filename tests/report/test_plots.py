@@ -299,7 +299,7 @@ def test_a_pruned_trial_is_dashed_and_the_best_is_drawn_last(figures):
 def test_bad_input_is_one_clear_error():
     with pytest.raises(ValueError, match="unknown: \\['picture'\\]"):
         plots.token_map(["a"], ["picture"])
-    with pytest.raises(ValueError, match="got 12 and 3"):
+    with pytest.raises(ValueError, match=r"got \{'static': 12, 'wrist': 3\}"):
         plots.filmstrip({"static": FRAMES, "wrist": FRAMES[:3]}, "lift", True)
     with pytest.raises(ValueError, match="got 1 points and 2 labels"):
         plots.grounding_overlay(FRAMES[0], [(1, 1)], ["a", "b"])
