@@ -1,7 +1,8 @@
 """Names of a column's dimensions in info.json, and whether they are in the order of the card.
 
 Datasets write ``["dx", ...]``, ``{"motors": [...]}``, ``{"dx": 0, ...}``, ``["action.dx", ...]``, ``["DX", ...]``: names are
-compared without case, spaces, prefix and suffix, and groups are concatenated.
+compared without case, spaces, prefix and suffix, and groups are concatenated. A displacement has the place of its position, and a
+rotation about x is ``roll``, ``rx``, ``qx`` or ``droll``: they share a place, which says nothing of their layout.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from typing import Any
 
 from rvlm.data.errors import EpisodeError
 
-PREFIXES = ("observation.state.", "observation.", "action.", "state.")
+PREFIXES = ("observation.state.", "observation.", "action.", "state.", "main_")
 SUFFIX = ".pos"
+SAME_PLACE = {
+    **{f"d{axis}": axis for axis in "xyz"},
+    **{f"{d}{angle}": f"r{axis}" for d in ("", "d") for angle, axis in zip(("roll", "pitch", "yaw"), "xyz", strict=True)},
+    **{f"q{axis}": f"r{axis}" for axis in "xyzw"},
+}
 
 
 def check_order(root: Path, key: str, stored: Any, names: Sequence[str], card: str) -> None:
@@ -63,4 +69,5 @@ def _normalized(name: str) -> str:
     name = unicodedata.normalize("NFKC", name).strip().casefold().removesuffix(SUFFIX)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    return name.strip()
+    arm, _, last = name.strip().rpartition("_")
+    return f"{arm}_{SAME_PLACE.get(last, last)}".removeprefix("_")

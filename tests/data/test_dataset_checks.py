@@ -804,6 +804,29 @@ def test_names_in_another_order_are_found_in_any_spelling(names):
 
 
 @pytest.mark.parametrize(
+    "names, card",
+    [
+        (["x", "y", "z", "roll", "yaw", "pitch", "gripper"], "dx dy dz droll dpitch dyaw gripper"),  # a displacement's place
+        ({"motors": ["x", "y", "z", "rw", "rx", "ry", "rz"]}, "x y z qx qy qz qw"),
+        (["x", "y", "z", "pitch", "roll", "yaw"], "x y z rx ry rz"),
+        (["main_shoulder_lift", "main_shoulder_pan"], "shoulder_pan shoulder_lift"),
+        (["right_x", "left_x"], "left_dx right_dx"),
+    ],
+)
+def test_swapped_dimensions_are_found_under_other_names_of_their_place(names, card):
+    with pytest.raises(EpisodeError, match="bring the column into the card's order"):
+        check_order(Path("demos"), "action", names, card.split(), "mine")
+
+
+def test_other_names_of_the_same_places_are_no_contradiction():
+    check_order(
+        Path("demos"), "action", ["x", "y", "z", "roll", "pitch", "yaw"], ["dx", "dy", "dz", "droll", "dpitch", "dyaw"], "mine"
+    )
+    check_order(Path("demos"), "state", ["x", "y", "z", "rx", "ry", "rz", "rw"], ["x", "y", "z", "qx", "qy", "qz", "qw"], "mine")
+    check_order(Path("demos"), "state", ["main_gripper"], ["gripper"], "mine")
+
+
+@pytest.mark.parametrize(
     "chosen",
     [np.array([True, False, True, True]), [True, False], [0.0, 1.0], [1.5], "12", ["0", "1"], 2, [[0, 1]], [None]],
     ids=str,
