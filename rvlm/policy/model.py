@@ -5,7 +5,7 @@ that position (the language-model head is not computed). Proprioception, teacher
 embedding enter as learned offsets of that token's input embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,8 @@ from rvlm.policy.pretrained import SavedPolicy
 from rvlm.vlm.backbones import action_query_states
 from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.prompts import PromptBuilder
+
+Decode = Callable[[Any], Tensor]  # what a head reads at the newest observation -> normalised actions (n, k, a)
 
 
 class VLA(SavedPolicy):
@@ -243,12 +245,23 @@ class VLA(SavedPolicy):
 
     @torch.inference_mode()
     def predict(
-        self, state: Float[Tensor, "b t _"], obs_mask: Bool[Tensor, "b t"] | None = None, **inputs: Any
+        self,
+        state: Float[Tensor, "b t _"],
+        obs_mask: Bool[Tensor, "b t"] | None = None,
+        decode: Decode | None = None,
+        **inputs: Any,
     ) -> Float[Tensor, "b k a"]:
-        """Normalised actions (b, k, a) from the last of t observation steps; arguments as `history_features` takes them."""
+        """Normalised actions (b, k, a) from the last of t observation steps.
+
+        Args:
+            state: As `history_features` takes it, like all that follows `decode`.
+            obs_mask: Likewise.
+            decode: The head's features -> actions, in place of its `predict`; not for autoregressive heads.
+            inputs: As `history_features` takes them.
+        """
         if self.is_autoregressive:
             return self._generate_tokens(state[:, -1], **inputs)
-        return self.head.predict(self.history_features(state, obs_mask, **inputs)[:, -1])
+        return (decode or self.head.predict)(self.history_features(state, obs_mask, **inputs)[:, -1])
 
     def _generate_tokens(
         self, state: Float[Tensor, "b _"], input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], **inputs: Any

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from rvlm.policy.model import VLA
+from rvlm.policy.model import VLA, Decode
 from rvlm.vlm.backbones import vision_features
 from rvlm.vlm.prompts import PromptBuilder
 
@@ -34,9 +34,13 @@ class SingleObservation:
         """Add one observation of n robots: images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.conditioning` gives it."""
         self._inputs = {**_prompts(self.model, self.prompt_builder, images, instructions), "state": state[:, None]}
 
-    def predict(self) -> Float[Tensor, "n k a"]:
-        """Normalised chunks (n, k, a)."""
-        return self.model.predict(**self._inputs)
+    def predict(self, decode: Decode | None = None) -> Float[Tensor, "n k a"]:
+        """Normalised chunks (n, k, a).
+
+        Args:
+            decode: The head's features -> chunks, in place of its `predict`.
+        """
+        return self.model.predict(**self._inputs, decode=decode)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep the robots at these indices, from the next `add` on."""
@@ -59,11 +63,11 @@ class FeatureHistory:
             self.model.observation_features(state=state, **_prompts(self.model, self.prompt_builder, images, instructions))
         )
 
-    def predict(self) -> Float[Tensor, "n k a"]:
-        """Normalised chunks (n, k, a)."""
+    def predict(self, decode: Decode | None = None) -> Float[Tensor, "n k a"]:
+        """As `SingleObservation.predict`."""
         missing = self.model.config.n_obs_steps - len(self._features)
         stacked = torch.stack([self._features[0]] * missing + list(self._features), dim=1)
-        return self.model.head.predict(self.model.history(stacked)[:, -1])
+        return (decode or self.model.head.predict)(self.model.history(stacked)[:, -1])
 
     def keep(self, rows: Sequence[int]) -> None:
         """As `SingleObservation.keep`."""
@@ -100,9 +104,9 @@ class UncachedSequence:
         prompts = _prompts(self.model, self.prompt_builder, images, self._instructions, [length] * n)
         return self.model.history_features(state.unflatten(0, (n, length)), **prompts)[:, -1]
 
-    def predict(self) -> Float[Tensor, "n k a"]:
-        """Normalised chunks (n, k, a)."""
-        return self.model.head.predict(self.features())
+    def predict(self, decode: Decode | None = None) -> Float[Tensor, "n k a"]:
+        """As `SingleObservation.predict`."""
+        return (decode or self.model.head.predict)(self.features())
 
     def _newest(self, length: int) -> tuple[Any, torch.Tensor]:
         """Images or features, and state, of the newest observations of each robot, robot by robot."""

@@ -6,6 +6,7 @@ The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`.
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from jaxtyping import Float
 from rvlm.data.actions import ActionSpec
 from rvlm.data.observations import stack_images
 from rvlm.policy.factory import load_vla
-from rvlm.policy.model import VLA
+from rvlm.policy.model import VLA, Decode
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
+from rvlm.policy.real_time_chunking import continue_chunk
 from rvlm.vlm.backbones import set_attention
 from rvlm.vlm.quantization import compute_device
 from rvlm.vlm.templates import image_token, special_tokens
@@ -140,11 +142,32 @@ class Policy:
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
 
-    def predict_action_chunk(self, observations: Observations) -> Float[np.ndarray, "n k a"]:
-        """Raw action chunks (n, k, a) for these observations, which are added to the histories."""
+    def observe(self, observations: Observations) -> None:
+        """Add observations to the histories, without a prediction.
+
+        Raises:
+            ObservationError: As `select_action`.
+        """
         self._check(observations)
         self._observe(observations)
-        return self._unnormalized(self._predict())
+
+    def predict_action_chunk(
+        self, observations: Observations, previous: Float[np.ndarray, "n m a"] | None = None, n_frozen: int = 0
+    ) -> Float[np.ndarray, "n k a"]:
+        """Raw action chunks (n, k, a) for these observations, which are added to the histories.
+
+        Args:
+            observations: One per robot, as `select_action` takes them.
+            previous: Raw actions (n, m, a) of the chunk in execution, from this step on, which the new one is to continue
+                (`rvlm.policy.real_time_chunking`); for flow heads.
+            n_frozen: How many of these are executed while the new chunk is computed.
+        """
+        self.observe(observations)
+        if previous is None:
+            return self._unnormalized(self._predict())
+        normalized = torch.as_tensor(self.robot.spec.normalize(previous, self.robot.stats["action"]), dtype=torch.float32)
+        decode = partial(continue_chunk, self.model.head, previous=normalized.to(self.model.device), n_frozen=n_frozen)
+        return self._unnormalized(self._predict(decode))
 
     def _check(self, observations: Observations) -> None:
         size = self.expected.check(observations, self.n_robots)
@@ -172,9 +195,9 @@ class Policy:
         self.history.add(images, aligned, [s["instruction"] for s in samples])
 
     @torch.inference_mode()
-    def _predict(self) -> torch.Tensor:
+    def _predict(self, decode: Decode | None = None) -> torch.Tensor:
         """Normalised chunks (n, k, a) from the history."""
-        return self.history.predict()
+        return self.history.predict(decode)
 
     def _next_chunk(self) -> torch.Tensor:
         """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""

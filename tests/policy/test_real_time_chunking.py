@@ -1,0 +1,113 @@
+"""Real-time chunking: the mask and the weight are the paper's, and the new chunk goes on like the old one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy_policies import SETTINGS, SPEC, build, observe
+
+from rvlm.policy.heads import FlowHead
+from rvlm.policy.policy import Policy
+from rvlm.policy.real_time_chunking import continue_chunk, guidance_weight, soft_mask
+
+IS_BINARY = (False, False, True)
+ARM = [0, 1]
+
+
+def test_the_mask_is_the_papers():
+    """Equation 5, with a horizon of 10, a delay of 3 and 4 executed actions: 6 actions overlap."""
+    c = [(6 - i) / (6 - 3 + 1) for i in range(3, 6)]
+    expected = [1.0] * 3 + [x * (math.exp(x) - 1) / (math.e - 1) for x in c] + [0.0] * 4
+    torch.testing.assert_close(soft_mask(10, 3, 6), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("n_frozen", "n_overlap"), [(0, 0), (0, 8), (8, 8), (9, 3), (3, 3)])
+def test_the_mask_freezes_no_more_than_overlaps_and_falls(n_frozen, n_overlap):
+    mask = soft_mask(8, n_frozen, n_overlap)
+    assert (mask[: min(n_frozen, n_overlap)] == 1).all() and (mask[n_overlap:] == 0).all()
+    assert (mask.diff() <= 0).all() and (mask[:n_overlap] > 0).all()
+
+
+def test_the_weight_is_the_papers_and_clipped():
+    def unclipped(t):
+        r2 = (1 - t) ** 2 / (t**2 + (1 - t) ** 2)
+        return (1 - t) / (t * r2)
+
+    assert guidance_weight(0.0) == 5 and guidance_weight(0.1) == 5 and guidance_weight(0.99) == 5
+    assert guidance_weight(0.4) == pytest.approx(unclipped(0.4)) and guidance_weight(0.8) == pytest.approx(unclipped(0.8))
+
+
+def test_a_step_is_the_euler_step_with_the_vector_jacobian_product():
+    """Against the formula, with the Jacobian written out."""
+    torch.manual_seed(0)
+    head, features, previous = FlowHead(4, 5, IS_BINARY, hidden=8, n_euler_steps=2), torch.randn(1, 4), torch.randn(1, 3, 3)
+    target = torch.cat([previous[0][:, ARM], torch.zeros(2, 2)])
+    chunk = head.initial_noise
+    for time in (0.0, 0.5):
+
+        def clean(x, time=time):
+            return head.predict_clean_action(features, x[None], torch.full((1, 1), time))[0]
+
+        jacobian = torch.autograd.functional.jacobian(clean, chunk).reshape(10, 10)
+        error = soft_mask(5, 2, 3)[:, None] * (target - clean(chunk))
+        pull = (error.reshape(10) @ jacobian).reshape(5, 2)
+        chunk = chunk + 0.5 * ((clean(chunk) - chunk) / (1 - time) + guidance_weight(time) * pull)
+    torch.testing.assert_close(continue_chunk(head, features, previous, 2)[0][:, ARM], chunk.detach())
+
+
+def test_without_weight_it_is_the_heads_prediction():
+    torch.manual_seed(0)
+    head, features = FlowHead(4, 5, IS_BINARY, hidden=8), torch.randn(2, 4)
+    torch.testing.assert_close(continue_chunk(head, features, torch.randn(2, 4, 3), 0, maximum=0.0), head.predict(features))
+
+
+def trained_on_two_modes():
+    """A head that has seen the arm go left and go right, from the same feature."""
+    torch.manual_seed(0)
+    head = FlowHead(4, 8, IS_BINARY, hidden=64)
+    features, mask = torch.zeros(128, 4), torch.ones(128, 8, 3, dtype=torch.bool)
+    action = torch.where(torch.arange(128) % 2 == 0, -1.0, 1.0)[:, None, None].expand(128, 8, 3).clone()
+    action[..., 2] = 0
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(features, action, mask)["loss"].backward()
+        optimizer.step()
+    return head
+
+
+@pytest.fixture(scope="module")
+def two_modes():
+    return trained_on_two_modes()
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_it_stays_in_the_mode_of_the_previous_chunk(two_modes, side):
+    """Unguided, the prediction is the same whatever was executed before."""
+    previous = torch.full((1, 5, 3), side)
+    chunk = continue_chunk(two_modes, torch.zeros(1, 4), previous, 3)[0, :, ARM]
+    unguided = two_modes.predict(torch.zeros(1, 4))[0, :, ARM]
+    assert (chunk - side).abs().max() < 0.3 < (unguided - side).abs().max()
+
+
+def test_binary_dimensions_are_the_previous_chunks_where_frozen(two_modes):
+    previous = torch.ones(2, 4, 3)
+    for n_frozen, n_kept in ((2, 2), (6, 4)):
+        opened = continue_chunk(two_modes, torch.zeros(2, 4), previous, n_frozen)[..., 2]
+        assert (opened[:, :n_kept] == 1).all() and (opened[:, n_kept:] < 0.5).all()
+
+
+@pytest.mark.parametrize("structure", ["one_step-flow", "interleaved-flow", "policy_head-lstm-flow"])
+def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, structure):
+
+    policy, rng = Policy(*build(toy_vlm, toy_stats, SETTINGS[structure])), np.random.default_rng(0)
+    observations = [observe(rng), observe(rng)]
+    policy.reset(2)
+    first = policy.predict_action_chunk(observations)
+    policy.reset(2)
+    previous = np.clip(rng.normal(size=(2, 2, 7)), SPEC.low, SPEC.high).astype(np.float32)
+    previous = SPEC.set_gripper(previous, np.ones((2, 2), bool))
+    continued = policy.predict_action_chunk(observations, previous, 1)
+    assert continued.shape == first.shape and not np.allclose(continued, first, atol=1e-4)
+    assert SPEC.is_open(continued)[:, 0].all()
