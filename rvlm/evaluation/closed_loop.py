@@ -25,6 +25,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
 from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, model_hash, weights_hash
+from rvlm.policy.delayed_policy import NO_DELAY, DelayedPolicy, check_execution
 from rvlm.processes import in_parallel
 
 EPISODES_PER_BATCH = 10  # which run in step
@@ -51,6 +52,8 @@ class Evaluation:
         robot, families, setting, max_steps: Of the tabletop; families left out are `DEFAULT_TASKS`.
         first_seed: Of the first episode; later ones count up.
         n_action_steps, temporal_ensemble_coeff: How predicted chunks are executed, as `Policy` takes them.
+        execution, delay_steps: What the robot does while a chunk is computed, and for how many control steps, as `DelayedPolicy`
+            takes them.
         device: Of the policy's computation; this machine's GPU if it has one, else its CPU.
 
     Example:
@@ -69,9 +72,16 @@ class Evaluation:
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int | None = None
     temporal_ensemble_coeff: float | None = None
+    execution: str = "synchronous"
+    delay_steps: int = 0
     device: str | None = None
 
     def __post_init__(self) -> None:
+        check_execution(self.execution, self.delay_steps)
+        if (self.execution, self.delay_steps) != NO_DELAY and self.policy in ("random", "expert"):
+            raise ValueError(
+                f"expected a trained policy to delay, got {self.policy!r}, which has no chunks; leave the delay out"
+            )
         if self.ablation not in INPUT_ABLATIONS:
             raise ValueError(f"no input ablation {self.ablation!r}; there are {', '.join(INPUT_ABLATIONS)}")
         if self.first_seed < FIRST_HELD_OUT_SEED:
@@ -123,7 +133,7 @@ class Evaluation:
         """The code that computes its episodes."""
         if self.policy in ("random", "expert"):
             return Code(EPISODE_CODE, without=("rvlm.evaluation.closed_loop:_load",))
-        return Code((*EPISODE_CODE, "rvlm.policy.policy", "rvlm.evaluation.closed_loop:_load"))
+        return Code((*EPISODE_CODE, "rvlm.policy.policy", "rvlm.policy.delayed_policy", "rvlm.evaluation.closed_loop:_load"))
 
     @property
     def folder(self) -> Path:
@@ -163,8 +173,10 @@ def _load_evaluated(evaluation: Evaluation) -> Any:
     policy, robot = evaluation.policy, evaluation.robot
     if policy in ("random", "expert"):
         return RandomPolicy(_spec(robot)) if policy == "random" else None
-    execution = (evaluation.n_action_steps, evaluation.temporal_ensemble_coeff)
-    return _load(policy, model_hash(policy), *execution, robot, evaluation.device)
+    chunks = (evaluation.n_action_steps, evaluation.temporal_ensemble_coeff)
+    loaded = _load(policy, model_hash(policy), *chunks, robot, evaluation.device)
+    delay = (evaluation.execution, evaluation.delay_steps)
+    return loaded if delay == NO_DELAY else DelayedPolicy(loaded, *delay)
 
 
 @functools.lru_cache(maxsize=4)

@@ -76,6 +76,8 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
         ({"device": "gpu"}, "expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got 'gpu'"),
         ({"ablation": "blindfold"}, "no input ablation 'blindfold'; there are none, no_language, shuffled_language, blank_image"),
         ({"n_episodes": 0}, "expected at least one episode"),
+        ({"execution": "late"}, "no execution 'late'; there are synchronous, asynchronous, real_time_chunking"),
+        ({"delay_steps": 2}, "expected a trained policy to delay, got 'expert'"),
     ],
 )
 def test_what_would_measure_nothing_is_refused(changes, message):
@@ -266,6 +268,17 @@ def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_
     assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"]["static"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
         closed_loop.run_batch(dataclasses.replace(evaluation, robot="ur6"), 0)
+
+
+def test_a_policy_is_evaluated_with_a_delay_in_which_the_robot_is_held(toy_vlm, toy_stats, tmp_path):
+    model, processor = make_policy(toy_vlm, SPEC, toy_stats, chunk_size=2)
+    model.save_pretrained(tmp_path / "policy", processor)
+    evaluation = Evaluation(str(tmp_path / "policy"), n_episodes=2, max_steps=4, n_action_steps=2)
+    delayed = dataclasses.replace(evaluation, delay_steps=1)
+    at_once, late = (closed_loop.run_batch(e, 0, keep_frames=True)[0]["actions"] for e in (evaluation, delayed))
+    assert (late[0, :6] == 0).all() and SPEC.is_open(late[0]) and (late[3, :6] == 0).all()
+    np.testing.assert_allclose(late[1:3], at_once[:2], atol=1e-4)
+    assert delayed.folder != evaluation.folder
 
 
 def test_a_policy_of_a_large_image_size_is_recorded_for_trained_and_run_at_it(tmp_path):

@@ -1,0 +1,63 @@
+"""Acting in real time on a robot: chunks are computed in a thread while the previous one is executed."""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from rvlm.policy.delayed_policy import DelayedPolicy, Inference
+from rvlm.policy.policy import Policy
+
+N_DELAYS = 10  # last ones, whose longest is expected next
+
+
+class RealTimePolicy(DelayedPolicy):
+    """One robot's policy whose `select_action` never waits for the network.
+
+    As `DelayedPolicy`, with delays as they are: predictions run in a thread of their own, and the longest of the last
+    `N_DELAYS` is expected of the next. Call `select_action` once each control period; `n_held` counts those without an action.
+
+    Args:
+        policy: That predicts; only this object may use it.
+        execution: One of `EXECUTIONS`.
+
+    Raises:
+        ValueError: As `DelayedPolicy`.
+
+    Source: Black et al. 2025 (arXiv 2506.07339), algorithm 1.
+    """
+
+    def __init__(self, policy: Policy, execution: str = "asynchronous") -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self.delays: deque[int] = deque(maxlen=N_DELAYS)  # of the last predictions [control steps]
+        super().__init__(policy, execution)
+
+    def reset(self, n_robots: int = 1) -> None:
+        """Begin a new episode; a prediction under way is waited for and dropped.
+
+        Raises:
+            ValueError: More than one robot, whose clocks differ.
+        """
+        if n_robots != 1:
+            raise ValueError(f"expected one robot, got {n_robots}; robots in real time have a policy each")
+        self._thread.submit(lambda: None).result()  # behind the prediction under way
+        super().reset()
+
+    def _compute(self, unseen: list[Sequence[dict]], previous: np.ndarray | None) -> Future:
+        return self._thread.submit(super()._compute, unseen, previous)
+
+    def _expected_delay(self) -> int:
+        return max(self.delays, default=0)
+
+    def _is_finished(self, inference: Inference) -> bool:
+        return inference.result.done()
+
+    def _result(self, inference: Inference) -> Any:
+        self.delays.append(inference.n_steps)
+        return inference.result.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()

@@ -1,0 +1,246 @@
+"""Acting while computing: which chunk is executed when, against schedules written out by hand, in control steps."""
+
+import dataclasses
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from toy_policies import ONE_STEP, SETTINGS, SPEC, build, observe
+
+from rvlm.data.errors import SpecMismatch
+from rvlm.data.holding import hold_action
+from rvlm.policy.delayed_policy import EXECUTIONS, DelayedPolicy
+from rvlm.policy.policy import Policy
+from rvlm.policy.real_time_policy import RealTimePolicy
+
+ABSOLUTE = dataclasses.replace(SPEC, is_delta=False)
+
+
+class Config:
+    head, n_obs_steps = "flow", 1
+
+
+class Head:
+    predict_clean_action = None
+
+
+class Counting:
+    """A policy whose chunk from an observation at step t is [100 t + 1, 100 t + 2, ...], in every dimension."""
+
+    def __init__(self, chunk_size=6, n_action_steps=2, spec=SPEC, n_obs_steps=1):
+        self.chunk_size, self.n_action_steps, self.temporal_ensemble_coeff = chunk_size, n_action_steps, None
+        self.model = type("Model", (), {"config": type("C", (Config,), {"n_obs_steps": n_obs_steps})(), "head": Head()})()
+        self.robot = type("Robot", (), {"spec": spec})()
+        self.asked, self.seen = [], []
+
+    def reset(self, n_robots=1):
+        self.n_robots = n_robots
+
+    def keep(self, rows):
+        self.n_robots = len(rows)
+
+    def observe(self, observations):
+        self.seen.append(observations[0]["step"])
+
+    def predict_action_chunk(self, observations, previous=None, n_frozen=0):
+        self.observe(observations)
+        step = observations[0]["step"]
+        self.asked.append((step, None if previous is None else previous[0, :, 0].tolist(), n_frozen))
+        chunk = 100 * step + np.arange(1, self.chunk_size + 1)
+        return np.broadcast_to(chunk[None, :, None], (self.n_robots, self.chunk_size, 7)).astype(np.float32)
+
+
+def acted(policy, n_steps, n_robots=1, state=0.0):
+    """First dimension of each step's action."""
+    observations = [[{"step": t, "state": np.full(7, state, np.float32)}] * n_robots for t in range(n_steps)]
+    return [int(policy.select_action(o)[0, 0]) for o in observations]
+
+
+def test_a_robot_that_waits_is_held_and_then_executes_the_chunk_from_its_start():
+    policy = DelayedPolicy(Counting(), "synchronous", 2)
+    assert acted(policy, 9) == [0, 0, 1, 2, 0, 0, 401, 402, 0] and policy.n_held == 5
+
+
+def test_the_old_chunk_goes_on_and_the_new_one_is_entered_behind_what_was_executed_meanwhile():
+    counting = Counting()
+    policy = DelayedPolicy(counting, "asynchronous", 2)
+    #                             waits  | first    | from step 4 on   | from step 6
+    assert acted(policy, 11) == [0, 0, 1, 2, 3, 4, 403, 404, 603, 604, 803]
+    assert [step for step, *_ in counting.asked] == [0, 4, 6, 8, 10] and policy.n_held == 2
+
+
+def test_a_delay_longer_than_what_is_executed_puts_predictions_off():
+    """One prediction at a time: the next begins when the chunk of the last one arrives."""
+    counting = Counting(chunk_size=8)
+    assert acted(DelayedPolicy(counting, "asynchronous", 3), 12) == [0, 0, 0, 1, 2, 3, 4, 5, 504, 505, 506, 804]
+    assert [step for step, *_ in counting.asked] == [0, 5, 8, 11]
+
+
+def test_a_chunk_that_ends_before_the_next_one_comes_leaves_the_robot_held():
+    """And the next one is entered where the robot stands, not where the clock does."""
+    policy = DelayedPolicy(Counting(chunk_size=3), "asynchronous", 3)
+    assert acted(policy, 10) == [0, 0, 0, 1, 2, 3, 0, 0, 502, 503] and policy.n_held == 5
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_without_delay_chunks_are_executed_as_far_as_was_asked(execution):
+    assert acted(DelayedPolicy(Counting(), execution), 5) == [1, 2, 201, 202, 401]
+
+
+def test_real_time_chunking_gets_what_is_left_of_the_chunk_and_how_much_of_it_is_frozen():
+    counting = Counting()
+    acted(DelayedPolicy(counting, "real_time_chunking", 1), 6)
+    assert counting.asked == [(0, None, 1), (3, [3, 4, 5, 6], 1), (5, [303, 304, 305, 306], 1)]
+    counting = Counting()
+    acted(DelayedPolicy(counting, "asynchronous", 1), 6)
+    assert all(previous is None for _, previous, _ in counting.asked)
+
+
+def test_a_chunk_that_has_ended_is_not_continued():
+    counting = Counting(chunk_size=2)
+    acted(DelayedPolicy(counting, "real_time_chunking", 1), 4)
+    assert counting.asked == [(0, None, 1), (3, None, 1)]
+
+
+def test_a_history_gets_every_observation_once_and_in_order():
+    counting = Counting(n_obs_steps=3)
+    acted(DelayedPolicy(counting, "asynchronous", 2), 7)
+    assert counting.seen == list(range(7))
+    counting = Counting()
+    acted(DelayedPolicy(counting, "asynchronous", 2), 7)
+    assert counting.seen == [0, 4, 6]
+
+
+def test_an_absolute_robot_is_held_at_its_last_target_and_at_first_where_it_is():
+    at_pose = dataclasses.replace(ABSOLUTE, state_names=ABSOLUTE.names, state_units=ABSOLUTE.units)
+    policy = DelayedPolicy(Counting(spec=at_pose), "synchronous", 2)
+    assert acted(policy, 7, state=7) == [7, 7, 1, 2, 2, 2, 401]
+    with pytest.raises(SpecMismatch, match=r"expected the present value of \['dx'.*got a state of \['x'"):
+        acted(DelayedPolicy(Counting(spec=ABSOLUTE), "synchronous", 2), 1)
+
+
+def test_a_held_gripper_stays_as_it_was_sent():
+    closed = SPEC.set_gripper(np.full((2, 7), 0.5, np.float32), np.array([False, True]))
+    held = hold_action(SPEC, closed, [np.zeros(7)] * 2)
+    assert (held[:, :6] == 0).all() and SPEC.is_open(held).tolist() == [False, True]
+    assert SPEC.is_open(hold_action(SPEC, None, [np.zeros(7)])).all()
+
+
+def test_robots_that_are_done_leave_the_others_chunk_and_prediction():
+    class Own(Counting):
+        def predict_action_chunk(self, observations, *args):
+            return super().predict_action_chunk(observations, *args) + np.array([o["robot"] for o in observations])[:, None, None]
+
+    policy = DelayedPolicy(Own(), "asynchronous", 2)
+    policy.reset(3)
+    seen = []
+    for step in range(8):
+        robots = [0, 1000, 2000] if step < 5 else [0, 2000]
+        if step == 5:
+            policy.keep([0, 2])
+        seen.append(policy.select_action([{"step": step, "state": np.zeros(7), "robot": r} for r in robots])[:, 0].tolist())
+    assert seen[4] == [3, 1003, 2003] and seen[5] == [4, 2004] and seen[6] == [403, 2403]
+
+
+@pytest.mark.parametrize("name", ["one_step-mlp", "one_step-flow", "policy_head-lstm-mlp", "interleaved-mlp"])
+def test_without_delay_a_trained_policy_acts_as_alone(toy_vlm, toy_stats, name):
+    model, processor = build(toy_vlm, toy_stats, SETTINGS[name])
+    alone, rng = Policy(model, processor, n_action_steps=2), np.random.default_rng(0)
+    delayed = DelayedPolicy(Policy(model, processor, n_action_steps=2), "asynchronous")
+    for _ in range(5):
+        observations = [observe(rng)]
+        np.testing.assert_allclose(delayed.select_action(observations), alone.select_action(observations), atol=1e-4)
+
+
+def test_what_cannot_be_delayed_is_refused(toy_vlm, toy_stats):
+    model, processor = build(toy_vlm, toy_stats, ONE_STEP)
+    policy = Policy(model, processor)
+    with pytest.raises(ValueError, match="no execution 'late'; there are synchronous, asynchronous, real_time_chunking"):
+        DelayedPolicy(policy, "late")
+    for delay in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"a number of control steps from 0 on, got {delay}"):
+            DelayedPolicy(policy, "synchronous", delay)
+    with pytest.raises(ValueError, match="guides a flow: expected a head such as 'flow', got 'mlp'"):
+        DelayedPolicy(policy, "real_time_chunking", 1)
+    with pytest.raises(ValueError, match="got a temporal ensemble"):
+        DelayedPolicy(Policy(model, processor, temporal_ensemble_coeff=0.1), "asynchronous", 1)
+
+
+# --- in a thread ----------------------------------------------------------------------------------------------------------
+
+
+class Gated(Counting):
+    """Whose predictions end when the test says so."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.may_end, self.error = threading.Semaphore(0), None
+
+    def predict_action_chunk(self, observations, *args):
+        self.may_end.acquire()
+        if self.error:
+            raise self.error
+        return super().predict_action_chunk(observations, *args)
+
+
+def step(policy, t):
+    return int(policy.select_action([{"step": t, "state": np.zeros(7, np.float32)}])[0, 0])
+
+
+def finish(gated, policy):
+    """Let the prediction under way end, and wait for it."""
+    gated.may_end.release()
+    policy._inference.result.exception()
+
+
+def test_a_robot_never_waits_for_the_network():
+    gated = Gated()
+    policy = RealTimePolicy(gated)
+    assert [step(policy, t) for t in range(2)] == [0, 0]
+    finish(gated, policy)
+    assert [step(policy, t) for t in range(2, 6)] == [1, 2, 3, 4]
+    finish(gated, policy)
+    assert [step(policy, t) for t in range(6, 8)] == [403, 404]
+    assert list(policy.delays) == [2, 2] and policy.n_held == 2
+    finish(gated, policy)
+    policy.close()
+
+
+def test_the_longest_of_the_last_delays_is_expected_of_the_next():
+    gated = Gated()
+    policy, t, last = RealTimePolicy(gated, "real_time_chunking"), itertools.count(), None
+    for delay in (3, 1, 1):
+        while policy._inference in (None, last):
+            step(policy, next(t))
+        while policy._inference.n_steps < delay:
+            step(policy, next(t))
+        finish(gated, policy)
+        last = policy._inference
+    assert [n_frozen for *_, n_frozen in gated.asked] == [0, 3, 3]
+    policy.close()
+
+
+def test_an_error_of_the_network_reaches_the_robots_loop():
+    gated = Gated()
+    policy = RealTimePolicy(gated)
+    gated.error = ValueError("weights overflow")
+    step(policy, 0)
+    finish(gated, policy)
+    with pytest.raises(ValueError, match="weights overflow"):
+        step(policy, 1)
+    policy.close()
+
+
+def test_a_prediction_of_the_last_episode_does_not_reach_the_next():
+    gated = Gated()
+    policy = RealTimePolicy(gated)
+    step(policy, 0)
+    gated.may_end.release(2)
+    policy.reset()
+    assert step(policy, 5) in (0, 501) and gated.asked[0][0] == 0
+    policy._inference is None or policy._inference.result.exception()
+    assert step(policy, 6) in (501, 502)
+    with pytest.raises(ValueError, match="expected one robot, got 2"):
+        policy.reset(2)
+    policy.close()
