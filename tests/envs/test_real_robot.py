@@ -15,8 +15,8 @@ from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.real_robot import RealRobotEnv
 from rvlm.envs.tabletop.arm_control import TOOL_DOWN, axis_angle, rotation_matrix
+from rvlm.envs.tabletop.arms import TABLE
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW
 from rvlm.evaluation.rollouts import rollout
 from rvlm.policy.policy import Policy
 
@@ -430,7 +430,7 @@ def test_the_expert_lifts_through_a_robots_interface(seed):
     def is_done(question=""):
         return bool(ALL_FAMILIES["lift"].is_done(sim.world, sim.task))
 
-    env = a_env(Tabletopped(sim), workspace_low=WORKSPACE_LOW, workspace_high=WORKSPACE_HIGH, confirm=is_done, is_stopped=is_done)
+    env = a_env(Tabletopped(sim), workspace_low=TABLE.low, workspace_high=TABLE.high, confirm=is_done, is_stopped=is_done)
     row = rollout(Expert(sim), [env], [(seed, "lift")])[0]
     sim.close()
     assert row["is_success"] and row["n_steps"] < 50

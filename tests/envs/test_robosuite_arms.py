@@ -10,8 +10,9 @@ import pytest
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop import robosuite_arms
 from rvlm.envs.tabletop.arm_control import axis_angle
+from rvlm.envs.tabletop.arms import ARMS
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.robosuite_arms import PANDA, REAL_ARMS, ROBOTS, chain_xml, coarsen, meshes_xml, read_stl
+from rvlm.envs.tabletop.robosuite_arms import PANDA, REAL_ARMS, chain_xml, coarsen, meshes_xml, read_stl
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.world import World
 
@@ -109,9 +110,10 @@ def test_an_unknown_robot_lists_all():
 
 
 def test_the_cards_tell_the_robots_apart():
-    specs = [ActionSpec.from_card(f"tabletop_{name}") for name in ROBOTS]
+    names = [*ARMS, *REAL_ARMS]
+    specs = [ActionSpec.from_card(f"tabletop_{name}") for name in names]
     keys = {(s.scale, s.rate_hz, s.gripper_open, s.gripper_close) for s in specs}
-    assert len(keys) == len(ROBOTS) and [s.robot for s in specs] == list(ROBOTS)
+    assert len(keys) == len(names) and [s.robot for s in specs] == names
 
 
 @needs_wheel

@@ -6,12 +6,14 @@ Modules:
     scene: the scene as MJCF text, and the domain shifts.
     arms: arms of primitive geometry, with true kinematics.
     robosuite_arms: Panda, Sawyer, UR5e, IIWA and Kinova3 from robosuite's files.
+    so101: the kinematics of the SO-101, with its jaw.
     arm_control: inverse kinematics, fingers and proprioception of one simulated arm.
     world: one MuJoCo model of scene and arm, and its true state.
     success_conditions: success conditions, from the true state.
     tasks: task families: instruction templates, success condition, initial state.
     task_sampling: feasible tasks of a scene, and sampling one of them.
     experts: scripted experts: the next action from the true state.
+    joint_control: joint targets of the scripted experts, through inverse kinematics.
     failures: classification of failed episodes.
     rendering: camera images of a scene.
     env: the `gymnasium.Env`.

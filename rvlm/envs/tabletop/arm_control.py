@@ -1,4 +1,4 @@
-"""Control of a simulated arm: inverse kinematics of its hand's pose, finger commands, and proprioception.
+"""Control of a simulated arm: inverse kinematics of its hand's pose, joint targets, finger commands, and proprioception.
 
 A scene may hold several arms; the names of an arm's joints, sites and servos then begin with its prefix.
 """
@@ -56,13 +56,14 @@ class ArmController:
         self.model, self.data, self.arm = model, data, arm
         self.workspace_low, self.workspace_high = workspace_low, workspace_high
         joints = [model.joint(f"{prefix}joint{i}") for i in range(len(arm.home))]
-        fingers = [model.joint(f"{prefix}finger_{side}") for side in ("left", "right")]
+        fingers = [model.joint(f"{prefix}{name}") for name in arm.finger_joints]
         self._q, self._fingers = (np.array([j.qposadr[0] for j in group]) for group in (joints, fingers))
         self._dofs, self._limits = np.array([j.dofadr[0] for j in joints]), np.array([j.range for j in joints]).T
         servo_of = {int(joint): servo for servo, (joint, _) in enumerate(model.actuator_trnid)}
         self._servos, self._finger_servos = ([servo_of[j.id] for j in group] for group in (joints, fingers))
         self._tcp = model.site(f"{prefix}tcp").id
-        self._jacobian = np.zeros((6, model.nv))
+        self._jacobian, self._imagined = np.zeros((6, model.nv)), mujoco.MjData(model)
+        self._joint_target: np.ndarray | None = None
         self.target_pos, self.target_rotation, self.is_commanded_open = np.zeros(3), TOOL_DOWN, True
 
     @property
@@ -83,7 +84,17 @@ class ArmController:
     @property
     def opening(self) -> float:
         """Distance between the fingers [m]."""
-        return float(self.data.qpos[self._fingers].sum())
+        return self.arm.gap(self.data.qpos[self._fingers])
+
+    @property
+    def joint_positions(self) -> np.ndarray:
+        """Joint angles (j,) [rad]."""
+        return self.data.qpos[self._q]
+
+    @property
+    def finger_fraction(self) -> float:
+        """Share of the gripper's range: 0 closed, 1 fully open."""
+        return self.arm.finger_fraction(self.data.qpos[self._fingers])
 
     def state(self) -> np.ndarray:
         """Proprioception (7,): tool centre point [m], tilt [rad], finger distance [m]; world frame."""
@@ -97,25 +108,50 @@ class ArmController:
         self.data.qpos[self._q] = self.arm.home
         self.target_pos = rng.uniform(low, high)
         self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
+        self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
+        self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
+        self.update_tcp()
         for _ in range(60):
             mujoco.mj_kinematics(self.model, self.data)
             mujoco.mj_comPos(self.model, self.data)
-            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve()
+            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve(self.data)
             if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
                 break
-        self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
-        self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
         self.data.ctrl[self._servos] = self.data.qpos[self._q]
 
-    def _solve(self) -> np.ndarray:
+    def _solve(self, data: mujoco.MjData) -> np.ndarray:
         """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""
-        mujoco.mj_jacSite(self.model, self.data, self._jacobian[:3], self._jacobian[3:], self._tcp)
-        jacobian = self._jacobian[:, self._dofs]
-        error = np.concatenate(
-            [self.target_pos - self.pos_tcp_world, axis_angle(self.target_rotation @ self.rotation_tcp_world.T)]
-        )
+        mujoco.mj_jacSite(self.model, data, self._jacobian[:3], self._jacobian[3:], self._tcp)
+        jacobian, rotation = self._jacobian[:, self._dofs], data.site_xmat[self._tcp].reshape(3, 3)
+        error = np.concatenate([self.target_pos - data.site_xpos[self._tcp], axis_angle(self.target_rotation @ rotation.T)])
         step = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 4e-4 * np.eye(6), error)
-        return np.clip(self.data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
+        return np.clip(data.qpos[self._q] + np.clip(step, -0.4, 0.4), *self._limits)
+
+    def inverse_kinematics(self, pos: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+        """Joint angles (j,) [rad], near the present ones, of the hand at `pos` (3,) [m] with `rotation` (3, 3), world frame."""
+        self.target_pos, self.target_rotation = np.clip(pos, self.workspace_low, self.workspace_high), rotation
+        self._imagined.qpos[:] = self.data.qpos
+        for _ in range(20):
+            mujoco.mj_kinematics(self.model, self._imagined)
+            mujoco.mj_comPos(self.model, self._imagined)
+            before, self._imagined.qpos[self._q] = self._imagined.qpos[self._q], self._solve(self._imagined)
+            if np.abs(self._imagined.qpos[self._q] - before).max() < 1e-4:
+                break
+        return self._imagined.qpos[self._q]
+
+    def update_tcp(self) -> None:
+        """Move the tool centre point where the fingers' positions put it, if it moves with them."""
+        pos = self.arm.pos_tcp(self.data.qpos[self._fingers])
+        if not np.allclose(pos, self.model.site_pos[self._tcp], atol=1e-5):
+            self.model.site_pos[self._tcp] = pos
+            mujoco.mj_kinematics(self.model, self.data)
+            mujoco.mj_comPos(self.model, self.data)
+
+    def set_joint_target(self, positions: np.ndarray, finger_fraction: float) -> None:
+        """Command joint angles (j,) [rad] and the fingers at a share of their range, within the limits."""
+        self._joint_start, self._joint_target = self.data.ctrl[self._servos], np.clip(positions, *self._limits)
+        self.data.ctrl[self._finger_servos] = self.arm.finger_positions(np.clip(finger_fraction, 0, 1))
+        self.is_commanded_open = finger_fraction > self.arm.open_fraction / 2
 
     def set_target(self, delta_pos: np.ndarray, delta_rotvec: np.ndarray, is_open: bool) -> None:
         """Set the target pose by `delta_pos` [m] and `delta_rotvec` [rad], world frame, and command the fingers.
@@ -124,23 +160,37 @@ class ArmController:
         target from the last target, so that contacts do not rotate the hand permanently.
         """
         self.target_pos = np.clip(self.pos_tcp_world + delta_pos, self.workspace_low, self.workspace_high)
-        self.target_rotation = rotation_matrix(delta_rotvec) @ self.target_rotation
+        self.target_rotation, self._joint_target = rotation_matrix(delta_rotvec) @ self.target_rotation, None
         self._command_fingers(is_open)
 
     def _command_fingers(self, is_open: bool) -> None:
         self.is_commanded_open = is_open
-        self.data.ctrl[self._finger_servos] = self.arm.opening if is_open else 0.0
+        self.data.ctrl[self._finger_servos] = self.arm.finger_positions(self.arm.open_fraction if is_open else 0.0)
 
-    def servo(self) -> None:
-        """Command the joints one step of inverse kinematics towards the target pose."""
-        self.data.ctrl[self._servos] = self._solve()
+    @property
+    def n_servo_steps(self) -> int:
+        """How often the servos are commanded in one control step."""
+        return 2 if self._joint_target is None else 5
+
+    def servo(self, share: float) -> None:
+        """Command the joints: one step of inverse kinematics towards the target pose, or `share` of the way to their target.
+
+        Joint targets are approached evenly over the control step, as a motor with a speed limit does.
+        """
+        if self._joint_target is None:
+            self.data.ctrl[self._servos] = self._solve(self.data)
+        else:
+            self.data.ctrl[self._servos] = self._joint_start + share * (self._joint_target - self._joint_start)
 
 
 def simulate(arms: Sequence[ArmController], duration_s: float) -> None:
-    """Move all arms of one model towards their targets for `duration_s`; inverse kinematics is solved twice."""
+    """Move all arms of one model towards their targets for `duration_s`, and command their servos several times."""
     model, data = arms[0].model, arms[0].data
-    n_steps = max(2, round(duration_s / model.opt.timestep))
-    for part in (n_steps // 2, n_steps - n_steps // 2):
+    n_parts = max(arm.n_servo_steps for arm in arms)
+    ends = np.linspace(0, max(n_parts, round(duration_s / model.opt.timestep)), n_parts + 1).astype(int)
+    for i, n_steps in enumerate(np.diff(ends)):
         for arm in arms:
-            arm.servo()
-        mujoco.mj_step(model, data, nstep=part)
+            arm.servo((i + 1) / n_parts)
+        mujoco.mj_step(model, data, nstep=int(n_steps))
+        for arm in arms:
+            arm.update_tcp()

@@ -4,7 +4,7 @@ They differ in kinematics, gripper geometry, appearance, and the pose of the sta
 (scale, rate, gripper sign) are in the data card of the same name, `data_cards/tabletop_*.md`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import singledispatch
 
 import numpy as np
@@ -29,6 +29,34 @@ class Link:
     limits: tuple[float, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The part of the table that an arm works on, in the world frame [m].
+
+    Attributes:
+        low, high: Limits of the tool centre point's target.
+        start_low, start_high: Where it starts.
+        objects_low, objects_high: Where objects start (x, y), `gap` apart at least.
+        half: Half the size of every object.
+        fixtures: Fixtures (x, y) that stand elsewhere than on the common table.
+        families: Task families within reach; none named: all.
+    """
+
+    low: Vec = (-0.26, -0.37, 0.012)
+    high: Vec = (0.22, 0.36, 0.40)
+    start_low: Vec = (-0.12, -0.18, 0.10)
+    start_high: Vec = (0.16, 0.18, 0.24)
+    objects_low: Vec = (-0.10, -0.115)
+    objects_high: Vec = (0.15, 0.165)
+    gap: float = 0.1
+    half: float = 0.024
+    fixtures: dict[str, Vec] = field(default_factory=dict)
+    families: tuple[str, ...] = ()
+
+
+TABLE = Workspace()
+
+
 @dataclass(frozen=True)
 class Arm:
     """An embodiment: a serial chain, a parallel gripper and a static camera.
@@ -44,6 +72,8 @@ class Arm:
         opening: Largest distance of one finger from the middle [m].
         camera_pos, camera_fovy: Static camera in the world [m] and its vertical field of view [deg].
         camera_target: Point that the static camera looks at [m].
+        workspace: Where it works.
+        expert_shift: How far the scripted expert moves the hand in one control step by joint targets, along each axis [m].
     """
 
     base: Vec
@@ -60,6 +90,34 @@ class Arm:
     camera_pos: Vec
     camera_fovy: float
     camera_target: Vec = (-0.05, -0.025, 0.02)
+    workspace: Workspace = TABLE
+    expert_shift: float = 0.04
+
+    @property
+    def finger_joints(self) -> tuple[str, ...]:
+        """Names of the gripper's joints."""
+        return ("finger_left", "finger_right")
+
+    @property
+    def open_fraction(self) -> float:
+        """Share of the gripper's range at which it counts as open."""
+        return 1.0
+
+    def finger_positions(self, fraction: float) -> np.ndarray:
+        """Positions of `finger_joints` at a share of their range: 0 closed, 1 fully open."""
+        return np.full(2, fraction * self.opening)
+
+    def finger_fraction(self, positions: np.ndarray) -> float:
+        """Share of the gripper's range; inverse of `finger_positions`."""
+        return float(np.mean(positions)) / self.opening
+
+    def gap(self, positions: np.ndarray) -> float:
+        """Distance between the fingertips [m] at positions of `finger_joints`."""
+        return float(np.sum(positions))
+
+    def pos_tcp(self, positions: np.ndarray) -> np.ndarray:
+        """Tool centre point (3,) [m] in the hand's frame at positions of `finger_joints`."""
+        return np.array([0, 0, 0.06 + 2 * self.finger_size[2] - 0.012])
 
 
 def _turn(limit: float) -> tuple[float, float]:
@@ -158,10 +216,11 @@ def _segment(end: Vec, arm: Arm) -> str:
     return f'<geom class="arm" type="capsule" fromto="0 0 0 {_text(end)}" size="{arm.radius}" rgba="{_text(arm.rgba)}"/>'
 
 
+@singledispatch
 def hand_xml(arm: Arm) -> str:
     """The hand: palm, two fingers, the tool centre point and the wrist camera."""
     length = arm.finger_size[2]
-    tcp = 0.06 + 2 * length - 0.012
+    tcp = arm.pos_tcp(np.zeros(2))[2]
     fingers = "".join(
         f"""<body name="finger_{side}" pos="0 0 0.06" gravcomp="1">
         <joint name="finger_{side}" type="slide" axis="0 {sign} 0" range="0 {arm.opening}" damping="10" armature=".05"/>
@@ -192,14 +251,20 @@ def arm_xml(arm: Arm) -> str:
         <geom class="arm" type="sphere" size="{arm.radius * 1.15:.6g}" rgba="{joint_color}" mass=".6"/>{_segment(end, arm)}
         {text}</body>"""
     column = _segment(arm.links[0].pos, arm)
-    foot = f'<geom class="arm" type="cylinder" size=".07 .03" pos="0 0 .03" rgba="{joint_color}"/>'
+    shape = f'size=".045" fromto="0 0 {-arm.base[2]:.6g} 0 0 .045"' if arm.base[2] else 'size=".07 .03" pos="0 0 .03"'
+    foot = f'<geom class="arm" type="cylinder" {shape} rgba="{joint_color}"/>'
     return f'<body name="base" pos="{_text(arm.base)}">{foot}{column}{text}</body>'
 
 
+@singledispatch
+def finger_servos_xml(arm: Arm) -> str:
+    """Force-limited position servos of the fingers."""
+    return "".join(f'<position joint="{joint}" kp="400" kv="25" forcerange="-12 12"/>' for joint in arm.finger_joints)
+
+
 def actuator_xml(arm: Arm) -> str:
-    """Position servos for the joints, stiffer at the base, and two force-limited finger servos."""
+    """Position servos for the joints, stiffer at the base, and the fingers' servos."""
     joints = "".join(
         f'<position joint="joint{i}" kp="{2400 if i < 4 else 1200}" kv="{110 if i < 4 else 55}"/>' for i in range(len(arm.home))
     )
-    fingers = "".join(f'<position joint="finger_{s}" kp="400" kv="25" forcerange="-12 12"/>' for s in ("left", "right"))
-    return joints + fingers
+    return joints + finger_servos_xml(arm)

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rvlm.envs.tabletop.scene import HALF
-from rvlm.envs.tabletop.success_conditions import DIRECTIONS, HandAndObjects, Task, cued_side, is_held
+from rvlm.envs.tabletop.success_conditions import DIRECTIONS, LOOSE, HandAndObjects, Task, cued_side, is_held
 from rvlm.envs.tabletop.world import World
 
 CLEAR = 0.085  # height above the table that clears all objects [m]
@@ -71,7 +70,7 @@ def _press_along(
 def _push(direction: str) -> Callable[[World, Task], Command]:
     def push(world: World, task: Task) -> Command:
         vector = np.array(DIRECTIONS[direction])
-        return _press_along(world, world.pos_object(task.target_object)[:2], vector, reach=HALF + 0.032, height=0.022)
+        return _press_along(world, world.pos_object(task.target_object)[:2], vector, reach=world.half + 0.032, height=0.022)
 
     return push
 
@@ -81,7 +80,7 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
     pos, tcp = world.pos_object(i), world.pos_tcp_world
     offset = goal - pos
     if np.abs(offset[:2]).max() < 1.5 * near and abs(offset[2]) < 0.008:
-        return Command(np.add(tcp, (0, 0, 0.05 if world.opening > 2 * HALF + 0.014 else 0.0)), True)
+        return Command(np.add(tcp, (0, 0, 0.05 if world.opening > LOOSE * world.half else 0.0)), True)
     if not is_held(world, i):
         return grasp(world, i)
     over = max(CARRY, goal[2] + 0.05)
@@ -94,7 +93,7 @@ def _carry(world: World, i: int, goal: np.ndarray, near: float = 0.012) -> Comma
 
 def place_in_zone(world: World, task: Task) -> Command:
     """Carry the target to the middle of the zone."""
-    return _carry(world, task.target_object, np.array([*world.pos_fixture("zone")[:2], HALF]), near=0.02)
+    return _carry(world, task.target_object, np.array([*world.pos_fixture("zone")[:2], world.half]), near=0.02)
 
 
 def place_in_drawer(world: World, task: Task) -> Command:
@@ -110,7 +109,9 @@ def place_in_drawer(world: World, task: Task) -> Command:
 
 def stack(world: World, task: Task) -> Command:
     """Carry the target onto the second object."""
-    return _carry(world, task.target_object, np.add(world.pos_object(task.other_object), (0, 0, 2 * HALF + 0.002)), near=0.007)
+    return _carry(
+        world, task.target_object, np.add(world.pos_object(task.other_object), (0, 0, 2 * world.half + 0.002)), near=0.007
+    )
 
 
 def _rotate(sign: int) -> Callable[[World, Task], Command]:

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from rvlm.envs.tabletop.arms import ARMS, Arm, Link, _text, arm_xml, asset_xml, hand_xml
+from rvlm.envs.tabletop.so101 import SO101
 
 INSTALL = "python -m pip install --no-deps robosuite==1.5.2"
 _SHAPE = ("type", "mesh", "size", "pos", "quat")  # kept attributes of a collision geom
@@ -111,7 +112,7 @@ KINOVA3 = RealArm(
 )
 
 REAL_ARMS = {"panda": PANDA, "sawyer": SAWYER, "ur5e": UR5E, "iiwa": IIWA, "kinova3": KINOVA3}
-ROBOTS: dict[str, Arm] = {**ARMS, **REAL_ARMS}
+ROBOTS: dict[str, Arm] = {**ARMS, **REAL_ARMS, "franka7_joint": ARMS["franka7"], "so101": SO101}
 
 
 def robot_file(arm: RealArm) -> Path:

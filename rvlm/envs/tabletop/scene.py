@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rvlm.envs.tabletop.arms import Arm, _text, actuator_xml, arm_xml, asset_xml
+from rvlm.envs.tabletop.arms import TABLE, Arm, _text, actuator_xml, arm_xml, asset_xml
 
 COLORS = {
     "red": (0.86, 0.10, 0.10),
@@ -20,7 +20,7 @@ COLORS = {
 }
 UNSEEN_COLORS = {"pink": (1.0, 0.50, 0.72), "brown": (0.42, 0.22, 0.08)}
 SHAPES = ("cube", "cylinder", "ball")
-HALF = 0.024  # half the size of every object [m]
+HALF = TABLE.half  # half the size of an object, where the arm's workspace says no other [m]
 N_OBJECTS, N_DISTRACTORS = 3, 2
 DRAWER_RANGE, SLIDER_RANGE, BUTTON_RANGE = 0.115, 0.09, 0.014  # joint ranges [m]; the slider's is to either side
 ZONE_HALF = 0.05  # half the zone's side [m]
@@ -112,9 +112,9 @@ _FIXTURES = f"""
 """
 
 
-def _object_xml(i: int) -> str:
-    return f"""<body name="object{i}" pos="0 {0.1 * i} {HALF}"><freejoint name="object{i}"/>
-    <geom name="object{i}" type="box" size="{HALF} {HALF} {HALF}" mass=".05" friction="1.5 .02 .004" condim="4"/></body>"""
+def _object_xml(i: int, half: float) -> str:
+    return f"""<body name="object{i}" pos="0 {0.1 * i} {half}"><freejoint name="object{i}"/>
+    <geom name="object{i}" type="box" size="{half} {half} {half}" mass=".05" friction="1.5 .02 .004" condim="4"/></body>"""
 
 
 def _distractor_xml(i: int) -> str:
@@ -132,7 +132,8 @@ def look_at(pos: tuple[float, ...], target: tuple[float, ...]) -> str:
 
 def scene_xml(arm: Arm) -> str:
     """The scene with this arm, as MJCF text."""
-    objects = "".join(_object_xml(i) for i in range(N_OBJECTS)) + "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
+    objects = "".join(_object_xml(i, arm.workspace.half) for i in range(N_OBJECTS))
+    objects += "".join(_distractor_xml(i) for i in range(N_DISTRACTORS))
     axes = look_at(arm.camera_pos, arm.camera_target)
     camera = f'<camera name="static" pos="{_text(arm.camera_pos)}" xyaxes="{axes}" fovy="{arm.camera_fovy}"/>'
     return f"""<mujoco model="tabletop">{HEAD}{asset_xml(arm)}<worldbody>

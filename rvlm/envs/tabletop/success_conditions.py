@@ -9,11 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
-from rvlm.envs.tabletop.scene import HALF, ZONE_HALF
+from rvlm.envs.tabletop.scene import ZONE_HALF
 from rvlm.envs.tabletop.world import World
 
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "near": (1.0, 0.0), "far": (-1.0, 0.0)}  # unit vectors, world xy
 PUSH_DISTANCE, LIFT_HEIGHT, TURN_ANGLE = 0.05, 0.06, 0.5  # [m], [m], [rad]
+LOOSE, RELEASED = 2.58, 2.75  # openings of the fingers: at most of a grasp, at least of a release [half sizes of an object]
 DRAWER_OPEN, DRAWER_SHUT, SLIDER_SIDE = 0.08, 0.02, 0.05  # joint positions [m]
 
 
@@ -68,7 +69,13 @@ def cued_side(task: Task) -> int:
 
 
 class HandAndObjects(Protocol):
-    """What grasping needs to know: a `World`, or one arm of several with its objects."""
+    """What grasping needs to know: a `World`, or one arm of several with its objects.
+
+    Attributes:
+        half: Half the size of every object [m].
+    """
+
+    half: float
 
     @property
     def pos_tcp_world(self) -> np.ndarray:
@@ -87,13 +94,14 @@ class HandAndObjects(Protocol):
 
 def is_held(world: HandAndObjects, i: int) -> bool:
     """Whether object `i` is between the closed fingers."""
-    offset = np.abs(world.pos_object(i) - world.pos_tcp_world)
-    return bool(offset[:2].max() < 0.024 and offset[2] < 0.026 and 0.02 < world.opening < 2 * HALF + 0.014)
+    offset, half = np.abs(world.pos_object(i) - world.pos_tcp_world), world.half
+    is_between = bool(offset[:2].max() < half and offset[2] < half + 0.002)
+    return is_between and 0.83 * half < world.opening < LOOSE * half
 
 
 def is_released(world: World, i: int) -> bool:
     """Whether the fingers are open or away from object `i`."""
-    return world.opening > 2 * HALF + 0.018 or float(np.linalg.norm(world.pos_object(i) - world.pos_tcp_world)) > 0.06
+    return world.opening > RELEASED * world.half or float(np.linalg.norm(world.pos_object(i) - world.pos_tcp_world)) > 0.06
 
 
 def is_lifted(world: World, task: Task) -> bool:
@@ -106,7 +114,7 @@ def has_pushed(direction: str) -> Callable[[World, Task], bool]:
 
     def done(world: World, task: Task) -> bool:
         moved = world.pos_object(task.target_object)[:2] - task.start[:2]
-        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE and world.pos_object(task.target_object)[2] < 2 * HALF)
+        return bool(moved @ DIRECTIONS[direction] > PUSH_DISTANCE and world.pos_object(task.target_object)[2] < 2 * world.half)
 
     return done
 
@@ -114,7 +122,7 @@ def has_pushed(direction: str) -> Callable[[World, Task], bool]:
 def is_in_zone(world: World, task: Task) -> bool:
     """Whether the target lies in the zone, released."""
     offset = world.pos_object(task.target_object) - world.pos_fixture("zone")
-    return bool(np.abs(offset[:2]).max() < ZONE_HALF and offset[2] < 1.6 * HALF) and is_released(world, task.target_object)
+    return bool(np.abs(offset[:2]).max() < ZONE_HALF and offset[2] < 1.6 * world.half) and is_released(world, task.target_object)
 
 
 def is_in_drawer(world: World, task: Task) -> bool:
@@ -126,7 +134,7 @@ def is_in_drawer(world: World, task: Task) -> bool:
 def is_stacked(world: World, task: Task) -> bool:
     """Whether the target lies on the second object, released."""
     offset = world.pos_object(task.target_object) - world.pos_object(task.other_object)
-    return bool(np.linalg.norm(offset[:2]) < 1.2 * HALF and abs(offset[2] - 2 * HALF) < 0.01) and is_released(
+    return bool(np.linalg.norm(offset[:2]) < 1.2 * world.half and abs(offset[2] - 2 * world.half) < 0.01) and is_released(
         world, task.target_object
     )
 
@@ -136,6 +144,6 @@ def has_turned(sign: int) -> Callable[[World, Task], bool]:
 
     def done(world: World, task: Task) -> bool:
         turn = (world.yaw_object(task.target_object) - task.start[3] + np.pi) % (2 * np.pi) - np.pi
-        return bool(sign * turn > TURN_ANGLE and world.pos_object(task.target_object)[2] < 2 * HALF)
+        return bool(sign * turn > TURN_ANGLE and world.pos_object(task.target_object)[2] < 2 * world.half)
 
     return done

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from rvlm.envs.tabletop.scene import HALF, N_OBJECTS, UNSEEN_COLORS
+from rvlm.envs.tabletop.scene import N_OBJECTS, UNSEEN_COLORS
 from rvlm.envs.tabletop.success_conditions import Task, is_in_zone
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES
-from rvlm.envs.tabletop.world import WORKSPACE_HIGH, WORKSPACE_LOW, World
+from rvlm.envs.tabletop.world import World
 
 
 def is_on_table(world: World, i: int) -> bool:
     """Whether object `i` lies within reach: not on another, not fallen, not in or under the drawer."""
-    x, y, z = world.pos_object(i)
+    (x, y, z), workspace = world.pos_object(i), world.arm.workspace
     behind, aside, _ = world.pos_object(i) - world.pos_handle
-    is_within = bool((WORKSPACE_LOW[:2] < (x, y)).all() and ((x, y) < WORKSPACE_HIGH[:2]).all() and 0 < z < 2 * HALF)
+    is_within = all(np.less(workspace.low[:2], (x, y)) & np.less((x, y), workspace.high[:2])) and 0 < z < 2 * world.half
     return is_within and not (-0.26 < behind < 0.03 and abs(aside) < 0.10)
 
 
@@ -39,7 +39,8 @@ def _carriers(world: World, family: str) -> list[int | None]:
 
 def is_feasible(world: World, family: str) -> bool:
     """Whether a task of `family` can be done in the present state, and is not done already."""
-    if not ALL_FAMILIES[family].can_start(world):
+    in_reach = world.arm.workspace.families or ALL_FAMILIES
+    if family not in in_reach or not ALL_FAMILIES[family].can_start(world):
         return False
     return ALL_FAMILIES[family].n_objects == 0 or bool(_targets(world, family) and _carriers(world, family))
 

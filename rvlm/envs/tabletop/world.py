@@ -10,7 +10,6 @@ from rvlm.envs.tabletop.arm_control import ArmController, simulate
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import (
     COLORS,
-    HALF,
     N_DISTRACTORS,
     N_OBJECTS,
     SHAPES,
@@ -20,10 +19,6 @@ from rvlm.envs.tabletop.scene import (
     scene_xml,
 )
 
-WORKSPACE_LOW = np.array([-0.26, -0.37, 0.012])  # of the tool centre point [m]
-WORKSPACE_HIGH = np.array([0.22, 0.36, 0.40])
-START_LOW, START_HIGH = np.array((-0.12, -0.18, 0.10)), np.array((0.16, 0.18, 0.24))  # of the tool centre point [m]
-OBJECTS_LOW, OBJECTS_HIGH = np.array([-0.10, -0.115]), np.array([0.15, 0.165])  # where objects start [m]
 _GEOM = {"cube": mujoco.mjtGeom.mjGEOM_BOX, "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER, "ball": mujoco.mjtGeom.mjGEOM_SPHERE}
 
 
@@ -36,6 +31,7 @@ class World:
 
     Attributes:
         objects: Colour and shape of each object, as words.
+        half: Half the size of every object [m].
         is_light_on: Whether the button has switched the light on.
         is_cue_shown: Whether the cue of a memory task is still shown; the robot is then held still.
         first_side: Side to which the slider was moved first in this task: -1 for left, 1 for right, 0 for none yet.
@@ -45,7 +41,10 @@ class World:
         if robot not in ROBOTS:
             raise KeyError(f"no robot {robot!r} on the tabletop; there are {', '.join(ROBOTS)}")
         self.arm, self.setting = ROBOTS[robot], setting
+        self.half = self.arm.workspace.half
         self.model = mujoco.MjModel.from_xml_string(scene_xml(self.arm))
+        for name, pos in self.arm.workspace.fixtures.items():
+            self.model.body(name).pos[:2] = pos
         self.data = mujoco.MjData(self.model)
         self.objects: list[tuple[str, str]] = []
         self.is_light_on = self._is_button_armed = False
@@ -54,7 +53,9 @@ class World:
 
     def _index(self) -> None:
         model = self.model
-        self.controller = ArmController(model, self.data, self.arm, WORKSPACE_LOW, WORKSPACE_HIGH)
+        self.controller = ArmController(
+            model, self.data, self.arm, np.array(self.arm.workspace.low), np.array(self.arm.workspace.high)
+        )
         self._object_q = np.array([model.joint(f"object{i}").qposadr[0] for i in range(N_OBJECTS)])
         self._object_v = np.array([model.joint(f"object{i}").dofadr[0] for i in range(N_OBJECTS)])
         self._object_geoms = [model.geom(f"object{i}").id for i in range(N_OBJECTS)]
@@ -145,11 +146,11 @@ class World:
         words = [str(c) for c in rng.permutation(list(colors))[:N_OBJECTS]]
         words += [str(c) for c in rng.permutation(list(COLORS))[: N_OBJECTS - len(words)]]
         self.objects = [(c, str(rng.choice(SHAPES))) for c in words]
-        spots = self._spots(rng, N_OBJECTS + 1)
+        spots = self._spots(rng, N_OBJECTS + 1, self.arm.workspace.gap)
         for i, (color, shape) in enumerate(self.objects):
             self.set_appearance(i, color, shape)
             yaw = rng.uniform(-0.4, 0.4)
-            self.place_object(i, np.array([*spots[i], HALF]), yaw)
+            self.place_object(i, np.array([*spots[i], self.half]), yaw)
         self.model.body_pos[self._bodies["zone"], :2] = spots[-1]
         for i in range(N_DISTRACTORS):
             body = self.model.body(f"distractor{i}").id
@@ -157,12 +158,12 @@ class World:
                 (rng.uniform(-0.1, 0.14), (-0.15, 0.19)[i], 0.02) if self.setting.distractors else (0, 0, -1)
             )
 
-    def _spots(self, rng: np.random.Generator, n: int, gap: float = 0.1) -> list[np.ndarray]:
+    def _spots(self, rng: np.random.Generator, n: int, gap: float) -> list[np.ndarray]:
         """`n` positions (2,) [m] at least `gap` apart, by rejection sampling with restarts."""
         while True:
             spots: list[np.ndarray] = []
             for _ in range(60):
-                spot = rng.uniform(OBJECTS_LOW, OBJECTS_HIGH)
+                spot = rng.uniform(self.arm.workspace.objects_low, self.arm.workspace.objects_high)
                 if all(np.linalg.norm(spot - other) > gap for other in spots):
                     spots.append(spot)
                 if len(spots) == n:
@@ -204,13 +205,19 @@ class World:
     # -- the arm -------------------------------------------------------------------------------------------------
     def start_arm(self, rng: np.random.Generator) -> None:
         """Put the arm above the table, hand down within a few degrees, fingers open or closed."""
-        out = self.setting.start_spread
-        self.controller.start(rng, START_LOW - out, START_HIGH + out, is_open=None)
+        out, workspace = self.setting.start_spread, self.arm.workspace
+        self.controller.start(rng, np.array(workspace.start_low) - out, np.array(workspace.start_high) + out, is_open=None)
         mujoco.mj_forward(self.model, self.data)
 
     def move(self, delta_pos: np.ndarray, delta_rotvec: np.ndarray, is_open: bool, duration_s: float) -> None:
         """Move by `delta_pos` [m] and `delta_rotvec` [rad], world frame; simulate `duration_s`."""
         self.controller.set_target(delta_pos, delta_rotvec, is_open)
+        simulate([self.controller], duration_s)
+        self._update_button()
+
+    def move_joints(self, positions: np.ndarray, finger_fraction: float, duration_s: float) -> None:
+        """Move to joint angles (j,) [rad] and the fingers to a share of their range; simulate `duration_s`."""
+        self.controller.set_joint_target(positions, finger_fraction)
         simulate([self.controller], duration_s)
         self._update_button()
 
