@@ -27,7 +27,7 @@ def record(root):
     rng, writer = np.random.default_rng(0), EpisodeWriter(root, SPEC)
     for _ in range(N_EPISODES):
         images = {f"observation.images.{c}": rng.integers(0, 256, (LENGTH, 96, 96, 3), np.uint8) for c in SPEC.cameras}
-        action = SPEC.set_gripper(rng.uniform(-1, 1, (LENGTH, 7)).astype(np.float32), rng.random(LENGTH) > 0.5)
+        action = SPEC.set_grippers(rng.uniform(-1, 1, (LENGTH, 7)).astype(np.float32), rng.random((LENGTH, 1)) > 0.5)
         state = rng.normal(size=(LENGTH, 7)).astype(np.float32)
         writer.add_episode({**images, "observation.state": state, "action": action}, TEXT)
     return str(writer.finalize())

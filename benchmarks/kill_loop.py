@@ -36,7 +36,7 @@ def record(root: Path) -> None:
         for seed in range(writer.n_resumed, N_EPISODES):
             rng, n = np.random.default_rng(seed), 20 + seed % 7
             frames = {f"observation.images.{c}": rng.integers(0, 255, (n, 48, 48, 3), np.uint8) for c in spec.cameras}
-            action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+            action = spec.set_grippers(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random((n, 1)) > 0.5)
             state = rng.normal(size=(n, 7)).astype(np.float32)
             writer.add_episode({**frames, "observation.state": state, "action": action}, "lift it", {"seed": seed})
 

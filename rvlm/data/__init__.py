@@ -9,6 +9,8 @@ Modules:
     video: frames to mp4 and back.
     tables: parquet and JSON files; an error names the file.
     cards: data cards, and the values that each field allows.
+    groups: groups of dimensions of actions and states, and their conventions.
+    rotations: layouts of rotations, and conversion.
     normalization: statistics of actions and states; normalise and unnormalise.
     augmentation: random shift, crop and light of images.
     sampling: fixed budgets and weighted mixtures, deterministic in the sample position.

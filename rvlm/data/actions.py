@@ -1,22 +1,25 @@
 """Action spaces: the conventions of one robot's actions and state, read from its data card.
 
-An action is a vector ``dx dy dz droll dpitch dyaw gripper``. Its units, frame, range and gripper sign are defined in a data card
-and nowhere else. `ActionSpec` reads the card and is stored in every checkpoint; `NormStats` (`rvlm.data.normalization`) maps raw
-actions to normalised ones and back, per dimension and per dataset.
+An action is a vector of groups (`rvlm.data.groups`): a displacement of the hand and a gripper, joints, two arms. Units, frames,
+ranges and gripper signs are defined in a data card and nowhere else. `ActionSpec` reads the card and is stored in every
+checkpoint; `NormStats` (`rvlm.data.normalization`) maps raw actions to normalised ones and back, per dimension and per dataset.
 
-In training batches the arm is normalised and **the gripper is in {0, 1}: 1 is open** (`ActionSpec.normalize`).
+In training batches continuous dimensions are normalised; **a binary gripper is in {0, 1}: 1 is open** (`ActionSpec.normalize`).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rvlm.data.cards import CARDS, check_fields, parse_field, read_card
+from rvlm.data.cards import CARDS, check_cameras, check_fields, parse_field, read_card
 from rvlm.data.errors import CardError, SpecMismatch
+from rvlm.data.groups import Group, checked_groups
 from rvlm.data.normalization import QUANTILES, NormStats, StatsAccumulator, array_like
 
 __all__ = [
@@ -24,16 +27,15 @@ __all__ = [
     "QUANTILES",
     "ActionSpec",
     "CardError",
+    "Group",
     "NormStats",
     "SpecMismatch",
     "StatsAccumulator",
     "read_card",
 ]
-ARM_DIMS = 6
-ROTATIONS = ("axis_angle", "euler_xyz", "quat_xyzw", "quat_wxyz", "joint", "none")
-FRAMES = ("world", "base", "ee")
-MIN_SPEED = {"m": 0.01, "rad": 0.05}  # slower counts as noise [unit/s]
+MIN_SPEED = {"m": 0.01, "rad": 0.05, "deg": 3.0}  # slower counts as noise [unit/s]
 MIN_RANGE_FRACTION = 0.01  # for a dimension in other units, of its range
+PlacedGroups = tuple[tuple[slice, Group], ...]
 
 
 @dataclass(frozen=True)
@@ -41,87 +43,38 @@ class ActionSpec:
     """Conventions of one robot's actions and state, as in its data card.
 
     Attributes:
-        names: one per dimension; the first six are the arm, the last is "gripper".
-        units: SI unit of each dimension after `to_si`.
-        scale: SI units per raw action unit, per dimension (the gripper's is 1).
-        low, high: range of raw actions, per dimension.
-        is_delta: arm dimensions are displacements (true) or target poses (false).
-        frame: frame in which the arm dimensions are expressed: "world", "base" or "ee".
-        rotation: layout of dimensions 3 to 5, e.g. "axis_angle" or "euler_xyz".
-        gripper_open, gripper_close: raw values of the last dimension.
-        rate_hz: control rate; one action lasts ``1 / rate_hz`` seconds.
-        cameras: names, in the order of the model's input images.
-        state_names, state_units, state_rotation: the proprioceptive vector.
-        robot, dataset: names of the robot and of the dataset.
-        absent: names of arm dimensions that this robot lacks; they are always 0 and masked in the loss.
-        image_rotation_deg: rotation of stored images against what the environment renders (LIBERO's public sets: 180).
+        dataset, robot: Names of the dataset and of the robot.
+        rate_hz: Control rate; one action lasts ``1 / rate_hz`` seconds.
+        cameras: Names, in the order of the model's input images; the same in dataset, observation and environment.
+        action: Groups of the action's dimensions, in order.
+        state: Groups of the proprioceptive vector's dimensions, in order.
+        image_rotation_deg: Rotation of stored images against what the environment renders (LIBERO's public sets: 180).
 
     Example:
         >>> spec = rvlm.ActionSpec.from_card("libero")
         >>> spec.names
         ('dx', 'dy', 'dz', 'droll', 'dpitch', 'dyaw', 'gripper')
-        >>> spec.rate_hz, spec.rotation
-        (20.0, 'axis_angle')
+        >>> spec.rate_hz, spec.action[0].rotation, spec.action[1].open
+        (20.0, 'axis_angle', -1.0)
     """
 
-    names: tuple[str, ...]
-    units: tuple[str, ...]
-    scale: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    is_delta: bool
-    frame: str
-    rotation: str
-    gripper_open: float
-    gripper_close: float
+    dataset: str
+    robot: str
     rate_hz: float
     cameras: tuple[str, ...]
-    state_names: tuple[str, ...]
-    state_units: tuple[str, ...]
-    state_rotation: str
-    robot: str
-    dataset: str
-    absent: tuple[str, ...] = ()
+    action: tuple[Group, ...]
+    state: tuple[Group, ...]
     image_rotation_deg: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields({f.name: getattr(self, f.name) for f in fields(self)})
-        self._check_layout()
-        self._check_values()
-
-    def _check_layout(self) -> None:
-        if len(self.names) != ARM_DIMS + 1 or self.names[-1] != "gripper":
+        where = str(self.dataset)
+        check_fields({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("action", "state")}, where)
+        check_cameras(self.cameras, where)
+        for side in ("action", "state"):
+            object.__setattr__(self, side, checked_groups(getattr(self, side), side, where))
+        if not self.action or self.rate_hz <= 0:
             raise CardError(
-                f"{self.dataset}: expected 7 action dimensions, six of the arm and 'gripper' last; got {list(self.names)}; "
-                "reorder (or split) the action column when you convert the data, and list the new order in the card"
-            )
-        for name in ("units", "scale", "low", "high"):
-            if len(getattr(self, name)) != len(self.names):
-                raise CardError(f"{self.dataset}: '{name}' has {len(getattr(self, name))} entries for {len(self.names)} names")
-        if len(self.state_units) != len(self.state_names):
-            raise CardError(
-                f"{self.dataset}: 'state_units' has {len(self.state_units)} entries for {len(self.state_names)} names"
-            )
-
-    def _check_values(self) -> None:
-        for name, known in (("rotation", ROTATIONS), ("state_rotation", ROTATIONS), ("frame", FRAMES)):
-            if getattr(self, name) not in known:
-                raise CardError(f"{self.dataset}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if self.gripper_open == self.gripper_close:
-            raise CardError(f"{self.dataset}: gripper_open and gripper_close are both {self.gripper_open}; they must differ")
-        if not set(self.absent) <= set(self.names[:-1]):
-            raise CardError(f"{self.dataset}: absent is {list(self.absent)}; expected some of {', '.join(self.names[:-1])}")
-        empty = [n for n, low, high in zip(self.names, self.low, self.high, strict=True) if low >= high and n not in self.absent]
-        if empty:
-            raise CardError(
-                f"{self.dataset}: expected 'low' below 'high' in every dimension, got none such for {empty}; fix the card"
-            )
-        outside = {self.gripper_open, self.gripper_close} - {self.low[-1], self.high[-1]}
-        if outside or self.rate_hz <= 0 or min(self.scale) <= 0:
-            raise CardError(
-                f"{self.dataset}: expected gripper values at low[-1] and high[-1], a positive rate_hz and positive scales; got "
-                f"gripper {self.gripper_open}/{self.gripper_close} in [{self.low[-1]}, {self.high[-1]}], {self.rate_hz} Hz, "
-                f"scale {list(self.scale)}"
+                f"{where}: expected an action group and a positive rate_hz, got {len(self.action)} and {self.rate_hz}"
             )
 
     @classmethod
@@ -139,38 +92,103 @@ class ActionSpec:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict):
             raise CardError(f"action spec: expected an object of fields, got {values!r}; fields that exist: {sorted(known)}")
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"image_rotation_deg", "absent"})
+        unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"image_rotation_deg"})
         if unknown or missing:
             raise CardError(
                 f"action spec: unknown fields {unknown}, missing fields {missing}; fields that exist: {sorted(known)}"
             )
-        read = {k: parse_field(k, v) for k, v in values.items()}
-        check_fields(read)
+        read = {name: parse_field(name, value) for name, value in values.items() if name not in ("action", "state")}
+        for side in ("action", "state"):
+            if not isinstance(values[side], (list, tuple)):
+                raise CardError(f"{read['dataset']}: expected {side!r} as a list of groups, got {values[side]!r}")
+            where = f"{read['dataset']}: {side} group"
+            read[side] = tuple(Group.from_dict(group, f"{where} {i}") for i, group in enumerate(values[side]))
         return cls(**read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for checkpoints and for a dataset's info.json."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        groups = {side: [group.to_dict() for group in plain[side]] for side in ("action", "state")}
+        return {**plain, "cameras": list(self.cameras), **groups}
+
+    def replace_group(self, side: str, index: int, **changes: Any) -> ActionSpec:
+        """The same with other fields of one group of the "action" or the "state"."""
+        groups = list(getattr(self, side))
+        groups[index] = dataclasses.replace(groups[index], **changes)
+        return dataclasses.replace(self, **{side: tuple(groups)})
+
+    @property
+    def placed_action(self) -> PlacedGroups:
+        """Each group of the action and its place on the last axis."""
+        return _placed(self.action)
+
+    @property
+    def placed_state(self) -> PlacedGroups:
+        """Each group of the state and its place on the last axis."""
+        return _placed(self.state)
+
+    def action_groups(self, *kinds: str) -> PlacedGroups:
+        """The action's groups of these kinds, and their places."""
+        return tuple((place, group) for place, group in self.placed_action if group.kind in kinds)
+
+    def state_groups(self, *kinds: str) -> PlacedGroups:
+        """The state's groups of these kinds, and their places."""
+        return tuple((place, group) for place, group in self.placed_state if group.kind in kinds)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the action's dimensions."""
+        return _joined(self.action, "names")
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Of the action's dimensions after `to_si`."""
+        return _joined(self.action, "units")
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """SI units per raw unit of the action's dimensions."""
+        return _joined(self.action, "scale")
+
+    @property
+    def low(self) -> tuple[float, ...]:
+        """Least raw values of the action's dimensions."""
+        return _joined(self.action, "low")
+
+    @property
+    def high(self) -> tuple[float, ...]:
+        """Largest raw values of the action's dimensions."""
+        return _joined(self.action, "high")
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of action dimensions that this robot lacks."""
+        return _joined(self.action, "absent")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Of the state's dimensions."""
+        return _joined(self.state, "names")
+
+    @property
+    def state_units(self) -> tuple[str, ...]:
+        """Of the state's dimensions."""
+        return _joined(self.state, "units")
 
     @property
     def n_dims(self) -> int:
-        """Number of action dimensions, gripper included."""
+        """Number of action dimensions, grippers included."""
         return len(self.names)
 
     @property
-    def gripper_index(self) -> int:
-        """Index of the gripper on the last axis."""
-        return self.n_dims - 1
+    def gripper_indices(self) -> tuple[int, ...]:
+        """Indices of the grippers on the last axis (g), in their order."""
+        return tuple(place.start for place, _ in self.action_groups("gripper"))
 
     @property
     def is_binary(self) -> np.ndarray:
-        """(a,) bool: true for dimensions that are one of two values, in {0, 1} while training; the gripper's."""
-        return np.arange(self.n_dims) == self.gripper_index
-
-    @property
-    def arm_slice(self) -> slice:
-        """The arm's dimensions on the last axis."""
-        return slice(0, self.n_dims - 1)
+        """(a,) bool: true for grippers that are open or closed, which are classified; others are regressed."""
+        return np.array([group.is_binary for group in self.action for _ in group.names])
 
     @property
     def present(self) -> np.ndarray:
@@ -181,28 +199,78 @@ class ActionSpec:
     def scale_floor(self) -> np.ndarray:
         """(a,) raw units: the least scale of each dimension in `NormStats`, below which values are noise.
 
-        1 cm/s or 0.05 rad/s during one action; one per cent of the card's range for other units.
+        1 cm/s, 0.05 rad/s or 3 deg/s during one action; one per cent of the card's range for other units.
         """
         step = np.array([MIN_SPEED.get(unit, np.nan) for unit in self.units]) / self.rate_hz / self.scale
         return np.where(np.isfinite(step), step, MIN_RANGE_FRACTION * np.subtract(self.high, self.low) / 2)
 
     @property
     def state_scale_floor(self) -> np.ndarray:
-        """(s,) The same for the state: 1 cm/s or 0.05 rad/s during one control period, 0 for other units."""
+        """(s,) The same for the state: as much during one control period, 0 for other units."""
         return np.array([MIN_SPEED.get(unit, 0) / self.rate_hz for unit in self.state_units])
 
-    def is_open(self, actions: Any) -> Any:
-        """Raw actions ``(..., a)`` -> bool ``(...)``: whether the gripper is nearer to the open than to the closed value."""
-        middle = (self.gripper_open + self.gripper_close) / 2
-        gripper = actions[..., self.gripper_index]
-        return gripper > middle if self.gripper_open > self.gripper_close else gripper < middle
+    # Of robots with one pose and one gripper.
+    @property
+    def gripper_index(self) -> int:
+        """Index of the only gripper."""
+        (index,) = self.gripper_indices
+        return index
 
-    def set_gripper(self, actions: Any, is_open: Any) -> Any:
-        """Copy of raw actions ``(..., a)`` with the gripper's raw value for ``is_open`` ``(...)``."""
+    @property
+    def arm_slice(self) -> slice:
+        """Place of the only arm."""
+        return next(place for place, group in self.placed_action if group.kind != "gripper")
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether the first group is a displacement."""
+        return self.action[0].kind.endswith("_delta")
+
+    @property
+    def frame(self) -> str:
+        """The first group's."""
+        return self.action[0].frame
+
+    @property
+    def rotation(self) -> str:
+        """The first group's."""
+        return self.action[0].rotation
+
+    @property
+    def state_rotation(self) -> str:
+        """The state's first group's."""
+        return self.state[0].rotation
+
+    @property
+    def gripper_open(self) -> Any:
+        """The first gripper's."""
+        return self.action_groups("gripper")[0][1].open
+
+    @property
+    def gripper_close(self) -> Any:
+        """The first gripper's."""
+        return self.action_groups("gripper")[0][1].close
+
+    def is_open(self, actions: Any) -> Any:
+        """Raw actions ``(..., a)`` -> bool ``(..., g)``: whether each gripper is nearer to its open than to its closed value."""
+        opened, closed = self._gripper_values
+        ratio = (actions[..., list(self.gripper_indices)] - array_like(closed, actions)) / array_like(opened - closed, actions)
+        return ratio > 0.5
+
+    def set_grippers(self, actions: Any, is_open: Any) -> Any:
+        """Copy of raw actions ``(..., a)`` with the grippers' raw values for ``is_open`` ``(..., g)``, or one for all."""
         actions = actions.clone() if hasattr(actions, "clone") else np.array(actions)
+        opened, closed = self._gripper_values
         is_open = is_open * 1.0  # bool or {0, 1}, numpy or torch
-        actions[..., self.gripper_index] = self.gripper_close + is_open * (self.gripper_open - self.gripper_close)
+        actions[..., list(self.gripper_indices)] = array_like(closed, actions) + is_open * array_like(opened - closed, actions)
         return actions
+
+    @property
+    def _gripper_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raw values of the grippers (g,), open and closed."""
+        grippers = [group for _, group in self.action_groups("gripper")]
+        opened, closed = ([getattr(group, end) for group in grippers] for end in ("open", "close"))
+        return np.array(opened, np.float64), np.array(closed, np.float64)
 
     def to_si(self, actions: Any, *names: str) -> Any:
         """Raw actions ``(..., a)`` -> values in `units` ``(..., len(names))``; all dimensions if no name is given."""
@@ -213,14 +281,27 @@ class ActionSpec:
         return actions[..., index] * array_like(np.asarray(self.scale)[index], actions)
 
     def normalize(self, actions: Any, stats: NormStats) -> Any:
-        """Raw ``(..., a)`` -> training units: the arm by ``stats``, the gripper 1 (open) or 0 (closed)."""
-        is_gripper = array_like(np.arange(self.n_dims) == self.gripper_index, actions)
-        return stats.normalize(actions) * (1 - is_gripper) + self.is_open(actions)[..., None] * is_gripper
+        """Raw ``(..., a)`` -> training units: by ``stats``, a binary gripper 1 (open) or 0 (closed)."""
+        out = stats.normalize(actions)
+        out[..., self._binary] = array_like(1.0, out) * self.is_open(actions)[..., self._is_binary_gripper]
+        return out
 
     def unnormalize(self, normalized: Any, stats: NormStats) -> Any:
-        """Training units ``(..., a)`` -> raw: the arm by ``stats``, 0 in absent dimensions, the gripper open where above 0.5."""
+        """Training units ``(..., a)`` -> raw: by ``stats``, 0 in absent dimensions, a binary gripper open where above 0.5."""
         raw = stats.unnormalize(normalized) * array_like(self.present, normalized)
-        return self.set_gripper(raw, normalized[..., self.gripper_index] > 0.5)
+        switched = self.set_grippers(raw, normalized[..., list(self.gripper_indices)] > 0.5)
+        raw[..., self._binary] = switched[..., self._binary]
+        return raw
+
+    @property
+    def _binary(self) -> list[int]:
+        """Indices of binary grippers among the dimensions."""
+        return np.flatnonzero(self.is_binary).tolist()
+
+    @property
+    def _is_binary_gripper(self) -> list[int]:
+        """Indices of binary grippers among the grippers."""
+        return [i for i, (_, group) in enumerate(self.action_groups("gripper")) if group.is_binary]
 
     def check(self, actions: np.ndarray) -> None:
         """Raise `SpecMismatch` unless raw actions ``(..., a)`` have ``a`` dimensions, are finite and within range."""
@@ -249,11 +330,31 @@ class ActionSpec:
 
     def require_same(self, other: ActionSpec, what: str = "policy vs environment") -> None:
         """Raise `SpecMismatch` with every convention that differs; the dataset's name may differ."""
-        own, others = self.to_dict(), other.to_dict()
-        differing = [k for k in own if k != "dataset" and own[k] != others[k]]
+        own, others = _conventions(self), _conventions(other)
+        differing = [name for name in dict.fromkeys([*own, *others]) if own.get(name) != others.get(name)]
         if differing:
-            lines = "; ".join(f"{k}: {own[k]} against {others[k]}" for k in differing)
+            lines = "; ".join(f"{name}: {own.get(name)} against {others.get(name)}" for name in differing)
             raise SpecMismatch(
                 f"{what}: {len(differing)} convention(s) differ: {lines}. Use the environment of card {self.dataset!r}, "
                 f"a policy trained on card {other.dataset!r}, or convert one to the other's convention"
             )
+
+
+def _placed(groups: Sequence[Group]) -> PlacedGroups:
+    ends = np.cumsum([len(group.names) for group in groups]).tolist()
+    return tuple((slice(end - len(group.names), end), group) for end, group in zip(ends, groups, strict=True))
+
+
+def _joined(groups: Sequence[Group], name: str) -> tuple[Any, ...]:
+    return tuple(value for group in groups for value in getattr(group, name))
+
+
+def _conventions(spec: ActionSpec) -> dict[str, Any]:
+    """Each convention by name, those of groups by side, place and kind."""
+    plain = {k: v for k, v in spec.to_dict().items() if k not in ("dataset", "action", "state")}
+    for side in ("action", "state"):
+        for i, group in enumerate(getattr(spec, side)):
+            for f in fields(group):
+                value = getattr(group, f.name)
+                plain[f"{side} group {i} {f.name}"] = list(value) if isinstance(value, tuple) else value
+    return plain

@@ -13,9 +13,9 @@ import yaml
 from rvlm.data.errors import CardError
 from rvlm.files import CARDS
 
-TEXT = ("frame", "rotation", "state_rotation", "robot", "dataset")
-TEXTS = ("names", "units", "cameras", "state_names", "state_units", "absent")
-NUMBER = ("gripper_open", "gripper_close", "rate_hz", "image_rotation_deg")
+TEXT = ("kind", "frame", "rotation", "robot", "dataset")
+TEXTS = ("names", "units", "cameras", "absent")
+NUMBER = ("open", "close", "rate_hz", "image_rotation_deg")
 NUMBERS = ("scale", "low", "high")
 POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 4e-2, which YAML 1.1 reads as text
 CAMERA = re.compile(r"\w[\w .-]*")
@@ -76,18 +76,21 @@ def parse_field(name: str, value: Any) -> Any:
     return value
 
 
-def check_fields(values: dict[str, Any]) -> None:
+def check_fields(values: dict[str, Any], where: str) -> None:
     """Raise `CardError` for the first field of the wrong type: text, number, list of these, or boolean."""
-    where = values["dataset"]
     for name, value in values.items():
         description, is_valid = _expected_type(name)
         if not is_valid(value):
             raise CardError(f"{where}: expected {name!r} as {description}, got {_shown(value)}; fix it in the card")
-        if name in ("names", "cameras", "state_names") and len(set(value)) != len(value):
+        if name in ("names", "cameras") and len(set(value)) != len(value):
             raise CardError(f"{where}: expected {name!r} without repetition, got {_shown(value)}; give each a name of its own")
-    if not values["cameras"]:
+
+
+def check_cameras(cameras: tuple[str, ...], where: str) -> None:
+    """Raise `CardError` unless there is a camera, and names can be parts of file names."""
+    if not cameras:
         raise CardError(f"{where}: expected at least one name in 'cameras', got none; a policy needs an image")
-    wrong = [name for name in values["cameras"] if not CAMERA.fullmatch(name) or ".." in name]
+    wrong = [name for name in cameras if not CAMERA.fullmatch(name) or ".." in name]
     if wrong:
         raise CardError(
             f"{where}: expected 'cameras' named by letters, digits, '_', '-' and '.', as they become part of file names; "

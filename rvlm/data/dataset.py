@@ -281,7 +281,7 @@ def pooled_stats(parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str =
                 accumulator.update(data.column(key)[np.isin(data.episode_of_frame, episodes)])
             except SpecMismatch as error:
                 raise EpisodeError(f"{data.root}, {key}: {error}") from error
-        out[key] = accumulator.finish(kind, (spec.gripper_index,) if key == "action" else (), floor)
+        out[key] = accumulator.finish(kind, tuple(np.flatnonzero(spec.is_binary).tolist()) if key == "action" else (), floor)
         _warn_of_outliers(f"{parts[0][0].root}, {key}", out[key], names)
     return out
 

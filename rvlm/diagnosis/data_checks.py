@@ -101,7 +101,7 @@ def _hand_motion(inputs: DiagnosisInputs) -> dict[str, np.ndarray]:
                 "position": position[1:] - position.mean(0),
                 "next_commanded": commanded[1:],
                 "displacement_change": np.diff(position, n=2, axis=0),
-                "is_open": spec.is_open(actions)[:, None],
+                "is_open": spec.is_open(actions),
                 "opening": observed[1:, -1:],
             }
         )

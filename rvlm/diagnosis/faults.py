@@ -164,8 +164,8 @@ def _quaternions(inputs: DiagnosisInputs, scalar_first: bool = False, sign_jumps
     q = Rotation.from_rotvec(state[:, 3:6]).as_quat(canonical=True, scalar_first=scalar_first)
     if sign_jumps:
         q[::5] *= -1
-    names, units = ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper_opening"), ("m", "m", "m", "1", "1", "1", "1", "m")
-    card = dataclasses.replace(spec, state_names=names, state_units=units, state_rotation="quat_xyzw")
+    names, units = ("x", "y", "z", "qx", "qy", "qz", "qw"), ("m", "m", "m", "1", "1", "1", "1")
+    card = spec.replace_group("state", 0, names=names, units=units, rotation="quat_xyzw")
     values = np.concatenate([state[:, :3], q, state[:, 6:]], axis=1)
     return _data(inputs, columns={"observation.state": lambda _: values}, spec=card)
 

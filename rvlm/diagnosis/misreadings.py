@@ -25,7 +25,7 @@ def _change_arm(spec: Any, actions: np.ndarray, change: Callable[[np.ndarray], n
 
 
 ACTION_MISREADINGS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {  # "fault: how" -> actions (n, a), corrected
-    "gripper sign": lambda spec, a: spec.set_gripper(a, ~spec.is_open(a)),
+    "gripper sign": lambda spec, a: spec.set_grippers(a, ~spec.is_open(a)),
     "rotation layout: stored as euler angles": lambda spec, a: _convert_rotation(
         spec, a, lambda euler: Rotation.from_euler("xyz", euler).as_rotvec()
     ),

@@ -15,9 +15,10 @@ import gymnasium
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from rvlm.data.actions import ARM_DIMS, ActionSpec
+from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 
+ARM_DIMS = 6
 ROTATION_CODECS: dict[str, tuple[Callable, Callable]] = {  # layout [rad] -> (decoder, encoder)
     "axis_angle": (Rotation.from_rotvec, Rotation.as_rotvec),
     "euler_xyz": (partial(Rotation.from_euler, "xyz"), partial(Rotation.as_euler, seq="xyz")),  # about fixed axes, x first
@@ -206,7 +207,7 @@ class RealRobotEnv(gymnasium.Env):
             self._check_within_reach()
             pos, rotation = self._pose[:3] + pos, rotation * decode(self._pose[3:ARM_DIMS])
         clipped = np.clip(pos, low, high)
-        gripper = spec.set_gripper(action, spec.is_open(action))[spec.gripper_index]
+        gripper = spec.set_grippers(action, spec.is_open(action))[spec.gripper_index]
         values = map(float, (*clipped, *encode(rotation), gripper))
         return dict(zip(self.keys, values, strict=True)), bool((clipped != pos).any())
 

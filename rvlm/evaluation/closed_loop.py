@@ -79,9 +79,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_execution(self.execution, self.delay_steps)
         if (self.execution, self.delay_steps) != NO_DELAY and self.policy in ("random", "expert"):
-            raise ValueError(
-                f"expected a trained policy to delay, got {self.policy!r}, which has no chunks; leave the delay out"
-            )
+            raise ValueError(f"expected a trained policy to delay, got {self.policy!r}, which has no chunks; leave the delay out")
         if self.ablation not in INPUT_ABLATIONS:
             raise ValueError(f"no input ablation {self.ablation!r}; there are {', '.join(INPUT_ABLATIONS)}")
         if self.first_seed < FIRST_HELD_OUT_SEED:

@@ -108,7 +108,7 @@ def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int
     """`open_loop_errors` of the mean training action, with the gripper command that is more frequent in training."""
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
     is_train, is_test = np.isin(episode, list(train)), np.isin(episode, list(episodes))
-    constant = spec.set_gripper(action[is_train].mean(0), spec.is_open(action[is_train]).mean() > 0.5)
+    constant = spec.set_grippers(action[is_train].mean(0), spec.is_open(action[is_train]).mean(0) > 0.5)
     recorded = action[is_test][:, None]
     frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
     mask = np.broadcast_to(spec.present, recorded.shape)
@@ -136,7 +136,10 @@ def _error_rows(
 def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     """Absolute errors (n, k, a) in SI units; 1 or 0 for the gripper."""
     error = np.abs(spec.to_si(predicted - recorded))
-    error[..., spec.gripper_index] = spec.is_open(predicted) != spec.is_open(recorded)
+    is_other = spec.is_open(predicted) != spec.is_open(recorded)
+    for i, index in enumerate(spec.gripper_indices):
+        if spec.is_binary[index]:
+            error[..., index] = is_other[..., i]
     return error
 
 

@@ -45,7 +45,7 @@ def move(spec: Any, command: str, is_open: bool, amount: float | int = 1.0) -> n
         dimension, sign = MOVES[command]
         index = spec.names.index(dimension)
         action[index] = amount * (spec.high[index] if sign > 0 else spec.low[index])
-    return spec.set_gripper(action, is_open)
+    return spec.set_grippers(action, is_open)
 
 
 def scripted_teleop(env: Any, commands: Iterable[str], seed: int, is_open: bool = True) -> dict[str, Any]:

@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import CARDS, ActionSpec, NormStats, StatsAccumulator
 from rvlm.data.errors import CardError, SpecMismatch
+from rvlm.data.groups import Group
 from rvlm.data.normalization import NORMALIZATIONS
+from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
 from rvlm.policy.action_tokenizer import ActionTokenizer
 
 SPECS = {name: ActionSpec.from_card(name) for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5")}
@@ -23,7 +26,7 @@ BINARY = [False] * 6 + [True]
 def some_actions(n=200, spec=FRANKA, seed=0):
     rng = np.random.default_rng(seed)
     actions = rng.uniform(-1, 1, (n, 7)).astype(np.float32)
-    return spec.set_gripper(actions, rng.random(n) > 0.5)
+    return spec.set_grippers(actions, rng.random((n, 1)) > 0.5)
 
 
 def stats_of(x, kind="q01_q99", **kwargs):
@@ -45,18 +48,110 @@ def test_spec_refuses_unknown_and_missing_fields():
         ActionSpec.from_dict({k: v for k, v in FRANKA.to_dict().items() if k != "rate_hz"})
 
 
-def test_spec_refuses_another_layout():
-    names = ("gripper", "dx", "dy", "dz", "droll", "dpitch", "dyaw")
-    with pytest.raises(CardError, match=r"six of the arm and 'gripper' last; got \['gripper', 'dx'.*reorder"):
-        dataclasses.replace(FRANKA, names=names)
-    with pytest.raises(CardError, match="'scale' has 2 entries for 7 names"):
-        dataclasses.replace(FRANKA, scale=(1.0, 1.0))
-    with pytest.raises(CardError, match="rotation is 'euler'; expected one of axis_angle, euler_xyz"):
-        dataclasses.replace(FRANKA, rotation="euler")
-    with pytest.raises(CardError, match="they must differ"):
-        dataclasses.replace(FRANKA, gripper_close=1.0)
-    with pytest.raises(CardError, match=r"expected gripper values at low\[-1\] and high\[-1\]"):
-        dataclasses.replace(FRANKA, gripper_close=0.0)
+JOINTS = Group("joint", ("a", "b"), ("rad", "rad"), low=(-1.0, -1.0), high=(1.0, 1.0))
+JAW = Group("gripper", ("jaw",), ("1",), low=(0.0,), high=(100.0,), open=100.0, close=0.0)
+BAD_GROUPS = {
+    "a gripper among the arm": (
+        0,
+        {"names": ("gripper", *FRANKA.names[:6]), "units": ("1",) * 7},
+        "one to three names of position.*reorder",
+    ),
+    "two scales": (0, {"scale": (1.0, 1.0)}, "'scale' has 2 entries for 6 names"),
+    "another rotation": (0, {"rotation": "euler"}, "rotation is 'euler'; expected one of axis_angle, euler_xyz"),
+    "a quaternion of three": (0, {"rotation": "rot6d"}, r"one to three names of position, then 6 of the rotation"),
+    "no frame": (0, {"frame": "hand"}, "frame is 'hand'; expected one of world, base, ee"),
+    "an unknown kind": (0, {"kind": "arm"}, "kind is 'arm'; expected one of pose_delta"),
+    "joints with a frame": (0, {"kind": "joint"}, "a frame and a rotation of pose_delta and pose alone"),
+    "open is close": (1, {"close": 1.0}, "open and close are both 1.0; they must differ"),
+    "close within": (1, {"close": 0.0}, "open and close at low and high"),
+    "no close": (1, {"close": None}, "'open' and 'close' of a gripper"),
+    "an absent gripper": (1, {"absent": ("gripper",)}, "and no gripper"),
+    "a name twice": (1, {"names": ("dx",)}, r"action names without repetition, got \['dx'\] twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GROUPS)
+def test_a_group_that_contradicts_itself_is_refused(name):
+    index, changes, message = BAD_GROUPS[name]
+    with pytest.raises(CardError, match=rf"tabletop_franka7: (action group {index} \(|expected).*{message}"):
+        FRANKA.replace_group("action", index, **changes)
+
+
+def test_a_state_group_takes_no_range():
+    with pytest.raises(CardError, match=r"state group 0 \(pose\): expected kind, names, units.*got \['low'\] too"):
+        FRANKA.replace_group("state", 0, low=(0.0,) * 6)
+
+
+def two_arms(**changes):
+    """Two joints, a gripper between open and closed, and another arm with a binary one."""
+    left = (JOINTS, JAW)
+    right = (dataclasses.replace(JOINTS, names=("c", "d")), dataclasses.replace(FRANKA.action[1], names=("hand",)))
+    state = Group("joint", ("a", "b", "c", "d"), ("rad",) * 4)
+    return ActionSpec("two", "two", 10.0, ("top",), (*left, *right), (state,), **changes)
+
+
+def test_each_dimension_is_trained_by_its_own_kind():
+    spec, rng = two_arms(), np.random.default_rng(0)
+    raw = rng.uniform(spec.low, spec.high, (50, 6))
+    raw[:, 5] = np.where(rng.random(50) > 0.5, 1.0, -1.0)
+    stats = stats_of(raw, passthrough=(5,))
+    assert spec.names == ("a", "b", "jaw", "c", "d", "hand") and spec.is_binary.tolist() == [False] * 5 + [True]
+    assert spec.gripper_indices == (2, 5) and (spec.is_open(raw) == np.stack([raw[:, 2] > 50, raw[:, 5] > 0], 1)).all()
+    normalized = spec.normalize(raw, stats)
+    assert (normalized[:, 5] == (raw[:, 5] > 0)).all() and np.allclose(normalized[:, :5], stats.normalize(raw)[:, :5])
+    assert np.allclose(spec.unnormalize(normalized, stats), raw), "a jaw that is half open stays so"
+    assert np.allclose(spec.unnormalize(torch.from_numpy(normalized), stats).numpy(), raw, atol=1e-6)
+    assert spec.set_grippers(raw, True)[:, [2, 5]].tolist() == [[100.0, 1.0]] * 50
+    assert ActionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(SpecMismatch, match=r"action group 1 open: 100.0 against 50.0"):
+        spec.require_same(spec.replace_group("action", 1, open=50.0))
+
+
+def test_a_robot_without_grippers():
+    planar = Group("pose", ("x", "y"), ("px", "px"), low=(0.0, 0.0), high=(512.0, 512.0), frame="world")
+    spec = ActionSpec("plane", "plane", 10.0, ("top",), (planar,), (Group("pose", ("x", "y"), ("px", "px"), frame="world"),))
+    raw = np.random.default_rng(0).uniform(0, 512, (20, 2))
+    stats = stats_of(raw)
+    assert spec.gripper_indices == () and spec.is_open(raw).shape == (20, 0) and spec.action[0].n_position == 2
+    for x in (raw, torch.from_numpy(raw)):
+        assert np.allclose(spec.unnormalize(spec.normalize(x, stats), stats), raw)
+
+
+@pytest.mark.parametrize("layout", [name for name, n in LAYOUTS.items() if n])
+def test_rotation_layouts_are_inverse_pairs(layout):
+    rotation = Rotation.random(200, rng=np.random.default_rng(3))
+    numbers = from_rotation(rotation, layout)
+    assert numbers.shape == (200, LAYOUTS[layout])
+    assert (to_rotation(numbers, layout) * rotation.inv()).magnitude().max() < 1e-6
+    one = from_rotation(rotation[0], layout)
+    assert one.shape == (LAYOUTS[layout],) and (to_rotation(one[None], layout) * rotation[0].inv()).magnitude().max() < 1e-6
+
+
+def test_quaternions_are_canonical_and_their_order_counts():
+    quarter = Rotation.from_euler("z", 90, degrees=True)
+    half = np.sqrt(0.5)
+    assert np.allclose(from_rotation(quarter, "quat_xyzw"), [0, 0, half, half])
+    assert np.allclose(from_rotation(quarter, "quat_wxyz"), [half, 0, 0, half])
+    flipped = to_rotation(-from_rotation(quarter, "quat_wxyz")[None], "quat_wxyz")
+    assert np.allclose(from_rotation(flipped, "quat_wxyz"), [half, 0, 0, half]), "q and -q are one rotation"
+    assert np.allclose(from_rotation(quarter, "rot6d"), [0, 1, 0, -1, 0, 0]), "the first two columns"
+    stretched = np.array([0, 3.0, 0, -1, 0.5, 0])
+    assert np.allclose(from_rotation(to_rotation(stretched[None], "rot6d"), "rot6d"), [0, 1, 0, -1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "layout", "message"),
+    [
+        (np.zeros((1, 4)), "quat_xyzw", "numbers that are none"),
+        (np.ones((1, 6)), "rot6d", "two that are parallel"),
+        (np.ones((1, 3)), "quat_xyzw", "got 'quat_xyzw' and 3 numbers"),
+        (np.ones((1, 3)), "euler", "got 'euler' and 3 numbers"),
+        (np.ones((1, 0)), "none", "got 'none' and 0 numbers"),
+    ],
+)
+def test_numbers_that_are_no_rotation_are_refused(values, layout, message):
+    with pytest.raises(SpecMismatch, match=message):
+        to_rotation(values, layout)
 
 
 def test_missing_and_broken_cards_say_what_to_do(tmp_path):
@@ -78,14 +173,14 @@ def test_missing_and_broken_cards_say_what_to_do(tmp_path):
 def test_polarity_follows_the_card_on_the_last_axis(spec, shape):
     """Sign from the card, gripper and arm split on the last axis for any leading shape."""
     actions = np.random.default_rng(0).uniform(0.1, 0.9, (*shape, 7))
-    opened, closed = spec.set_gripper(actions, np.ones(shape, bool)), spec.set_gripper(actions, np.zeros(shape, bool))
-    assert (opened[..., -1] == spec.gripper_open).all() and (closed[..., -1] == spec.gripper_close).all()
-    assert spec.is_open(opened).all() and not spec.is_open(closed).any() and spec.is_open(opened).shape == shape
-    assert (opened[..., spec.arm_slice] == actions[..., :6]).all()
+    opened, closed = (spec.set_grippers(actions, np.full((*shape, 1), is_open)) for is_open in (True, False))
+    assert (opened[..., -1] == spec.action[1].open).all() and (closed[..., -1] == spec.action[1].close).all()
+    assert spec.is_open(opened).all() and not spec.is_open(closed).any() and spec.is_open(opened).shape == (*shape, 1)
+    assert (opened[..., :6] == actions[..., :6]).all()
 
 
 def test_the_same_number_means_opposite_things_for_two_robots():
-    assert FRANKA.is_open(np.ones(7)) and not UR.is_open(np.ones(7))
+    assert FRANKA.is_open(np.ones(7)).all() and not UR.is_open(np.ones(7)).any()
 
 
 def test_si_units():
@@ -113,24 +208,21 @@ def test_require_same_names_every_difference():
         FRANKA.require_same(UR, "policy vs environment")
     for part in (
         "policy vs environment",
-        "gripper_open: 1.0 against -1.0",
+        "action group 1 open: 1.0 against -1.0",
         "rate_hz: 10.0 against 8.0",
-        "scale: [",
+        "action group 0 scale: [",
         "convert",
     ):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"is_delta": False},
-        {"rotation": "euler_xyz"},
-        {"cameras": ("wrist", "static")},
-        {"rate_hz": 20.0},
-        {"image_rotation_deg": 180.0},
-    ],
-)
+@pytest.mark.parametrize("change", [{"kind": "pose"}, {"rotation": "euler_xyz"}, {"frame": "base"}])
+def test_require_same_catches_the_silent_faults_of_a_group(change):
+    with pytest.raises(SpecMismatch, match=f"action group 0 {next(iter(change))}"):
+        FRANKA.require_same(FRANKA.replace_group("action", 0, **change))
+
+
+@pytest.mark.parametrize("change", [{"cameras": ("wrist", "static")}, {"rate_hz": 20.0}, {"image_rotation_deg": 180.0}])
 def test_require_same_catches_the_silent_faults(change):
     with pytest.raises(SpecMismatch, match=next(iter(change))):
         FRANKA.require_same(dataclasses.replace(FRANKA, **change))
@@ -166,7 +258,7 @@ def test_actions_in_training_units_and_back(spec, kind):
     stats = stats_of(actions, kind)
     normalized = spec.normalize(actions.reshape(2, 100, 7), stats)
     assert set(np.unique(normalized[..., -1])) == {0.0, 1.0}
-    assert (normalized[..., -1] == spec.is_open(actions).reshape(2, 100)).all()
+    assert (normalized[..., -1:] == spec.is_open(actions).reshape(2, 100, 1)).all()
     assert np.allclose(spec.unnormalize(normalized, stats).reshape(-1, 7), actions, atol=1e-6)
 
 
@@ -289,7 +381,7 @@ BAD_CARDS = {
         r"mine\.md: .*expected 'scale' as a list of finite numbers, got \['four'",
     ),
     "one scale for all": (
-        "scale: [0.04, 0.04, 0.04, 0.2, 0.2, 0.2, 1]",
+        "scale: [0.04, 0.04, 0.04, 0.2, 0.2, 0.2]",
         "scale: 0.04",
         "'scale' as a list of finite numbers, got 0.04",
     ),
@@ -298,19 +390,34 @@ BAD_CARDS = {
     "low that is null": ("low: [-1,", "low: [null,", "'low' as a list of finite numbers, got .None"),
     "low of truth": ("low: [-1,", "low: [true,", "'low' as a list of finite numbers, got .True"),
     "low above high": ("low: [-1,", "low: [2,", "expected 'low' below 'high'.*'dx'"),
-    "delta as text": ("is_delta: true", "is_delta: 'no'", "expected 'is_delta' as true or false, got 'no'"),
-    "delta as a number": ("is_delta: true", "is_delta: 1", "expected 'is_delta' as true or false, got 1"),
-    "delta left empty": ("is_delta: true", "is_delta:", "expected 'is_delta' as true or false, got None"),
+    "binary as text": ("is_binary: true", "is_binary: 'no'", "expected 'is_binary' as true or false, got 'no'"),
+    "binary as a number": ("is_binary: true", "is_binary: 1", "expected 'is_binary' as true or false, got 1"),
+    "binary left empty": ("is_binary: true", "is_binary:", "expected 'is_binary' as true or false, got None"),
+    "a group that is text": (
+        "    - kind: gripper\n      names: [gripper_opening]\n      units: [m]",
+        "    - gripper",
+        "state group 1: expected a group of fields",
+    ),
+    "an unknown field of a group": (
+        "is_binary: true",
+        "is_binary: true\n      opens: 1",
+        r"action group 1: unknown fields \['opens'\]",
+    ),
+    "a group without names": (
+        "names: [gripper]\n",
+        "",
+        r"action group 1: unknown fields \[\], missing fields \['names'\]|is not YAML",
+    ),
     "rate as text": ("rate_hz: 10", "rate_hz: 10 Hz", "expected 'rate_hz' as a finite number, got '10 Hz'"),
     "rate that is NaN": ("rate_hz: 10", "rate_hz: .nan", "expected 'rate_hz' as a finite number, got nan"),
     "rate of 0": ("rate_hz: 10", "rate_hz: 0", "a positive rate_hz"),
-    "gripper of truth": ("gripper_open: 1", "gripper_open: yes", "expected 'gripper_open' as a finite number, got True"),
+    "gripper of truth": ("open: 1", "open: yes", "expected 'open' as a finite number, got True"),
     "a name that YAML takes for truth": (
         "cameras: [static,",
         "cameras: [on,",
         "expected 'cameras' as a list of texts .in quotes.*True",
     ),
-    "a unit that is a number": ('rad, rad, rad, "1"]', "rad, rad, rad, 1]", "expected 'units' as a list of texts"),
+    "a unit that is a number": ('units: ["1"]', "units: [1]", "expected 'units' as a list of texts"),
     "one camera as text": ("cameras: [static, wrist]", "cameras: static", "expected 'cameras' as a list of texts"),
     "a camera twice": ("cameras: [static, wrist]", "cameras: [wrist, wrist]", "'cameras' without repetition"),
     "a camera that is a path": (
@@ -323,11 +430,11 @@ BAD_CARDS = {
         "cameras: [a..b, wrist]",
         r"'cameras' named by letters.*got \['a\.\.b'\]",
     ),
-    "a state twice": ("state_names: [x, y,", "state_names: [x, x,", "'state_names' without repetition"),
-    "a field twice": ("is_delta: true", "is_delta: true\n  is_delta: false", "is_delta written twice"),
+    "a state twice": ("names: [x, y,", "names: [x, x,", "state group 0: expected 'names' without repetition"),
+    "a field twice": ("is_binary: true", "is_binary: true\n      is_binary: false", "is_binary written twice"),
     "a robot that is a number": ("robot: franka7", "robot: 7", "expected 'robot' as text"),
     "a frame that is a list": ("frame: world", "frame: [world]", "expected 'frame' as text"),
-    "absent as text": ("is_delta: true", "is_delta: true\n  absent: dx", "expected 'absent' as a list of texts"),
+    "absent as text": ("rotation: axis_angle", "rotation: axis_angle\n      absent: dx", "expected 'absent' as a list of texts"),
 }
 
 
@@ -352,7 +459,7 @@ def test_a_card_is_read_as_it_was_meant(tmp_path):
 
 def test_a_directly_constructed_spec_is_validated_too():
     with pytest.raises(CardError, match="expected 'scale' as a list of finite numbers"):
-        dataclasses.replace(FRANKA, scale=(np.nan,) * 7)
+        FRANKA.replace_group("action", 0, scale=(np.nan,) * 6)
 
 
 # --- dimensions that hardly ever move ---------------------------------------------------------------------------------------
@@ -362,7 +469,7 @@ def test_a_directly_constructed_spec_is_validated_too():
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_noise_and_a_rare_move_stay_small_numbers(spec, kind):
     """Divided by the std of noise a real move would reach thousands, and the loss with it."""
-    x = spec.set_gripper(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.scale_floor, np.ones(400))
+    x = spec.set_grippers(np.random.default_rng(1).normal(0, 1e-3, (400, 7)) * spec.scale_floor, True)
     move = np.where(spec.present[:6], 30 * spec.scale_floor[:6], 0)
     x[::200, :6] = move
     plain, floored = stats_of(x, kind), stats_of(x, kind, floor=spec.scale_floor)

@@ -44,7 +44,7 @@ def fake_scene(n, seed, size=32):
 
 def fake_episode(n, seed, spec=SPEC, size=32):
     rng = np.random.default_rng(seed)
-    action = spec.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+    action = spec.set_grippers(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random((n, 1)) > 0.5)
     state = rng.normal(size=(n, 7)).astype(np.float32)
     images = {f"observation.images.{c}": fake_scene(n, seed + i, size) for i, c in enumerate(spec.cameras)}
     return {**images, "observation.state": state, "action": action}
@@ -568,7 +568,7 @@ def test_gripper_polarity_reaches_the_batch(tmp_path):
     for name in ("tabletop_franka7", "tabletop_ur6", "tabletop_small5"):
         spec = ActionSpec.from_card(name)
         frames = fake_episode(4, 0, spec, 16)
-        frames["action"] = spec.set_gripper(frames["action"], is_open)
+        frames["action"] = spec.set_grippers(frames["action"], is_open[:, None])
         writer = EpisodeWriter(tmp_path / name, spec)
         writer.add_episode(frames, "lift")
         sample = Windows(EpisodeDataset(writer.finalize()), chunk_size=4)[0]

@@ -43,7 +43,7 @@ def frames_of(n, seed, invert=False):
     rng = np.random.default_rng(seed)
     level = (40 + (53 * seed + 7 * np.arange(n)) % 200).astype(np.uint8)
     images = np.repeat((255 - level if invert else level)[:, None], SIZE * SIZE * 3, 1).reshape(n, SIZE, SIZE, 3)
-    action = SPEC.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+    action = SPEC.set_grippers(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random((n, 1)) > 0.5)
     state = rng.normal(size=(n, 7)).astype(np.float32)
     return {STATIC: images, WRIST: 255 - images, "observation.state": state, "action": action}
 
@@ -870,8 +870,10 @@ def test_links_inside_a_dataset_may_lead_out_of_it(sound, right, tmp_path, monke
 def test_a_given_card_says_what_the_stored_one_says(sound):
     assert EpisodeDataset(sound[0], "tabletop_franka7").spec == SPEC
     assert EpisodeDataset(sound[0], dataclasses.replace(SPEC, cameras=SPEC.cameras[:1])).cameras == SPEC.cameras[:1]
-    with pytest.raises(EpisodeError, match=r"stored card vs given card: 1 convention.*frame: world against base.*fix rvlm.spec"):
-        EpisodeDataset(sound[0], dataclasses.replace(SPEC, frame="base"))
+    with pytest.raises(
+        EpisodeError, match=r"stored card vs given card: 1 convention.*action group 0 frame: world against base.*fix rvlm.spec"
+    ):
+        EpisodeDataset(sound[0], SPEC.replace_group("action", 0, frame="base"))
     with pytest.raises(EpisodeError, match=r"as an ActionSpec .*got dict; ActionSpec.from_card"):
         EpisodeDataset(sound[0], SPEC.to_dict())
 
@@ -1046,8 +1048,8 @@ def test_folders_under_one_card_share_statistics_of_all(tmp_path):
 
 def test_folders_under_one_card_of_other_conventions_are_refused(tmp_path):
     one, two = scaled(tmp_path / "one", 1.0, 0), scaled(tmp_path / "two", 1.0, 50)
-    two.spec = dataclasses.replace(SPEC, frame="base")
-    with pytest.raises(SpecMismatch, match=r"one vs .*two: 1 convention\(s\) differ: frame: world against base"):
+    two.spec = SPEC.replace_group("action", 0, frame="base")
+    with pytest.raises(SpecMismatch, match=r"one vs .*two: 1 convention\(s\) differ: action group 0 frame: world against base"):
         pooled_stats([(one, np.arange(3)), (two, np.arange(3))])
 
 

@@ -76,7 +76,7 @@ def test_a_policy_that_has_learned_nothing_is_named_so(inputs):
 def test_another_robots_policy_is_refused_by_the_interface(inputs):
     env = Tabletop(robot="ur6", image_size=32)
     result = check_interface(dataclasses.replace(inputs, env=env))
-    assert result.fault == "conventions differ" and "gripper_open: 1.0 against -1.0" in result.measured
+    assert result.fault == "conventions differ" and "action group 1 open: 1.0 against -1.0" in result.measured
     env.close()
 
 

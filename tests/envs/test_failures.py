@@ -16,7 +16,7 @@ def env():
 
 def still(env):
     """An action that moves nothing."""
-    return env.action_spec.set_gripper(np.zeros(7, np.float32), env.world.opening > 0.03)
+    return env.action_spec.set_grippers(np.zeros(7, np.float32), env.world.opening > 0.03)
 
 
 def test_success_has_no_failure(env):
@@ -64,7 +64,7 @@ def test_held_and_let_go_is_dropped(env):
             break
     assert info["failure"] == "timed out", "still in the hand"
     for _ in range(4):
-        info = env.step(env.action_spec.set_gripper(np.zeros(7, np.float32), True))[4]
+        info = env.step(env.action_spec.set_grippers(np.zeros(7, np.float32), True))[4]
     assert info["failure"] == "dropped"
 
 
@@ -74,5 +74,5 @@ def test_fingers_closed_above_the_target_missed_it(env):
     for is_open in [True] * 12 + [False] * 3:
         shift = np.clip((over - env.world.pos_tcp_world) / env.action_spec.scale[0], -1, 1)
         action = np.concatenate([shift, np.zeros(4)]).astype(np.float32)
-        info = env.step(env.action_spec.set_gripper(action, is_open))[4]
+        info = env.step(env.action_spec.set_grippers(action, is_open))[4]
     assert not env._failure_classifier.was_held and info["failure"] == "missed grasp"

@@ -419,7 +419,7 @@ def test_the_cards_gripper_sign_opens_and_closes(unseen, robot):
     env = unseen[robot]
     env.reset(seed=3)
     for is_open in (True, False, True):
-        action = env.action_spec.set_gripper(np.zeros(7, np.float32), is_open)
+        action = env.action_spec.set_grippers(np.zeros(7, np.float32), is_open)
         for _ in range(8):
             env.step(action)
         assert env.world.opening > 0.085 if is_open else env.world.opening < 0.02
@@ -433,7 +433,7 @@ def test_one_unit_moves_the_hand_by_the_cards_scale(unseen, robot, dim):
     for seed in range(4):
         env.reset(seed=seed)
         before = env.world.pos_tcp_world.copy()
-        action = env.action_spec.set_gripper(np.zeros(7, np.float32), True)
+        action = env.action_spec.set_grippers(np.zeros(7, np.float32), True)
         centre = np.array([0.0, 0.0, 0.17])
         action[dim] = np.sign(centre - before)[dim] * 1.0
         env.step(action)

@@ -28,7 +28,7 @@ LENGTHS = (5, 7)
 
 def an_episode(n, seed):
     rng = np.random.default_rng(seed)
-    action = SPEC.set_gripper(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random(n) > 0.5)
+    action = SPEC.set_grippers(rng.uniform(-1, 1, (n, 7)).astype(np.float32), rng.random((n, 1)) > 0.5)
     images = {f"observation.images.{c}": rng.integers(0, 255, (n, 96, 96, 3), dtype=np.uint8) for c in SPEC.cameras}
     return {**images, "observation.state": rng.normal(size=(n, 7)).astype(np.float32), "action": action}
 
@@ -79,7 +79,7 @@ def test_errors_are_those_of_the_policy_stepped_through_the_recording(policy, da
         (chunk,) = policy.predict_action_chunk([{**images, "state": state[row], "instruction": "lift the red cube"}])
         real = recorded[i : i + 3]
         error = np.abs(SPEC.to_si(chunk[: len(real)] - real))
-        error[:, 6] = SPEC.is_open(chunk[: len(real)]) != SPEC.is_open(real)
+        error[:, 6:] = SPEC.is_open(chunk[: len(real)]) != SPEC.is_open(real)
         measured = errors[errors["frame_index"] == i]
         np.testing.assert_allclose(measured["first"], error[0], atol=2e-5)
         np.testing.assert_allclose(measured["chunk"], error.mean(0), atol=2e-5)
@@ -130,7 +130,7 @@ def test_shuffled_language_of_one_instruction_is_refused(policy, dataset):
 
 
 def test_another_robots_demonstrations_are_refused(policy, dataset, monkeypatch):
-    monkeypatch.setattr(dataset, "spec", dataclasses.replace(SPEC, gripper_open=-1.0, gripper_close=1.0))
+    monkeypatch.setattr(dataset, "spec", SPEC.replace_group("action", 1, open=-1.0, close=1.0))
     with pytest.raises(SpecMismatch, match="policy vs demonstrations: 2 convention"):
         open_loop.open_loop_errors(policy, dataset)
 
@@ -147,7 +147,7 @@ def test_a_policy_is_evaluated_on_the_robot_that_it_acts_for(dataset, tmp_path, 
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
     second = ActionSpec.from_card("tabletop_ur6")
     rng = np.random.default_rng(3)
-    action = second.set_gripper(rng.uniform(-0.3, 0.3, (5, 7)), rng.random(5) > 0.5)
+    action = second.set_grippers(rng.uniform(-0.3, 0.3, (5, 7)), rng.random((5, 1)) > 0.5)
     other = recorded(tmp_path / "ur6", second, action)
     model, processor = make_policy(SMALL_VLM, SPEC, dataset.stats(), chunk_size=3)
     model.register_embodiments([Embodiment(SPEC, dataset.stats()), Embodiment(second, other.stats(episodes=[0]))])
@@ -158,7 +158,7 @@ def test_a_policy_is_evaluated_on_the_robot_that_it_acts_for(dataset, tmp_path, 
     seen = {"images": {"static": image, "wrist": wrist}, "state": other.column("observation.state")[0]}
     (chunk,) = policy.predict_action_chunk([{**seen, "instruction": "lift the red cube"}])
     by_hand = np.abs(second.to_si(chunk[0] - other.column("action")[0]))
-    by_hand[6] = second.is_open(chunk[0]) != second.is_open(other.column("action")[0])
+    by_hand[6:] = second.is_open(chunk[0]) != second.is_open(other.column("action")[0])
     np.testing.assert_allclose(errors[errors["frame_index"] == 0]["first"], by_hand, atol=2e-5)
     of_folder = open_loop.open_loop_errors(tmp_path / "policy", other)
     np.testing.assert_allclose(of_folder["first"], errors["first"], atol=1e-6)
@@ -175,7 +175,7 @@ def test_a_policy_is_evaluated_on_the_robot_that_it_acts_for(dataset, tmp_path, 
 def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatch):
     """The first one too: no mean over zero errors."""
     monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
-    spec = dataclasses.replace(SPEC, absent=("dx", "droll"))
+    spec = SPEC.replace_group("action", 0, absent=("dx", "droll"))
     action = an_episode(5, 2)["action"]
     action[:, [0, 3]] = 0
     dataset = recorded(tmp_path / "lame", spec, action)

@@ -158,7 +158,7 @@ SPOILED = {
     "field of another type": (config(lambda c: c.update(chunk_size="8")), r"config\.json: .*TypeError.*another version"),
     "unknown structure": (config(lambda c: c.update(structure="two_step")), r"config\.json: .*no structure 'two_step'"),
     "no spec": (config(lambda c: c.pop("spec")), r"config\.json: .*expected a configuration with backbone, spec and stats"),
-    "spec of another version": (config(lambda c: c["spec"].pop("frame")), r"config\.json: .*missing fields \['frame'\]"),
+    "spec of another version": (config(lambda c: c["spec"].pop("rate_hz")), r"config\.json: .*missing fields \['rate_hz'\]"),
     "no statistics": (config(lambda c: c["stats"].clear()), "expected statistics of .*got none"),
     "no statistics of the state": (config(lambda c: c["stats"].pop("observation.state")), r"add \['observation\.state'\]"),
     "camera of another card": (config(lambda c: c.update(cameras=["left"])), r"expected cameras of card .*got \['left'\]"),

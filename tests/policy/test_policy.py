@@ -20,7 +20,7 @@ STRUCTURES = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS
 
 
 def test_a_policy_is_refused_where_actions_mean_something_else(saved):
-    with pytest.raises(SpecMismatch, match=r"policy vs environment.*gripper_open: 1.0 against -1.0"):
+    with pytest.raises(SpecMismatch, match=r"policy vs environment.*action group 1 open: 1.0 against -1.0"):
         load_policy(saved[0], spec=ActionSpec.from_card("tabletop_ur6"))
 
 

@@ -439,5 +439,5 @@ def test_a_policy_is_refused_on_demonstrations_of_another_robot(stage, tmp_path)
     for seed in range(10):
         writer.add_episode(toy_frames(spec, 5, seed), TEXTS[0])
     other = few(stage, init=str(tmp_path / "first" / "model"), data=(str(writer.finalize()),))
-    with pytest.raises(SpecMismatch, match=r"policy vs demonstrations.*gripper_open"):
+    with pytest.raises(SpecMismatch, match=r"policy vs demonstrations.*group 1 open"):
         train_stage_in_process(other, tmp_path / "second")

@@ -122,7 +122,7 @@ class Tabletop(gymnasium.Env):
         if self.world.is_cue_shown:
             self.world.hold(1 / spec.rate_hz)
         else:
-            self.world.move(si[:3], si[3:], bool(spec.is_open(action)), 1 / spec.rate_hz)
+            self.world.move(si[:3], si[3:], bool(spec.is_open(action)[0]), 1 / spec.rate_hz)
         self.n_steps += 1
         ALL_FAMILIES[self.task.family].step_scene(self.world, self.n_steps)
         is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)
@@ -137,7 +137,7 @@ class Tabletop(gymnasium.Env):
         spec = self.action_spec
         arm = np.concatenate([shift, turn]) / np.asarray(spec.scale[:6])
         action = np.clip(np.concatenate([arm, [0.0]]), spec.low, spec.high)
-        return spec.set_gripper(action, is_open).astype(np.float32)
+        return spec.set_grippers(action, is_open).astype(np.float32)
 
     def image(self, camera: str = "static", size: int | None = None) -> np.ndarray:
         """RGB image (h, w, 3) uint8 from a camera."""

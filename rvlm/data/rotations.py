@@ -1,0 +1,71 @@
+"""Layouts of rotations in actions and states, and conversion between them.
+
+Quaternions are canonical (w not negative), as q and -q are one rotation.
+Source: 6-D rotations, the first two columns of the matrix: Zhou et al. 2019 (arXiv 1812.07035), section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from rvlm.data.errors import SpecMismatch
+from rvlm.data.groups import LAYOUTS
+
+
+def to_rotation(values: np.ndarray, layout: str) -> Rotation:
+    """Numbers ``(..., d)`` of a layout (angles in radians; Euler angles about fixed axes, x first) -> rotations.
+
+    Quaternions need not have length one, nor the columns of "rot6d" be orthonormal: of a prediction they never are.
+
+    Raises:
+        SpecMismatch: An unknown layout, another number of values, or a quaternion or column without direction.
+    """
+    values = np.asarray(values, np.float64)
+    if LAYOUTS.get(layout, 0) == 0 or values.shape[-1] != LAYOUTS[layout]:
+        raise SpecMismatch(
+            f"expected a rotation as one of {LAYOUTS} (layout: numbers), got {layout!r} and {values.shape[-1]} numbers"
+        )
+    try:
+        return _DECODERS[layout](values.reshape(-1, LAYOUTS[layout]))
+    except ValueError as error:
+        raise SpecMismatch(f"expected rotations as {layout}, got numbers that are none ({error}); check the column") from error
+
+
+def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
+    """Inverse of `to_rotation`: ``(n, d)``; one rotation gives ``(d,)``."""
+    return _ENCODERS[layout](rotation)
+
+
+def _from_rot6d(values: np.ndarray) -> Rotation:
+    first, second = values[:, :3], values[:, 3:]
+    normal = np.cross(first, second)
+    lengths = [np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (first, normal)]
+    if min(length.min() for length in lengths) < 1e-9:
+        raise ValueError("a column of length zero, or two that are parallel")
+    x, z = first / lengths[0], normal / lengths[1]
+    columns = np.stack([x, np.cross(z, x), z], axis=2)
+    return Rotation.from_matrix(columns)
+
+
+def _as_rot6d(rotation: Rotation) -> np.ndarray:
+    matrix = rotation.as_matrix()
+    return np.concatenate([matrix[..., 0], matrix[..., 1]], axis=-1)
+
+
+_DECODERS: dict[str, Callable[[np.ndarray], Rotation]] = {
+    "axis_angle": Rotation.from_rotvec,
+    "euler_xyz": lambda values: Rotation.from_euler("xyz", values),
+    "quat_xyzw": Rotation.from_quat,
+    "quat_wxyz": lambda values: Rotation.from_quat(values, scalar_first=True),
+    "rot6d": _from_rot6d,
+}
+_ENCODERS: dict[str, Callable[[Rotation], np.ndarray]] = {
+    "axis_angle": lambda rotation: rotation.as_rotvec(),
+    "euler_xyz": lambda rotation: rotation.as_euler("xyz"),
+    "quat_xyzw": lambda rotation: rotation.as_quat(canonical=True),
+    "quat_wxyz": lambda rotation: rotation.as_quat(canonical=True, scalar_first=True),
+    "rot6d": _as_rot6d,
+}
