@@ -23,15 +23,16 @@ def hold_action(spec: ActionSpec, last: np.ndarray | None, states: Sequence[np.n
         SpecMismatch: Nothing was sent yet, and the state lacks an absolute dimension of the action.
     """
     held = np.zeros((len(states), spec.n_dims), np.float32) if last is None else np.array(last)
-    arm = list(spec.names[: spec.gripper_index])
-    if spec.is_delta:
-        held[:, : len(arm)] = 0
-    elif last is None:
-        missing = [name for name in arm if name not in spec.state_names]
+    for place, _ in spec.action_groups("pose_delta", "joint_delta", "base_velocity"):
+        held[:, place] = 0
+    if last is None and (groups := spec.action_groups("pose", "joint", "other")):
+        names = [name for _, group in groups for name in group.names]
+        missing = [name for name in names if name not in spec.state_names]
         if missing:
             raise SpecMismatch(
                 f"{spec.dataset}: expected the present value of {missing} in the state to hold before the first action, "
                 f"got a state of {list(spec.state_names)}; name the state's dimensions like the action's, or begin without delay"
             )
-        held[:, : len(arm)] = np.stack(states)[:, [spec.state_names.index(name) for name in arm]]
-    return held if last is not None else spec.set_gripper(held, np.ones(len(held), bool))
+        at = [spec.names.index(name) for name in names]
+        held[:, at] = np.stack(states)[:, [spec.state_names.index(name) for name in names]]
+    return held if last is not None else spec.set_grippers(held, True)

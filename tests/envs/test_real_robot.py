@@ -172,7 +172,9 @@ def test_no_target_leaves_the_workspace_or_is_more_than_a_step_away(actions, sta
         assert info["was_limited"] == (np.abs(before[:3] + within[:3] * STEP - after[:3]).max() > 0)
 
 
-@pytest.mark.parametrize("spec", [SPEC, EULER, EULER.replace_group("action", 0, rotation="axis_angle")], ids=["axis", "euler", "mixed"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, EULER, EULER.replace_group("action", 0, rotation="axis_angle")], ids=["axis", "euler", "mixed"]
+)
 @settings(max_examples=50, deadline=None)
 @given(arrays(np.float64, (2, 3), elements=st.floats(-1.2, 1.2)), arrays(np.float64, (2, 3), elements=st.floats(0.2, 0.8)))
 def test_the_difference_of_two_poses_leads_from_one_to_the_other(spec, turns, places):

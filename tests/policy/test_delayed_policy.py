@@ -14,7 +14,7 @@ from rvlm.policy.delayed_policy import EXECUTIONS, DelayedPolicy
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_policy import RealTimePolicy
 
-ABSOLUTE = dataclasses.replace(SPEC, is_delta=False)
+ABSOLUTE = SPEC.replace_group("action", 0, kind="pose")
 
 
 class Config:
@@ -121,9 +121,9 @@ def test_an_absolute_robot_is_held_at_its_last_target_and_at_first_where_it_is()
 
 
 def test_a_held_gripper_stays_as_it_was_sent():
-    closed = SPEC.set_gripper(np.full((2, 7), 0.5, np.float32), np.array([False, True]))
+    closed = SPEC.set_grippers(np.full((2, 7), 0.5, np.float32), np.array([[False], [True]]))
     held = hold_action(SPEC, closed, [np.zeros(7)] * 2)
-    assert (held[:, :6] == 0).all() and SPEC.is_open(held).tolist() == [False, True]
+    assert (held[:, :6] == 0).all() and SPEC.is_open(held).tolist() == [[False], [True]]
     assert SPEC.is_open(hold_action(SPEC, None, [np.zeros(7)])).all()
 
 

@@ -107,7 +107,7 @@ def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, struct
     first = policy.predict_action_chunk(observations)
     policy.reset(2)
     previous = np.clip(rng.normal(size=(2, 2, 7)), SPEC.low, SPEC.high).astype(np.float32)
-    previous = SPEC.set_gripper(previous, np.ones((2, 2), bool))
+    previous = SPEC.set_grippers(previous, True)
     continued = policy.predict_action_chunk(observations, previous, 1)
     assert continued.shape == first.shape and not np.allclose(continued, first, atol=1e-4)
     assert SPEC.is_open(continued)[:, 0].all()
