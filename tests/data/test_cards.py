@@ -56,7 +56,7 @@ def test_prose_agrees_with_the_machine_read_block(name):
     """Scale and rate in the text equal the front matter."""
     spec, text = ActionSpec.from_card(name), (CARDS / f"{name}.md").read_text().split("---\n", 2)[2]
     assert f"{spec.rate_hz:g} Hz" in text
-    for scale, unit in ((spec.scale[0], "m"), (spec.scale[3], "rad")):
+    for scale, unit in zip(spec.scale, spec.units, strict=True):
         assert scale == 1 or f"{scale:g} {unit}" in text, f"{name}: the text does not say that one unit is {scale:g} {unit}"
 
 

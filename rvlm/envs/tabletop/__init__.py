@@ -1,4 +1,4 @@
-"""A MuJoCo tabletop with scripted experts, several arms and domain shifts.
+"""A MuJoCo tabletop with scripted experts, several arms and domain shifts; and scenes with two arms and a planar robot.
 
 Importing this package chooses a headless OpenGL platform, before MuJoCo is imported.
 
@@ -17,6 +17,9 @@ Modules:
     failures: classification of failed episodes.
     rendering: camera images of a scene.
     env: the `gymnasium.Env`.
+    scene_env: the same for other scenes; what their environments share.
+    two_arms: two arms side by side, a block for each, and a bar for both.
+    planar: a planar pusher with absolute targets, seen from above.
     demonstrations: demonstrations with injected noise and the expert's labels.
     rendered_scenes: rendered scenes with their true state, for vision-language data.
     questions: questions and answers about a scene.
