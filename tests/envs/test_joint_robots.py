@@ -3,10 +3,12 @@
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 from scipy.spatial.transform import Rotation
 
 from rvlm.envs.tabletop.arm_control import axis_angle, rotation_matrix
-from rvlm.envs.tabletop.joint_control import expert_joints
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.joint_control import expert_joints, joint_noise
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.so101 import JAW_LIMITS, SO101
 from rvlm.envs.tabletop.task_sampling import sample_task
@@ -127,7 +129,8 @@ def solve(world, family, seed):
     world.begin_task(has_cue=False)
     task = sample_task(world, family, rng)
     for _ in range(80):
-        world.move_joints(*expert_joints(world, task), 0.1)
+        positions, is_open = expert_joints(world, task)
+        world.move_joints(positions, world.arm.open_fraction * is_open, 0.1)
         if kind.is_done(world, task):
             return True
     return False
@@ -139,3 +142,81 @@ def test_the_expert_solves_through_joint_targets(worlds, robot):
     families = world.arm.workspace.families or tuple(TASK_FAMILIES)
     failed = [(family, seed) for family in families for seed in range(2) if not solve(world, family, seed)]
     assert len(failed) <= 1, failed
+
+
+# -- as environments ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def envs():
+    return {robot: Tabletop(robot, image_size=32) for robot in ("franka7_joint", "so101")}
+
+
+@pytest.mark.parametrize("robot", ["franka7_joint", "so101"])
+def test_gymnasiums_own_checker_passes(envs, robot):
+    check_env(envs[robot], skip_render_check=True)
+
+
+@pytest.mark.parametrize("robot", ["franka7_joint", "so101"])
+def test_the_card_has_the_limits_of_the_arm(envs, robot):
+    env = envs[robot]
+    ((place, joints),) = env.action_spec.action_groups("joint")
+    limits = np.array([env.world.model.joint(f"joint{i}").range for i in range(len(joints.names))]).T
+    low, high = (np.multiply(ends[place], joints.scale) for ends in (env.action_spec.low, env.action_spec.high))
+    if joints.units[0] == "deg":
+        low, high = np.radians(low), np.radians(high)
+    np.testing.assert_allclose([low, high], limits, atol=1e-3)
+
+
+def test_the_so101_speaks_as_lerobots_follower_does(envs):
+    """Names with `.pos`, degrees with zero in the middle of the range, the gripper from 0 closed to 100 open."""
+    env = envs["so101"]
+    motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    assert env.action_spec.names == env.action_spec.state_names == tuple(f"{motor}.pos" for motor in motors)
+    assert env.action_spec.units == ("deg",) * 5 + ("%",) and not env.action_spec.is_binary.any()
+    env.reset(seed=0)
+    target = np.array([20, -30, 40, 60, 10, 75.0])
+    for _ in range(12):
+        observation, *_ = env.step(target)
+    np.testing.assert_allclose(observation["state"], target, atol=1.5)
+    angles = [env.world.data.joint(f"joint{i}").qpos[0] for i in range(5)]
+    np.testing.assert_allclose(np.degrees(angles), observation["state"][:5], atol=1e-4)
+    share = (env.world.data.joint("jaw").qpos[0] - JAW[2][0]) / (JAW[2][1] - JAW[2][0])
+    assert 100 * share == pytest.approx(observation["state"][5], abs=1e-3)
+
+
+def test_the_franka_moves_to_angles_in_radians_and_opens_at_1(envs):
+    env = envs["franka7_joint"]
+    observation, _ = env.reset(seed=0)
+    target = observation["state"][:7] + np.array([0.2, -0.1, 0.1, -0.2, 0.1, -0.1, 0.3])
+    for is_open, opening in ((1.0, 0.1), (-1.0, 0.0)):
+        for _ in range(8):
+            observation, *_ = env.step(np.array([*target, is_open]))
+        np.testing.assert_allclose(observation["state"], [*target, opening], atol=0.01)
+
+
+@pytest.mark.parametrize("robot", ["franka7_joint", "so101"])
+def test_the_experts_actions_are_in_the_cards_range_and_solve_tasks(envs, robot):
+    env = envs[robot]
+    for task in env.families[:3]:
+        env.reset(seed=5, options={"family": task})
+        for _ in range(50):
+            action = env.expert_action()
+            env.action_spec.check(action)
+            is_success = env.step(action)[2]
+            if is_success:
+                break
+        assert is_success, task
+
+
+def test_tasks_out_of_reach_are_refused(envs):
+    with pytest.raises(KeyError, match=r"no task family 'open_drawer'; there are lift, push_left, .*turn_off_light"):
+        envs["so101"].reset(seed=0, options={"family": "open_drawer"})
+    envs["so101"].reset(seed=0)
+    assert set(envs["so101"].feasible()) <= set(SO101.workspace.families)
+
+
+@pytest.mark.parametrize("robot", ["franka7_joint", "so101"])
+def test_demonstrations_are_noisy_in_the_joints_alone(envs, robot):
+    spec = envs[robot].action_spec
+    noise, is_gripper = np.multiply(joint_noise(spec), spec.scale), np.arange(spec.n_dims) == spec.n_dims - 1
+    assert (noise[is_gripper] == 0).all()
+    np.testing.assert_allclose(noise[~is_gripper], 0.05 if spec.units[0] == "rad" else np.degrees(0.05))

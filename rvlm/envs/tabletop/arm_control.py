@@ -108,8 +108,6 @@ class ArmController:
         self.data.qpos[self._q] = self.arm.home
         self.target_pos = rng.uniform(low, high)
         self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
-        self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
-        self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
         self.update_tcp()
         for _ in range(60):
             mujoco.mj_kinematics(self.model, self.data)
@@ -117,7 +115,10 @@ class ArmController:
             before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve(self.data)
             if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
                 break
+        self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
+        self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
         self.data.ctrl[self._servos] = self.data.qpos[self._q]
+        self.update_tcp()
 
     def _solve(self, data: mujoco.MjData) -> np.ndarray:
         """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""

@@ -38,6 +38,7 @@ class Workspace:
         start_low, start_high: Where it starts.
         objects_low, objects_high: Where objects start (x, y), `gap` apart at least.
         half: Half the size of every object.
+        yaw: Largest rotation of an object about the vertical [rad].
         fixtures: Fixtures (x, y) that stand elsewhere than on the common table.
         families: Task families within reach; none named: all.
     """
@@ -50,6 +51,7 @@ class Workspace:
     objects_high: Vec = (0.15, 0.165)
     gap: float = 0.1
     half: float = 0.024
+    yaw: float = 0.4
     fixtures: dict[str, Vec] = field(default_factory=dict)
     families: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""The tabletop as a `gymnasium.Env`: camera images, proprioception and an instruction in, 7-D actions out."""
+"""The tabletop as a `gymnasium.Env`: camera images, proprioception and an instruction in, actions out."""
 
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import numpy as np
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
+from rvlm.envs.tabletop.joint_control import expert_joint_action, is_joint_space, joint_state, move_joints
 from rvlm.envs.tabletop.rendering import CameraRenderer
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
@@ -24,14 +25,14 @@ _PRINTABLE = "".join(map(chr, range(32, 127)))
 class Tabletop(gymnasium.Env):
     """A language-conditioned tabletop with a simulated arm.
 
-    Observation: `images`, (h, w, 3) uint8 RGB of each of `CAMERAS`; `state` (7,) float32 as in the data card; `instruction`.
-    Action: (7,) in the data card's units, frame, range and gripper sign (`action_spec`).
+    Observation: `images`, (h, w, 3) uint8 RGB of each of `CAMERAS`; `state` (s,) float32 as in the data card; `instruction`.
+    Action: (a,) in the data card's units, frame, range and gripper sign (`action_spec`): a step of the hand, or joint targets.
     Reward 1.0 at success, which terminates the episode; truncation after `max_steps`.
 
     Args:
         robot: One of `ROBOTS`.
         image_size: Side of both images [px].
-        families: Task families to sample from.
+        families: Task families to sample from; those of `DEFAULT_TASKS` within the arm's reach if left out.
         setting: Name in `SETTINGS`, or a `Setting`.
         max_steps: Time limit [control steps].
 
@@ -51,23 +52,25 @@ class Tabletop(gymnasium.Env):
         self,
         robot: str = "franka7",
         image_size: int = 96,
-        families: tuple[str, ...] = DEFAULT_TASKS,
+        families: tuple[str, ...] = (),
         setting: str | Setting = "simple",
         max_steps: int = 60,
         render_mode: str = "rgb_array",
     ) -> None:
         self.render_mode, self.robot, self.max_steps = render_mode, robot, max_steps
-        self.families = tuple(_known(f, ALL_FAMILIES, "task family") for f in families)
         self.setting = setting if isinstance(setting, Setting) else SETTINGS[_known(setting, SETTINGS, "setting")]
         self.action_spec = ActionSpec.from_card(f"tabletop_{_known(robot, ROBOTS, 'robot')}")
         self.world = World(robot, self.setting)
+        self.in_reach = self.world.arm.workspace.families or tuple(ALL_FAMILIES)
+        families = tuple(families) or tuple(name for name in DEFAULT_TASKS if name in self.in_reach)
+        self.families = tuple(_known(f, self.in_reach, "task family") for f in families)
         self._renderer = CameraRenderer(self.world.model, self.world.data, CAMERAS)
         self.image_size = image_size
         self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
         image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
             images=gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, image)),
-            state=gymnasium.spaces.Box(-np.inf, np.inf, (7,), np.float32),
+            state=gymnasium.spaces.Box(-np.inf, np.inf, (len(self.action_spec.state_names),), np.float32),
             instruction=gymnasium.spaces.Text(120, charset=_PRINTABLE),
         )
         low, high = (np.asarray(v, np.float32) for v in (self.action_spec.low, self.action_spec.high))
@@ -87,7 +90,7 @@ class Tabletop(gymnasium.Env):
         options.pop("reset_mask", None)  # gymnasium's vector environments pass it on
         if options:
             raise KeyError(f"unknown reset options {sorted(options)}; there are family, keep_state")
-        family = _known(family or str(self.np_random.choice(self.families)), ALL_FAMILIES, "task family")
+        family = _known(family or str(self.np_random.choice(self.families)), self.in_reach, "task family")
         if keep_state and not self.world.objects:
             raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
         if keep_state and not is_feasible(self.world, family):
@@ -118,10 +121,12 @@ class Tabletop(gymnasium.Env):
         """
         spec = self.action_spec
         action = np.clip(np.asarray(action, np.float64), spec.low, spec.high)
-        si = spec.to_si(action, *spec.names[:6])
         if self.world.is_cue_shown:
             self.world.hold(1 / spec.rate_hz)
+        elif is_joint_space(spec):
+            move_joints(self.world, spec, action)
         else:
+            si = spec.to_si(action, *spec.names[:6])
             self.world.move(si[:3], si[3:], bool(spec.is_open(action)[0]), 1 / spec.rate_hz)
         self.n_steps += 1
         ALL_FAMILIES[self.task.family].step_scene(self.world, self.n_steps)
@@ -132,7 +137,9 @@ class Tabletop(gymnasium.Env):
         return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
 
     def expert_action(self) -> np.ndarray:
-        """The scripted expert's action (7,) float32 in the present state."""
+        """The scripted expert's raw action (a,) float32 in the present state."""
+        if is_joint_space(self.action_spec):
+            return expert_joint_action(self.world, self.task, self.action_spec)
         shift, turn, is_open = expert_delta(self.world, self.task)
         spec = self.action_spec
         arm = np.concatenate([shift, turn]) / np.asarray(spec.scale[:6])
@@ -149,7 +156,11 @@ class Tabletop(gymnasium.Env):
 
     def _observe(self) -> dict[str, Any]:
         images = {camera: self.image(camera) for camera in CAMERAS}
-        return {"images": images, "state": self.world.state(), "instruction": self.task.instruction}
+        return {"images": images, "state": self._state(), "instruction": self.task.instruction}
+
+    def _state(self) -> np.ndarray:
+        spec = self.action_spec
+        return joint_state(self.world.controller, spec) if is_joint_space(spec) else self.world.state()
 
     def close(self) -> None:
         """Free the renderers; the environment makes new ones if it is used again."""

@@ -96,6 +96,7 @@ SO101 = JawArm(
         objects_high=(0.12, 0.10),
         gap=0.085,
         half=0.0125,
+        yaw=0.15,
         fixtures={"switch": (0.02, 0.195), "cabinet": (-0.06, -0.35)},
         families=("lift", "push_left", "push_right", "push_near", "push_far", "place_in_zone", "stack", "turn_on_light",
                   "turn_off_light"),

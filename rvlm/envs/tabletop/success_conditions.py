@@ -14,7 +14,7 @@ from rvlm.envs.tabletop.world import World
 
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "near": (1.0, 0.0), "far": (-1.0, 0.0)}  # unit vectors, world xy
 PUSH_DISTANCE, LIFT_HEIGHT, TURN_ANGLE = 0.05, 0.06, 0.5  # [m], [m], [rad]
-LOOSE, RELEASED = 2.58, 2.75  # openings of the fingers: at most of a grasp, at least of a release [half sizes of an object]
+LOOSE, RELEASED = 2 + 7 / 12, 2.75  # openings of the fingers: at most of a grasp, at least of a release [half sizes of an object]
 DRAWER_OPEN, DRAWER_SHUT, SLIDER_SIDE = 0.08, 0.02, 0.05  # joint positions [m]
 
 
@@ -96,7 +96,7 @@ def is_held(world: HandAndObjects, i: int) -> bool:
     """Whether object `i` is between the closed fingers."""
     offset, half = np.abs(world.pos_object(i) - world.pos_tcp_world), world.half
     is_between = bool(offset[:2].max() < half and offset[2] < half + 0.002)
-    return is_between and 0.83 * half < world.opening < LOOSE * half
+    return is_between and half * 5 / 6 < world.opening < LOOSE * half
 
 
 def is_released(world: World, i: int) -> bool:

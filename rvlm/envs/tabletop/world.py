@@ -149,7 +149,7 @@ class World:
         spots = self._spots(rng, N_OBJECTS + 1, self.arm.workspace.gap)
         for i, (color, shape) in enumerate(self.objects):
             self.set_appearance(i, color, shape)
-            yaw = rng.uniform(-0.4, 0.4)
+            yaw = rng.uniform(-self.arm.workspace.yaw, self.arm.workspace.yaw)
             self.place_object(i, np.array([*spots[i], self.half]), yaw)
         self.model.body_pos[self._bodies["zone"], :2] = spots[-1]
         for i in range(N_DISTRACTORS):
