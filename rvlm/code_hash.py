@@ -12,7 +12,8 @@ from rvlm.files import PACKAGE, config_hash, file_identity
 # Modules that handle files and requests but change no result.
 PLUMBING = (
     *("rvlm", "rvlm.files", "rvlm.code_hash", "rvlm.caches", "rvlm.provenance", "rvlm.processes"),
-    *("rvlm.training.stages", "rvlm.policy.model_card"),
+    *("rvlm.training.stages", "rvlm.policy.model_card", "rvlm.importing"),
+    *("rvlm.envs.suite_checks", "rvlm.envs.tabletop.suite"),  # what a suite is made of is hashed by its values
 )
 _PARSE_LOCK = threading.Lock()  # CPython 3.11 raises SystemError where two threads build syntax trees (python/cpython#106905)
 

@@ -83,17 +83,17 @@ def codes():
     }  # fmt: skip
 
 
-ROBOT_STAGES, ASKING = {"robot", "varied"}, {"questions", "detection"}
+ROBOT_STAGES, VLM_STAGES = {"robot", "varied"}, {"questions", "detection"}
 ACTED = {"policy", "expert", "chains"}
 CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its code has changed
     "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
-    "training/trainer.py": {*ROBOT_STAGES, *ASKING},
+    "training/trainer.py": {*ROBOT_STAGES, *VLM_STAGES},
     "training/feature_cache.py": {*ROBOT_STAGES, "questions"},
     "training/frozen_backbone.py": ROBOT_STAGES,
     "training/detection.py": {"detection"},
     "evaluation/rollouts.py": ACTED,
     "evaluation/chains.py": {"chains"},
-    "envs/tabletop/tasks.py": {*ACTED, *ASKING, "varied", "demonstrations", "corrections", "scenes"},
+    "envs/tabletop/tasks.py": {*ACTED, "questions", "varied", "demonstrations", "corrections", "scenes"},
     "envs/tabletop/experts.py": {*ACTED, "demonstrations", "corrections", "scenes"},
     "data/writer.py": {"demonstrations", "corrections"},
     "experiments/dagger.py": {"corrections"},

@@ -156,6 +156,7 @@ ROOMS = [
         "processes",
         "openmp",
         "files",
+        "importing",
         "code_hash",
         "provenance",
         "caches",

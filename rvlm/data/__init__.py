@@ -28,5 +28,6 @@ Modules:
     cameras: images of one camera of a dataset.
     dataset: read a LeRobotDataset, v3.0 or v2.1.
     hub_datasets: datasets by folder or name on the Hub.
+    scenes: stored scenes and records of their state, for vision-language training.
     windows: training samples: windows, masks, splits.
 """

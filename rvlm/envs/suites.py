@@ -11,20 +11,18 @@ Some users need more, and ask for it by name: `expert_action()`, `other_instruct
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gymnasium
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.suite_checks import SuiteError, check_suite
-from rvlm.files import PACKAGE, config_hash, file_hash
+from rvlm.files import config_hash
+from rvlm.importing import describe, import_by_name, require_importable
 
-SUITES: dict[str, str] = {}  # first part of a name -> what makes it of the other parts
+SUITES = {"tabletop": "rvlm.envs.tabletop.suite:tabletop_suite"}  # first part of a name -> what makes it of the other parts
 _CHECKED: set[str] = set()  # content of the suites that this process has checked
 
 
@@ -45,6 +43,11 @@ class Suite:
         settings: Setting -> name of the suite that has it.
         held_out: What training data must not have: "first_seed", "wordings" of instructions, "words".
         sample_chains: (seeds, tasks, length) -> for each seed a tuple of tasks to do in sequence; see `rvlm.evaluation.chains`.
+
+    Example:
+        >>> suite = rvlm.load_suite("tabletop/franka7")
+        >>> suite.spec.robot, suite.limit("lift"), suite.default_tasks[:2]
+        ('franka7', 50, ('lift', 'push_left'))
     """
 
     name: str
@@ -70,7 +73,7 @@ class Suite:
             raise SuiteError(f"{self.name}: expected max_steps as whole numbers above 0 [control steps], got {self.max_steps!r}")
         if self.n_starts is not None and (type(self.n_starts) is not int or self.n_starts < 1):
             raise SuiteError(f"{self.name}: expected n_starts as a whole number above 0, or None; got {self.n_starts!r}")
-        importable(_function(self.make_env), f"{self.name}: make_env")
+        require_importable(self.make_env, f"{self.name}: make_env")
 
     def _as_names(self, attribute: str) -> tuple[str, ...]:
         names = getattr(self, attribute)
@@ -111,22 +114,15 @@ class Suite:
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
-        """All that decides how its episodes go, as JSON values, except code of this package (see `code_roots`)."""
-        made_by = _function(self.make_env)
-        partial = self.make_env if isinstance(self.make_env, functools.partial) else functools.partial(self.make_env)
-        limits = {task: self.limit(task) for task in self.tasks}
+        """All that decides how its episodes go, as JSON values, except code of this package (`rvlm.importing.code_roots`)."""
         return {
             "name": self.name,
             "spec": asdict(self.spec),
-            "limits": limits,
+            "limits": {task: self.limit(task) for task in self.tasks},
             "n_starts": self.n_starts,
             "setting": self.setting,
-            "make_env": [
-                f"{made_by.__module__}:{made_by.__qualname__}",
-                repr(partial.args),
-                repr(sorted(partial.keywords.items())),
-            ],
-            "source": source_hash(made_by),
+            "make_env": describe(self.make_env),
+            "sample_chains": self.sample_chains and describe(self.sample_chains),
         }
 
     def __eq__(self, other: object) -> bool:
@@ -156,42 +152,6 @@ class TaskTimeLimit(gymnasium.Wrapper):
         return observation, reward, is_terminated, is_truncated or self.n_steps >= self.max_steps, info
 
 
-def _function(make_env: Any) -> Any:
-    """The function or class that makes an environment, without its arguments."""
-    return make_env.func if isinstance(make_env, functools.partial) else make_env
-
-
-def code_roots(made_by: Any) -> tuple[str, ...]:
-    """The module that defines a function of this package, or a `functools.partial` of it, for `rvlm.caches.Code`; else none."""
-    module = _function(made_by).__module__
-    return (module,) if module.split(".")[0] == PACKAGE.name else ()
-
-
-def importable(made_by: Any, what: str) -> None:
-    """Refuse a function or class that worker processes could not import.
-
-    Raises:
-        SuiteError: A lambda, a function in a function, or one of a notebook.
-    """
-    name, module = getattr(made_by, "__qualname__", ""), getattr(made_by, "__module__", None)
-    if not name.isidentifier() or module in (None, "__main__"):
-        raise SuiteError(
-            f"{what}: expected a function or class at the top of a module, or a functools.partial of one, got {made_by!r}; write "
-            "it to a file (my_env.py), and import it from there, as worker processes do"
-        )
-
-
-def source_hash(made_by: Any) -> str:
-    """Hash of the source of a function's module, with its whole package; "" for this package, whose code is hashed apart."""
-    module = importlib.import_module(made_by.__module__)
-    top = importlib.import_module(module.__name__.partition(".")[0])
-    if top.__name__ == PACKAGE.name:
-        return ""
-    folder = Path(top.__file__).parent if top.__file__ and top.__file__.endswith("__init__.py") else None
-    files = sorted(folder.rglob("*.py")) if folder else [Path(str(module.__file__))]
-    return config_hash({str(path.relative_to(folder or path.parent)): file_hash(path) for path in files})
-
-
 def method_of(env: gymnasium.Env, name: str, needed_for: str) -> Callable[..., Any]:
     """A method that not every environment has.
 
@@ -213,6 +173,10 @@ def load_suite(suite: str | Suite) -> Suite:
 
     Raises:
         SuiteError: No such suite, with those that exist.
+
+    Example:
+        >>> rvlm.load_suite("tabletop/ur6/new_start").setting
+        'new_start'
     """
     return suite if isinstance(suite, Suite) else _load(suite)
 
@@ -225,26 +189,8 @@ def _load(name: str) -> Suite:
             f"no suite {name!r}; there are {', '.join(f'{known}/...' for known in SUITES)}, and your own as "
             "'package.module:function'"
         )
-    if ":" in name:
-        parts, make = [], _imported(name)
-    else:
-        make = _imported(SUITES[first])
-    suite = make(*parts) if callable(make) else make
+    made = import_by_name(name if ":" in name else SUITES[first])
+    suite = made(*(() if ":" in name else parts)) if callable(made) else made
     if not isinstance(suite, Suite):
         raise SuiteError(f"{name}: expected a Suite, or a function that returns one; got {suite!r}")
     return suite
-
-
-def _imported(name: str) -> Any:
-    """What "package.module:name" names."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        module: ModuleType = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name and not module_name.startswith(f"{error.name}."):
-            raise
-        raise SuiteError(f"{name}: no module {error.name!r}; install it, or go to its folder (PYTHONPATH)") from error
-    if not hasattr(module, attribute):
-        own = (key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name)
-        raise SuiteError(f"{name}: module {module_name} has no {attribute!r}; it has {', '.join(own)}")
-    return getattr(module, attribute)

@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: episodes with fixed, distinct seeds, whose success the simulator's state decides.
+"""Closed-loop evaluation: episodes with fixed, distinct seeds, or each of a suite's fixed initial states once.
 
 Episodes run in batches of fixed composition, so results do not depend on the number of processes, and finished batches are
 cached on disk.
@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
+from rvlm.envs.suites import Suite, load_suite, method_of
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, Episode, RandomPolicy, rollout
 from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, model_hash, weights_hash
+from rvlm.importing import code_roots
 from rvlm.policy.delayed_policy import NO_DELAY, DelayedPolicy, check_execution
 from rvlm.processes import in_parallel
 
@@ -32,11 +34,11 @@ EPISODES_PER_BATCH = 10  # which run in step
 _IN_THIS_PROCESS = threading.RLock()  # episodes of one process share environments
 _OWN = (
     *("EPISODES_PER_BATCH", "Evaluation", "run_batch", "policy_and_envs", "make_envs", "single_thread"),
-    *("_cache_batch", "_load_evaluated", "_spec"),
+    *("_cache_batch", "_load_evaluated"),
 )
 EPISODE_CODE = (
     "rvlm.evaluation.rollouts",
-    "rvlm.envs.tabletop.env",
+    "rvlm.envs.suites",
     *(f"rvlm.evaluation.closed_loop:{name}" for name in _OWN),
 )
 
@@ -46,10 +48,11 @@ class Evaluation:
     """A policy and the episodes to evaluate it on.
 
     Attributes:
-        policy: Folder of a trained model, "random" (uniform actions) or "expert" (the scripted one).
-        n_episodes: Number of episodes; task families alternate.
+        policy: Folder of a trained model, "random" (uniform actions) or "expert" (the environment's `expert_action`).
+        n_episodes: Number of episodes; tasks alternate. With fixed initial states each is used once: at most as many episodes.
+        suite: Environment and tasks: a `Suite`, or its name as `load_suite` takes it.
+        tasks: Some of the suite's; its `default_tasks` if left out.
         ablation: Input ablation, a name in `INPUT_ABLATIONS`.
-        robot, families, setting, max_steps: Of the tabletop; families left out are `DEFAULT_TASKS`.
         first_seed: Of the first episode; later ones count up.
         n_action_steps, temporal_ensemble_coeff: How predicted chunks are executed, as `Policy` takes them.
         execution, delay_steps: What the robot does while a chunk is computed, and for how many control steps, as `DelayedPolicy`
@@ -57,18 +60,16 @@ class Evaluation:
         device: Of the policy's computation; this machine's GPU if it has one, else its CPU.
 
     Example:
-        >>> evaluation = rvlm.Evaluation("random", n_episodes=4, families=("lift", "push"))
-        >>> evaluation.episodes()[:2]
-        [(900000, 'lift'), (900001, 'push')]
+        >>> evaluation = rvlm.Evaluation("random", n_episodes=4, tasks=("lift", "push_left"))
+        >>> [(episode.seed, episode.task) for episode in evaluation.episodes()[:2]]
+        [(900000, 'lift'), (900001, 'push_left')]
     """
 
     policy: str
     n_episodes: int = 200
+    suite: str | Suite = "tabletop/franka7"
+    tasks: tuple[str, ...] = ()
     ablation: str = "none"
-    robot: str = "franka7"
-    families: tuple[str, ...] = ()
-    setting: str = "simple"
-    max_steps: int = 50
     first_seed: int = FIRST_HELD_OUT_SEED
     n_action_steps: int | None = None
     temporal_ensemble_coeff: float | None = None
@@ -86,19 +87,35 @@ class Evaluation:
             raise ValueError(
                 f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are for training; got {self.first_seed}"
             )
-        if isinstance(self.families, str) or not all(isinstance(name, str) for name in self.families or ()):
-            raise ValueError(f"expected families as a tuple of names, got {self.families!r}; write ({self.families!r},)")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
             raise ValueError(f"expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got {self.device!r}")
         if type(self.n_episodes) is not int or self.n_episodes < 1:
             raise ValueError(f"expected at least one episode, a whole number; got n_episodes={self.n_episodes!r}")
+        self.loaded_suite.known(self.tasks)
+        n_starts, tasks = self.loaded_suite.n_starts, self.task_names
+        if n_starts is not None and self.n_episodes > n_starts * len(tasks):
+            raise ValueError(
+                f"{self.loaded_suite.name} has {n_starts} initial states for each of {len(tasks)} tasks, and each is evaluated "
+                f"once; expected n_episodes of at most {n_starts * len(tasks)}, got {self.n_episodes}"
+            )
 
-    def episodes(self) -> list[tuple[int, str]]:
-        """(seed, family) of every episode, all seeds distinct."""
-        from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
+    @property
+    def loaded_suite(self) -> Suite:
+        """Its suite, loaded by name."""
+        return load_suite(self.suite)
 
-        families = self.families or DEFAULT_TASKS
-        return [(self.first_seed + i, families[i % len(families)]) for i in range(self.n_episodes)]
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that are evaluated."""
+        return tuple(self.tasks) or self.loaded_suite.default_tasks
+
+    def episodes(self) -> list[Episode]:
+        """Every episode: all seeds, or all pairs of task and initial state, are distinct."""
+        tasks, has_starts = self.task_names, self.loaded_suite.n_starts is not None
+        return [
+            Episode(self.first_seed + i, tasks[i % len(tasks)], i // len(tasks) if has_starts else None)
+            for i in range(self.n_episodes)
+        ]
 
     @property
     def n_batches(self) -> int:
@@ -129,14 +146,21 @@ class Evaluation:
     @property
     def code(self) -> Code:
         """The code that computes its episodes."""
+        roots = (*EPISODE_CODE, *code_roots(self.loaded_suite.make_env))
         if self.policy in ("random", "expert"):
-            return Code(EPISODE_CODE, without=("rvlm.evaluation.closed_loop:_load",))
-        return Code((*EPISODE_CODE, "rvlm.policy.policy", "rvlm.policy.delayed_policy", "rvlm.evaluation.closed_loop:_load"))
+            return Code(roots, without=("rvlm.evaluation.closed_loop:_load",))
+        return Code((*roots, "rvlm.policy.policy", "rvlm.policy.delayed_policy", "rvlm.evaluation.closed_loop:_load"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its fields as JSON values, with the names of the suite and of all tasks."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "suite": self.loaded_suite.name, "tasks": self.task_names}
 
     @property
     def folder(self) -> Path:
-        """Cache of finished batches, named by a hash of settings, data card, the policy's content, and the code."""
-        content = {**dataclasses.asdict(self), "n_episodes": None, "spec": dataclasses.asdict(_spec(self.robot))}
+        """Cache of finished batches, named by a hash of settings, the suite's and the policy's content, and the code."""
+        content = {**self.settings, "n_episodes": None, "suite": self.loaded_suite.content}
         is_trained = self.policy not in ("random", "expert")
         content["policy"] = model_hash(self.policy) if is_trained else self.policy
         content["device"] = _device_type(self.device) if is_trained else None
@@ -148,15 +172,9 @@ class Evaluation:
 
 
 @functools.lru_cache(maxsize=2)
-def make_envs(robot: str, setting: str, max_steps: int, image_size: int, n: int = EPISODES_PER_BATCH) -> tuple:
+def make_envs(suite: Suite, image_size: Any, n: int) -> tuple:
     """Environments of a batch, kept for the next batch."""
-    from rvlm.envs.tabletop.env import Tabletop
-
-    return tuple(Tabletop(robot, image_size, setting=setting, max_steps=max_steps) for _ in range(n))
-
-
-def _spec(robot: str) -> ActionSpec:
-    return ActionSpec.from_card(f"tabletop_{robot}")
+    return tuple(suite.make(image_size) for _ in range(n))
 
 
 def _device_type(device: str | None) -> str:
@@ -168,18 +186,23 @@ def _device_type(device: str | None) -> str:
 
 def _load_evaluated(evaluation: Evaluation) -> Any:
     """The policy to evaluate; None for the expert."""
-    policy, robot = evaluation.policy, evaluation.robot
+    policy, spec = evaluation.policy, evaluation.loaded_suite.spec
     if policy in ("random", "expert"):
-        return RandomPolicy(_spec(robot)) if policy == "random" else None
+        return RandomPolicy(spec) if policy == "random" else None
     chunks = (evaluation.n_action_steps, evaluation.temporal_ensemble_coeff)
-    loaded = _load(policy, model_hash(policy), *chunks, robot, evaluation.device)
+    loaded = _load(policy, model_hash(policy), *chunks, spec, evaluation.device)
     delay = (evaluation.execution, evaluation.delay_steps)
     return loaded if delay == NO_DELAY else DelayedPolicy(loaded, *delay)
 
 
 @functools.lru_cache(maxsize=4)
 def _load(
-    policy: str, content: str, n_action_steps: int | None, temporal_ensemble_coeff: float | None, robot: str, device: str | None
+    policy: str,
+    content: str,
+    n_action_steps: int | None,
+    temporal_ensemble_coeff: float | None,
+    spec: ActionSpec,
+    device: str | None,
 ) -> Any:
     """A trained policy, loaded again only if its content has changed."""
     from rvlm.policy.policy import load_policy
@@ -190,7 +213,7 @@ def _load(
         device=device,
         n_action_steps=n_action_steps,
         temporal_ensemble_coeff=temporal_ensemble_coeff,
-        spec=_spec(robot),
+        spec=spec,
     )
 
 
@@ -227,9 +250,11 @@ def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> 
 
 def policy_and_envs(evaluation: Evaluation) -> tuple[Any, tuple]:
     """The policy to evaluate, and the environments of a batch at its image size."""
-    policy = _load_evaluated(evaluation)
-    size = 96 if policy is None or isinstance(policy, RandomPolicy) else policy.image_size[0]
-    return policy, make_envs(evaluation.robot, evaluation.setting, evaluation.max_steps, size)
+    policy, suite = _load_evaluated(evaluation), evaluation.loaded_suite
+    envs = make_envs(suite, getattr(policy, "image_size", None), min(EPISODES_PER_BATCH, evaluation.n_episodes))
+    if policy is None:
+        method_of(envs[0], "expert_action", "the policy 'expert'")
+    return policy, envs
 
 
 def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:
@@ -241,14 +266,15 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         show_progress: Whether to show a progress bar.
 
     Returns:
-        One row per episode: name, seed, family, instruction, is_success, failure, n_steps, policy_s, simulator_s, wall_s,
-        ablation, setting, and policy (the hash of its weights, or "random" or "expert").
+        One row per episode: name, seed, task, start (of suites with fixed initial states), instruction, is_success, failure,
+        n_steps, policy_s, simulator_s, wall_s, ablation, suite, setting, and policy (the hash of its weights, or "random" or
+        "expert").
 
     Raises:
         ValueError: No evaluations, or shuffled language on two numbers of the same episodes, whose permutations differ.
 
     Example:
-        >>> random = rvlm.Evaluation("random", n_episodes=2, max_steps=3)
+        >>> random = rvlm.Evaluation("random", n_episodes=2, tasks=("lift",))
         >>> rows = rvlm.evaluate({"random": random}, n_workers=1, show_progress=False)
         >>> len(rows)
         2
@@ -263,7 +289,7 @@ def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progre
         todo = [batch for batch in range(evaluation.n_batches) if not evaluation.is_done(batch, folder)]
         if todo:
             evaluation.code.require_unchanged()
-        register(folder, evaluation.code, dataclasses.asdict(evaluation), [evaluation.policy])
+        register(folder, evaluation.code, evaluation.settings, [evaluation.policy])
         jobs += [(evaluation, batch, folder) for batch in todo]
     with tqdm(total=total, desc="episodes", disable=not show_progress) as bar:
         bar.update(total - sum(e.batch_size(b) for e, b, _ in jobs))
@@ -290,5 +316,6 @@ def _read(name: str, evaluation: Evaluation, folder: Path) -> pd.DataFrame:
     batches = [folder / f"{batch:05d}.parquet" for batch in range(evaluation.n_batches)]
     table = pd.concat([pd.read_parquet(p) for p in batches], ignore_index=True)
     table = table.loc[table["seed"] < evaluation.first_seed + evaluation.n_episodes]
-    columns = {"ablation": evaluation.ablation, "setting": evaluation.setting, "policy": evaluation.weights or evaluation.policy}
+    suite, policy = evaluation.loaded_suite, evaluation.weights or evaluation.policy
+    columns = {"ablation": evaluation.ablation, "suite": suite.name, "setting": suite.setting, "policy": policy}
     return table.assign(name=name, **columns)

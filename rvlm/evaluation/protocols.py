@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
+from rvlm.envs.suite_checks import SuiteError
+from rvlm.envs.suites import Suite, load_suite
 from rvlm.evaluation.closed_loop import Evaluation
 from rvlm.statistics import Rate, newcombe, wilson
 
@@ -22,28 +23,59 @@ SHORTCUT_PROBES = {  # name -> fields of `Evaluation`; a policy that succeeds as
 }
 
 
+def in_setting(suite: str | Suite, setting: str) -> Suite:
+    """The suite in another of its settings.
+
+    Raises:
+        SuiteError: It has no such setting.
+    """
+    settings = load_suite(suite).settings
+    if setting not in settings:
+        raise SuiteError(f"{load_suite(suite).name} has no setting {setting!r}; there are {', '.join(settings) or 'none'}")
+    return load_suite(settings[setting])
+
+
 def evaluations_by_setting(
-    policy: str, n_episodes: int, families: tuple[str, ...] = DEFAULT_TASKS, **options: Any
+    policy: str,
+    n_episodes: int,
+    suite: str | Suite = "tabletop/franka7",
+    tasks: tuple[str, ...] = (),
+    settings: tuple[str, ...] = PROTOCOL_SETTINGS,
+    **options: Any,
 ) -> dict[str, Evaluation]:
     """A policy in each setting of the real-robot protocol, on the same seeds.
-
-    Unseen targets need families whose instruction names an object.
 
     Args:
         policy: Folder of a trained model, or "random" or "expert".
         n_episodes: Of each setting.
-        families: Task families, which alternate.
+        suite: Of the setting of training.
+        tasks: Tasks, which alternate; each setting leaves out those that it lacks, as unseen targets need a target.
+        settings: Names in `Suite.settings`.
         options: Other fields of `Evaluation`.
     """
-    with_objects = tuple(family for family in families if ALL_FAMILIES[family].n_objects)
-    chosen = {setting: with_objects if setting == "unseen_target" else families for setting in PROTOCOL_SETTINGS}
-    return {s: Evaluation(policy, n_episodes, setting=s, families=chosen[s], **options) for s in PROTOCOL_SETTINGS}
+    tasks, evaluations = load_suite(suite).known(tasks) or load_suite(suite).default_tasks, {}
+    for setting in settings:
+        changed = in_setting(suite, setting)
+        kept = tuple(task for task in tasks if task in changed.tasks)
+        evaluations[setting] = Evaluation(policy, n_episodes, changed.name, kept, **options)
+    return evaluations
 
 
-def shortcut_probes(policy: str, n_episodes: int, **options: Any) -> dict[str, Evaluation]:
-    """A policy with each of its inputs removed, farther start poses, and chance: which inputs does its success depend on?"""
-    fields = {"policy": policy, "n_episodes": n_episodes, **options}
-    return {name: Evaluation(**{**fields, **probe}) for name, probe in SHORTCUT_PROBES.items()}
+def shortcut_probes(
+    policy: str, n_episodes: int, suite: str | Suite = "tabletop/franka7", **options: Any
+) -> dict[str, Evaluation]:
+    """A policy with each of its inputs removed, farther start poses, and chance: which inputs does its success depend on?
+
+    A suite without the setting "new_start" is not probed with farther start poses.
+    """
+    fields, probes = {"policy": policy, "n_episodes": n_episodes, **options}, {}
+    for name, probe in SHORTCUT_PROBES.items():
+        setting = probe.get("setting")
+        if setting is None or setting in load_suite(suite).settings:
+            probed = in_setting(suite, setting).name if setting else suite
+            changes = {key: value for key, value in probe.items() if key != "setting"}
+            probes[name] = Evaluation(**{**fields, "suite": probed, **changes})
+    return probes
 
 
 def generalisation_gap(episodes: pd.DataFrame, seen: str = "simple") -> pd.DataFrame:
@@ -51,14 +83,14 @@ def generalisation_gap(episodes: pd.DataFrame, seen: str = "simple") -> pd.DataF
 
     Args:
         episodes: Rows of `evaluate` in several settings.
-        seen: The setting of training; only its episodes of families that occur in the other setting count.
+        seen: The setting of training; only its episodes of tasks that occur in the other setting count.
 
     Returns:
         One row per unseen setting: setting, seen, unseen (rates), n_seen, n_unseen, gap, low, high (seen minus unseen).
     """
     rows, seen_episodes = [], episodes.loc[episodes["setting"] == seen]
     for setting, group in episodes.loc[episodes["setting"] != seen].groupby("setting", sort=False):
-        a, b = _rate(seen_episodes.loc[seen_episodes["family"].isin(list(group["family"]))]), _rate(group)
+        a, b = _rate(seen_episodes.loc[seen_episodes["task"].isin(list(group["task"]))]), _rate(group)
         gap = newcombe(a, b)
         rates = {"seen": a.rate, "unseen": b.rate, "n_seen": a.n, "n_unseen": b.n}
         rows.append({"setting": setting, **rates, "gap": gap.estimate, "low": gap.low, "high": gap.high})

@@ -10,14 +10,13 @@ Taught in: 01_load_a_vlm.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from rvlm.envs.tabletop.questions import N_LOCATIONS, QUESTION_KINDS
 from rvlm.statistics import Rate, wilson
 from rvlm.vlm.prompt_batches import pad
 from rvlm.vlm.prompts import PromptBuilder
@@ -38,14 +37,22 @@ class VQAItem(NamedTuple):
     answer: str
 
 
-def sample_vqa_items(scenes: Any, n_per_kind: int, seed: int = 0, kinds: Sequence[str] = tuple(QUESTION_KINDS)) -> list[VQAItem]:
-    """`n_per_kind` questions of each kind about scenes drawn at random, without questions about things out of view."""
+def sample_vqa_items(scenes: Any, questions: Mapping[str, Any], n_per_kind: int, seed: int = 0) -> list[VQAItem]:
+    """`n_per_kind` questions of each kind about scenes drawn at random, without questions about things out of view.
+
+    Args:
+        scenes: `rvlm.data.scenes.Scenes`.
+        questions: Kind -> what asks (record of a scene, numpy generator -> question and answer), first of a tuple, such as
+            `rvlm.envs.tabletop.questions.QUESTION_KINDS`.
+        n_per_kind: Questions of each kind.
+        seed: Of all random choices.
+    """
     rng, items = np.random.default_rng(seed), []
-    for kind in kinds:
+    for kind, (ask, *_) in questions.items():
         n_wanted = len(items) + n_per_kind
         while len(items) < n_wanted:
             scene = int(rng.integers(len(scenes)))
-            item = VQAItem(scene, kind, *QUESTION_KINDS[kind][0](scenes[scene][1], rng))
+            item = VQAItem(scene, kind, *ask(scenes[scene][1], rng))
             is_in_view = kind not in GROUNDING or LOCATION.search(item.answer)
             if item.question.startswith(QUESTION_PREFIX.get(kind, "")) and is_in_view:
                 items.append(item)
@@ -165,7 +172,7 @@ def generate_answers(
     return answers
 
 
-def decode_locations(texts: Sequence[str]) -> np.ndarray:
-    """Answers in location tokens -> centres of their bins ``(n, 2)`` in [0, 1] (column, row); NaN for other answers."""
+def decode_locations(texts: Sequence[str], n_bins: int) -> np.ndarray:
+    """Answers in location tokens of `n_bins` an axis -> centres ``(n, 2)`` in [0, 1] (column, row); NaN for other answers."""
     found = [[int(b) for b in LOCATION.findall(text)] for text in texts]
-    return np.array([[(b + 0.5) / N_LOCATIONS for b in bins] if len(bins) == 2 else [np.nan] * 2 for bins in found])
+    return np.array([[(b + 0.5) / n_bins for b in bins] if len(bins) == 2 else [np.nan] * 2 for bins in found])

@@ -15,48 +15,53 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
-from rvlm.envs.tabletop.rendered_scenes import FIXTURES
-from rvlm.envs.tabletop.scene import COLORS, SHAPES
+from rvlm.data.scenes import SceneWords
 from rvlm.vlm.backbones import vision_modules
 from rvlm.vlm.prompts import PromptBuilder
 
-CLASSES = (*COLORS, *FIXTURES)  # objects by color, and fixtures
-SCENE_STATES = ("drawer", "light", "gripper")  # predicted from the mean of all tokens
-N_OUT = 3 * len(CLASSES) + len(COLORS) * len(SHAPES)
+
+def classes(words: SceneWords) -> tuple[str, ...]:
+    """What is detected: objects by color, and fixtures."""
+    return (*words.colors, *words.fixtures)
 
 
-def targets(record: dict, camera: str, side: int) -> dict[str, Shaped[np.ndarray, "cells _ ..."]]:
+def targets(record: dict, camera: str, side: int, words: SceneWords) -> dict[str, Shaped[np.ndarray, "cells _ ..."]]:
     """Detection targets of one image, for side x side cells in row-major order.
 
     Returns:
         `presence` (cells, classes) in {0, 1}; `offset` (cells, classes, 2) of an object from the cell's centre, in cells,
         in [-0.5, 0.5]; `shape` (cells, colors) as an index, -100 where there is no object.
     """
-    presence = np.zeros((side * side, len(CLASSES)), np.float32)
-    offset = np.zeros((side * side, len(CLASSES), 2), np.float32)
-    shape = np.full((side * side, len(COLORS)), -100)
+    names = classes(words)
+    presence = np.zeros((side * side, len(names)), np.float32)
+    offset = np.zeros((side * side, len(names), 2), np.float32)
+    shape = np.full((side * side, len(words.colors)), -100)
     for name, position in zip(record["names"], np.asarray(record[camera]), strict=True):
-        label = name if name in FIXTURES else name.split()[0]
-        if label not in CLASSES or not ((position > 0) & (position < 1)).all():
+        label = name if name in words.fixtures else name.split()[0]
+        if label not in names or not ((position > 0) & (position < 1)).all():
             continue
         column, row = (position * side).astype(int)
-        cell, index = row * side + column, CLASSES.index(label)
+        cell, index = row * side + column, names.index(label)
         presence[cell, index] = 1
         offset[cell, index] = position * side - (column, row) - 0.5
-        if label in COLORS:
-            shape[cell, index] = SHAPES.index(name.split()[1])
+        if label in words.colors:
+            shape[cell, index] = words.shapes.index(name.split()[1])
     return {"presence": presence, "offset": offset, "shape": shape}
 
 
 class Detector(nn.Module):
-    """A linear detection head on a backbone's image tokens; trains the vision tower and the connector."""
+    """A linear detection head on a backbone's image tokens; trains the vision tower and the connector.
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    The states of a scene are predicted from the mean of all tokens of the first image.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, words: SceneWords) -> None:
         super().__init__()
+        self.n_classes, self.n_colors, self.n_shapes = len(classes(words)), len(words.colors), len(words.shapes)
         self._backbone = [backbone]  # in a list, so that it is no submodule
         self.vision = nn.ModuleList(vision_modules(backbone))
-        width = backbone.config.get_text_config().hidden_size
-        self.token_head, self.state_head = nn.Linear(width, N_OUT), nn.Linear(width, len(SCENE_STATES))
+        width, n_out = backbone.config.get_text_config().hidden_size, 3 * self.n_classes + self.n_colors * self.n_shapes
+        self.token_head, self.state_head = nn.Linear(width, n_out), nn.Linear(width, len(words.states))
 
     def forward(
         self,
@@ -69,7 +74,7 @@ class Detector(nn.Module):
         """Loss on a batch of scenes.
 
         Args:
-            pixel_values: Images of the static and the wrist camera.
+            pixel_values: Images of both cameras.
             presence: In {0, 1}.
             offset: In cells.
             shape: Index of a shape, or -100.
@@ -77,12 +82,13 @@ class Detector(nn.Module):
         """
         features = torch.cat(list(self._backbone[0].model.get_image_features(pixel_values, return_dict=True).pooler_output))
         features = features.view(*presence.shape[:3], -1)
-        n = len(CLASSES)
-        class_logits, offsets, shape_logits = self.token_head(features).split((n, 2 * n, len(COLORS) * len(SHAPES)), dim=-1)
+        n = self.n_classes
+        sizes = (n, 2 * n, self.n_colors * self.n_shapes)
+        class_logits, offsets, shape_logits = self.token_head(features).split(sizes, dim=-1)
         presence_loss = F.binary_cross_entropy_with_logits(class_logits, presence) * n
         error = (offsets.unflatten(-1, (n, 2)) - offset).abs().sum(-1)
         offset_loss = (error * presence).sum() / presence.sum().clamp(min=1)
-        shape_loss = F.cross_entropy(shape_logits.reshape(-1, len(SHAPES)), shape.reshape(-1), ignore_index=-100)
+        shape_loss = F.cross_entropy(shape_logits.reshape(-1, self.n_shapes), shape.reshape(-1), ignore_index=-100)
         state_loss = F.binary_cross_entropy_with_logits(self.state_head(features[:, 0].mean(1)), scene_states)
         return ModelOutput(
             loss=presence_loss + 3 * offset_loss + 0.5 * shape_loss + 0.5 * state_loss,
@@ -100,14 +106,15 @@ class Detector(nn.Module):
 class DetectionCollator:
     """Collates scenes to the arguments of `Detector.forward`."""
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(self, processor: ProcessorMixin, words: SceneWords) -> None:
+        self.words = words
         self.prompt_builder, self.side = PromptBuilder(processor, 2), round(processor.image_seq_len**0.5)
 
     def __call__(self, scenes: Sequence[tuple[UInt8[np.ndarray, "2 h w 3"], dict]]) -> dict[str, Shaped[torch.Tensor, "b ..."]]:
         """Batch of scenes, each its images and its record."""
-        per_image = [[targets(record, camera, self.side) for camera in ("static", "wrist")] for _, record in scenes]
+        per_image = [[targets(record, c, self.side, self.words) for c in self.words.cameras] for _, record in scenes]
         batch = {k: torch.from_numpy(np.stack([[t[k] for t in pair] for pair in per_image])) for k in per_image[0][0]}
-        scene_states = [[r["drawer"], r["light"], r["opening"] > 0.06] for _, r in scenes]
+        scene_states = [[record[state] for state in self.words.states] for _, record in scenes]
         return {
             **batch,
             "scene_states": torch.tensor(scene_states).float(),

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from rvlm.data.augmentation import augment
 from rvlm.data.dataset import pooled_stats
 from rvlm.data.sampling import FixedBudgetDataset, Mixture
+from rvlm.data.scenes import Scenes
 from rvlm.data.windows import EpisodeDataset, Windows, split
 from rvlm.files import commit_on_hub
+from rvlm.importing import import_by_name
 from rvlm.policy.checkpoint_files import is_policy
 from rvlm.policy.collation import RobotCollator
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning
@@ -35,22 +37,20 @@ class QuestionSamples:
     """VQA samples: images (2, h, w, 3) uint8 of a scene, and (question, answer) pairs about it.
 
     Attributes:
-        vqa: Arguments of `sample_questions`.
+        questions: Name of the function that asks, as `Stage.questions`.
+        vqa: Its arguments.
     """
 
+    questions: str
     vqa: dict[str, Any]
 
     def __call__(self, item: tuple[np.ndarray, dict], rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """A scene of `rvlm.envs.tabletop.rendered_scenes.Scenes` with random questions."""
-        from rvlm.envs.tabletop.questions import sample_questions
-
+        """A scene of `rvlm.data.scenes.Scenes` with random questions."""
         images, scene = item
-        return images, sample_questions(scene, rng, **self.vqa)
+        return images, import_by_name(self.questions)(scene, rng, **self.vqa)
 
 
 def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
-    from rvlm.envs.tabletop.rendered_scenes import Scenes
-
     folder = fetch(stage.init, commit_on_hub(stage.init))
     processor, saved_processor = (load_processor(folder, is_tiled) for is_tiled in (False, True))
     model = load_backbone(folder, processor, is_pretrained=stage.is_pretrained)
@@ -59,20 +59,19 @@ def _vision_language(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any
         freeze_vision(model)
         features = cached_features(model, processor, {str(i): images for i, images in enumerate(scenes.images)})
         scenes.images = list(features.values())
-    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
+    samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.questions, stage.vqa))
     return model, saved_processor, samples, collate
 
 
 def _detection(stage: Stage) -> tuple[Any, ProcessorMixin, Any, Any]:
-    from rvlm.envs.tabletop.rendered_scenes import Scenes
     from rvlm.training.detection import DetectionCollator, Detector
 
     folder = fetch(stage.init, commit_on_hub(stage.init))
     processor, saved_processor = (load_processor(folder, is_tiled) for is_tiled in (False, True))
-    model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained))
     scenes = Scenes(stage.data)
+    model = Detector(load_backbone(folder, processor, is_pretrained=stage.is_pretrained), scenes.words)
     samples = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, _unchanged)
-    return model, saved_processor, samples, DetectionCollator(processor)
+    return model, saved_processor, samples, DetectionCollator(processor, scenes.words)
 
 
 def _unchanged(scene: Any, rng: np.random.Generator) -> Any:
@@ -91,7 +90,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
         embodiment, config = model.embodiment(data.require_spec()), model.config
         window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras)
         windows = Windows(data, *window, dataset_index=i, **given)
-        samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.augment)
+        samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.paraphrases, stage.augment)
         parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))
     samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.data_weights, stage.n_samples, stage.seed)
     collate: Any = RobotCollator(prompt_builder)
@@ -130,7 +129,7 @@ def _has_one_text(data: Any, rows: np.ndarray) -> bool:
 def _observation_features(stage: Stage, model: Any, prompt_builder: PromptBuilder, data: Any, rows: np.ndarray) -> FeaturesOfRows:
     embodiment = model.embodiment(data.require_spec())
     texts = [
-        model.conditioning.instruction(embodiment, instruction_of(stage.instructions, data.tasks[task]))
+        model.conditioning.instruction(embodiment, instruction_of(stage.instructions, data.tasks[task], stage.paraphrases))
         for task in data.task_of_frame[rows].tolist()
     ]
     frames = list(data.frames_cache(model.config.cameras).values())
@@ -158,16 +157,16 @@ def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray]) -> list[E
 
 
 def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
-    """The training episodes, or a random subset of `shots` per task family."""
+    """The training episodes, or a random subset of `shots` per task."""
     if not stage.shots:
         return train
-    families = data.episodes["family"].to_numpy()[train]
+    tasks = data.episodes["task"].to_numpy()[train]
     order = np.random.default_rng((stage.seed, 3)).permutation(len(train))
-    drawn = [order[families[order] == family][: stage.shots] for family in sorted(set(families))]
-    short = [family for family, rows in zip(sorted(set(families)), drawn, strict=True) if len(rows) < stage.shots]
+    drawn = [order[tasks[order] == task][: stage.shots] for task in sorted(set(tasks))]
+    short = [task for task, rows in zip(sorted(set(tasks)), drawn, strict=True) if len(rows) < stage.shots]
     if short:
         raise ValueError(
-            f"stage {stage.name!r}: expected {stage.shots} training episodes of each family in {data.root}, got fewer of "
+            f"stage {stage.name!r}: expected {stage.shots} training episodes of each task in {data.root}, got fewer of "
             f"{', '.join(short)}; record more, or use fewer shots"
         )
     return np.sort(train[np.concatenate(drawn)])
@@ -206,37 +205,34 @@ class RobotSamples:
     Attributes:
         embodiment: The dataset's, with its statistics.
         conditioning: The policy's.
-        instructions, augment: As of `Stage`.
+        instructions, paraphrases, augment: As of `Stage`.
     """
 
     embodiment: Embodiment
     conditioning: EmbodimentConditioning
     instructions: str
+    paraphrases: str
     augment: dict[str, Any]
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """A window, with a random paraphrase and augmentation."""
-        instruction = instruction_of(self.instructions, sample["instruction"], rng)
+        instruction = instruction_of(self.instructions, sample["instruction"], self.paraphrases, rng)
         sample = self.conditioning(self.embodiment, {**sample, "instruction": instruction})
         return {**sample, "images": augment(sample["images"], rng, **self.augment)} if self.augment else sample
 
 
-def instruction_of(kind: str, original: str, rng: np.random.Generator | None = None) -> str:
+def instruction_of(kind: str, original: str, paraphrases: str, rng: np.random.Generator | None = None) -> str:
     """The instruction of a sample: the original, the canonical one of its task, or a paraphrase that `rng` draws."""
     if kind == "original":
         return original
-    from rvlm.envs.tabletop.tasks import paraphrases  # imports OpenGL; other data have no paraphrases
-
-    options = paraphrases(original)
+    options = import_by_name(paraphrases)(original)
     return options[0] if rng is None or kind == "canonical" else options[int(rng.integers(len(options)))]
 
 
 def _with_vqa(stage: Stage, processor: ProcessorMixin, robot: Any, collate: Any) -> tuple[Any, Any]:
     """Co-training: whole batches of VQA among those of actions."""
-    from rvlm.envs.tabletop.rendered_scenes import Scenes
-
     scenes = Scenes(stage.vqa_data)
-    questions = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.vqa))
+    questions = FixedBudgetDataset(scenes, stage.n_samples, stage.seed, QuestionSamples(stage.questions, stage.vqa))
     weights = (1 - stage.vqa_fraction, stage.vqa_fraction)
     mixed = Mixture([robot, questions], weights, stage.n_samples, stage.seed, block=stage.batch_size)
     return mixed, CoTrainingCollator(collate, VQACollator(processor))

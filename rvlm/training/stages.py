@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from rvlm.caches import Code
 from rvlm.files import artifacts_dir, config_hash, folder_hash, model_hash
+from rvlm.importing import code_roots, describe, import_by_name
 from rvlm.policy.config import FINETUNING_MODES, check_settings
 from rvlm.vlm import quantization
 
@@ -71,12 +72,15 @@ class Stage:
         kind: "detection" (vision tower alone), "vision_language" (next-token loss on answers) or "robot" (action loss).
         data: Folders of scenes, or of demonstrations; of several embodiments the first is the policy's default.
         data_weights: Sampling weights of the folders of demonstrations; equal by default.
-        shots: Training episodes per task family; 0 for all.
+        shots: Training episodes per task (column "task" of the episodes); 0 for all.
         instructions: "original", "paraphrased" (a training paraphrase, drawn for each sample), or "canonical" (one per task).
+        paraphrases: "package.module:function", instruction -> its wordings, the canonical one first; the tabletop's by default.
         allow_new_embodiment: Allow fine-tuning a policy on an embodiment that it does not know.
         vqa_data, vqa_fraction: Folders of scenes, and the fraction of VQA batches in a robot stage: co-training.
         init: Folder or Hub name of the initial weights.
-        vqa: Arguments of `questions.sample_questions`, for vision-language stages and co-training.
+        questions: "package.module:function", (record of a scene, numpy generator, **vqa) -> pairs of question and answer, for
+            vision-language stages and co-training; the tabletop's by default.
+        vqa: Its arguments.
         is_pretrained: False for random weights (the recipe `scratch`).
         policy: Fields of `VLAConfig`, for robot stages.
         n_samples: Budget: samples seen.
@@ -112,12 +116,14 @@ class Stage:
     data: Sequence[str]
     init: str
     n_samples: int
+    questions: str = "rvlm.envs.tabletop.questions:sample_questions"
     vqa: dict[str, Any] = dataclasses.field(default_factory=lambda: {"n": 6})
     is_pretrained: bool = True
     policy: dict[str, Any] = dataclasses.field(default_factory=dict)
     data_weights: Sequence[float] = ()
     shots: int = 0
     instructions: str = "original"
+    paraphrases: str = "rvlm.envs.tabletop.tasks:paraphrases"
     allow_new_embodiment: bool = False
     vqa_data: Sequence[str] = ()
     vqa_fraction: float = 0.25
@@ -235,10 +241,16 @@ class Stage:
 
     @property
     def training_code(self) -> Code:
-        """The code that its result depends on; the tabletop's only for paraphrases and VQA."""
-        uses_tabletop = self.kind != ROBOT or self.vqa_data or self.instructions != "original"
-        unused = (*UNUSED_MODULES[self.kind], *(() if uses_tabletop else ("rvlm.envs",)))
-        return Code(("rvlm.training.trainer", "rvlm.vlm.quantization:precision"), unused)
+        """The code that its result depends on; that of paraphrases and questions where it uses them."""
+        named = [root for function in self._functions for root in code_roots(function)]
+        return Code(("rvlm.training.trainer", "rvlm.vlm.quantization:precision", *named), UNUSED_MODULES[self.kind])
+
+    @property
+    def _functions(self) -> list[Any]:
+        """The functions by name that it uses."""
+        asks = self.kind == VISION_LANGUAGE or bool(self.vqa_data)
+        used = {self.questions: asks, self.paraphrases: self.instructions != "original"}
+        return [import_by_name(name) for name, is_used in used.items() if is_used]
 
     @property
     def folder(self) -> Path:
@@ -247,9 +259,18 @@ class Stage:
         Raises:
             ValueError: A folder of data is missing.
         """
-        not_hashed = ("name", "n_processes", "gradient_accumulation_steps", "gradient_checkpointing", "n_loader_workers")
+        not_hashed = (
+            "name",
+            "questions",
+            "paraphrases",
+            "n_processes",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "n_loader_workers",
+        )
         content = {k: v for k, v in dataclasses.asdict(self).items() if k not in not_hashed}
         content |= {"data": self._folder_hashes(self.data), "vqa_data": self._folder_hashes(self.vqa_data)}
+        content |= {"functions": [describe(function) for function in self._functions]}
         content |= {"init": model_hash(self.init), "precision": self.resolved_precision, "code": self.training_code.hash}
         return artifacts_dir() / "stages" / f"{self.name}-{config_hash(content)}"
 

@@ -1,11 +1,14 @@
 """Questions about scenes: answers are true by construction, scenes are stored completely and read back in order."""
 
+import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
+from rvlm.data.scenes import Scenes
 from rvlm.envs.tabletop import rendered_scenes
 from rvlm.envs.tabletop.questions import (
     N_LOCATIONS,
@@ -18,7 +21,7 @@ from rvlm.envs.tabletop.questions import (
     sample_questions,
     vocabulary,
 )
-from rvlm.envs.tabletop.rendered_scenes import Scenes, collect_scenes, generate_scenes, make_scenes
+from rvlm.envs.tabletop.rendered_scenes import WORDS, collect_scenes, generate_scenes, make_scenes
 from rvlm.envs.tabletop.tasks import TASK_FAMILIES
 
 NAMES = ["red cube", "blue ball", "green cube", "drawer handle", "button", "slider", "white square", "gripper"]
@@ -34,7 +37,7 @@ SCENE = {
     "held": "blue ball",
     "drawer": True,
     "light": False,
-    "opening": 0.045,
+    "is_gripper_open": False,
 }  # fmt: skip
 
 
@@ -110,7 +113,8 @@ def test_without_a_unique_shape_no_color_is_asked_for():
     [
         ("held", {}, "blue ball"), ("held", {"held": None}, "nothing"),
         ("drawer", {}, "yes"), ("drawer", {"drawer": False}, "no"),
-        ("light", {}, "no"), ("light", {"light": True}, "yes"), ("gripper", {}, "no"), ("gripper", {"opening": 0.09}, "yes"),
+        ("light", {}, "no"), ("light", {"light": True}, "yes"),
+        ("gripper", {}, "no"), ("gripper", {"is_gripper_open": True}, "yes"),
     ],
 )  # fmt: skip
 def test_states_are_true(kind, changes, answer):
@@ -159,6 +163,7 @@ def folders(home):
 
 def test_scenes_are_read_back_in_order(folders):
     scenes = Scenes(folders)
+    assert scenes.words == WORDS and all(scenes.records[0][state] in (True, False) for state in WORDS.states)
     assert len(scenes) == 5 and [len(np.load(f / "images.npy")) for f in folders] == [2, 2, 1]
     stored = [np.load(f / "images.npy")[i] for f, n in zip(folders, (2, 2, 1), strict=True) for i in range(n)]
     records = [json.loads(line) for f in folders for line in (f / "scenes.jsonl").read_text().splitlines()]
@@ -166,6 +171,13 @@ def test_scenes_are_read_back_in_order(folders):
         images, scene = scenes[i]
         assert images.shape == (2, 32, 32, 3) and np.array_equal(images, stored[i]) and scene == records[i]
         assert scene["names"][-1] == "gripper" and len(scene["pos"]) == len(scene["names"])
+
+
+def test_scenes_of_other_words_are_not_mixed(folders, tmp_path):
+    other = shutil.copytree(folders[0], tmp_path / "other")
+    dataclasses.replace(WORDS, shapes=("cone",)).save(other)
+    with pytest.raises(ValueError, match=r"expected scenes with the same words.json, got others in \['.*other'\] than in"):
+        Scenes([folders[1], other])
 
 
 def test_finished_parts_are_kept_and_missing_ones_are_made_again_alike(folders, monkeypatch):

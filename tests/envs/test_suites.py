@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from toy_suites import TASKS, StubEnv, libero_stub, stub_suite
 
+from rvlm import importing
 from rvlm.data.actions import ActionSpec
-from rvlm.envs import suites
 from rvlm.envs.suite_checks import SuiteError, check_suite
 from rvlm.envs.suites import load_suite
 
@@ -26,14 +26,16 @@ def test_anybodys_suite_is_loaded_by_module_and_function():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("kitchen", r"no suite 'kitchen'; there are , and your own as 'package.module:function'"),
+        ("kitchen", r"no suite 'kitchen'; there are tabletop/..., and your own as 'package.module:function'"),
         ("no_such_module:suite", r"no_such_module:suite: no module 'no_such_module'; install it"),
         ("toy_suites:libro", r"module toy_suites has no 'libro'; it has .*libero_stub"),
         ("toy_suites:TASKS", r"expected a Suite, or a function that returns one; got \('push the block'"),
+        ("tabletop/franka9", r"no robot 'franka9'; there are franka7"),
+        ("tabletop/franka7/dark", r"no setting 'dark'; there are simple"),
     ],
 )
 def test_a_suite_that_does_not_exist_is_refused_with_those_that_do(name, message):
-    with pytest.raises(SuiteError, match=message):
+    with pytest.raises(ValueError, match=message):
         load_suite(name)
 
 
@@ -54,7 +56,7 @@ def nested():
     ],
 )
 def test_a_suite_that_contradicts_itself_is_refused(changes, message):
-    with pytest.raises(SuiteError, match=message):
+    with pytest.raises(ValueError, match=message):
         stub_suite("libero", **changes)
 
 
@@ -124,8 +126,8 @@ def test_an_environment_unlike_its_suite_is_refused_with_both(fault, message):
         faulty.make()
 
 
-def test_the_stubs_are_as_their_suites_say():
-    for suite in (libero_stub(), stub_suite("libero", n_starts=3), stub_suite("libero", n_starts=1)):
+def test_the_stub_and_the_tabletop_are_as_their_suites_say():
+    for suite in (libero_stub(), stub_suite("libero", n_starts=3), stub_suite("libero", n_starts=1), load_suite("tabletop/ur6")):
         env = suite.make_env(image_size=(48, 64))
         check_suite(suite, env)
         observation, _ = env.reset(seed=1, options={"task": suite.tasks[0]})
@@ -152,6 +154,6 @@ def test_content_is_all_that_decides_how_episodes_go(tmp_path, monkeypatch):
         stub_suite("bridge"),
         stub_suite("libero", setting="dark"),
     ]
-    assert all(suite != other for other in changed)
-    monkeypatch.setattr(suites, "file_hash", lambda path: "other code")
+    assert all(suite != other for other in changed) and load_suite("tabletop/ur6") != load_suite("tabletop/franka7")
+    monkeypatch.setattr(importing, "file_hash", lambda path: "other code")
     assert stub_suite("libero") != suite

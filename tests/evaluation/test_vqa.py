@@ -25,12 +25,12 @@ SCENE = {
     "held": None,
     "drawer": True,
     "light": False,
-    "opening": 0.08,
+    "is_gripper_open": True,
 }
 
 
 def make():
-    texts = [part for item in vqa.sample_vqa_items(SCENES, 5) for part in item[2:]]
+    texts = [part for item in vqa.sample_vqa_items(SCENES, QUESTION_KINDS, 5) for part in item[2:]]
     return small_vlm(train_tokenizer(texts, location_tokens()), image_size=48)
 
 
@@ -38,12 +38,12 @@ SCENES = Scenes([(np.zeros((2, 48, 48, 3), np.uint8), SCENE)])
 
 
 def test_questions_are_of_the_kind_that_is_asked_for():
-    items = vqa.sample_vqa_items(SCENES, 20)
+    items = vqa.sample_vqa_items(SCENES, QUESTION_KINDS, 20)
     assert pd.Series([a.kind for a in items]).value_counts().to_dict() == dict.fromkeys(QUESTION_KINDS, 20)
     assert {a.answer for a in items if a.kind == "where_wrist"} == {"<loc04><loc06>"}  # the one thing in view
     assert {a.question for a in items if a.kind == "color"} == {"what color is the cube ?"}
     assert {a.question for a in items if a.kind == "point_wrist"} == {"wrist red cube"}
-    assert items == vqa.sample_vqa_items(SCENES, 20)
+    assert items == vqa.sample_vqa_items(SCENES, QUESTION_KINDS, 20)
 
 
 def test_scores_count_whole_answers_and_bins():
@@ -85,7 +85,7 @@ def test_the_summary_counts_locations_and_words_apart():
 
 def test_a_model_answers_with_teacher_forcing_and_freely():
     model, processor = make()
-    items = vqa.sample_vqa_items(SCENES, 2)
+    items = vqa.sample_vqa_items(SCENES, QUESTION_KINDS, 2)
     answers = vqa.evaluate_vqa(model.eval(), processor, SCENES, items, batch_size=5)
     assert answers["answer"].tolist() == [a.answer for a in items]
     alone = vqa.evaluate_vqa(model, processor, SCENES, items[3:4])
@@ -98,7 +98,7 @@ def test_a_model_answers_with_teacher_forcing_and_freely():
 
 
 def test_locations_are_the_centres_of_bins():
-    found = vqa.decode_locations(["<loc00><loc15>", "out of view", "<loc01>"])
+    found = vqa.decode_locations(["<loc00><loc15>", "out of view", "<loc01>"], N_LOCATIONS)
     assert found[0].tolist() == [0.5 / N_LOCATIONS, 15.5 / N_LOCATIONS] and np.isnan(found[1:]).all()
 
 

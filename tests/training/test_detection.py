@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rvlm.envs.tabletop.rendered_scenes import generate_scenes
-from rvlm.envs.tabletop.scene import SHAPES
-from rvlm.training.detection import CLASSES, SCENE_STATES, DetectionCollator, Detector, targets
+from rvlm.envs.tabletop.rendered_scenes import WORDS, generate_scenes
+from rvlm.training.detection import DetectionCollator, Detector, classes, targets
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
 SIDE = 4
@@ -30,16 +29,16 @@ def a_record(place):
 
 def test_targets_decode_to_the_location():
     place = np.array([0.3, 0.8])
-    found = targets(a_record(place.tolist()), "static", SIDE)
+    found = targets(a_record(place.tolist()), "static", SIDE, WORDS)
     cell, kind = np.argwhere(found["presence"])[0]
     row, column = divmod(cell, SIDE)
-    assert CLASSES[kind] == "red"
+    assert classes(WORDS)[kind] == "red"
     np.testing.assert_allclose((np.array([column, row]) + 0.5 + found["offset"][cell, kind]) / SIDE, place, atol=1e-6)
-    assert SHAPES[found["shape"][cell, kind]] == "cube"
+    assert WORDS.shapes[found["shape"][cell, kind]] == "cube"
 
 
 def test_an_object_out_of_view_has_no_target():
-    found = targets(a_record([0.3, 0.8]), "wrist", SIDE)
+    found = targets(a_record([0.3, 0.8]), "wrist", SIDE, WORDS)
     assert found["presence"].sum() == 0
     assert (found["shape"] == -100).all()
 
@@ -60,9 +59,9 @@ def test_each_token_depends_on_the_pixels_of_its_cell(vlm):
 
 def test_loss_falls_and_only_the_tower_learns(vlm, scenes):
     model, processor = vlm
-    batch = DetectionCollator(processor)(scenes)
-    assert batch["scene_states"].shape == (len(scenes), len(SCENE_STATES))
-    detector = Detector(model)
+    batch = DetectionCollator(processor, WORDS)(scenes)
+    assert batch["scene_states"].shape == (len(scenes), len(WORDS.states))
+    detector = Detector(model, WORDS)
     optimizer = torch.optim.Adam(detector.parameters(), 3e-3)
     losses = []
     for _ in range(25):

@@ -125,8 +125,8 @@ def light(scene: dict, rng: np.random.Generator) -> Question:
 
 
 def gripper(scene: dict, rng: np.random.Generator) -> Question:
-    """State of the gripper: open if its fingers are more than 0.06 m apart."""
-    return "is the gripper open ?", "yes" if scene["opening"] > 0.06 else "no"
+    """State of the gripper."""
+    return "is the gripper open ?", "yes" if scene["is_gripper_open"] else "no"
 
 
 def caption(scene: dict, rng: np.random.Generator) -> Question:

@@ -4,7 +4,7 @@ Questions are sampled from the records later (`rvlm.envs.tabletop.questions`).
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 
 from rvlm.caches import Code, register
 from rvlm.data.actions import ActionSpec
+from rvlm.data.scenes import SceneWords
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.scene import COLORS, SHAPES
 from rvlm.envs.tabletop.success_conditions import DRAWER_OPEN, is_held
 from rvlm.envs.tabletop.tasks import TASK_FAMILIES
 from rvlm.envs.tabletop.world import World
@@ -29,13 +31,15 @@ FIXTURES = {
     "white square": lambda world: world.pos_fixture("zone"),
     "gripper": lambda world: world.pos_tcp_world,
 }
+WIDE = 0.06  # fingers farther apart count as open [m]
+WORDS = SceneWords(tuple(COLORS), SHAPES, tuple(FIXTURES), ("drawer", "light", "is_gripper_open"), ("static", "wrist"))
 
 
 def scene_state(world: World) -> dict:
     """Record of the true state, as JSON holds it.
 
     Keys: `names`, and for each name `static` and `wrist` (column, row in [0, 1]) and `pos` [m, world frame];
-    objects come first. `held` is a name or None; `drawer` and `light` are booleans; `opening` in [m].
+    objects come first. `held` is a name or None; `drawer`, `light` and `is_gripper_open` are booleans.
     """
     positions = {" ".join(o): world.pos_object(i) for i, o in enumerate(world.objects)}
     held = [n for i, n in enumerate(positions) if is_held(world, i)]
@@ -49,7 +53,7 @@ def scene_state(world: World) -> dict:
         "held": held[0] if held else None,
         "drawer": world.joint_position("drawer") > DRAWER_OPEN / 2,
         "light": world.is_light_on,
-        "opening": world.opening,
+        "is_gripper_open": bool(world.opening > WIDE),
     }
 
 
@@ -98,6 +102,7 @@ def make_scenes(folder: Path, robot: str, seed: int, n_scenes: int, image_size: 
         images, records = zip(*generate_scenes(robot, seed, n_scenes, image_size), strict=True)
         np.save(part / "images.npy", np.stack(images))
         (part / "scenes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        WORDS.save(part)
 
     return make_folder(folder, write)
 
@@ -113,7 +118,7 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
         per_part: Scenes per folder.
 
     Returns:
-        Folders for `Scenes`.
+        Folders for `rvlm.data.scenes.Scenes`.
     """
     root, robots, jobs = artifacts_dir() / "scenes", ("franka7", "ur6", "franka7", "small5"), []
     keys = {
@@ -129,24 +134,3 @@ def collect_scenes(n_scenes: int, first_seed: int, image_size: int = 96, n_worke
             pass
     names = ("robot", "seed", "n_scenes", "image_size")
     return [register(folder, SCENES_CODE, dict(zip(names, settings, strict=True))) for folder, *settings in jobs]
-
-
-class Scenes:
-    """Dataset of stored scenes: item i is images (2, h, w, 3) uint8, static then wrist, and the record (`scene_state`).
-
-    Args:
-        folders: Folders that `collect_scenes` made.
-    """
-
-    def __init__(self, folders: Iterable[str | Path]) -> None:
-        folders = [Path(f) for f in folders]
-        self.images = [np.load(f / "images.npy", mmap_mode="r") for f in folders]
-        self.records = [json.loads(line) for f in folders for line in (f / "scenes.jsonl").read_text().splitlines()]
-        self._ends = np.cumsum([len(i) for i in self.images])
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, dict]:
-        part = int(np.searchsorted(self._ends, i, side="right"))
-        return np.array(self.images[part][i - self._ends[part]]), self.records[i]
