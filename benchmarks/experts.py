@@ -32,7 +32,7 @@ def solved(robot, family, n_seeds):
     """Number of seeds from 0 on that the expert solves."""
     env, n = StateOnly(robot, max_steps=MAX_STEPS), 0
     for seed in range(n_seeds):
-        env.reset(seed=seed, options={"family": family})
+        env.reset(seed=seed, options={"task": family})
         is_success = is_over = False
         while not (is_success or is_over):
             _, _, is_success, is_over, _ = env.step(env.expert_action())

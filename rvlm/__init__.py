@@ -44,6 +44,8 @@ _OFFERED = {
     "diagnose": "diagnosis.checklist",
     "DiagnosisInputs": "diagnosis.inputs",
     "Tabletop": "envs.tabletop.env",
+    "Suite": "envs.suites",
+    "load_suite": "envs.suites",
     "recipes": "experiments",
     "plots": "report",
 }
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from rvlm.data.writer import EpisodeWriter as EpisodeWriter
     from rvlm.diagnosis.checklist import diagnose as diagnose
     from rvlm.diagnosis.inputs import DiagnosisInputs as DiagnosisInputs
+    from rvlm.envs.suites import Suite as Suite
+    from rvlm.envs.suites import load_suite as load_suite
     from rvlm.envs.tabletop.env import Tabletop as Tabletop
     from rvlm.evaluation import open_loop as open_loop
     from rvlm.evaluation.closed_loop import Evaluation as Evaluation

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from toy_data import TEXTS, toy_frames
+from toy_suites import tabletop
 
 from rvlm import code_hash, files
 from rvlm.caches import list_artifacts, prune
@@ -66,7 +67,8 @@ def test_the_precision_of_a_stage_is_what_the_machine_computes_in(home, toy_vlm,
 
 def codes():
     """The code roots of every kind of cache, by name."""
-    from rvlm.envs.tabletop import demonstrations, rendered_scenes
+    from rvlm.envs.demonstrations import Collection
+    from rvlm.envs.tabletop import rendered_scenes
     from rvlm.evaluation.chains import ChainEvaluation
     from rvlm.evaluation.closed_loop import Evaluation
     from rvlm.experiments import dagger
@@ -78,8 +80,8 @@ def codes():
         "questions": Stage("a", VISION_LANGUAGE, ("scenes",), **shared).training_code,
         "detection": Stage("a", DETECTION, ("scenes",), **shared).training_code,
         "policy": Evaluation("folder").code, "expert": Evaluation("expert").code, "chains": ChainEvaluation("expert").code,
-        "demonstrations": demonstrations.DEMONSTRATIONS_CODE, "scenes": rendered_scenes.SCENES_CODE,
-        "corrections": dagger.DAGGER_CODE,
+        "demonstrations": Collection().code, "scenes": rendered_scenes.SCENES_CODE,
+        "corrections": dagger.DAggerCollection("folder", Collection()).code,
     }  # fmt: skip
 
 
@@ -176,7 +178,7 @@ def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
     from rvlm.evaluation import closed_loop
     from rvlm.evaluation.chains import ChainEvaluation
 
-    shared = {"n_episodes": 1, "max_steps": 2}
+    shared = {"n_episodes": 1, "suite": tabletop(2)}
     for asked in (
         closed_loop.Evaluation(str(saved[0]), **shared),
         closed_loop.Evaluation("expert", **shared),
@@ -188,13 +190,14 @@ def test_an_evaluation_runs_no_code_that_is_not_in_its_name(home, saved):
 
 
 def test_demonstrations_and_scenes_run_no_code_that_is_not_in_their_names(home, saved, tmp_path):
-    from rvlm.envs.tabletop import demonstrations, rendered_scenes
+    from rvlm.envs import demonstrations
+    from rvlm.envs.tabletop import rendered_scenes
     from rvlm.experiments import dagger
 
     few = demonstrations.Collection(n_episodes=1, image_size=16, noise=0.0)
     asked = dagger.DAggerCollection(str(saved[0]), dataclasses.replace(few, max_steps=2))
-    assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), demonstrations.DEMONSTRATIONS_CODE) == []
-    assert missing(traced(lambda: list(dagger.dagger_shard(0, asked))), dagger.DAGGER_CODE) == []
+    assert missing(traced(lambda: list(demonstrations.make_shard(0, few))), few.code) == []
+    assert missing(traced(lambda: list(dagger.dagger_shard(0, asked))), asked.code) == []
     assert (
         missing(traced(lambda: rendered_scenes.make_scenes(tmp_path / "few", "franka7", 0, 2, 16)), rendered_scenes.SCENES_CODE)
         == []

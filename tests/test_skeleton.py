@@ -178,6 +178,16 @@ def test_rooms_are_those_of_the_layout_and_import_from_above():
     assert not back, f"(from, to): {sorted(back)}"
 
 
+MAY_IMPORT_THE_TABLETOP = ("rvlm/envs/tabletop/", "rvlm/experiments/recipes.py", "rvlm/cli/ship.py", "rvlm/__init__.py")
+
+
+def test_the_tabletop_is_one_environment_among_others():
+    """Whoever else needs an environment takes a suite; the front door and notebooks name it."""
+    others = [name for name in MODULES if not name.startswith(MAY_IMPORT_THE_TABLETOP)]
+    wrong = {name: [used for used in imports(tree(name)) if used.startswith("rvlm.envs.tabletop")] for name in others}
+    assert not any(wrong.values()), f"take a suite instead: { {name: used for name, used in wrong.items() if used} }"
+
+
 def test_tests_stand_in_the_rooms_of_what_they_test():
     rooms = {folder for folder in ROOMS if (ROOT / "rvlm" / folder).is_dir()} | {"notebooks"}
     tests = [Path(name) for name in TRACKED if name.startswith("tests/")]
@@ -252,8 +262,8 @@ SPARED = {
     *("IPython", "PIL", "av", "bitsandbytes", "gymnasium", "huggingface_hub", "ipywidgets", "matplotlib", "pandas", "papermill"),
     *("scipy", "statsmodels", "torch", "tqdm"),
     "rvlm.vlm.adapters",  # peft
-    *("rvlm.envs.gl", "rvlm.envs.tabletop"),  # MuJoCo, OpenGL
-    "rvlm.training.detection",  # of the tabletop
+    "rvlm.envs.gl",  # OpenGL
+    "rvlm.training.detection",  # of one kind of stage
     "rvlm.policy.policy",  # transformers: an expert is evaluated without
     "rvlm.report.plots",  # matplotlib
 }

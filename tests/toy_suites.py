@@ -1,12 +1,13 @@
 """Stub environments and suites of any spec: images, states and outcomes are drawn by the seed, nothing is simulated."""
 
+import dataclasses
 import functools
 
 import gymnasium
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
-from rvlm.envs.suites import Suite
+from rvlm.envs.suites import Suite, load_suite
 
 TASKS = ("push the block", "open the box")  # of stub suites; each is its own instruction
 
@@ -84,6 +85,11 @@ def stub_suite(spec, sizes=None, **changes):
     return Suite(
         **{"name": f"stub/{spec.dataset}", "spec": spec, "tasks": tasks, "make_env": make_env, "max_steps": 6, **changes}
     )
+
+
+def tabletop(max_steps, robot="franka7"):
+    """The tabletop with another time limit [control steps]."""
+    return dataclasses.replace(load_suite(f"tabletop/{robot}"), max_steps=max_steps)
 
 
 def libero_stub():

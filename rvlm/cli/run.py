@@ -14,13 +14,15 @@ from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.notebooks import InvalidRun, find_notebook, parse_parameters
 
 RUN_EXAMPLES = """examples:
-  rvlm run 00 -p seed 11 -p family open_drawer
+  rvlm run 00 -p seed 11 -p task open_drawer
   rvlm run 07 -p shots "[1, 5, 10, 25, 50]" -p n_seeds 5
   rvlm run 02_episodes_and_actions.ipynb -p bins 16
 
 Names and values are checked against the notebook's parameters cell before anything runs. Works from any directory.
 The executed copy, figures, tables and findings go to artifacts/tried/NAME-KEY/ (RVLM_HOME moves artifacts/), where KEY is the
 hash of the values: results/ and the README stay as they are. Long steps are cached and shared with every other run."""
+
+NOTEBOOK_SUITE = "tabletop/franka7"  # of the notebooks' parameter `task`
 
 
 def add_run(commands: Any) -> None:
@@ -78,12 +80,12 @@ def _notebook(name: str) -> Path:
 
 
 def _checked_value(name: str, value: Any) -> Any:
-    """A value with an absolute path, as the notebook runs in another directory; missing folders and families are refused."""
-    if name == "family":
-        from rvlm.envs.tabletop.tasks import ALL_FAMILIES
+    """A value with an absolute path, as the notebook runs in another directory; missing folders and tasks are refused."""
+    if name == "task":
+        from rvlm.envs.suites import load_suite
 
-        if value not in ALL_FAMILIES:
-            raise InvalidRun(f"no task family {value!r}; there are {', '.join(ALL_FAMILIES)}")
+        if value not in (tasks := load_suite(NOTEBOOK_SUITE).tasks):
+            raise InvalidRun(f"no task {value!r}; there are {', '.join(tasks)}")
     folder = Path(str(value)).expanduser().resolve()
     if name.endswith("_folder") and value and not folder.is_dir():
         raise InvalidRun(f"{name}: no folder {folder}")

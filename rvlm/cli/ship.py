@@ -39,7 +39,7 @@ def _ship(arguments: argparse.Namespace) -> int:
         raise InvalidRun(
             f"--install replaces the {name} that ships, whose sizes are profile {SHIPPED}'s; got profile {profile!r}"
         )
-    from rvlm.envs.tabletop.demonstrations import Collection
+    from rvlm.envs.demonstrations import Collection
     from rvlm.experiments import recipes
     from rvlm.experiments.release import release
 

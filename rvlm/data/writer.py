@@ -110,7 +110,7 @@ class EpisodeWriter:
             frames: "observation.images.NAME" ``(n, h, w, 3)`` uint8 for each camera of the card, "observation.state" ``(n, s)``
                 float32, "action" ``(n, a)`` float32 in raw units; further columns as ``(n,)`` or ``(n, d)``.
             instruction: in words.
-            extra: scalars that describe the episode (family, seed, ...); columns of the episodes table.
+            extra: scalars that describe the episode (task, seed, ...); columns of the episodes table.
 
         Raises:
             EpisodeError: the episode contradicts the card or the recording's features, could not be written, or the dataset is

@@ -16,7 +16,7 @@ class DiagnosisInputs:
 
     Attributes:
         policy: As `load_policy` gives it.
-        dataset: With the columns `seed` and `family` per episode, so that the environment can be reset to recorded episodes;
+        dataset: With the columns `seed` and `task` per episode, so that the environment can be reset to recorded episodes;
             without them the checks that need this are skipped, and say so.
         env: A `gymnasium.Env` with an `action_spec`.
         n_episodes: Recorded episodes to examine.
@@ -67,5 +67,5 @@ class DiagnosisInputs:
         if "seed" not in self.dataset.episodes:
             return None
         row = self.dataset.episodes.iloc[episode]
-        options = {"family": str(row["family"])} if "family" in row else None
+        options = {"task": str(row["task"])} if "task" in row else None
         return self.env.reset(seed=int(row["seed"]), options=options)[0]

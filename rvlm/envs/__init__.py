@@ -3,6 +3,7 @@
 Modules:
     suites: an environment with its tasks and time limits, by name: the tabletop's or your own.
     suite_checks: checks that an environment is as its suite says.
+    demonstrations: demonstrations of a suite's expert, with injected noise and the expert's labels.
     gl: choice of a headless OpenGL platform.
     tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
     real_robot: a real robot (LeRobot's `Robot`) behind safety limits.

@@ -53,7 +53,7 @@ class RealRobotEnv(gymnasium.Env):
         pose_keys: The robot's names of x, y, z [m] and of the three numbers of the rotation [rad].
         gripper_key: The robot's name of the gripper.
         cameras: The robot's names of `spec.cameras`, in their order.
-        instructions: Task family -> instruction.
+        instructions: Task -> instruction.
         workspace_low, workspace_high: Box (3,) [m, the card's frame] to which targets are clipped.
         max_steps: Time limit [control steps].
         confirm: Asks the operator at the end of an episode whether it succeeded.
@@ -122,28 +122,28 @@ class RealRobotEnv(gymnasium.Env):
         """Start an episode from the present arm pose and scene; nothing is sent. Connects the robot if necessary.
 
         Args:
-            seed: Samples the family if none is given; the operator arranges the scene.
-            options: `family` chooses the task family; `keep_state` is accepted and ignored.
+            seed: Samples the task if none is given; the operator arranges the scene.
+            options: `task` chooses the task; `keep_state` is accepted and ignored.
 
         Raises:
-            KeyError: Unknown option or family, with those that exist.
+            KeyError: Unknown option or task, with those that exist.
         """
         super().reset(seed=seed)
         self._stop_reason = "reset() did not finish; fix the error, then call it again"
         options = dict(options or {})
         options.pop("keep_state", None)
-        family = options.pop("family", None) or str(self.np_random.choice(list(self.instructions)))
-        if options or family not in self.instructions:
+        task = options.pop("task", None) or str(self.np_random.choice(list(self.instructions)))
+        if options or task not in self.instructions:
             raise KeyError(
-                f"expected options family, one of {', '.join(self.instructions)}, and keep_state; got {family!r} and "
+                f"expected options task, one of {', '.join(self.instructions)}, and keep_state; got {task!r} and "
                 f"{sorted(options)}; add an instruction for it, or leave the option out"
             )
         if not self.robot.is_connected:
             self.robot.connect()
-        self.family, self.n_steps = family, 0
+        self.task, self.n_steps = task, 0
         self._observation = self._observe()
         self._stop_reason = ""
-        return self._observation, {"family": family, "is_success": False}
+        return self._observation, {"task": task, "is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Execute one action, or end the episode if the operator stopped it; lasts ``1 / rate_hz`` [s].
@@ -170,11 +170,11 @@ class RealRobotEnv(gymnasium.Env):
                 is_over = self.n_steps >= self.max_steps
             if is_over:
                 self._stop_reason = "the episode is over; arrange the scene, then call reset()"
-            is_success = is_over and bool(self.confirm(f"Did it succeed? {self.instructions[self.family]}"))
+            is_success = is_over and bool(self.confirm(f"Did it succeed? {self.instructions[self.task]}"))
         except BaseException as error:  # a keyboard interrupt too
             self._stop_reason = f"{error!r} stopped it; check the robot and fix the cause, then call reset()"
             raise
-        info |= {"family": self.family, "is_success": is_success}
+        info |= {"task": self.task, "is_success": is_success}
         return self._observation, float(is_success), is_success, is_over, info
 
     def _within_range(self, action: np.ndarray) -> np.ndarray:
@@ -231,7 +231,7 @@ class RealRobotEnv(gymnasium.Env):
                 f"expected finite numbers for {list(self.keys)} and images {self.image_shape} uint8; got {self._pose.tolist()} "
                 f"and {formats}; check the robot's sensors and cameras"
             )
-        return {"images": images, "state": self._pose.astype(np.float32), "instruction": self.instructions[self.family]}
+        return {"images": images, "state": self._pose.astype(np.float32), "instruction": self.instructions[self.task]}
 
     def close(self) -> None:
         """Disconnect the robot; `reset` connects it again."""

@@ -42,6 +42,8 @@ class Suite:
         setting: What differs from the environment as it is in training, in a word.
         settings: Setting -> name of the suite that has it.
         held_out: What training data must not have: "first_seed", "wordings" of instructions, "words".
+        noise_scale: (a,) Unit of the noise that demonstrations are recorded with, for each action dimension [raw]; none if empty.
+        demonstration_steps: Time limit of demonstrations [control steps], where it isn't that of evaluations.
         sample_chains: (seeds, tasks, length) -> for each seed a tuple of tasks to do in sequence; see `rvlm.evaluation.chains`.
 
     Example:
@@ -60,6 +62,8 @@ class Suite:
     setting: str = "simple"
     settings: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, Any] = field(default_factory=dict)
+    noise_scale: tuple[float, ...] = ()
+    demonstration_steps: int | None = None
     sample_chains: Callable[[Sequence[int], Sequence[str], int], list[tuple[str, ...]]] | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +77,8 @@ class Suite:
             raise SuiteError(f"{self.name}: expected max_steps as whole numbers above 0 [control steps], got {self.max_steps!r}")
         if self.n_starts is not None and (type(self.n_starts) is not int or self.n_starts < 1):
             raise SuiteError(f"{self.name}: expected n_starts as a whole number above 0, or None; got {self.n_starts!r}")
+        if self.noise_scale and len(self.noise_scale) != self.spec.n_dims:
+            raise SuiteError(f"{self.name}: expected noise_scale of {self.spec.n_dims} dimensions, got {self.noise_scale}")
         require_importable(self.make_env, f"{self.name}: make_env")
 
     def _as_names(self, attribute: str) -> tuple[str, ...]:

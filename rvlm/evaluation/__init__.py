@@ -2,6 +2,7 @@
 
 Modules:
     rollouts: batched rollouts, and input ablations of the policy.
+    acting: the policy that is evaluated, and the environments in which it acts.
     closed_loop: closed-loop evaluation with fixed, distinct seeds.
     replay: an evaluated episode again, with its frames.
     success: success rates and their differences, with intervals.

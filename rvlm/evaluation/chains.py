@@ -16,7 +16,8 @@ import pandas as pd
 from rvlm.caches import Code
 from rvlm.envs.suite_checks import SuiteError
 from rvlm.envs.suites import method_of
-from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, policy_and_envs
+from rvlm.evaluation.acting import policy_and_envs
+from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation
 from rvlm.evaluation.rollouts import rollout
 from rvlm.evaluation.success import success_table
 from rvlm.importing import code_roots
@@ -79,10 +80,10 @@ class ChainEvaluation(Evaluation):
         """Run one of its batches in this process; rows as `rollout_chains` gives them."""
         first = self.first_seed + batch * EPISODES_PER_BATCH
         seeds = range(first, first + self.batch_size(batch))
-        policy, envs = policy_and_envs(self)
+        policy, envs = policy_and_envs(self, len(seeds))
         sample: Any = self.loaded_suite.sample_chains
         chains = sample(seeds, self.task_names, self.length)
-        return rollout_chains(policy, envs[: len(seeds)], seeds, chains, self.ablation)
+        return rollout_chains(policy, envs, seeds, chains, self.ablation)
 
 
 def chain_lengths(episodes: pd.DataFrame) -> pd.Series:

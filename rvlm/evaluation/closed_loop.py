@@ -7,7 +7,6 @@ cached on disk.
 import contextlib
 import dataclasses
 import errno
-import functools
 import re
 import threading
 import time
@@ -21,25 +20,21 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from rvlm.caches import Code, register
-from rvlm.data.actions import ActionSpec
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.envs.suites import Suite, load_suite, method_of
-from rvlm.evaluation.rollouts import INPUT_ABLATIONS, Episode, RandomPolicy, rollout
-from rvlm.files import artifacts_dir, atomic_write, commit_on_hub, config_hash, model_hash, weights_hash
+from rvlm.envs.suites import Suite, load_suite
+from rvlm.evaluation.acting import device_type, policy_and_envs
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, EpisodeStart, rollout
+from rvlm.files import artifacts_dir, atomic_write, config_hash, model_hash, weights_hash
 from rvlm.importing import code_roots
-from rvlm.policy.delayed_policy import NO_DELAY, DelayedPolicy, check_execution
+from rvlm.policy.delayed_policy import NO_DELAY, check_execution
 from rvlm.processes import in_parallel
 
 EPISODES_PER_BATCH = 10  # which run in step
 _IN_THIS_PROCESS = threading.RLock()  # episodes of one process share environments
-_OWN = (
-    *("EPISODES_PER_BATCH", "Evaluation", "run_batch", "policy_and_envs", "make_envs", "single_thread"),
-    *("_cache_batch", "_load_evaluated"),
-)
 EPISODE_CODE = (
-    "rvlm.evaluation.rollouts",
-    "rvlm.envs.suites",
-    *(f"rvlm.evaluation.closed_loop:{name}" for name in _OWN),
+    *("rvlm.evaluation.rollouts", "rvlm.evaluation.acting:policy_and_envs", "rvlm.envs.suites"),
+    *(f"rvlm.evaluation.closed_loop:{name}" for name in ("EPISODES_PER_BATCH", "Evaluation", "run_batch")),
+    *(f"rvlm.evaluation.closed_loop:{name}" for name in ("_cache_batch", "single_thread")),
 )
 
 
@@ -109,11 +104,11 @@ class Evaluation:
         """The tasks that are evaluated."""
         return tuple(self.tasks) or self.loaded_suite.default_tasks
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> list[EpisodeStart]:
         """Every episode: all seeds, or all pairs of task and initial state, are distinct."""
         tasks, has_starts = self.task_names, self.loaded_suite.n_starts is not None
         return [
-            Episode(self.first_seed + i, tasks[i % len(tasks)], i // len(tasks) if has_starts else None)
+            EpisodeStart(self.first_seed + i, tasks[i % len(tasks)], i // len(tasks) if has_starts else None)
             for i in range(self.n_episodes)
         ]
 
@@ -148,8 +143,8 @@ class Evaluation:
         """The code that computes its episodes."""
         roots = (*EPISODE_CODE, *code_roots(self.loaded_suite.make_env))
         if self.policy in ("random", "expert"):
-            return Code(roots, without=("rvlm.evaluation.closed_loop:_load",))
-        return Code((*roots, "rvlm.policy.policy", "rvlm.policy.delayed_policy", "rvlm.evaluation.closed_loop:_load"))
+            return Code(roots, without=("rvlm.evaluation.acting:_load",))
+        return Code((*roots, "rvlm.policy.policy", "rvlm.policy.delayed_policy", "rvlm.evaluation.acting:_load"))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -163,58 +158,12 @@ class Evaluation:
         content = {**self.settings, "n_episodes": None, "suite": self.loaded_suite.content}
         is_trained = self.policy not in ("random", "expert")
         content["policy"] = model_hash(self.policy) if is_trained else self.policy
-        content["device"] = _device_type(self.device) if is_trained else None
+        content["device"] = device_type(self.device) if is_trained else None
         return artifacts_dir() / "evaluations" / config_hash({**content, "code": self.code.hash})
 
     def run(self, batch: int) -> list[dict]:
         """Run one of its batches in this process; rows as `rollout` gives them."""
         return run_batch(self, batch)
-
-
-@functools.lru_cache(maxsize=2)
-def make_envs(suite: Suite, image_size: Any, n: int) -> tuple:
-    """Environments of a batch, kept for the next batch."""
-    return tuple(suite.make(image_size) for _ in range(n))
-
-
-def _device_type(device: str | None) -> str:
-    """Where a policy computes if `device` is asked for: "cpu" or "cuda", whose sums round differently."""
-    import torch
-
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-
-
-def _load_evaluated(evaluation: Evaluation) -> Any:
-    """The policy to evaluate; None for the expert."""
-    policy, spec = evaluation.policy, evaluation.loaded_suite.spec
-    if policy in ("random", "expert"):
-        return RandomPolicy(spec) if policy == "random" else None
-    chunks = (evaluation.n_action_steps, evaluation.temporal_ensemble_coeff)
-    loaded = _load(policy, model_hash(policy), *chunks, spec, evaluation.device)
-    delay = (evaluation.execution, evaluation.delay_steps)
-    return loaded if delay == NO_DELAY else DelayedPolicy(loaded, *delay)
-
-
-@functools.lru_cache(maxsize=4)
-def _load(
-    policy: str,
-    content: str,
-    n_action_steps: int | None,
-    temporal_ensemble_coeff: float | None,
-    spec: ActionSpec,
-    device: str | None,
-) -> Any:
-    """A trained policy, loaded again only if its content has changed."""
-    from rvlm.policy.policy import load_policy
-
-    return load_policy(
-        policy,
-        revision=commit_on_hub(policy),
-        device=device,
-        n_action_steps=n_action_steps,
-        temporal_ensemble_coeff=temporal_ensemble_coeff,
-        spec=spec,
-    )
 
 
 @contextlib.contextmanager
@@ -244,17 +193,8 @@ def _cache_batch(evaluation: Evaluation, batch: int, folder: Path) -> int:
 def run_batch(evaluation: Evaluation, batch: int, keep_frames: bool = False) -> list[dict]:
     """Run one batch of an evaluation's episodes in this process; rows as `rollout` gives them."""
     episodes = evaluation.episodes()[batch * EPISODES_PER_BATCH : (batch + 1) * EPISODES_PER_BATCH]
-    policy, envs = policy_and_envs(evaluation)
-    return rollout(policy, envs[: len(episodes)], episodes, evaluation.ablation, keep_frames)
-
-
-def policy_and_envs(evaluation: Evaluation) -> tuple[Any, tuple]:
-    """The policy to evaluate, and the environments of a batch at its image size."""
-    policy, suite = _load_evaluated(evaluation), evaluation.loaded_suite
-    envs = make_envs(suite, getattr(policy, "image_size", None), min(EPISODES_PER_BATCH, evaluation.n_episodes))
-    if policy is None:
-        method_of(envs[0], "expert_action", "the policy 'expert'")
-    return policy, envs
+    policy, envs = policy_and_envs(evaluation, len(episodes))
+    return rollout(policy, envs, episodes, evaluation.ablation, keep_frames)
 
 
 def evaluate(evaluations: dict[str, Evaluation], n_workers: int = 2, show_progress: bool = True) -> pd.DataFrame:

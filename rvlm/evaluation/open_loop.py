@@ -59,10 +59,10 @@ def _input_ablation(ablation: str | InputAblation, windows: Any) -> InputAblatio
 
 
 def _permuted_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, str]:
-    """Episode -> the instruction of the next one of another family (of another instruction, where families are unknown)."""
+    """Episode -> the instruction of the next one of another task (of another instruction, where tasks are unknown)."""
     first = dataset.episodes["dataset_from_index"].to_numpy()
     instructions = [dataset.tasks[task] for task in dataset.column("task_index")[first]]
-    tasks = list(dataset.episodes["family"]) if "family" in dataset.episodes else instructions
+    tasks = list(dataset.episodes["task"]) if "task" in dataset.episodes else instructions
 
     def fallback(i: int) -> str | None:
         return next((text for text, task in zip(instructions, tasks, strict=True) if task != tasks[episodes[i]]), None)

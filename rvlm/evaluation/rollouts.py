@@ -2,13 +2,27 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rvlm.data.observations import stack_images
 
 InputAblation = Callable[[Sequence[dict]], list[dict]]  # observations of a batch -> the same with an input removed
+
+
+class EpisodeStart(NamedTuple):
+    """An episode to run.
+
+    Attributes:
+        seed: Of the environment's and the policy's random choices.
+        task: The reset option "task".
+        start: The reset option "start": index of a fixed initial state; None where the seed decides.
+    """
+
+    seed: int
+    task: str
+    start: int | None = None
 
 
 def no_language(observations: Sequence[dict]) -> list[dict]:
@@ -119,7 +133,7 @@ class RandomPolicy:
 def rollout(
     policy: Any,
     envs: Sequence[Any],
-    episodes: Sequence[tuple[int, str]],
+    episodes: Sequence[EpisodeStart],
     ablation: str = "none",
     keep_frames: bool = False,
     keep_state: bool = False,
@@ -128,16 +142,16 @@ def rollout(
 
     Args:
         policy: Has `reset` and `select_action`, and `keep` if it can go on with fewer robots (else it also gets the last
-            observations of finished episodes); None for the scripted expert.
+            observations of finished episodes); None for the environment's expert.
         envs: One per episode.
-        episodes: (seed, family) of each.
+        episodes: One each, as `EpisodeStart` or (seed, task).
         ablation: Input ablation, a name in `INPUT_ABLATIONS`.
         keep_frames: Also return each episode's `frames`, camera -> (n, h, w, 3), and `actions` (n, a).
         keep_state: Start from the scene's current state instead of a new one.
 
     Returns:
-        Per episode: seed, family, instruction, is_success, failure (one word, from the simulator's state), n_steps, and its
-        share of the time of policy and simulator [s]: policy_s, simulator_s.
+        Per episode: seed, task, start (where given), instruction, is_success, failure (as the environment calls it, else "timed
+        out"), n_steps, and its share of the time of policy and simulator [s]: policy_s, simulator_s.
     """
     observations, rows = _reset(policy, envs, episodes, keep_state)
     ablate, recorded = _input_ablation(ablation, envs, rows), [[] for _ in rows]
@@ -164,12 +178,14 @@ def rollout(
     return rows
 
 
-def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]], keep_state: bool) -> tuple[list, list[dict]]:
+def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[EpisodeStart], keep_state: bool) -> tuple[list, list[dict]]:
     """Reset environments and policy: first observations, and the episodes' rows before the first step."""
     observations, rows = [], []
-    for env, (seed, family) in zip(envs, episodes, strict=True):
-        observations.append(env.reset(seed=seed, options={"family": family, "keep_state": keep_state})[0])
-        row = {"seed": seed, "family": family, "instruction": observations[-1]["instruction"]}
+    for env, episode in zip(envs, (EpisodeStart(*episode) for episode in episodes), strict=True):
+        start = {} if episode.start is None else {"start": episode.start}
+        options = {"task": episode.task, **start, **({"keep_state": True} if keep_state else {})}
+        observations.append(env.reset(seed=episode.seed, options=options)[0])
+        row = {"seed": episode.seed, "task": episode.task, **start, "instruction": observations[-1]["instruction"]}
         rows.append({**row, "is_success": False, "failure": "", "n_steps": 0})
     if policy is not None:
         policy.reset(len(rows))
@@ -181,6 +197,10 @@ def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple[int, str]]
 def _step(env: Any, action: np.ndarray, row: dict) -> tuple[dict, bool]:
     """Execute an action and update the episode's row: the next observation, and whether the episode has ended."""
     observation, _, is_terminated, is_truncated, info = env.step(action)
+    if "is_success" not in info:
+        raise KeyError(
+            f"expected info['is_success'] of {type(env.unwrapped).__name__} after each step, got {sorted(info)}; add it"
+        )
     row |= {"n_steps": row["n_steps"] + 1, "is_success": bool(info["is_success"])}
     row["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
     return observation, is_terminated or is_truncated
@@ -193,9 +213,9 @@ def _input_ablation(ablation: str, envs: Sequence[Any], rows: Sequence[dict]) ->
 
     def fallback(i: int) -> str | None:
         other = getattr(envs[i].unwrapped, "other_instruction", None)
-        return None if other is None else other(rows[i]["family"])
+        return None if other is None else other(rows[i]["task"])
 
-    permuted = permute_instructions([row["instruction"] for row in rows], [row["family"] for row in rows], fallback)
+    permuted = permute_instructions([row["instruction"] for row in rows], [row["task"] for row in rows], fallback)
     return lambda observations: replace_instructions(observations, permuted)
 
 

@@ -7,7 +7,16 @@ import pandas as pd
 
 from rvlm.statistics import Difference, paired_difference, success_rate, wilson
 
-EPISODE_KEYS = ("name", "training", "policy", "setting", "ablation", "seed", "subtask")  # columns that identify an episode
+EPISODE_KEYS = (
+    "name",
+    "training",
+    "policy",
+    "suite",
+    "setting",
+    "ablation",
+    "seed",
+    "subtask",
+)  # columns that identify an episode
 
 
 def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.DataFrame:

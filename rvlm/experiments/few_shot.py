@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.experiments.recipes import ONE_STEP
 from rvlm.training.launch import train, train_parallel
@@ -19,38 +19,38 @@ class FewShot:
     """A few-shot experiment.
 
     Attributes:
-        families: Held-out task families.
-        shots: Numbers of demonstrations per family to train on (support set).
-        n_query: Evaluation episodes in new scenes, alternating between families (query set).
+        tasks: Held-out tasks.
+        shots: Numbers of demonstrations per task to train on (support set).
+        n_query: Evaluation episodes in new scenes, alternating between tasks (query set).
         n_samples: Training budget, the same for all shots.
         seeds: Of trainings; each draws its own support set.
-        n_support: Demonstrations per family to draw shots from.
-        robot: Of the tabletop.
+        n_support: Demonstrations per task to draw shots from.
+        suite: Environment with an expert, as `load_suite` takes it.
         changes: Fields of `Stage` to change from its defaults.
     """
 
-    families: tuple[str, ...]
+    tasks: tuple[str, ...]
     shots: tuple[int, ...] = (1, 5, 10, 25)
     n_query: int = 40
     n_samples: int = 2000
     seeds: tuple[int, ...] = (0, 1)
     n_support: int = 60
-    robot: str = "franka7"
+    suite: str = "tabletop/franka7"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def support(self) -> Collection:
         """Demonstrations to draw shots from; a tenth of them is held out, as by `split`."""
-        return Collection(self.robot, self.n_support * len(self.families), self.families)
+        return Collection(self.suite, self.n_support * len(self.tasks), self.tasks)
 
     def stage(self, init: str | Path, shots: int, seed: int, **changes: Any) -> Stage:
-        """The stage that fine-tunes `init`, a policy or a vision-language model, on `shots` demonstrations per family."""
+        """The stage that fine-tunes `init`, a policy or a vision-language model, on `shots` demonstrations per task."""
         fields = {"shots": shots, "seed": seed, "n_processes": 1, "policy": ONE_STEP, **self.changes, **changes}
         return Stage("few_shot", ROBOT, (str(collect_demonstrations(self.support)),), str(init), self.n_samples, **fields)
 
     def query(self, policy: str | Path) -> Evaluation:
         """The evaluation of a policy on the query set."""
-        return Evaluation(str(policy), self.n_query, robot=self.robot, families=self.families)
+        return Evaluation(str(policy), self.n_query, self.suite, self.tasks)
 
 
 def few_shot_experiment(starts: Mapping[str, Mapping[str, Any]], experiment: FewShot, n_workers: int = 2) -> pd.DataFrame:

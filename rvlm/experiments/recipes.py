@@ -14,7 +14,7 @@ import torch
 
 from rvlm.caches import Code, register
 from rvlm.data.windows import EpisodeDataset
-from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.questions import QUESTION_KINDS, location_tokens, vocabulary
 from rvlm.envs.tabletop.rendered_scenes import collect_scenes
 from rvlm.files import artifacts_dir, make_folder
@@ -190,8 +190,8 @@ def low_data_target(
         changes: Fields of `Stage`.
     """
     changes = {"freeze_vision": True, "batch_size": 8, **changes}
-    target = Collection(n_episodes=n_target, families=SHARED_TASKS, image_size=image_size)
-    others = tuple(Collection(robot, n_others, SHARED_TASKS, image_size=image_size) for robot in ("ur6", "small5"))
+    target = Collection(n_episodes=n_target, tasks=SHARED_TASKS, image_size=image_size)
+    others = tuple(Collection(f"tabletop/{robot}", n_others, SHARED_TASKS, image_size=image_size) for robot in ("ur6", "small5"))
     return ExperimentSetup(target, others, n_samples, changes=changes, vlm=str(vlm))
 
 

@@ -221,14 +221,14 @@ class Policy:
         return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
 
 
-def record_rollout(policy: Policy, env: Any, seed: int, family: str | None = None) -> dict[str, Any]:
+def record_rollout(policy: Policy, env: Any, seed: int, task: str | None = None) -> dict[str, Any]:
     """One episode of one robot: observations, executed actions and the chunk predicted at every step.
 
     Returns:
         "images", camera -> (n, h, w, 3); per step "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
         and "instruction", "seed", "is_success".
     """
-    observation, _ = env.reset(seed=seed, options={"family": family})
+    observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
     policy.reset()
     images: list[dict[str, np.ndarray]] = []
     steps: list[dict[str, np.ndarray]] = []

@@ -99,29 +99,29 @@ def env_factory(env: Any) -> Callable[[], Any]:
     return functools.partial(type(unwrapped), **{name: getattr(unwrapped, name) for name in names})
 
 
-def teleoperate(env: Any, seed: int = 0, size: int = 256, family: str | None = None) -> Any:
+def teleoperate(env: Any, seed: int = 0, size: int = 256, task: str | None = None) -> Any:
     """Buttons that move the robot, with its camera images, its state and whether the task is done.
 
     Args:
         env: the tabletop; the widget drives a copy of it.
         seed: of the first scene; each "new scene" adds 1.
         size: side of the images [px].
-        family: task family; sampled by the seed if left out.
+        task: sampled by the seed if left out.
 
     Returns:
         An ``ipywidgets.VBox``, which also shows errors of its callbacks.
     """
-    return _Teleoperation(env, seed, size, family).box
+    return _Teleoperation(env, seed, size, task).box
 
 
 class _Teleoperation:
     """The widgets of `teleoperate` and their callbacks."""
 
-    def __init__(self, env: Any, seed: int, size: int, family: str | None) -> None:
+    def __init__(self, env: Any, seed: int, size: int, task: str | None) -> None:
         import ipywidgets as widgets
 
         self.spec, self.max_steps = env.unwrapped.action_spec, getattr(env.unwrapped, "max_steps", None)
-        self.seed, self.size, self.family, self.n_steps = seed, size, family, 0
+        self.seed, self.size, self.task, self.n_steps = seed, size, task, 0
         self.env = OnOneThread(env_factory(env))
         self.screens = {c: widgets.Image(format="png", layout={"width": f"{size}px"}) for c in self.spec.cameras}
         self.instruction, self.state_label, self.error = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -158,7 +158,7 @@ class _Teleoperation:
 
     def start(self) -> None:
         """Reset to the next scene."""
-        options = {"family": self.family} if self.family else None
+        options = {"task": self.task} if self.task else None
         (observation, _), images = self.env.do(lambda env: (env.reset(seed=self.seed, options=options), self.render(env)))
         self.seed, self.n_steps = self.seed + 1, 0
         self.show(observation, images)

@@ -8,7 +8,7 @@ import pytest
 from rvlm.data.actions import CARDS, ActionSpec, read_card
 from rvlm.data.errors import CardError, SpecMismatch
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
-from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
 
 NAMES = sorted(p.stem for p in CARDS.glob("*.md"))
 SECTIONS = ("What one action is", "How to get it", "Traps", "Splits", "Licence")
@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_data(robot, tmp_path, monkeypatch):
     """
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
     counts = read_card(f"tabletop_{robot}")["rvlm"]["counts"]
-    root = collect_demonstrations(Collection(robot, counts["episodes"]), progress=False)
+    root = collect_demonstrations(Collection(f"tabletop/{robot}", counts["episodes"]), progress=False)
     n_frames = counts_of(root)["frames"]
     assert n_frames == pytest.approx(counts["frames"], rel=0.01)
     check_counts({**counts, "frames": n_frames}, root)

@@ -17,7 +17,7 @@ from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
 from rvlm.diagnosis.policy_checks import check_interface
 from rvlm.diagnosis.results import FIXES
-from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.experiments.recipes import POLICY
 from rvlm.policy.policy import Policy, load_policy
@@ -59,7 +59,7 @@ def test_the_recorded_actions_reproduce_the_recording(inputs):
 
 
 def test_without_recorded_seeds_the_checks_that_need_them_say_so(inputs):
-    bare = inputs.dataset.episodes.drop(columns=["seed", "family"])
+    bare = inputs.dataset.episodes.drop(columns=["seed", "task"])
     results = diagnose(dataclasses.replace(inputs, dataset=PerturbedDataset(inputs.dataset, episodes=bare)))
     assert first_fault(results) is None
     assert {r.name for r in results if "not recorded" in r.measured} == {"resets", "images", "replay"}

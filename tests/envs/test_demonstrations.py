@@ -8,14 +8,14 @@ import pytest
 
 from rvlm.data.normalization import StatsAccumulator
 from rvlm.data.windows import EpisodeDataset, Windows, split
-from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.envs.tabletop import demonstrations
-from rvlm.envs.tabletop.demonstrations import NOISE_PER_DIM, Collection, collect_demonstrations, demonstrate, make_shard
+from rvlm.envs import FIRST_HELD_OUT_SEED, demonstrations
+from rvlm.envs.demonstrations import Collection, LabelledEpisode, collect_demonstrations, demonstrate, make_shard
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.suite import NOISE_SCALE
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import train_stage_in_process
 
-SMALL = Collection(n_episodes=6, families=("lift", "push_left", "turn_on_light"), image_size=48)
+SMALL = Collection(n_episodes=6, tasks=("lift", "push_left", "turn_on_light"), image_size=48)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def env():
 
 
 def test_the_label_is_the_experts_and_the_noise_was_executed(env):
-    columns = demonstrate(env, 7, "push_left", noise=0.6)
-    env.reset(seed=7, options={"family": "push_left"})
+    columns = demonstrate(env, 7, "push_left", 0.6, NOISE_SCALE).columns
+    env.reset(seed=7, options={"task": "push_left"})
     for label, executed, state in zip(columns["action"], columns["action_executed"], columns["observation.state"], strict=True):
         assert np.array_equal(env.world.state(), state)
         assert np.array_equal(env.expert_action(), label)
@@ -44,17 +44,17 @@ def test_the_label_is_the_experts_and_the_noise_was_executed(env):
 
 def test_the_noise_is_drawn_with_the_given_spread(env):
     rng = np.random.default_rng((7, 1))
-    spread = rng.uniform(0, 0.6) * np.array(NOISE_PER_DIM)
-    columns = demonstrate(env, 7, "push_left", noise=0.6)
+    spread = rng.uniform(0, 0.6) * np.array(NOISE_SCALE[:6])
+    columns = demonstrate(env, 7, "push_left", 0.6, NOISE_SCALE).columns
     wanted = [np.clip(label[:6] + rng.normal(0, spread), -1, 1) for label in columns["action"]]
     np.testing.assert_allclose(columns["action_executed"][:, :6], wanted, atol=1e-6)
-    silent = demonstrate(env, 7, "push_left", noise=0.0)
+    silent = demonstrate(env, 7, "push_left", 0.0, NOISE_SCALE).columns
     assert np.array_equal(silent["action_executed"], silent["action"])
 
 
 def test_an_episode_that_takes_too_long_is_given_up():
     env = Tabletop(image_size=16, max_steps=2)
-    assert demonstrate(env, 0, "lift", noise=0.0) is None
+    assert not demonstrate(env, 0, "lift", 0.0, NOISE_SCALE).is_success
     env.close()
 
 
@@ -65,9 +65,9 @@ def test_the_same_collection_twice_gives_identical_columns():
         assert all(np.array_equal(one[0][k], other[0][k]) for k in one[0])
 
 
-def test_it_reads_back_with_its_families_and_seeds(dataset):
+def test_it_reads_back_with_its_tasks_and_seeds(dataset):
     assert dataset.n_episodes == 6
-    assert dataset.episodes["family"].tolist() == ["lift", "push_left", "turn_on_light"] * 2
+    assert dataset.episodes["task"].tolist() == ["lift", "push_left", "turn_on_light"] * 2
     assert dataset.episodes["seed"].is_unique and dataset.episodes["seed"].max() < FIRST_HELD_OUT_SEED
     first = next(iter(make_shard(0, SMALL)))
     episode = dataset.episode(0)
@@ -109,9 +109,9 @@ def test_seeds_never_reach_the_held_out_ones(home, changes):
 
 def test_a_shard_never_takes_its_neighbours_seeds(monkeypatch):
     used = []
-    monkeypatch.setattr(demonstrations, "demonstrate", lambda env, seed, *_: used.append(seed))
+    monkeypatch.setattr(demonstrations, "demonstrate", lambda env, seed, *_: used.append(seed) or LabelledEpisode({}, "", False))
     with pytest.raises(
-        RuntimeError, match=r"expert to succeed in at least 50 of 100 scenes.*'turn_on_light' with franka7; allow more"
+        RuntimeError, match=r"expert to succeed in at least 50 of 100 scenes.*'turn_on_light' of tabletop/franka7; allow more"
     ):
         list(make_shard(1, dataclasses.replace(SMALL, n_episodes=60)))
     assert used == list(range(100, 200))
@@ -120,5 +120,5 @@ def test_a_shard_never_takes_its_neighbours_seeds(monkeypatch):
 def test_the_folder_is_named_by_what_makes_it(home):
     assert dataclasses.replace(SMALL).folder == SMALL.folder
     assert SMALL.folder.name.startswith("tabletop_franka7-")
-    for changes in ({"noise": 0.1}, {"families": ("lift",)}, {"image_size": 64}, {"n_episodes": 7}):
+    for changes in ({"noise": 0.1}, {"tasks": ("lift",)}, {"image_size": 64}, {"n_episodes": 7}):
         assert dataclasses.replace(SMALL, **changes).folder != SMALL.folder

@@ -293,7 +293,7 @@ def test_nothing_is_sent_outside_an_episode():
     with pytest.raises(RuntimeError, match=r"got a step in none: reset\(\) was not called"):
         env.step(STILL)
     env.reset()
-    for options in ({"family": "fly"}, {"family": "lift", "scene": 3}):
+    for options in ({"task": "fly"}, {"task": "lift", "scene": 3}):
         with pytest.raises(
             KeyError, match=r"options family, one of lift, and keep_state; got '(fly' and \[\]|lift' and \['scene)"
         ):
@@ -362,12 +362,12 @@ def test_an_observation_is_the_tabletops():
     sim = Tabletop(image_size=48)
     theirs = sim.reset(seed=3)[0]
     env = a_env(Tabletopped(sim))
-    ours, info = env.reset(options={"family": "lift", "keep_state": False})
+    ours, info = env.reset(options={"task": "lift", "keep_state": False})
     assert ours.keys() == theirs.keys() and ours in env.observation_space and env.action_space == sim.action_space
     for camera in ("static", "wrist"):
         np.testing.assert_array_equal(ours["images"][camera], theirs["images"][camera], strict=True)
     np.testing.assert_array_equal(ours["state"], theirs["state"], strict=True)
-    assert ours["instruction"] == TEXTS[0] and info == {"family": "lift", "is_success": False}
+    assert ours["instruction"] == TEXTS[0] and info == {"task": "lift", "is_success": False}
     sim.close()
 
 
@@ -438,7 +438,7 @@ def test_the_expert_lifts_through_a_robots_interface(seed):
     from rvlm.envs.tabletop.tasks import ALL_FAMILIES
 
     sim = Tabletop(image_size=48)
-    sim.reset(seed=seed, options={"family": "lift"})
+    sim.reset(seed=seed, options={"task": "lift"})
 
     def is_done(question=""):
         return bool(ALL_FAMILIES["lift"].is_done(sim.world, sim.task))

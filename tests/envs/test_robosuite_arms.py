@@ -139,7 +139,7 @@ def test_experts_succeed(robot, family, monkeypatch):
     monkeypatch.setattr(env, "image", lambda *_: np.zeros((32, 32, 3), np.uint8))  # experts need no images
     successes = 0
     for seed in range(2):
-        env.reset(seed=seed, options={"family": family})
+        env.reset(seed=seed, options={"task": family})
         for _ in range(env.max_steps):
             _, _, is_success, _, _ = env.step(env.expert_action())
             if is_success:
@@ -153,7 +153,7 @@ def test_experts_succeed(robot, family, monkeypatch):
 def test_same_seed_same_frames(robot):
     def episode():
         env = Tabletop(robot=robot, image_size=32)
-        first, _ = env.reset(seed=3, options={"family": "lift"})
+        first, _ = env.reset(seed=3, options={"task": "lift"})
         last, *_ = env.step(env.expert_action())
         env.close()
         return [values for o in (first, last) for values in (*o["images"].values(), o["state"])]

@@ -101,7 +101,7 @@ def test_unknown_options_families_and_cameras_are_errors(env):
     with pytest.raises(KeyError, match=r"unknown reset options \['fmily'\]; there are family, keep_state"):
         env.reset(seed=0, options={"fmily": "lift"})
     with pytest.raises(KeyError, match="no task family 'fly'"):
-        env.reset(seed=0, options={"family": "fly"})
+        env.reset(seed=0, options={"task": "fly"})
     env.reset(seed=0)
     with pytest.raises(KeyError, match="no camera 'side'; there are static, wrist"):
         env.image("side")
@@ -147,7 +147,7 @@ def test_different_seeds_differ(unseen):
 def test_the_expert_solves(unseen, robot, family):
     env, failed = unseen[robot], []
     for seed in range(3):
-        env.reset(seed=seed, options={"family": family})
+        env.reset(seed=seed, options={"task": family})
         assert not ALL_FAMILIES[family].is_done(env.world, env.task), "asked for what is done already"
         if solve(env) is None:
             failed.append(seed)
@@ -159,7 +159,7 @@ def test_the_expert_solves(unseen, robot, family):
 def test_an_instruction_names_exactly_one_object(family, setting):
     env = Unseen(setting=setting)
     for seed in range(5):
-        env.reset(seed=seed, options={"family": family})
+        env.reset(seed=seed, options={"task": family})
         names = [" ".join(o) for o in env.world.objects]
         assert len(set(names)) == len(names)
         named = [name for name in names if name in env.task.instruction]
@@ -184,7 +184,7 @@ def test_where_memory_is_needed_one_observation_has_two_correct_actions(family):
     """After the cue, two scenes that differ in it alone have equal observations, and different expert actions."""
     envs = [Tabletop(image_size=32), Tabletop(image_size=32)]
     for env, is_on in zip(envs, (False, True), strict=True):
-        env.reset(seed=3, options={"family": family})
+        env.reset(seed=3, options={"task": family})
         env.world.set_light(is_on)
         env.task = dataclasses.replace(env.task, was_light_on=is_on)
     observations = [env.step(np.zeros(7))[0] for env in envs]
@@ -204,7 +204,7 @@ def test_where_memory_is_needed_one_observation_has_two_correct_actions(family):
 
 def cued(env, seed, family, is_on):
     """A scene with the given cue."""
-    observation, _ = env.reset(seed=seed, options={"family": family})
+    observation, _ = env.reset(seed=seed, options={"task": family})
     env.world.set_light(is_on)
     env.task = dataclasses.replace(env.task, was_light_on=is_on)
     return observation
@@ -236,7 +236,7 @@ def test_when_the_cue_ends_nothing_reveals_it(unseen, robot, family):
 
 def test_only_a_cue_holds_the_arm(unseen):
     env = unseen["franka7"]
-    env.reset(seed=0, options={"family": "lift"})
+    env.reset(seed=0, options={"task": "lift"})
     before = env.world.state()
     env.step(env.action_space.high)
     assert np.linalg.norm(env.world.state()[:3] - before[:3]) > 1e-3
@@ -309,7 +309,7 @@ def test_a_task_about_a_fixture_has_no_object():
 
 def test_five_tasks_chain_in_one_scene(unseen):
     env = unseen["franka7"]
-    env.reset(seed=4, options={"family": "open_drawer"})
+    env.reset(seed=4, options={"task": "open_drawer"})
     assert solve(env)
     for family in (
         "turn_off_light" if env.world.is_light_on else "turn_on_light",
@@ -318,7 +318,7 @@ def test_five_tasks_chain_in_one_scene(unseen):
         "push_left",
     ):
         before, objects = env.world.data.qpos.copy(), list(env.world.objects)
-        env.reset(options={"family": family, "keep_state": True})
+        env.reset(options={"task": family, "keep_state": True})
         assert np.array_equal(env.world.data.qpos, before) and env.world.objects == objects
         assert env.task.family == family and solve(env), family
 
@@ -326,26 +326,26 @@ def test_five_tasks_chain_in_one_scene(unseen):
 def test_feasible_tasks_can_be_set_and_others_are_refused(unseen):
     env = unseen["franka7"]
     for seed in range(4):
-        env.reset(seed=seed, options={"family": "open_drawer"})
+        env.reset(seed=seed, options={"task": "open_drawer"})
         feasible = env.feasible()
         assert "open_drawer" in feasible and not {"close_drawer", "place_in_drawer"} & set(feasible)
         assert ("turn_on_light" in feasible) != ("turn_off_light" in feasible)
         for family in feasible:
-            env.reset(options={"family": family, "keep_state": True})
+            env.reset(options={"task": family, "keep_state": True})
             assert not TASK_FAMILIES[family].is_done(env.world, env.task), family
         with pytest.raises(ValueError, match=r"'close_drawer' is not feasible in this state; feasible are: .*open_drawer"):
-            env.reset(options={"family": "close_drawer", "keep_state": True})
+            env.reset(options={"task": "close_drawer", "keep_state": True})
 
 
 def test_objects_out_of_reach_are_not_asked_for(unseen):
     env = unseen["franka7"]
-    env.reset(seed=0, options={"family": "stack"})
+    env.reset(seed=0, options={"task": "stack"})
     world = env.world
     world.place_object(0, np.array([0.0, 0.0, -0.5]))  # fallen
     world.place_object(1, np.add(world.pos_handle, (-0.08, 0, 0.0)))  # in the drawer
     mujoco.mj_forward(world.model, world.data)
     for _ in range(5):
-        env.reset(options={"family": "lift", "keep_state": True})
+        env.reset(options={"task": "lift", "keep_state": True})
         assert env.task.target == 2
     assert not {"stack", "rotate_left"} & set(env.feasible()) or world.objects[2][1] == "cube"
 
@@ -358,20 +358,20 @@ def test_there_is_nothing_to_keep_in_a_new_environment():
 # -- settings ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def simple_view(env):
-    return env.reset(seed=21, options={"family": "lift"})[0]["images"]["static"].astype(int)
+    return env.reset(seed=21, options={"task": "lift"})[0]["images"]["static"].astype(int)
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("simple", "novel_description")])
 def test_a_setting_changes_the_images(simple_view, setting):
     changed = Tabletop(image_size=64, setting=setting)
-    image = changed.reset(seed=21, options={"family": "lift"})[0]["images"]["static"].astype(int)
+    image = changed.reset(seed=21, options={"task": "lift"})[0]["images"]["static"].astype(int)
     assert (np.abs(image - simple_view).max(-1) > 12).mean() > 0.01
     changed.close()
 
 
 def test_the_simple_setting_is_the_default_and_changes_nothing(simple_view):
     same = Tabletop(image_size=64, setting="simple")
-    assert np.array_equal(same.reset(seed=21, options={"family": "lift"})[0]["images"]["static"], simple_view)
+    assert np.array_equal(same.reset(seed=21, options={"task": "lift"})[0]["images"]["static"], simple_view)
     same.close()
 
 
@@ -379,7 +379,7 @@ def test_targets_are_of_unseen_colors_only_where_the_setting_says_so():
     for setting, colors in (("simple", COLORS), ("unseen_target", UNSEEN_COLORS)):
         env = Unseen(setting=setting)
         for seed in range(8):
-            env.reset(seed=seed, options={"family": ("lift", "push_left", "stack", "rotate_left")[seed % 4]})
+            env.reset(seed=seed, options={"task": ("lift", "push_left", "stack", "rotate_left")[seed % 4]})
             assert env.world.objects[env.task.target][0] in colors
 
 
@@ -398,7 +398,7 @@ def test_a_novel_description_is_a_paraphrase_in_the_same_scene(unseen):
     novel, known = Unseen(setting="novel_description"), unseen["franka7"]
     for seed in range(8):
         for env in (novel, known):
-            env.reset(seed=seed, options={"family": "lift"})
+            env.reset(seed=seed, options={"task": "lift"})
         assert novel.world.objects == known.world.objects and novel.task.target == known.task.target
         assert novel.task.instruction != known.task.instruction
 

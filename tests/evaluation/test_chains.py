@@ -5,16 +5,23 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from toy_suites import tabletop
 
+from rvlm.envs.tabletop import chain_sampling
+from rvlm.envs.tabletop.chain_sampling import SymbolicState, category
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.scene import SETTINGS
-from rvlm.envs.tabletop.tasks import DEFAULT_TASKS, TASK_FAMILIES
+from rvlm.envs.tabletop.tasks import TASK_FAMILIES
 from rvlm.evaluation import chains
-from rvlm.evaluation.chains import LENGTH, ChainEvaluation, SymbolicState, category
+from rvlm.evaluation.chains import LENGTH, ChainEvaluation
 from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED, evaluate
 
 SEEDS = range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 40)
 SIMPLE = SETTINGS["simple"]
+
+
+def sampled_chains(seeds, tasks, length=LENGTH):
+    return chain_sampling.sample_chains(seeds, tasks, length, robot="franka7", setting=SIMPLE)
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +30,9 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_chain_has_one_subtask_per_category_and_is_the_same_for_the_same_seed():
-    sampled = chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    assert sampled == chains.sample_chains(SEEDS, tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    assert sampled[5:6] == chains.sample_chains(SEEDS[5:6], tuple(TASK_FAMILIES), "franka7", SIMPLE)
+    sampled = sampled_chains(SEEDS, tuple(TASK_FAMILIES))
+    assert sampled == sampled_chains(SEEDS, tuple(TASK_FAMILIES))
+    assert sampled[5:6] == sampled_chains(SEEDS[5:6], tuple(TASK_FAMILIES))
     for chain in sampled:
         assert len(chain) == LENGTH == len({category(family) for family in chain})
     assert len({chain[0] for chain in sampled}) > 8 and len(set(sampled)) > 35
@@ -33,7 +40,7 @@ def test_a_chain_has_one_subtask_per_category_and_is_the_same_for_the_same_seed(
 
 def test_families_of_too_few_kinds_are_refused():
     with pytest.raises(ValueError, match="needs as many categories; these families have 2: drawer, push"):
-        chains.sample_chains(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"), "franka7", SIMPLE)
+        sampled_chains(SEEDS, ("push_left", "push_right", "open_drawer", "close_drawer"))
 
 
 def test_families_that_cannot_be_chained_are_refused_by_name():
@@ -43,23 +50,23 @@ def test_families_that_cannot_be_chained_are_refused_by_name():
         with pytest.raises(
             ValueError, match=rf"no feasible chain of {length} subtasks of {', '.join(families)} in the scene of seed"
         ):
-            chains.sample_chains(SEEDS[:1], families, "franka7", SIMPLE, length)
+            sampled_chains(SEEDS[:1], families, length)
 
 
 def test_a_chain_that_is_hardly_ever_sampled_is_found(monkeypatch):
-    often = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    monkeypatch.setattr(chains, "N_DRAWS", 0)
-    found = chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE)
-    assert found == chains.sample_chains(SEEDS[:5], tuple(TASK_FAMILIES), "franka7", SIMPLE) != often
-    world = chains.World("franka7", SIMPLE)
+    often = sampled_chains(SEEDS[:5], tuple(TASK_FAMILIES))
+    monkeypatch.setattr(chain_sampling, "N_DRAWS", 0)
+    found = sampled_chains(SEEDS[:5], tuple(TASK_FAMILIES))
+    assert found == sampled_chains(SEEDS[:5], tuple(TASK_FAMILIES)) != often
+    world = chain_sampling.World("franka7", SIMPLE)
     for seed, chain in zip(SEEDS, found, strict=False):
-        world.randomize(chains.np_random(seed)[0])
-        assert chains._is_feasible(world, chain, LENGTH)
+        world.randomize(chain_sampling.np_random(seed)[0])
+        assert chain_sampling._is_feasible(world, chain, LENGTH)
 
 
 def test_success_leaves_what_the_next_task_needs():
     """The expert meets no infeasible subtask, and the symbolic state has the simulator's fixtures."""
-    evaluation = ChainEvaluation("expert", n_episodes=12, families=tuple(TASK_FAMILIES), max_steps=60)
+    evaluation = ChainEvaluation("expert", n_episodes=12, suite=tabletop(60), tasks=tuple(TASK_FAMILIES))
     table = evaluate({"expert": evaluation}, n_workers=2, show_progress=False)
     assert not (table["failure"] == "infeasible").any()
     assert chains.avg_len(table)["expert"].mean > 4
@@ -73,8 +80,8 @@ def test_success_leaves_what_the_next_task_needs():
 def test_the_scene_is_kept_between_tasks():
     env = Tabletop(image_size=16, max_steps=40)
     (first, second) = ("close_drawer", "turn_on_light")  # the hand has to let go of the handle on its way
-    seed = next(s for s in SEEDS if chains.sample_chains([s], tuple(TASK_FAMILIES), "franka7", SIMPLE)[0][:1] == (first,))
-    env.reset(seed=seed, options={"family": first})
+    seed = next(s for s in SEEDS if sampled_chains([s], tuple(TASK_FAMILIES))[0][:1] == (first,))
+    env.reset(seed=seed, options={"task": first})
     second = "turn_off_light" if env.world.is_light_on else second
     rows = chains.rollout_chains(None, [env], [seed], [(first, second)])
     assert [row["is_success"] for row in rows] == [True, True] and env.world.joint_position("drawer") < 0.02
@@ -91,7 +98,7 @@ def test_an_infeasible_subtask_ends_the_chain_and_says_so():
 def test_the_symbolic_state_follows_the_simulator():
     env = Tabletop(image_size=16, max_steps=60)
     for seed in range(6):
-        env.reset(seed=seed, options={"family": "lift"})
+        env.reset(seed=seed, options={"task": "lift"})
         scene = SymbolicState(env.world)
         fixtures = [family for family in TASK_FAMILIES if not TASK_FAMILIES[family].n_objects]
         assert [f for f in fixtures if scene.is_feasible(f)] == [f for f in fixtures if f in env.feasible()]
@@ -116,9 +123,9 @@ def test_lengths_are_those_of_independent_tosses(p):
 
 
 def test_rows_are_the_same_for_any_number_of_workers_and_a_short_run_is_continued():
-    columns, tables = ["seed", "subtask", "family", "instruction", "is_success", "failure", "n_steps"], []
+    columns, tables = ["seed", "subtask", "task", "instruction", "is_success", "failure", "n_steps"], []
     for n_workers in (1, 2):
-        evaluation = ChainEvaluation("random", n_episodes=12, families=DEFAULT_TASKS, max_steps=3 + n_workers)
+        evaluation = ChainEvaluation("random", n_episodes=12, suite=tabletop(3 + n_workers))
         tables.append(evaluate({"a": dataclasses.replace(evaluation, n_episodes=4)}, n_workers, show_progress=False)[columns])
         tables.append(evaluate({"a": evaluation}, n_workers, show_progress=False)[columns])
     assert len(set(tables[1]["seed"])) == 12 and set(tables[0]["seed"]) < set(tables[1]["seed"])

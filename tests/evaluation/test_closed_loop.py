@@ -1,6 +1,7 @@
 """Evaluation: distinct held-out seeds, the same rows whoever runs them, input ablations that remove what they say."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pandas as pd
@@ -8,11 +9,12 @@ import pytest
 import torch
 from statsmodels.stats.proportion import proportion_confint
 from toy_data import TEXTS, TOY
+from toy_suites import TASKS, StubEnv, stub_suite, tabletop
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 from rvlm.evaluation import closed_loop
@@ -29,7 +31,7 @@ from rvlm.training.trainer import train_stage_in_process
 from rvlm.vlm.small import small_vlm, train_tokenizer
 
 FAMILIES = ("push_left", "turn_on_light")
-FEW = Evaluation("expert", n_episodes=4, families=FAMILIES, max_steps=40)
+FEW = Evaluation("expert", n_episodes=4, suite=tabletop(40), tasks=FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,9 @@ EPISODES = [(FIRST_HELD_OUT_SEED + i, "lift") for i in range(3)]
 
 def test_every_episode_has_a_held_out_seed_of_its_own():
     episodes = Evaluation("random", n_episodes=200).episodes()
-    seeds = [seed for seed, _ in episodes]
+    seeds = [episode.seed for episode in episodes]
     assert len(set(seeds)) == 200 and min(seeds) == FIRST_HELD_OUT_SEED
-    assert [family for _, family in episodes[: len(DEFAULT_TASKS)]] == list(DEFAULT_TASKS)
+    assert [episode.task for episode in episodes[: len(DEFAULT_TASKS)]] == list(DEFAULT_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +182,11 @@ def test_the_expert_succeeds_and_chance_does_not_whoever_runs_them():
     tables = {}
     for n_workers in (1, 2, 4):
         runs = {
-            "expert": dataclasses.replace(FEW, n_episodes=4 + BATCH, max_steps=40 + n_workers),  # another folder for each
-            "random": Evaluation("random", n_episodes=4, families=FAMILIES, max_steps=10 + n_workers),
+            "expert": dataclasses.replace(FEW, n_episodes=4 + BATCH, suite=tabletop(40 + n_workers)),  # another folder for each
+            "random": Evaluation("random", n_episodes=4, suite=tabletop(10 + n_workers), tasks=FAMILIES),
         }
         tables[n_workers] = evaluate(runs, n_workers=n_workers, show_progress=False)
-    columns = ["name", "seed", "family", "instruction", "is_success"]
+    columns = ["name", "seed", "task", "instruction", "is_success"]
     one, two, four = (table[columns] for table in tables.values())
     pd.testing.assert_frame_equal(one, two)
     pd.testing.assert_frame_equal(one, four)
@@ -226,7 +228,7 @@ def test_two_numbers_of_the_same_episodes_are_run_once(monkeypatch):
     ran = []
     monkeypatch.setattr(closed_loop, "in_parallel", lambda work, jobs, n: (in_process(*job, ran) for job in jobs))
     for max_steps, names in ((7, ("all", "few")), (8, ("few", "all"))):
-        evaluations = {"all": dataclasses.replace(FEW, n_episodes=BATCH + 3, max_steps=max_steps)}
+        evaluations = {"all": dataclasses.replace(FEW, n_episodes=BATCH + 3, suite=tabletop(max_steps))}
         evaluations["few"] = dataclasses.replace(evaluations["all"], n_episodes=4)
         got = evaluate({name: evaluations[name] for name in names}, show_progress=False)["name"].value_counts()
         assert got.to_dict() == {"all": BATCH + 3, "few": 4} and ran == [0, 1]
@@ -240,14 +242,19 @@ def in_process(job, batch, folder, ran):
     """A batch without a simulator."""
     ran.append(batch)
     episodes = job.episodes()[batch * BATCH : (batch + 1) * BATCH]
-    rows = [{"seed": s, "family": f, "instruction": "", "is_success": True, "n_steps": 1} for s, f in episodes]
+    rows = [{"seed": s, "task": f, "instruction": "", "is_success": True, "n_steps": 1} for s, f, _ in episodes]
     pd.DataFrame(rows).to_parquet(folder / f"{batch:05d}.parquet")
     return len(rows)
 
 
 def test_the_folder_follows_settings_and_weights(tmp_path, monkeypatch):
     assert dataclasses.replace(FEW, n_episodes=9).folder == FEW.folder
-    for changes in ({"ablation": "no_language"}, {"setting": "lighting"}, {"n_action_steps": 2}, {"robot": "ur6"}):
+    for changes in (
+        {"ablation": "no_language"},
+        {"suite": "tabletop/franka7/lighting"},
+        {"n_action_steps": 2},
+        {"suite": tabletop(50)},
+    ):
         assert dataclasses.replace(FEW, **changes).folder != FEW.folder
     model = dataclasses.replace(FEW, policy=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"one")
@@ -259,21 +266,64 @@ def test_the_folder_follows_settings_and_weights(tmp_path, monkeypatch):
     assert model.folder != before
 
 
+def test_a_suite_by_name_and_the_suite_itself_are_one_evaluation():
+    by_name = Evaluation("random", 4, "toy_suites:libero_stub")
+    itself = Evaluation("random", 4, stub_suite("libero"), TASKS)
+    assert by_name.folder == itself.folder != dataclasses.replace(by_name, tasks=TASKS[:1]).folder
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_episodes_of_anybodys_environment_end_as_it_says(n_workers):
+    """The stub's outcomes are known; its third step is within one task's limit, and not within the other's."""
+    suite = stub_suite("libero", max_steps={TASKS[0]: 6, TASKS[1]: 2 + n_workers % 2})
+    table = evaluate({"a": Evaluation("random", BATCH + 4, suite), "b": Evaluation("expert", 2, suite)}, n_workers, False)
+    rows = table[table["name"] == "a"]
+    numbers = rows["seed"] + rows["task"].map(TASKS.index)
+    limit = rows["task"].map(suite.limit)
+    solved = (numbers % 4 != 0) & (limit >= 3)
+    assert rows["is_success"].tolist() == solved.tolist() and rows["n_steps"].tolist() == np.where(solved, 3, limit).tolist()
+    assert set(rows["failure"][~solved]) == {"missed"} and set(table["suite"]) == {"stub/libero"} and "start" not in table
+
+
+def test_each_fixed_initial_state_is_evaluated_once():
+    suite = stub_suite("libero", n_starts=3)
+    rows = evaluate({"a": Evaluation("random", 6, suite)}, 1, False)
+    assert sorted(zip(rows["task"], rows["start"], strict=True)) == [(task, i) for task in sorted(TASKS) for i in range(3)]
+    numbers = rows["start"] + rows["task"].map(TASKS.index)
+    assert rows["is_success"].tolist() == (numbers % 4 != 0).tolist(), "the state is the task's start, not the seed's"
+    with pytest.raises(ValueError, match=r"stub/libero has 3 initial states for each of 2 tasks, .* at most 6, got 7"):
+        Evaluation("random", 7, suite)
+
+
+def test_an_evaluation_names_the_tasks_and_the_expert_that_a_suite_lacks():
+    with pytest.raises(ValueError, match=r"stub/libero has no task 'lift'; there are push the block, open the box"):
+        Evaluation("random", 2, stub_suite("libero"), ("lift",))
+    suite = stub_suite("libero", make_env=functools.partial(WithoutExpert, ActionSpec.from_card("libero")))
+    with pytest.raises(ValueError, match=r"the policy 'expert' needs an environment with expert_action\(\), which WithoutExpert"):
+        evaluate({"a": Evaluation("expert", 2, suite)}, 1, False)
+
+
+class WithoutExpert(StubEnv):
+    """A stub environment that does not know how its tasks are done."""
+
+    expert_action = None
+
+
 def test_a_trained_policy_is_run_at_its_own_image_size_and_on_its_own_robot(toy_vlm, toy_stats, tmp_path):
     folder = tmp_path / "policy"
     model, processor = make_policy(toy_vlm, SPEC, toy_stats, chunk_size=2)
     model.save_pretrained(folder, processor)
-    evaluation = Evaluation(str(folder), n_episodes=2, max_steps=3, n_action_steps=2)
+    evaluation = Evaluation(str(folder), n_episodes=2, suite=tabletop(3), n_action_steps=2)
     rows = closed_loop.run_batch(evaluation, 0, keep_frames=True)
     assert [row["n_steps"] for row in rows] == [3, 3] and rows[0]["frames"]["static"].shape[1:] == (48, 48, 3)
     with pytest.raises(SpecMismatch, match="policy vs environment"):
-        closed_loop.run_batch(dataclasses.replace(evaluation, robot="ur6"), 0)
+        closed_loop.run_batch(dataclasses.replace(evaluation, suite=tabletop(3, "ur6")), 0)
 
 
 def test_a_policy_is_evaluated_with_a_delay_in_which_the_robot_is_held(toy_vlm, toy_stats, tmp_path):
     model, processor = make_policy(toy_vlm, SPEC, toy_stats, chunk_size=2)
     model.save_pretrained(tmp_path / "policy", processor)
-    evaluation = Evaluation(str(tmp_path / "policy"), n_episodes=2, max_steps=4, n_action_steps=2)
+    evaluation = Evaluation(str(tmp_path / "policy"), n_episodes=2, suite=tabletop(4), n_action_steps=2)
     delayed = dataclasses.replace(evaluation, delay_steps=1)
     at_once, late = (closed_loop.run_batch(e, 0, keep_frames=True)[0]["actions"] for e in (evaluation, delayed))
     assert (late[0, :6] == 0).all() and SPEC.is_open(late[0]) and (late[3, :6] == 0).all()
@@ -287,19 +337,19 @@ def test_a_policy_of_a_large_image_size_is_recorded_for_trained_and_run_at_it(tm
     model, processor = small_vlm(train_tokenizer(TEXTS, ["<loc00>"]), **settings)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "vlm")
-    recorded = collect_demonstrations(Collection(n_episodes=2, families=("push_left",), image_size=256), 1, progress=False)
+    recorded = collect_demonstrations(Collection(n_episodes=2, tasks=("push_left",), image_size=256), 1, progress=False)
     stage = Stage("large", ROBOT, (str(recorded),), str(tmp_path / "vlm"), 4, batch_size=4, n_processes=1)
     train_stage_in_process(stage, tmp_path / "trained")
     policy = load_policy(tmp_path / "trained" / "model")
     assert policy.image_size == (256, 256) == (policy.prompt_builder.image_size,) * 2
-    evaluation = Evaluation(str(tmp_path / "trained" / "model"), n_episodes=1, max_steps=2)
+    evaluation = Evaluation(str(tmp_path / "trained" / "model"), n_episodes=1, suite=tabletop(2))
     assert closed_loop.run_batch(evaluation, 0, keep_frames=True)[0]["frames"]["static"].shape == (2, 256, 256, 3)
 
 
-@pytest.mark.parametrize("by", ["name", ("name", "family")])
+@pytest.mark.parametrize("by", ["name", ("name", "task")])
 def test_the_table_is_statsmodels(by):
     rng = np.random.default_rng(0)
-    episodes = pd.DataFrame({"name": list("aab") * 20, "family": list("xy") * 30, "is_success": rng.random(60) < 0.7})
+    episodes = pd.DataFrame({"name": list("aab") * 20, "task": list("xy") * 30, "is_success": rng.random(60) < 0.7})
     table = success_table(episodes, by)
     keys = [by] if isinstance(by, str) else list(by)
     assert len(table) == len(episodes[keys].drop_duplicates())

@@ -106,7 +106,7 @@ def instructed(dataset, tmp_path):
     texts = {"lift the red cube": "lift", "pick up the red cube": "lift", "open the drawer": "open_drawer"}
     writer = EpisodeWriter(tmp_path / "instructed", SPEC)
     for seed, (text, family) in enumerate(texts.items()):
-        writer.add_episode(an_episode(4, seed), text, {"family": family})
+        writer.add_episode(an_episode(4, seed), text, {"task": family})
     return EpisodeDataset(writer.finalize()), dict(enumerate(texts))
 
 

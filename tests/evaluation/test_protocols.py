@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from statsmodels.stats.proportion import confint_proportions_2indep
+from toy_suites import stub_suite
 
 from rvlm import report
 from rvlm.data.windows import EpisodeDataset
-from rvlm.envs.tabletop.demonstrations import HELD_OUT, Collection, collect_demonstrations
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.suite_checks import SuiteError
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.envs.tabletop.suite import HELD_OUT
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 from rvlm.evaluation import protocols
 from rvlm.evaluation.closed_loop import FIRST_HELD_OUT_SEED
@@ -24,23 +27,33 @@ def dataset(home):
 def test_every_setting_asks_for_the_same_scenes_and_unseen_targets_for_objects_alone():
     evaluations = protocols.evaluations_by_setting("expert", 20)
     assert list(evaluations) == list(protocols.PROTOCOL_SETTINGS)
-    assert len({tuple(seed for seed, _ in e.episodes()) for e in evaluations.values()}) == 1
-    assert all(ALL_FAMILIES[family].n_objects for _, family in evaluations["unseen_target"].episodes())
-    assert {family for _, family in evaluations["simple"].episodes()} == set(DEFAULT_TASKS)
+    assert len({tuple(seed for seed, *_ in e.episodes()) for e in evaluations.values()}) == 1
+    assert all(ALL_FAMILIES[family].n_objects for _, family, _ in evaluations["unseen_target"].episodes())
+    assert {family for _, family, _ in evaluations["simple"].episodes()} == set(DEFAULT_TASKS)
 
 
 def test_a_probe_changes_one_thing():
-    plain = protocols.Evaluation("folder", 10, max_steps=30)
-    for name, probe in protocols.shortcut_probes("folder", 10, max_steps=30).items():
+    plain = protocols.Evaluation("folder", 10, n_action_steps=1)
+    probes = protocols.shortcut_probes("folder", 10, n_action_steps=1)
+    assert list(probes) == list(protocols.SHORTCUT_PROBES)
+    for name, probe in probes.items():
         changed = {f.name for f in dataclasses.fields(probe) if getattr(probe, f.name) != getattr(plain, f.name)}
-        assert changed == set(protocols.SHORTCUT_PROBES[name]) and len(changed) == 1
+        (field,) = protocols.SHORTCUT_PROBES[name]
+        assert changed == {"suite" if field == "setting" else field}
+
+
+def test_a_suite_without_settings_is_probed_with_the_rest():
+    suite = stub_suite("libero")
+    assert set(protocols.SHORTCUT_PROBES) - set(protocols.shortcut_probes("random", 2, suite)) == {"farther start poses"}
+    with pytest.raises(SuiteError, match="stub/libero has no setting 'simple'; there are none"):
+        protocols.evaluations_by_setting("random", 2, suite)
 
 
 def test_starts_farther_out_leave_the_scene_as_it_is():
     tables, hands = [], []
     for setting in ("simple", "new_start"):
         env = Tabletop(image_size=16, setting=setting)
-        env.reset(seed=3, options={"family": "lift"})
+        env.reset(seed=3, options={"task": "lift"})
         tables.append([env.world.pos_object(i)[:2].copy() for i in range(3)])
         hands.append(env.world.pos_tcp_world.copy())
         env.close()
@@ -50,7 +63,7 @@ def test_starts_farther_out_leave_the_scene_as_it_is():
 def test_the_gap_is_newcombes_over_the_families_that_both_settings_ask_for():
     rng = np.random.default_rng(0)
     rows = [
-        {"setting": setting, "family": family, "is_success": rng.random() < p}
+        {"setting": setting, "task": family, "is_success": rng.random() < p}
         for setting, families, p in (("simple", "ab", 0.8), ("unseen_target", "a", 0.4))
         for family in families
         for _ in range(50)
@@ -58,7 +71,7 @@ def test_the_gap_is_newcombes_over_the_families_that_both_settings_ask_for():
     episodes = pd.DataFrame(rows)
     (gap,) = protocols.generalisation_gap(episodes).to_dict("records")
     seen, unseen = (
-        episodes[(episodes["setting"] == s) & (episodes["family"] == "a")]["is_success"] for s in ("simple", "unseen_target")
+        episodes[(episodes["setting"] == s) & (episodes["task"] == "a")]["is_success"] for s in ("simple", "unseen_target")
     )
     low, high = confint_proportions_2indep(seen.sum(), 50, unseen.sum(), 50, method="newcomb", compare="diff", correction=False)
     assert gap["n_seen"] == gap["n_unseen"] == 50

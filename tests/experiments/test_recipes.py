@@ -11,7 +11,7 @@ import pytest
 
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
-from rvlm.envs.tabletop.demonstrations import Collection
+from rvlm.envs.demonstrations import Collection
 from rvlm.experiments.dagger import FIRST_SEED, DAggerCollection, collect_corrections
 from rvlm.experiments.few_shot import FewShot, continual_learning, few_shot_experiment
 from rvlm.experiments.recipes import (
@@ -30,14 +30,14 @@ from rvlm.policy.model import VLAConfig
 from rvlm.training.stages import DETECTION, Stage
 from rvlm.vlm.backbones import SMALL_VLM
 
-TINY = {"n_episodes": 10, "families": ("move_slider_left",)}
+TINY = {"n_episodes": 10, "tasks": ("move_slider_left",)}
 SHORT = {"batch_size": 8, "n_processes": 1}
 
 
 @pytest.fixture(scope="module")
 def experiment(home):
     """Ten demonstrations each of two robots."""
-    return ExperimentSetup(Collection(**TINY), (Collection("ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
+    return ExperimentSetup(Collection(**TINY), (Collection("tabletop/ur6", **TINY),), n_samples=16, n_scenes=12, changes=SHORT)
 
 
 def stage_of(model):
@@ -72,7 +72,7 @@ def test_every_recipe_trains_its_stages(experiment, recipe):
 def test_a_random_vision_tower_is_never_frozen(recipe, monkeypatch):
     """The stages of notebooks 05, 07 and 08 as they are built: pre-trained towers are frozen, the random one learns."""
     built = []
-    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.spec.robot))
     monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
     monkeypatch.setattr("rvlm.experiments.recipes.train", lambda stage, n_threads=None: built.append(stage) or Path("model"))
     train_recipe(recipe, low_data_target(10, 10, 64))
@@ -97,7 +97,7 @@ def test_the_few_shot_start_from_scratch_learns_everything_and_the_probe_nothing
 def test_recipes_start_from_any_model_and_train_on_any_dataset(monkeypatch):
     """As notebooks 05, 06 and 08 name them by their parameters; nothing is recorded for a dataset of one's own."""
     built = []
-    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.robot))
+    monkeypatch.setattr("rvlm.experiments.recipes.collect_demonstrations", lambda collection: Path(collection.spec.robot))
     monkeypatch.setattr("rvlm.experiments.recipes.collect_scenes", lambda n, seed: [Path("scenes")])
     monkeypatch.setattr("rvlm.experiments.recipes.train", lambda stage, n_threads=None: built.append(stage) or Path("model"))
     train_recipe("vl -> cross_embodiment -> in_domain", low_data_target(10, 10, 64, "lab/vlm", learning_rate=1e-4))
@@ -143,7 +143,7 @@ def test_few_shots_are_adapted_to_and_evaluated_in_new_scenes(home):
 
 
 def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
-    tasks = {name: Collection(n_episodes=10, families=(name,)) for name in ("open_drawer", "close_drawer")}
+    tasks = {name: Collection(n_episodes=10, tasks=(name,)) for name in ("open_drawer", "close_drawer")}
     for replay, seen in ((0.0, 1), (0.5, 2)):
         models = continual_learning(POLICY, tasks, 16, replay, **SHORT)
         assert list(models) == list(tasks)
@@ -156,7 +156,7 @@ def test_tasks_come_one_after_another_with_and_without_what_was_before(home):
 
 
 def test_corrections_are_the_experts_labels_in_the_states_that_the_policy_visits(home):
-    settings = Collection(n_episodes=3, families=("lift", "open_drawer"), max_steps=12)
+    settings = Collection(n_episodes=3, tasks=("lift", "open_drawer"), max_steps=12)
     data = EpisodeDataset(collect_corrections(DAggerCollection(str(POLICY), settings), n_workers=1))
     assert data.n_episodes == 3 and sorted(data.episodes["seed"]) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert FIRST_SEED + 100_000 < FIRST_HELD_OUT_SEED

@@ -33,7 +33,7 @@ ONE_STEP = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden":
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """Twelve synthetic demonstrations of each robot, of three task families."""
+    """Twelve synthetic demonstrations of each robot, of three tasks."""
     folders = {}
     for number, name in enumerate(ROBOTS):
         spec = ActionSpec.from_card(name)
@@ -41,7 +41,7 @@ def demos(tmp_path_factory):
         for seed in range(12):
             frames = toy_frames(spec, 5 + seed % 3, 100 * number + seed)
             frames["action"][:, :6] *= 0.2 * (number + 1)  # each robot moves in its own range
-            writer.add_episode(frames, TEXTS[seed % 3], {"family": f"family {seed % 3}"})
+            writer.add_episode(frames, TEXTS[seed % 3], {"task": f"task {seed % 3}"})
         folders[name] = str(writer.finalize())
     return folders
 
@@ -297,14 +297,14 @@ def test_a_dataset_does_not_hold_the_network(stage):
 
 
 # -- shots, instructions, co-training --------------------------------------------------------------------------------------
-def test_shots_are_as_many_of_each_family(stage):
+def test_shots_are_as_many_of_each_task(stage):
     one = dataclasses.replace(stage, data=stage.data[:1], shots=2)
     episodes_of = lambda stage: {int(sample["episode_index"]) for sample in map(drawn(stage).__getitem__, range(48))}  # noqa: E731
     episodes = episodes_of(one)
-    families = EpisodeDataset(stage.data[0]).episodes["family"].to_numpy()
-    assert sorted(families[sorted(episodes)]) == ["family 0"] * 2 + ["family 1"] * 2 + ["family 2"] * 2
+    tasks = EpisodeDataset(stage.data[0]).episodes["task"].to_numpy()
+    assert sorted(tasks[sorted(episodes)]) == ["task 0"] * 2 + ["task 1"] * 2 + ["task 2"] * 2
     assert episodes_of(dataclasses.replace(one, seed=1)) != episodes
-    with pytest.raises(ValueError, match=r"expected 9 training episodes of each family in .*, got fewer of family 0"):
+    with pytest.raises(ValueError, match=r"expected 9 training episodes of each task in .*, got fewer of task 0"):
         drawn(dataclasses.replace(one, shots=9))
 
 

@@ -45,8 +45,8 @@ def button(box, word):
 @pytest.fixture(scope="module")
 def driven():
     env = Tabletop(image_size=32, max_steps=50)
-    env.reset(seed=7, options={"family": "lift"})
-    return env, widgets.teleoperate(env, seed=3, size=32, family="open_drawer")
+    env.reset(seed=7, options={"task": "lift"})
+    return env, widgets.teleoperate(env, seed=3, size=32, task="open_drawer")
 
 
 def test_toggles_and_buttons_may_come_from_any_thread(driven):
@@ -72,7 +72,7 @@ def test_the_widget_leaves_the_environment_that_it_was_given_alone(driven):
     button(box.children[3], "up").click()
     assert np.array_equal(env.world.state(), before) and env.task is task and env.n_steps == 0
     assert env.image("static", 32).shape == (32, 32, 3), "it still draws in its own thread"
-    assert "drawer" in box.children[0].value, "the family that was asked for"
+    assert "drawer" in box.children[0].value, "the task that was asked for"
 
 
 def test_what_goes_wrong_is_written_into_the_widget(driven, monkeypatch):

@@ -1,5 +1,6 @@
 """The tabletop as a `gymnasium.Env`: camera images, proprioception and an instruction in, actions out."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -10,7 +11,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
 from rvlm.envs.tabletop.joint_control import expert_joint_action, is_joint_space, joint_state, move_joints
-from rvlm.envs.tabletop.rendering import CameraRenderer
+from rvlm.envs.tabletop.rendering import CameraRenderer, height_and_width
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, Setting
 from rvlm.envs.tabletop.success_conditions import Task
@@ -31,17 +32,17 @@ class Tabletop(gymnasium.Env):
 
     Args:
         robot: One of `ROBOTS`.
-        image_size: Side of both images [px].
+        image_size: Height and width of both images, or the side of square ones [px]; 96 if left out.
         families: Task families to sample from; those of `DEFAULT_TASKS` within the arm's reach if left out.
         setting: Name in `SETTINGS`, or a `Setting`.
-        max_steps: Time limit [control steps].
+        max_steps: Time limit [control steps]; None for none.
 
     Raises:
         KeyError: Unknown robot, family or setting, with those that exist.
 
     Example:
         >>> env = rvlm.Tabletop("ur6")
-        >>> observation, info = env.reset(seed=900_000, options={"family": "lift"})
+        >>> observation, info = env.reset(seed=900_000, options={"task": "lift"})
         >>> observation["images"]["static"].shape, info["is_success"]
         ((96, 96, 3), False)
     """
@@ -51,10 +52,10 @@ class Tabletop(gymnasium.Env):
     def __init__(
         self,
         robot: str = "franka7",
-        image_size: int = 96,
+        image_size: int | Sequence[int] | None = None,
         families: tuple[str, ...] = (),
         setting: str | Setting = "simple",
-        max_steps: int = 60,
+        max_steps: int | None = 60,
         render_mode: str = "rgb_array",
     ) -> None:
         self.render_mode, self.robot, self.max_steps = render_mode, robot, max_steps
@@ -65,9 +66,9 @@ class Tabletop(gymnasium.Env):
         families = tuple(families) or tuple(name for name in DEFAULT_TASKS if name in self.in_reach)
         self.families = tuple(_known(f, self.in_reach, "task family") for f in families)
         self._renderer = CameraRenderer(self.world.model, self.world.data, CAMERAS)
-        self.image_size = image_size
+        self.image_size = 96 if image_size is None else image_size
         self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
-        image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        image = gymnasium.spaces.Box(0, 255, (*height_and_width(self.image_size), 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
             images=gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, image)),
             state=gymnasium.spaces.Box(-np.inf, np.inf, (len(self.action_spec.state_names),), np.float32),
@@ -82,14 +83,14 @@ class Tabletop(gymnasium.Env):
 
         Args:
             seed: Fixes the scene, the task and the start pose.
-            options: `family` chooses the task family; `keep_state` keeps the present scene (chains).
+            options: `task` chooses the task family; `keep_state` keeps the present scene (chains).
         """
         super().reset(seed=seed)
         options = dict(options or {})
-        family, keep_state = options.pop("family", None), options.pop("keep_state", False)
+        family, keep_state = options.pop("task", None), options.pop("keep_state", False)
         options.pop("reset_mask", None)  # gymnasium's vector environments pass it on
         if options:
-            raise KeyError(f"unknown reset options {sorted(options)}; there are family, keep_state")
+            raise KeyError(f"unknown reset options {sorted(options)}; there are task, keep_state")
         family = _known(family or str(self.np_random.choice(self.families)), self.in_reach, "task family")
         if keep_state and not self.world.objects:
             raise ValueError("expected a scene to keep, got a new environment; reset it once without keep_state")
@@ -102,7 +103,7 @@ class Tabletop(gymnasium.Env):
         self.world.begin_task(has_cue=family in MEMORY_FAMILIES)
         self.task, self.n_steps = sample_task(self.world, family, self.np_random), 0
         self._failure_classifier = FailureClassifier(self.world, self.task)
-        return self._observe(), {"family": family, "is_success": False}
+        return self._observe(), {"task": family, "is_success": False}
 
     def feasible(self) -> list[str]:
         """Task families that are feasible in the present state, without the memory families."""
@@ -133,8 +134,8 @@ class Tabletop(gymnasium.Env):
         is_success = ALL_FAMILIES[self.task.family].is_done(self.world, self.task)
         self._failure_classifier.update(self.world)
         failure = "" if is_success else self._failure_classifier.failure(self.world)  # if the episode ended here
-        info = {"family": self.task.family, "is_success": is_success, "failure": failure}
-        return self._observe(), float(is_success), is_success, self.n_steps >= self.max_steps, info
+        info = {"task": self.task.family, "is_success": is_success, "failure": failure}
+        return self._observe(), float(is_success), is_success, self.max_steps is not None and self.n_steps >= self.max_steps, info
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's raw action (a,) float32 in the present state."""
@@ -146,7 +147,7 @@ class Tabletop(gymnasium.Env):
         action = np.clip(np.concatenate([arm, [0.0]]), spec.low, spec.high)
         return spec.set_grippers(action, is_open).astype(np.float32)
 
-    def image(self, camera: str = "static", size: int | None = None) -> np.ndarray:
+    def image(self, camera: str = "static", size: int | Sequence[int] | None = None) -> np.ndarray:
         """RGB image (h, w, 3) uint8 from a camera."""
         return self._renderer.image(camera, size or self.image_size)
 
