@@ -15,7 +15,8 @@ ALLOWED = REQUIRED | {
     *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "Makefile", "pyproject.toml", "requirements.lock"),
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "docs", "results"),
 }
-COMMAND_LINE = {f"rvlm/cli/{name}.py" for name in ("main", "run", "ship", "lab", "cache", "reproduce")}  # these may print
+MAY_PRINT = ("main", "run", "ship", "lab", "cache", "reproduce", "evaluate")
+COMMAND_LINE = {f"rvlm/cli/{name}.py" for name in MAY_PRINT}
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|home|root|Users|private/var)/[\w.-]+")
 
 

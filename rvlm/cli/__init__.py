@@ -7,6 +7,7 @@ Modules:
     dry_run: what a run would download, need and take.
     run: one notebook with parameters of your own.
     lab: JupyterLab on copies of the notebooks.
+    evaluate: a policy's closed-loop success on a suite.
     cache: list caches, and delete them.
     ship: make the shipped models.
     main: the parser, and the read-only commands.

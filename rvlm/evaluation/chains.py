@@ -73,7 +73,7 @@ class ChainEvaluation(Evaluation):
         """The code that computes its chains."""
         episode_code = super().code
         sampling = code_roots(self.loaded_suite.sample_chains)
-        unused = ("rvlm.evaluation.closed_loop", "rvlm.evaluation.success", "rvlm.statistics")
+        unused = ("rvlm.evaluation.closed_loop", "rvlm.evaluation.acting", "rvlm.evaluation.success", "rvlm.statistics")
         return Code((*episode_code.roots, "rvlm.evaluation.chains", *sampling), without=(*episode_code.without, *unused))
 
     def run(self, batch: int) -> list[dict]:

@@ -133,7 +133,7 @@ class RandomPolicy:
 def rollout(
     policy: Any,
     envs: Sequence[Any],
-    episodes: Sequence[EpisodeStart],
+    episodes: Sequence[EpisodeStart | tuple[int, str]],
     ablation: str = "none",
     keep_frames: bool = False,
     keep_state: bool = False,
@@ -178,7 +178,7 @@ def rollout(
     return rows
 
 
-def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[EpisodeStart], keep_state: bool) -> tuple[list, list[dict]]:
+def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple], keep_state: bool) -> tuple[list, list[dict]]:
     """Reset environments and policy: first observations, and the episodes' rows before the first step."""
     observations, rows = [], []
     for env, episode in zip(envs, (EpisodeStart(*episode) for episode in episodes), strict=True):

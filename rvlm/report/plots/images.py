@@ -232,6 +232,13 @@ def _png(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def side_by_side(frames: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Films of several cameras ``(t, h, w, 3)`` uint8 as one, of even size as videos need; black below lower ones."""
+    height = -(-max(film.shape[1] for film in frames.values()) // 2) * 2
+    padded = [np.pad(film, ((0, 0), (0, height - film.shape[1]), (0, film.shape[2] % 2), (0, 0))) for film in frames.values()]
+    return np.concatenate(padded, axis=2)
+
+
 def mp4(frames: Frames, fps: float | int) -> bytes:
     """Frames ``(t, h, w, 3)`` uint8 as an H.264 file that every browser plays, enlarged to at least 256 pixels."""
     import av
