@@ -295,7 +295,7 @@ def test_nothing_is_sent_outside_an_episode():
     env.reset()
     for options in ({"task": "fly"}, {"task": "lift", "scene": 3}):
         with pytest.raises(
-            KeyError, match=r"options family, one of lift, and keep_state; got '(fly' and \[\]|lift' and \['scene)"
+            KeyError, match=r"options task, one of lift, and keep_state; got '(fly' and \[\]|lift' and \['scene)"
         ):
             env.reset(options=options)
     with pytest.raises(RuntimeError, match=r"reset\(\) did not finish"):

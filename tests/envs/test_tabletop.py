@@ -98,7 +98,7 @@ def test_what_does_not_exist_is_named_beside_what_does(asked, message):
 
 
 def test_unknown_options_families_and_cameras_are_errors(env):
-    with pytest.raises(KeyError, match=r"unknown reset options \['fmily'\]; there are family, keep_state"):
+    with pytest.raises(KeyError, match=r"unknown reset options \['fmily'\]; there are task, keep_state"):
         env.reset(seed=0, options={"fmily": "lift"})
     with pytest.raises(KeyError, match="no task family 'fly'"):
         env.reset(seed=0, options={"task": "fly"})
