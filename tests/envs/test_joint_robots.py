@@ -197,7 +197,7 @@ def test_the_franka_moves_to_angles_in_radians_and_opens_at_1(envs):
 def test_the_experts_actions_are_in_the_cards_range_and_solve_tasks(envs, robot):
     env = envs[robot]
     for task in env.families[:3]:
-        env.reset(seed=5, options={"family": task})
+        env.reset(seed=5, options={"task": task})
         for _ in range(50):
             action = env.expert_action()
             env.action_spec.check(action)
@@ -209,7 +209,7 @@ def test_the_experts_actions_are_in_the_cards_range_and_solve_tasks(envs, robot)
 
 def test_tasks_out_of_reach_are_refused(envs):
     with pytest.raises(KeyError, match=r"no task family 'open_drawer'; there are lift, push_left, .*turn_off_light"):
-        envs["so101"].reset(seed=0, options={"family": "open_drawer"})
+        envs["so101"].reset(seed=0, options={"task": "open_drawer"})
     envs["so101"].reset(seed=0)
     assert set(envs["so101"].feasible()) <= set(SO101.workspace.families)
 
