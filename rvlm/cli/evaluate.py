@@ -11,8 +11,8 @@ from rvlm.cli import add_command
 from rvlm.files import artifacts_dir, atomic_write
 from rvlm.report.notebooks import InvalidRun
 
-ABOUT = "evaluate a policy in closed loop on a suite"
-MORE = """POLICY is the folder of a policy, its name on the Hub, "random" (chance), or "expert" (the environment's own).
+EVALUATE_ABOUT = "evaluate a policy in closed loop on a suite"
+EVALUATE_MORE = """POLICY is the folder of a policy, its name on the Hub, "random" (chance), or "expert" (the environment's own).
 SUITE is tabletop/ROBOT, tabletop/ROBOT/SETTING, or your own as package.module:function, looked up from here; the function
 returns a Suite (python -c "import rvlm; help(rvlm.Suite)").
 
@@ -30,7 +30,7 @@ examples:
 
 def add_evaluate(commands: Any) -> None:
     """Add the command to the parser."""
-    command = add_command(commands, "evaluate", ABOUT, MORE)
+    command = add_command(commands, "evaluate", EVALUATE_ABOUT, EVALUATE_MORE)
     command.add_argument("policy", metavar="POLICY", help='folder, name on the Hub, "random" or "expert"')
     command.add_argument("suite", metavar="SUITE", help="environment and tasks, by name")
     about = "how many (default: 200, or every fixed initial state once)"
