@@ -143,7 +143,8 @@ class TaskTimeLimit(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env, suite: Suite) -> None:
         super().__init__(env)
-        self.suite = suite
+        self.suite, self.n_steps = suite, 0
+        self.max_steps = max(map(suite.limit, suite.tasks))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """As the environment's; a task that the environment chooses itself is taken from `info["task"]`."""

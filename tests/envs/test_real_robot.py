@@ -294,9 +294,7 @@ def test_nothing_is_sent_outside_an_episode():
         env.step(STILL)
     env.reset()
     for options in ({"task": "fly"}, {"task": "lift", "scene": 3}):
-        with pytest.raises(
-            KeyError, match=r"options task, one of lift, and keep_state; got '(fly' and \[\]|lift' and \['scene)"
-        ):
+        with pytest.raises(KeyError, match=r"options task, one of lift, and keep_state; got '(fly' and \[\]|lift' and \['scene)"):
             env.reset(options=options)
     with pytest.raises(RuntimeError, match=r"reset\(\) did not finish"):
         env.step(STILL)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import gymnasium
 import numpy as np
 import pytest
+from toy_suites import stub_suite
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.tabletop.env import Tabletop
@@ -15,10 +16,11 @@ from rvlm.report import widgets
 def test_a_command_is_an_action_in_the_cards_convention(robot):
     spec = ActionSpec.from_card(f"tabletop_{robot}")
     action = widgets.move(spec, "left", is_open=True, amount=0.5)
-    assert action[spec.names.index("dy")] == 0.5 * spec.low[1] and action[-1] == spec.gripper_open
+    assert action[spec.names.index("dy")] == 0.5 * spec.low[1] and spec.is_open(action).all()
     assert np.count_nonzero(action[:-1]) == 1
-    assert widgets.move(spec, "stay", is_open=False).tolist() == [0.0] * 6 + [spec.gripper_close]
-    with pytest.raises(KeyError, match="no move 'sideways'; there are stay, left, right"):
+    closed = widgets.move(spec, "stay", is_open=False)
+    assert not closed[:6].any() and not spec.is_open(closed).any()
+    with pytest.raises(KeyError, match="no move 'sideways'; there are stay, away, closer, left, right"):
         widgets.move(spec, "sideways", True)
 
 
@@ -36,6 +38,27 @@ def test_teleoperation_by_buttons_and_by_script():
     assert state_label.value != before and screens.children[0].value != image and "m" in state_label.value
     assert label.value.startswith("“") and "step 1 of 60" in label.value
     env.close()
+
+
+@pytest.mark.parametrize("card", ["tabletop_franka7_joint", "tabletop_so101", "tabletop_two_arms", "tabletop_planar", "bridge"])
+def test_any_robot_has_buttons_for_its_dimensions_and_grippers(card):
+    """Of the others absolute targets go a small step from where they are, and stay there."""
+    spec = ActionSpec.from_card(card)
+    suite = stub_suite(spec, {spec.cameras[0]: (40, 60)})
+    box = widgets.teleoperate(suite.make(), size=32)
+    label, screens, _, buttons, last, error = box.children
+    n_driven = int(spec.present.sum()) - len(spec.gripper_indices)
+    assert len(buttons.children) == 2 * n_driven and len(screens.children) == len(spec.cameras)
+    assert len(last.children) == len(spec.gripper_indices) + 3 and "step 0 of 6" in label.value
+    command, (index, sign) = list(widgets.moves(spec).items())[-1]
+    held = (np.asarray(spec.low) + spec.high) / 2
+    action = widgets.move(spec, command, True, 0.5, held)
+    others = np.arange(spec.n_dims) != index
+    others[list(spec.gripper_indices)] = False
+    assert sign * (action[index] - (held[index] if command.startswith(spec.names[index]) else 0)) > 0
+    np.testing.assert_allclose(action[others], held[others], rtol=1e-6)
+    buttons.children[0].click()
+    assert ("step 1 of 6" in label.value) == (error.value == "")
 
 
 def button(box, word):
