@@ -29,7 +29,7 @@ def check_order(root: Path, key: str, stored: Any, names: Sequence[str], card: s
     Raises:
         EpisodeError: A name has another index, or the numbers of names and dimensions differ.
     """
-    found, own = [_normalized(name) for name in _flat(stored)], [_normalized(name) for name in names]
+    found, own = [place_of(name) for name in _flat(stored)], [place_of(name) for name in names]
     if len(set(own)) != len(own):
         found, own = _flat(stored), list(names)
     if not set(found) & set(own):
@@ -65,7 +65,8 @@ def _flat(stored: Any) -> list[str]:
     return [str(stored)]
 
 
-def _normalized(name: str) -> str:
+def place_of(name: str) -> str:
+    """A dimension's place, which several names share: "dx" and "x"; "roll", "rx" and "qx"; "main_gripper" and "gripper"."""
     name = unicodedata.normalize("NFKC", name).strip().casefold().removesuffix(SUFFIX)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""What a diagnosis examines: a policy, its training data, and the environment in which it fails."""
+"""What a diagnosis examines: a policy, its training data, and the environment in which it fails; or less."""
 
 import dataclasses
 import functools
@@ -15,10 +15,11 @@ class DiagnosisInputs:
     """A policy, the demonstrations that it was trained on, and the environment in which it fails.
 
     Attributes:
-        policy: As `load_policy` gives it.
+        policy: As `load_policy` gives it; or anything with its verbs `reset` and `select_action`, such as a client of a policy
+            that is served elsewhere; or None. What only a `Policy` shows is skipped for others, and the result says so.
         dataset: With the columns `seed` and `task` per episode, so that the environment can be reset to recorded episodes;
             without them the checks that need this are skipped, and say so.
-        env: A `gymnasium.Env` with an `action_spec`.
+        env: A `gymnasium.Env` with an `action_spec`, as `Suite.make` gives it; or None: checks of data and policy alone.
         n_episodes: Recorded episodes to examine.
         n_frames: Of them, how many frames at most the policy predicts actions for.
         seed: Of the draw of episodes.
@@ -30,12 +31,22 @@ class DiagnosisInputs:
         3
     """
 
-    policy: Policy
+    policy: Policy | Any | None
     dataset: EpisodeDataset
-    env: Any
+    env: Any = None
     n_episodes: int = 6
     n_frames: int = 200
     seed: int = 0
+
+    @property
+    def trained(self) -> Policy | None:
+        """The policy, if its model can be looked into."""
+        return self.policy if isinstance(self.policy, Policy) else None
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras of the policy, or of the data."""
+        return tuple(self.trained.model.config.cameras) if self.trained else self.dataset.cameras
 
     def training_episodes(self) -> np.ndarray:
         """Indices of the training episodes, as `rvlm.data.windows.split` gives them."""
@@ -63,9 +74,22 @@ class DiagnosisInputs:
         return self._all_executed_actions[self.frame_slice(episode)]
 
     def reset_to_recorded(self, episode: int) -> dict | None:
-        """Reset the environment to a recorded episode: its first observation, or None where no seed was recorded."""
-        if "seed" not in self.dataset.episodes:
-            return None
+        """Reset the environment to a recorded episode: its first observation; None without environment or recorded seed."""
         row = self.dataset.episodes.iloc[episode]
+<<<<<<< HEAD
         options = {"task": str(row["task"])} if "task" in row else None
         return self.env.reset(seed=int(row["seed"]), options=options)[0]
+=======
+        if self.env is None or "seed" not in row:
+            return None
+        task = row.get("task", row.get("family"))
+        options = ({} if task is None else {"task": str(task)}) | ({"start": int(row["start"])} if "start" in row else {})
+        return self.env.reset(seed=int(row["seed"]), options=options or None)[0]
+
+    def reset_three_times(self) -> list[dict]:
+        """First observations of three seeds, or of three of the environment's fixed initial states."""
+        suite = getattr(self.env, "suite", None)
+        if suite is None or suite.n_starts is None:
+            return [self.env.reset(seed=seed)[0] for seed in (1, 2, 3)]
+        starts = [{"task": suite.default_tasks[0], "start": i} for i in range(min(3, suite.n_starts))]
+        return [self.env.reset(seed=0, options=options)[0] for options in starts]

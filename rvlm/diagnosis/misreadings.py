@@ -1,10 +1,13 @@
 """Common errors in reading images and actions: the candidates that a failing check tries, and faults to inject."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+
+from rvlm.data.actions import ActionSpec
+from rvlm.data.groups import Group
+from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
+from rvlm.diagnosis.motion import n_positions
 
 IMAGE_ERRORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # fault -> images (..., h, w, 3) with it
     "image rotated by 180 degrees": lambda images: images[..., ::-1, ::-1, :],
@@ -14,25 +17,44 @@ IMAGE_ERRORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # fault -> imag
 }
 
 
-def _convert_rotation(spec: Any, actions: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    scale, out = np.asarray(spec.scale[3:6]), actions.copy()
-    out[:, 3:6] = convert(actions[:, 3:6] * scale) / scale
+def change_groups(
+    spec: ActionSpec, actions: np.ndarray, kinds: tuple[str, ...], change: Callable[[np.ndarray, Group], np.ndarray]
+) -> np.ndarray:
+    """Raw actions (..., a) with the columns of all groups of some kinds changed."""
+    out = np.array(actions)
+    for at, group in spec.action_groups(*kinds):
+        out[..., at] = change(out[..., at], group)
     return out
 
 
-def _change_arm(spec: Any, actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return np.concatenate([change(actions[:, spec.arm_slice]), actions[:, spec.arm_slice.stop :]], axis=1)
+def change_displacements(spec: ActionSpec, actions: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Raw actions (..., a) with all displacements of hand and joints changed; targets stay."""
+    return change_groups(spec, actions, ("pose_delta", "joint_delta"), lambda values, group: change(values))
 
 
-ACTION_MISREADINGS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {  # "fault: how" -> actions (n, a), corrected
-    "gripper sign": lambda spec, a: spec.set_grippers(a, ~spec.is_open(a)),
-    "rotation layout: stored as euler angles": lambda spec, a: _convert_rotation(
-        spec, a, lambda euler: Rotation.from_euler("xyz", euler).as_rotvec()
-    ),
-    "rotation layout: stored as axis angle": lambda spec, a: _convert_rotation(
-        spec, a, lambda vector: Rotation.from_rotvec(vector).as_euler("xyz")
-    ),
-    "control rate: too slow": lambda spec, a: _change_arm(spec, a, lambda arm: 0.5 * arm),
-    "control rate: too fast": lambda spec, a: _change_arm(spec, a, lambda arm: 2 * arm),
-    "delta taken twice": lambda spec, a: _change_arm(spec, a, lambda arm: np.cumsum(arm, axis=0)),
+def flip_grippers(spec: ActionSpec, actions: np.ndarray) -> np.ndarray:
+    """Raw actions (..., a) that close where they opened."""
+    return change_groups(spec, actions, ("gripper",), lambda values, group: float(group.open) + float(group.close) - values)
+
+
+def relayout(spec: ActionSpec, actions: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Raw actions (n, a) with rotations of `target`'s number of values read in layout `source` and written in `target`."""
+
+    def change(values: np.ndarray, group: Group) -> np.ndarray:
+        if LAYOUTS[group.rotation or "none"] != LAYOUTS[target]:
+            return values
+        n, scale = n_positions(group), np.array(group.scale)
+        turned = from_rotation(to_rotation(values[:, n:] * scale[n:], source), target) / scale[n:]
+        return np.concatenate([values[:, :n], turned], axis=1)
+
+    return change_groups(spec, actions, ("pose", "pose_delta"), change)
+
+
+ACTION_MISREADINGS: dict[str, Callable[[ActionSpec, np.ndarray], np.ndarray]] = {  # "fault: how" -> actions (n, a), corrected
+    "gripper sign": flip_grippers,
+    "rotation layout: stored as euler angles": lambda spec, a: relayout(spec, a, "euler_xyz", "axis_angle"),
+    "rotation layout: stored as axis angle": lambda spec, a: relayout(spec, a, "axis_angle", "euler_xyz"),
+    "control rate: too slow": lambda spec, a: change_displacements(spec, a, lambda values: 0.5 * values),
+    "control rate: too fast": lambda spec, a: change_displacements(spec, a, lambda values: 2 * values),
+    "delta taken twice": lambda spec, a: change_displacements(spec, a, lambda values: np.cumsum(values, axis=0)),
 }

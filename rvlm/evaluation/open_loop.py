@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from rvlm.data.dimensions import place_of
 from rvlm.data.windows import Windows
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, permute_instructions, replace_instructions
 from rvlm.policy.collation import RobotCollator
@@ -91,8 +92,8 @@ def open_loop_errors(
 
     Returns:
         One row per frame and action dimension that the robot has: episode_index, frame_index, dimension, unit, `first` (the
-        absolute error of the chunk's first action) and `chunk` (its mean over the chunk, within the episode), in the card's SI
-        units; for the gripper, 1 for a wrong command and 0 for a right one.
+        absolute error of the chunk's first action) and `chunk` (its mean over the chunk, within the episode), in the card's
+        units; for a binary gripper, 1 for a wrong command and 0 for a right one.
 
     Raises:
         SpecMismatch: The demonstrations are of another robot.
@@ -105,10 +106,11 @@ def open_loop_errors(
 
 
 def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int]) -> pd.DataFrame:
-    """`open_loop_errors` of the mean training action, with the gripper command that is more frequent in training."""
+    """`open_loop_errors` of the mean training action, with the binary gripper commands that are more frequent in training."""
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
     is_train, is_test = np.isin(episode, list(train)), np.isin(episode, list(episodes))
-    constant = spec.set_grippers(action[is_train].mean(0), spec.is_open(action[is_train]).mean(0) > 0.5)
+    mean, is_open = action[is_train].mean(0), spec.is_open(action[is_train]).mean(0) > 0.5
+    constant = np.where(spec.is_binary, spec.set_grippers(mean, is_open), mean)
     recorded = action[is_test][:, None]
     frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])
     mask = np.broadcast_to(spec.present, recorded.shape)
@@ -134,21 +136,30 @@ def _error_rows(
 
 
 def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
-    """Absolute errors (n, k, a) in SI units; 1 or 0 for the gripper."""
+    """Absolute errors (n, k, a) in the card's units; 1 or 0 for a binary gripper. Euler angles differ by half a turn at most."""
     error = np.abs(spec.to_si(predicted - recorded))
-    is_other = spec.is_open(predicted) != spec.is_open(recorded)
-    for i, index in enumerate(spec.gripper_indices):
-        if spec.is_binary[index]:
-            error[..., index] = is_other[..., i]
+    for at, group in spec.placed_action:
+        if group.rotation == "euler_xyz":
+            turned = np.arange(at.start, at.stop)[-3:]
+            error[..., turned] = np.abs((error[..., turned] + np.pi) % (2 * np.pi) - np.pi)
+    wrong = spec.is_open(predicted) != spec.is_open(recorded)
+    for k, i in enumerate(spec.gripper_indices):
+        if spec.is_binary[i]:
+            error[..., i] = wrong[..., k]
     return error
 
 
 def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
-    """Mean distance between predicted and recorded displacement of the hand, per episode [m], of rows of `open_loop_errors`."""
-    displacement = errors[errors["dimension"].isin(("dx", "dy", "dz"))]
-    squared: Any = displacement[column] ** 2
-    of_frame: Any = squared.groupby([displacement["episode_index"], displacement["frame_index"]]).sum()
-    return np.sqrt(of_frame).groupby("episode_index").mean()
+    """Mean distance between predicted and recorded position or displacement of a hand, per episode [m], of `open_loop_errors`.
+
+    Of two arms the mean; empty for a robot whose actions hold no position.
+    """
+    place = errors["dimension"].astype(str).map(place_of)
+    arm, axis = place.str.rpartition("_")[0], place.str.rpartition("_")[2]
+    rows = errors[axis.isin(list("xyz"))]
+    squared: Any = rows[column] ** 2
+    of_hand: Any = squared.groupby([rows["episode_index"], rows["frame_index"], arm[rows.index]]).sum()
+    return np.sqrt(of_hand).groupby("episode_index").mean()
 
 
 def error_table(errors: dict[str, pd.DataFrame], column: str = "first") -> pd.DataFrame:

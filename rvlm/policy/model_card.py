@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rvlm.data.groups import Group
 from rvlm.policy.embodiments import Embodiment
 from rvlm.provenance import provenance
 from rvlm.statistics import Rate
@@ -79,7 +80,6 @@ def _architecture(model: Any) -> list[str]:
 def _robot(robot: Embodiment) -> list[str]:
     """Conventions of a robot's actions and state, and their normalisation statistics."""
     spec, action, state = robot.spec, robot.stats["action"], robot.stats["observation.state"]
-    kind = "displacements" if spec.is_delta else "target poses"
     absent = f" It has no {', '.join(spec.absent)}." if spec.absent else ""
     actions = [
         (name, unit, f"{_number(low)} to {_number(high)}", _number(scale), *_quantiles(action, i))
@@ -94,12 +94,32 @@ def _robot(robot: Embodiment) -> list[str]:
     return [
         f"## Data and conventions: {spec.dataset}\n{action.count} training frames of {spec.robot}. Statistics are of these "
         f"frames; normalisation: {action.kind}.",
-        f"Actions are {kind} in frame {spec.frame!r}, rotations as {spec.rotation}, at {spec.rate_hz:g} Hz; the gripper opens at "
-        f"{_number(spec.gripper_open)} and closes at {_number(spec.gripper_close)}.{absent}",
+        f"Actions at {spec.rate_hz:g} Hz:{absent}\n\n" + _list([_group(group) for group in spec.action]),
         _table(("action", "unit", "raw range", "units per raw 1", "q01", "median", "q99"), actions),
-        f"The state's rotation is {spec.state_rotation}.",
+        "State:\n\n" + _list([_group(group) for group in spec.state]),
         _table(("state", "unit", "range in training", "q01", "median", "q99"), states),
     ]
+
+
+KINDS = {
+    "pose_delta": "displacement of the hand",
+    "pose": "pose of the hand",
+    "joint_delta": "displacements of joints",
+    "joint": "positions of joints",
+    "base_velocity": "velocity of the base",
+    "other": "other numbers",
+}
+
+
+def _group(group: Group) -> str:
+    """What a group of dimensions is, with its conventions."""
+    names = ", ".join(group.names)
+    if group.kind == "gripper":
+        ends = "" if group.open is None or group.close is None else f", {_number(group.open)} open, {_number(group.close)} closed"
+        return f"{names}: gripper{ends}{', either of the two' * group.is_binary}."
+    frame = f" in frame {group.frame!r}" if group.frame else ""
+    rotation = f", rotation as {group.rotation}" if group.rotation not in (None, "", "none") else ""
+    return f"{names}: {KINDS[group.kind]}{frame}{rotation}."
 
 
 def _quantiles(stats: Any, i: int) -> tuple[str, str, str]:

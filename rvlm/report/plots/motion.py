@@ -34,7 +34,7 @@ def action_curves(
 
     Args:
         actions: raw actions ``(n, a)`` of the episode.
-        spec: an `ActionSpec`: ``names``, ``units``, ``to_si``.
+        spec: an `ActionSpec`: ``names``, ``units``, ``is_binary``, ``to_si``.
         chunks: raw predicted chunks: ``(n, k, a)``, one per step, or ``{step: (k, a)}``.
         title: a sentence; by default one made from the numbers drawn.
     """
@@ -47,7 +47,7 @@ def action_curves(
         for step, chunk in predicted.items():
             curve = spec.to_si(np.asarray(chunk))[:, dim]
             ax.plot(step + np.arange(len(curve)), curve, color=NEUTRAL, alpha=0.4, linewidth=0.8)
-        ax.plot(values[:, dim], color=dimension_color(name), drawstyle="steps-mid" if name == "gripper" else "default")
+        ax.plot(values[:, dim], color=dimension_color(name), drawstyle="steps-mid" if spec.is_binary[dim] else "default")
         ax.set_ylabel(unit_in_brackets(name, unit))
     _legend(panels[len(spec.names) :], bool(predicted))
     for ax in axes[-1]:
@@ -85,8 +85,10 @@ def histograms(
         marks: ``(m, a)`` values to mark by a dashed line, such as q01 and q99.
         title: a sentence.
     """
-    n_columns = -(-len(names) // 2)
-    fig, axes = plt.subplots(2, n_columns, figsize=(PAGE_IN, 2.9), sharey=True, layout="constrained")
+    n_rows = max(2, -(-len(names) // 4))
+    n_columns = -(-len(names) // n_rows)
+    shape: Any = {"figsize": (PAGE_IN, 1.45 * n_rows), "sharey": True, "squeeze": False, "layout": "constrained"}
+    fig, axes = plt.subplots(n_rows, n_columns, **shape)
     for ax in axes.flat:
         ax.set_visible(False)
     for dim, (ax, name, unit) in enumerate(zip(axes.flat, names, units, strict=False)):

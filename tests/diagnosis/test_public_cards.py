@@ -1,0 +1,146 @@
+"""Each public card: a data set of its shape is read, trained on, driven and checked; what is swapped is refused or named."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from public_datasets import PUBLIC, record_public, stand_in
+
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import EpisodeError
+from rvlm.data.windows import EpisodeDataset, Windows
+from rvlm.diagnosis.checklist import diagnose, first_fault
+from rvlm.diagnosis.env_checks import check_images
+from rvlm.diagnosis.faults import faults_of, with_data
+from rvlm.diagnosis.inputs import DiagnosisInputs
+from rvlm.envs.stand_in import StandInExpert
+from rvlm.policy.collation import RobotCollator
+from rvlm.policy.factory import make_policy
+from rvlm.policy.policy import Policy
+
+SETTINGS = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_options": {"hidden": 32}}
+UNNAMED = ("pusht", "calvin")  # info.json names no dimension as the card does
+
+
+@pytest.fixture(scope="module", params=PUBLIC)
+def public(request, home):
+    """Name of a card, and a data set of the shape that it describes."""
+    return request.param, record_public(request.param, home / request.param)
+
+
+def renamed(public, tmp_path, change):
+    """A copy with a change of info.json's features."""
+    name, root = public
+    copy = shutil.copytree(root, tmp_path / "copy")
+    info = json.loads((copy / "meta/info.json").read_text())
+    change(info["features"])
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    return lambda: EpisodeDataset(copy, name)
+
+
+def test_a_data_set_of_its_shape_is_read_under_the_card(public):
+    name, root = public
+    data, described = EpisodeDataset(root, name), PUBLIC[name]
+    assert json.loads((root / "meta/info.json").read_text()).get("rvlm") is None and data.spec.dataset == name
+    assert data.fps == described.fps == data.spec.rate_hz
+    assert set(data.camera_keys.values()) >= set(described.cameras) and set(data.cameras) == {
+        key.rsplit(".", 1)[-1] for key in described.cameras
+    }  # fmt: skip
+    frames = data.frames_cache()
+    sizes = {key.rsplit(".", 1)[-1]: size for key, size in (described.shown or described.cameras).items()}
+    assert {camera: images.shape[1:3] for camera, images in frames.items()} == sizes
+
+
+def test_a_policy_trains_a_step_and_drives_its_stand_in(public, toy_vlm):
+    name, root = public
+    data, env = EpisodeDataset(root, name), stand_in(name)
+    torch.manual_seed(0)
+    model, processor = make_policy(toy_vlm, data.spec, data.stats(), **SETTINGS)
+    windows = Windows(data, 1, SETTINGS["chunk_size"], stats=model.stats)
+    batch = RobotCollator(model.prompt_builder(processor))(windows.__getitems__(range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss) and model(**batch).loss < loss
+    policy = Policy(model, processor)
+    observation, _ = env.reset(seed=0)
+    for _ in range(4):
+        action = policy.select_action([observation])[0]
+        data.spec.check(np.clip(action, data.spec.low, data.spec.high)[None])
+        observation, *_ = env.step(np.clip(action, data.spec.low, data.spec.high))
+    with pytest.raises(Exception, match=r"camera|image"):
+        policy.select_action([observation | {"images": dict(list(observation["images"].items())[1:])}])
+
+
+def test_its_conventions_hold_in_data_and_stand_in(public):
+    name, root = public
+    data = EpisodeDataset(root, name)
+    inputs = DiagnosisInputs(StandInExpert(data.spec), data, stand_in(name), n_episodes=2, n_frames=12)
+    results = diagnose(inputs)
+    assert first_fault(results) is None, results[-1]
+    alone = diagnose(dataclasses.replace(inputs, policy=None, env=None))
+    assert first_fault(alone) is None and sum("skipped" in result.measured for result in alone) == 5
+
+
+def test_swapped_names_are_refused(public, tmp_path):
+    name, _ = public
+    described = PUBLIC[name]
+    for key in ("action", "observation.state"):
+
+        def swap(features, key=key):
+            names = features[key]["names"]
+            for group in names.values() if isinstance(names, dict) else [names]:
+                group[0], group[1] = group[1], group[0]
+
+        if name in UNNAMED and described.action is None:
+            continue
+        opened = renamed(public, tmp_path / key, swap)
+        if name in UNNAMED:
+            opened()  # by the numbers alone: below
+        else:
+            with pytest.raises(EpisodeError, match="bring the column into the card's order"):
+                opened()
+
+
+def test_a_camera_of_another_name_is_refused(public, tmp_path):
+    key = next(iter(PUBLIC[public[0]].cameras))
+    opened = renamed(public, tmp_path, lambda features: features.update({f"{key}_2": features.pop(key)}))
+    with pytest.raises(EpisodeError, match="unknown camera"):
+        opened()
+
+
+def test_faults_of_the_numbers_are_named(public):
+    """Without policy and environment: dimensions, signs, grippers, layouts, units, steps."""
+    name, root = public
+    inputs = DiagnosisInputs(None, EpisodeDataset(root, name), n_episodes=2)
+    seen = [fault for fault in faults_of(inputs) if "image" not in fault.expected and "channels" not in fault.expected]
+    wrong = {f.description: first_fault(diagnose(f.inject(inputs))) for f in seen}
+    assert wrong == {f.description: f.expected for f in seen}
+    assert {"two dimensions swapped", "actions a step late"} < set(wrong)
+
+
+def test_swapped_cameras_are_named_against_the_environment(public):
+    """By sizes where they differ, else by what is seen; from the data alone, nobody can tell."""
+    name, root = public
+    data = EpisodeDataset(root, name)
+    if len(data.cameras) < 2:
+        pytest.skip("one camera")
+    inputs = DiagnosisInputs(None, data, stand_in(name), n_episodes=2)
+    keys = dict(zip(data.cameras, reversed([data.camera_keys[camera] for camera in data.cameras]), strict=True))
+    swapped = with_data(inputs, camera_keys=keys)
+    swapped.dataset.camera_key = lambda camera: keys[camera]
+    assert check_images(inputs).fault is None
+    assert check_images(swapped).fault == "cameras swapped"
+    assert check_images(dataclasses.replace(swapped, env=None)).fault is None
+
+
+def test_a_public_cards_policy_is_refused_by_another_robot():
+    names = list(PUBLIC)
+    for one, other in itertools.pairwise(names):
+        with pytest.raises(Exception, match="convention"):
+            ActionSpec.from_card(one).require_same(ActionSpec.from_card(other))
