@@ -24,7 +24,8 @@ from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis.checklist import diagnose, first_fault
 from rvlm.diagnosis.faults import faults_of
 from rvlm.diagnosis.inputs import DiagnosisInputs
-from rvlm.envs.stand_in import StandIn, StandInExpert, record_stand_in
+from rvlm.envs.stand_in import StandIn, record_stand_in
+from rvlm.envs.stand_in_expert import StandInExpert
 from rvlm.files import atomic_write, results_dir
 from rvlm.statistics import wilson
 

@@ -27,7 +27,7 @@ class Group:
         low, high: Range of raw values, of an action.
         frame: Of a pose: "world", "base" or "ee".
         rotation: Of a pose: layout of its rotation, a name in `LAYOUTS`.
-        open, close: Raw values of an action's gripper.
+        open, close: Raw values of a gripper; of the state's only where they say which way its numbers count.
         is_binary: Whether an action's gripper is either open or closed; else any value between.
         absent: Names of an action's dimensions that this robot lacks: always 0, and masked in the loss.
     """
@@ -63,6 +63,11 @@ class Group:
         """Plain JSON values, without those that are the default."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def gripper_ends(self) -> tuple[float, float]:
+        """Raw values of a gripper, closed and open; 0 and 1 where it does not say."""
+        return (0.0, 1.0) if self.open is None or self.close is None else (self.close, self.open)
 
     @property
     def n_position(self) -> int:
@@ -111,9 +116,15 @@ def _check_kind(group: Group, at: str) -> None:
 
 
 def _checked_state(group: Group, at: str) -> Group:
-    given = [f.name for f in fields(group)[3:] if f.name not in ("frame", "rotation") and getattr(group, f.name) != f.default]
+    allowed = ("open", "close") if group.kind == "gripper" else ("frame", "rotation")
+    given = [f.name for f in fields(group)[3:] if f.name not in allowed and getattr(group, f.name) != f.default]
     if given:
-        raise CardError(f"{at}: expected kind, names, units, and of a pose frame and rotation; got {given} too; leave them out")
+        raise CardError(
+            f"{at}: expected kind, names, units, of a pose frame and rotation, of a gripper open and close; got {given} too; "
+            "leave them out"
+        )
+    if (group.open is None) != (group.close is None) or (group.open is not None and group.open == group.close):
+        raise CardError(f"{at}: expected two numbers as open and close, or none; got {group.open} and {group.close}")
     return group
 
 

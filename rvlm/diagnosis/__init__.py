@@ -10,5 +10,6 @@ Modules:
     policy_checks: statistics, conventions, and predictions on training frames.
     env_checks: initial states, images, and the effect of recorded actions.
     checklist: the checks in order; the first that fails names the fault.
+    perturbed: demonstrations and environments with changes in them.
     faults: faults to inject, which the checks must name.
 """

@@ -4,7 +4,7 @@ import numpy as np
 
 from rvlm.data.errors import SpecMismatch
 from rvlm.diagnosis.inputs import DiagnosisInputs
-from rvlm.diagnosis.motion import invalid_rotations, n_positions
+from rvlm.diagnosis.motion import invalid_rotations
 from rvlm.diagnosis.motion_faults import explain_motion
 from rvlm.diagnosis.results import CheckResult
 
@@ -34,8 +34,8 @@ def _quaternion_jumps(inputs: DiagnosisInputs) -> int:
     for action, state in _motions(inputs):
         for values, placed in ((state, spec.placed_state), (action, spec.placed_action)):
             for at, group in placed:
-                if "quat" in (group.rotation or "") and group.kind == "pose":
-                    q = values[:, at][:, n_positions(group) :]
+                if "quat" in (group.rotation) and group.kind == "pose":
+                    q = values[:, at][:, group.n_position :]
                     n += int(((q[1:] * q[:-1]).sum(1) < 0).sum())
     return n
 

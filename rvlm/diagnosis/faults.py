@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.actions import ActionSpec, NormStats
-from rvlm.data.groups import Group
-from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
+from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.rotations import from_rotation, to_rotation
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS, change_displacements, change_groups, flip_grippers, relayout
-from rvlm.diagnosis.motion import SHOWN_BY, n_positions, paired_groups
+from rvlm.diagnosis.motion import SHOWN_BY, paired_groups, raw_to_units
 from rvlm.diagnosis.motion_faults import OTHER_LAYOUT
 from rvlm.diagnosis.perturbed import PerturbedDataset, PerturbedEnv
 from rvlm.diagnosis.policy_checks import widest_quantiles
@@ -85,8 +85,8 @@ def _targets_as_displacements(inputs: DiagnosisInputs) -> DiagnosisInputs:
         for (at, group), (shown, other), same in paired_groups(spec):
             if "delta" in group.kind:
                 columns = np.arange(at.start, at.stop)[[i for i, _ in same]]
-                position = state[:, shown][:, [j for _, j in same]] * np.array(other.scale)[[j for _, j in same]]
-                target = position + out[:, columns] * np.array(group.scale)[[i for i, _ in same]]
+                position = state[:, shown][:, [j for _, j in same]] * raw_to_units(other)[[j for _, j in same]]
+                target = position + out[:, columns] * raw_to_units(group)[[i for i, _ in same]]
                 out[:, columns] = target / np.abs(target).max() * np.array(group.high)[[i for i, _ in same]]
         return out
 
@@ -102,37 +102,41 @@ def _displacements_as_targets(inputs: DiagnosisInputs) -> DiagnosisInputs:
 
 def _of_positions(values: np.ndarray, group: Group, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Positions or joints of a group changed, its rotation not."""
-    n = n_positions(group)
+    n = group.n_position
     return np.concatenate([change(values[..., :n]), values[..., n:]], axis=-1)
 
 
 def _other_rotations(inputs: DiagnosisInputs) -> DiagnosisInputs:
     """Rotations of the actions stored in the layout for which they may be mistaken."""
     spec = inputs.dataset.require_spec()
-    layout = next(group.rotation for group in spec.action if OTHER_LAYOUT.get(group.rotation or ""))
+    layout = next(group.rotation for group in spec.action if OTHER_LAYOUT.get(group.rotation))
     return with_actions(inputs, lambda actions: relayout(spec, actions, str(layout), OTHER_LAYOUT[str(layout)]))
 
 
 def _quaternions(inputs: DiagnosisInputs, scalar_first: bool = False, sign_jumps: bool = False) -> DiagnosisInputs:
-    """The state's rotation as a quaternion; the card says (x, y, z, w)."""
+    """The state's rotation as a quaternion, which stays on its half sphere; the card says (x, y, z, w)."""
     spec, state = inputs.dataset.require_spec(), inputs.dataset.column("observation.state")
-    at, group = next(placed for placed in spec.placed_state if LAYOUTS[placed[1].rotation or "none"] > 0)
-    n = n_positions(group)
-    turned = to_rotation(state[:, at][:, n:] * np.array(group.scale)[n:], str(group.rotation))
-    q = from_rotation(turned, "quat_wxyz" if scalar_first else "quat_xyzw")
+    index, (at, group) = next((i, p) for i, p in enumerate(spec.placed_state) if LAYOUTS[p[1].rotation] > 0)
+    n = group.n_position
+    q = from_rotation(to_rotation(state[:, at][:, n:], group.rotation), "quat_wxyz" if scalar_first else "quat_xyzw")
+    q = by_episode(inputs, _continuous)(q)
     if sign_jumps:
         q[::5] *= -1
     names, units = (*group.names[:n], "qx", "qy", "qz", "qw"), (*group.units[:n], "1", "1", "1", "1")
-    scale = (*group.scale[:n], 1.0, 1.0, 1.0, 1.0)
-    card = dataclasses.replace(group, names=names, units=units, scale=scale, rotation="quat_xyzw")
-    groups = tuple(card if other is group else other for other in spec.state)
+    card = spec.replace_group("state", index, names=names, units=units, rotation="quat_xyzw")
     values = np.concatenate([state[:, : at.start + n], q, state[:, at.stop :]], axis=1)
-    return with_data(inputs, columns={"observation.state": lambda _: values}, spec=dataclasses.replace(spec, state=groups))
+    return with_data(inputs, columns={"observation.state": lambda _: values}, spec=card)
+
+
+def _continuous(q: np.ndarray) -> np.ndarray:
+    """Quaternions (n, 4), each on the half sphere of the one before."""
+    turns = np.where((q[1:] * q[:-1]).sum(1) < 0, -1.0, 1.0)
+    return q * np.cumprod(np.concatenate([[1.0], turns]))[:, None]
 
 
 def first_two(spec: ActionSpec) -> tuple[int, int]:
     """Indices of the first two positions or joints of the actions."""
-    at = next(at for at, group in spec.action_groups(*MOTION) if n_positions(group) > 1)
+    at = next(at for at, group in spec.action_groups(*MOTION) if group.n_position > 1)
     return at.start, at.start + 1
 
 
@@ -207,10 +211,6 @@ def _swap_cameras(observation: dict) -> dict:
     return observation | {"images": dict(zip(images, reversed(images.values()), strict=True))}
 
 
-def _rephrase(observation: dict) -> dict:
-    return {**observation, "instruction": f"What action should the robot take to {observation['instruction']}?"}
-
-
 def _black_last_camera(observation: dict) -> dict:
     images = observation["images"]
     return observation | {"images": images | {list(images)[-1]: np.zeros_like(list(images.values())[-1])}}
@@ -221,7 +221,7 @@ def _has(*kinds: str) -> Callable[[ActionSpec], bool]:
 
 
 def _has_state_rotation(spec: ActionSpec) -> bool:
-    return any(LAYOUTS[group.rotation or "none"] > 0 and "quat" not in str(group.rotation) for group in spec.state)
+    return any(LAYOUTS[group.rotation] > 0 and "quat" not in group.rotation for group in spec.state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +278,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("policy", "chunks executed whole", "chunk execution", _whole_chunks),
     Fault("environment", "the seed is ignored", "same start", lambda inputs: with_env(inputs, seed=lambda seed: 0)),
     Fault("environment", "another prompt template around the instruction", "prompt",
-          lambda inputs: with_env(inputs, observe=_rephrase)),
+          lambda inputs: with_env(inputs, observe=lambda seen: seen | {"instruction": f"Robot, {seen['instruction']}!"})),
     Fault("policy", "statistics of all episodes", "statistics of all episodes", _all_episodes),
     Fault("policy", "statistics of a robot with another scale", "statistics of another dataset", _another_dataset),
     Fault("policy", "quantiles as the widest of parts", "quantiles merged as envelopes",

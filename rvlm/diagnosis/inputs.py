@@ -82,8 +82,8 @@ class DiagnosisInputs:
 =======
         if self.env is None or "seed" not in row:
             return None
-        task = row.get("task", row.get("family"))
-        options = ({} if task is None else {"task": str(task)}) | ({"start": int(row["start"])} if "start" in row else {})
+        options: dict[str, Any] = {name: str(row[name]) for name in ("task", "family") if name in row}
+        options |= {"start": int(row["start"])} if "start" in row else {}
         return self.env.reset(seed=int(row["seed"]), options=options or None)[0]
 
     def reset_three_times(self) -> list[dict]:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.groups import Group
-from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
-from rvlm.diagnosis.motion import n_positions
+from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.rotations import from_rotation, to_rotation
 
 IMAGE_ERRORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # fault -> images (..., h, w, 3) with it
     "image rotated by 180 degrees": lambda images: images[..., ::-1, ::-1, :],
@@ -34,16 +33,16 @@ def change_displacements(spec: ActionSpec, actions: np.ndarray, change: Callable
 
 def flip_grippers(spec: ActionSpec, actions: np.ndarray) -> np.ndarray:
     """Raw actions (..., a) that close where they opened."""
-    return change_groups(spec, actions, ("gripper",), lambda values, group: float(group.open) + float(group.close) - values)
+    return change_groups(spec, actions, ("gripper",), lambda values, group: sum(group.gripper_ends) - values)
 
 
 def relayout(spec: ActionSpec, actions: np.ndarray, source: str, target: str) -> np.ndarray:
     """Raw actions (n, a) with rotations of `target`'s number of values read in layout `source` and written in `target`."""
 
     def change(values: np.ndarray, group: Group) -> np.ndarray:
-        if LAYOUTS[group.rotation or "none"] != LAYOUTS[target]:
+        if LAYOUTS[group.rotation] != LAYOUTS[target]:
             return values
-        n, scale = n_positions(group), np.array(group.scale)
+        n, scale = group.n_position, np.array(group.scale)
         turned = from_rotation(to_rotation(values[:, n:] * scale[n:], source), target) / scale[n:]
         return np.concatenate([values[:, :n], turned], axis=1)
 

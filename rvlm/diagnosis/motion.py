@@ -14,8 +14,8 @@ from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.dimensions import place_of
-from rvlm.data.groups import Group
-from rvlm.data.rotations import LAYOUTS, to_rotation
+from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.rotations import to_rotation
 
 SHOWN_BY = {"pose": "pose", "pose_delta": "pose", "joint": "joint", "joint_delta": "joint", "gripper": "gripper"}  # of the state
 ALL = (-np.inf, np.inf)
@@ -101,8 +101,8 @@ def paired_groups(spec: ActionSpec) -> list[tuple[Placed, Placed, list[tuple[int
         same = _same_places(placed[1], named[1])
         other = named if same else shown[min(counts[kind], len(shown) - 1)]
         counts[kind] += 1
-        n = n_positions(placed[1])
-        same = same or [(i, i) for i in range(n if n == n_positions(other[1]) else 0)]
+        n = placed[1].n_position
+        same = same or [(i, i) for i in range(n if n == other[1].n_position else 0)]
         if kind == "gripper":
             pairs.append((placed, other, [(0, 0)]))
         elif same and (kind == "joint" or placed[1].frame in ("ee", other[1].frame)):
@@ -112,7 +112,7 @@ def paired_groups(spec: ActionSpec) -> list[tuple[Placed, Placed, list[tuple[int
 
 def _same_places(action: Group, state: Group) -> list[tuple[int, int]]:
     """Positions or joints of both groups whose names have the same place."""
-    ours, theirs = ([place_of(name) for name in group.names[: n_positions(group)]] for group in (action, state))
+    ours, theirs = ([place_of(name) for name in group.names[: group.n_position]] for group in (action, state))
     return [(i, theirs.index(place)) for i, place in enumerate(ours) if place in theirs]
 
 
@@ -120,8 +120,8 @@ def invalid_rotations(spec: ActionSpec, actions: np.ndarray, states: np.ndarray)
     """What is no rotation among raw actions (n, a) and states (n, s): quaternions and axes have length 1, axes a right angle."""
     for what, placed, values in (("action", spec.placed_action, actions), ("state", spec.placed_state, states)):
         for at, group in placed:
-            layout, numbers = group.rotation or "none", values[:, at] * np.array(group.scale)
-            numbers = numbers[:, n_positions(group) :]
+            layout, numbers = group.rotation, values[:, at] * raw_to_units(group)
+            numbers = numbers[:, group.n_position :]
             axes = numbers.reshape(len(numbers), -1, 3) if layout == "rot6d" else numbers[:, None]
             if "delta" in group.kind or (layout != "rot6d" and "quat" not in layout):
                 continue
@@ -129,21 +129,16 @@ def invalid_rotations(spec: ActionSpec, actions: np.ndarray, states: np.ndarray)
             if layout == "rot6d":
                 is_wrong |= np.abs((axes[:, 0] * axes[:, 1]).sum(1)) > 0.05
             if is_wrong.mean() > 0.01:
-                names = ", ".join(group.names[n_positions(group) :])
+                names = ", ".join(group.names[group.n_position :])
                 return f"{is_wrong.mean():.0%} of the {what}'s {layout} ({names}) are no rotations"
     return None
 
 
-def n_positions(group: Group) -> int:
-    """Number of positions or joints of a group, which stand before its rotation."""
-    return len(group.names) - LAYOUTS[group.rotation or "none"]
-
-
 def _described(pairs: Sequence[Any]) -> tuple[Any, ...]:
     """`names`, `units`, `spans`, `is_delta` and `is_rotation` of the dimensions."""
-    rows: list[tuple[str, str, float, bool, bool]] = []
+    rows: list[tuple[str, str, Any, bool, bool]] = []
     for (_, action), (_, state), same in pairs:
-        is_delta, rotation = "delta" in action.kind, action.names[n_positions(action) :]
+        is_delta, rotation = "delta" in action.kind, action.names[action.n_position :]
         if action.kind == "gripper":
             rows.append((action.names[0], "opening", np.inf, False, False))
             continue
@@ -161,7 +156,7 @@ def _si_unit(unit: str) -> str:
 
 
 def _has_rotation(action: Group, state: Group) -> bool:
-    return min(LAYOUTS[group.rotation or "none"] for group in (action, state)) > 0
+    return min(LAYOUTS[group.rotation] for group in (action, state)) > 0
 
 
 def _group_motion(actions: np.ndarray, states: np.ndarray, action: Placed, state: Placed, same: Any) -> list[np.ndarray]:
@@ -169,12 +164,13 @@ def _group_motion(actions: np.ndarray, states: np.ndarray, action: Placed, state
     (ours, group), (theirs, shown) = action, state
     if group.kind == "gripper":
         opening = _opening(states[:, theirs], shown)[:, None]
-        command = np.clip((actions[:, ours] - group.close) / (group.open - group.close), *((0, 1) if group.is_binary else ALL))
+        closed, opened = group.gripper_ends
+        command = np.clip((actions[:, ours] - closed) / (opened - closed), *((0, 1) if group.is_binary else ALL))
         mean = opening.mean(0)
         return [command - mean, np.diff(opening, axis=0), opening[:-1] - mean, opening[1:] - mean]
     commands, positions = actions[:, ours] * _to_si(group), states[:, theirs] * _to_si(shown)
     is_delta, is_hand = "delta" in group.kind, group.frame == "ee"
-    turned = to_rotation(positions[:, n_positions(shown) :], shown.rotation) if _has_rotation(group, shown) else None
+    turned = to_rotation(positions[:, shown.n_position :], shown.rotation) if _has_rotation(group, shown) else None
     own, other = ([pair[k] for pair in same] for k in (0, 1))
     commanded, position = commands[:, own], positions[:, other]
     moved = np.diff(position, axis=0)
@@ -183,19 +179,25 @@ def _group_motion(actions: np.ndarray, states: np.ndarray, action: Placed, state
     mean = 0 if is_delta else position.mean(0)
     parts = [[commanded - mean, moved, position[:-1] - position.mean(0), position[1:] - position.mean(0)]]
     if turned is not None:
-        parts.append(_turns(to_rotation(commands[:, n_positions(group) :], group.rotation), turned, is_delta, is_hand))
+        parts.append(_turns(to_rotation(commands[:, group.n_position :], group.rotation), turned, is_delta, is_hand))
     return [np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)]
 
 
 def _opening(values: Float[np.ndarray, "n f"], group: Group) -> Float[np.ndarray, " n"]:
     """How far open fingers are: by the card's open and closed value, else the larger their numbers, whatever their sign."""
-    if group.open is not None and group.close is not None:
-        return ((values - group.close) / (group.open - group.close)).mean(1)
+    if group.open is not None:
+        closed, opened = group.gripper_ends
+        return ((values - closed) / (opened - closed)).mean(1)
     return values[:, 0] if values.shape[1] == 1 else np.abs(values).mean(1)
 
 
+def raw_to_units(group: Group) -> Float[np.ndarray, " d"]:
+    """Units per raw number of each dimension; the state's numbers are in their units."""
+    return np.array(group.scale or (1.0,) * len(group.names))
+
+
 def _to_si(group: Group) -> np.ndarray:
-    return np.array(group.scale) * [SI.get(unit, 1.0) for unit in group.units]
+    return raw_to_units(group) * [SI.get(unit, 1.0) for unit in group.units]
 
 
 def _turns(commanded: Rotation, turned: Rotation, is_delta: bool, is_hand: bool) -> list[np.ndarray]:

@@ -43,8 +43,8 @@ def explain_motion(spec: ActionSpec, episodes: Episodes) -> Finding | None:
     if motion is None or len(motion.commanded) < 2:
         return None
     errors = _rotation_errors(spec, episodes, motion)
-    found = _other_layout(errors, 0.5) or _swapped(motion) or _opposite(motion) or _misread(motion)
-    found = found or _of_other_units(motion) or _of_other_zero(motion) or _other_layout(errors, 0.8)
+    found = _other_layout(errors, 0.5) or _misread(motion, 0.8, 0.5) or _swapped(motion) or _opposite(motion)
+    found = found or _misread(motion, 0.3, 1.0) or _of_other_units(motion) or _of_other_zero(motion) or _other_layout(errors, 0.8)
     if found is not None:
         return found
     own = [f"{name} {value:.2f}" for name, value in zip(motion.names, np.diag(_correlations(motion)), strict=True)]
@@ -128,8 +128,14 @@ def _opposite(motion: Motion) -> Finding | None:
     return Finding("sign of a dimension", f"moves against its commands: {names}", evidence)
 
 
-def _misread(motion: Motion) -> Finding | None:
-    """Commands that correlate better with the motion if read in another way."""
+def _misread(motion: Motion, at_least: float, at_most: float) -> Finding | None:
+    """Commands that correlate better with the motion if read in another way.
+
+    Args:
+        motion: Of a robot.
+        at_least: Correlation if read in the other way.
+        at_most: Correlation if read as in the card.
+    """
     is_straight = ~motion.is_rotation & ~motion.is_gripper
     delta, target = (motion.of(is_straight & (motion.is_delta == is_delta)) for is_delta in (True, False))
     if not is_straight.any():
@@ -137,7 +143,7 @@ def _misread(motion: Motion) -> Finding | None:
     readings = _of_displacements(delta) if len(delta.names) >= len(target.names) else _of_targets(target)
     own, *others = readings
     best = max(others, key=readings.__getitem__)
-    if readings[best] < max(readings[own] + CLEARLY, 0.3):
+    if readings[best] < max(readings[own] + CLEARLY, at_least) or readings[own] > at_most:
         return None
     evidence = pd.DataFrame({"candidate": list(readings), "correlation with the motion [1]": list(readings.values())})
     measured = f"correlation of actions and motion {readings[own]:.2f} {own}, {readings[best]:.2f}: {best}"

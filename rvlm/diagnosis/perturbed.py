@@ -28,7 +28,10 @@ class PerturbedDataset(EpisodeDataset):
         **attributes: Any,
     ) -> None:
         self.__dict__.update({**dataset.__dict__, **attributes})
-        self._column_changes, self._frame_change, self._rate_hz = columns or {}, frames, rate_hz or dataset.fps
+        before = getattr(dataset, "_column_changes", {})
+        self._column_changes = before | {name: _after(before.get(name), change) for name, change in (columns or {}).items()}
+        self._frame_change = _after(getattr(dataset, "_frame_change", None), frames)
+        self._rate_hz = rate_hz or dataset.fps
 
     @property
     def fps(self) -> float:
@@ -42,6 +45,11 @@ class PerturbedDataset(EpisodeDataset):
     def frames_cache(self, cameras: Any = None) -> dict[str, np.ndarray]:
         """As of `EpisodeDataset`, changed."""
         return {camera: self._frame_change(images) for camera, images in super().frames_cache(cameras).items()}
+
+
+def _after(first: Callable | None, then: Callable) -> Callable:
+    """One change after another."""
+    return then if first is None else lambda values: then(first(values))
 
 
 class PerturbedEnv:

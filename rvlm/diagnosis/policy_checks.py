@@ -80,9 +80,9 @@ def _check_time_limit(inputs: DiagnosisInputs) -> CheckResult:
         limits = episodes[column].map(lambda task: suite.limit(task))
     length = episodes["length"].to_numpy()
     longest = f"demonstrations took up to {np.quantile(length, 0.95):.0f}"
-    if limits.isna().any():
+    if bool(limits.isna().any()):
         return CheckResult("interface", f"conventions agree; no time limit is known, 95 % of {longest} steps")
-    if (length > limits).mean() > 0.05:
+    if np.mean(length > limits.to_numpy()) > 0.05:
         return CheckResult("interface", f"{limits.min():.0f} steps allowed, 95 % of {longest}", "time limit")
     return CheckResult("interface", f"conventions agree; {limits.min():.0f} steps allowed, 95 % of {longest}")
 
@@ -169,7 +169,8 @@ def _stacked(change: ChangeImages, images: np.ndarray, cameras: Sequence[str]) -
 
 def _from_observations(inputs: DiagnosisInputs) -> Predict:
     """First actions that a policy selects, reset before each recorded observation."""
-    dataset, frames = inputs.dataset, inputs.dataset.frames_cache(inputs.cameras)
+    dataset, frames, policy = inputs.dataset, inputs.dataset.frames_cache(inputs.cameras), inputs.policy
+    assert policy is not None
     rows = np.concatenate([np.arange(*inputs.frame_slice(i).indices(dataset.n_frames)) for i in inputs.sampled_episodes()])
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, inputs.n_frames).astype(int))]
     state, recorded, episode = dataset.column("observation.state"), dataset.column("action")[rows], dataset.episode_of_frame
@@ -179,8 +180,8 @@ def _from_observations(inputs: DiagnosisInputs) -> Predict:
         for row in rows:
             images = change({camera: np.asarray(frames[camera][row]) for camera in inputs.cameras})
             observation = {"images": images, "state": state[row], "instruction": dataset.instruction(int(episode[row]))}
-            inputs.policy.reset(n_robots=1)
-            actions.append(np.asarray(inputs.policy.select_action([observation]))[0])
+            policy.reset(n_robots=1)
+            actions.append(np.asarray(policy.select_action([observation]))[0])
         return np.array(actions), recorded
 
     return predict

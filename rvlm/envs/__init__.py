@@ -6,6 +6,8 @@ Modules:
     demonstrations: demonstrations of a suite's expert, with injected noise and the expert's labels.
     gl: choice of a headless OpenGL platform.
     tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
+    stand_in: any card's robot without physics, to record, drive and diagnose before the robot is there.
+    stand_in_expert: its expert, which acts from the images alone.
     real_robot: a real robot (LeRobot's `Robot`) behind safety limits.
 """
 

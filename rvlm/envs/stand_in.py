@@ -5,32 +5,28 @@ red blocks, the point to go to next; each camera some of its coordinates.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.groups import Group
+from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.observations import stack_images
-from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
+from rvlm.data.rotations import from_rotation, to_rotation
 from rvlm.data.writer import EpisodeWriter
+from rvlm.envs.stand_in_expert import MOVING, REACH, action_towards, draw, n_coordinates, of_units
+from rvlm.envs.suites import Suite
 
 TASKS = {"near": 0.5, "far": 1.0}  # task -> how far the points are, as a share of `REACH`
-REACH = {"m": 0.12, "rad": 0.5, "deg": 40.0, "px": 120.0}  # furthest point from the start [unit]
-STEP = {"m": 0.02, "rad": 0.08, "deg": 6.0, "px": 20.0}  # the expert's largest displacement in a step [unit]
 START_M = (0.4, 0.0, 0.3)
 N_POINTS, STEPS_PER_POINT = 3, 9
 FINGER_M = 0.04  # of a finger whose state has no open and closed value
-MOVING = ("pose", "pose_delta", "joint", "joint_delta")
-
-
-def _n_positions(group: Group) -> int:
-    return len(group.names) - LAYOUTS[group.rotation or "none"]
 
 
 @dataclasses.dataclass
@@ -46,13 +42,6 @@ class Part:
     position: np.ndarray
     rotation: Rotation | None = None
     opening: float = 1.0
-
-
-def n_coordinates(group: Group) -> int:
-    """Coordinates of a point to go to: positions, three of a rotation, one of a gripper."""
-    if group.kind not in MOVING:
-        return int(group.kind == "gripper")
-    return _n_positions(group) + 3 * (LAYOUTS[group.rotation or "none"] > 0)
 
 
 class StandIn(gymnasium.Env):
@@ -113,31 +102,32 @@ class StandIn(gymnasium.Env):
         return action_towards(self.action_spec, self._state(), self._coordinates())
 
     def _start(self, group: Group) -> Part:
-        n, noise = _n_positions(group), self.np_random.uniform(-1, 1, _n_positions(group))
+        n, noise = group.n_position, self.np_random.uniform(-1, 1, group.n_position)
         if group.kind not in MOVING:
             return Part(np.zeros(0))
         middle = np.array(START_M[:n]) if group.kind == "pose_delta" or not group.low else _middle(group)
         middle = np.zeros(n) if group.kind == "joint_delta" else middle
         rotation = Rotation.from_euler("xyz", (np.pi, 0, self.np_random.uniform(-1, 1)))
-        return Part(middle + 0.2 * noise * _of_units(REACH, group)[:n], rotation if LAYOUTS[group.rotation or "none"] else None)
+        return Part(middle + 0.2 * noise * of_units(REACH, group)[:n], rotation if LAYOUTS[group.rotation] else None)
 
     def _move(self, part: Part, group: Group, action: np.ndarray) -> None:
         if group.kind == "gripper":
-            closed, opened = float(group.close or 0), float(group.open or 0)
+            closed, opened = group.gripper_ends
             part.opening += 0.6 * (np.clip((action[0] - closed) / (opened - closed), 0, 1) - part.opening)
         if group.kind not in MOVING:
             return
-        command, n = action * np.array(group.scale), _n_positions(group)
-        turn = to_rotation(command[n:], group.rotation) if part.rotation is not None else None
+        command, n, rotation = action * np.array(group.scale), group.n_position, part.rotation
+        turn = to_rotation(command[n:], group.rotation)[0] if rotation is not None else Rotation.identity()
         if "delta" not in group.kind:
             part.position = part.position + (1 - self.lag) * (command[:n] - part.position)
-            if turn is not None:
-                part.rotation = Rotation.from_rotvec((1 - self.lag) * (turn * part.rotation.inv()).as_rotvec()) * part.rotation
-            return
-        is_hand = group.frame == "ee" and part.rotation is not None
-        part.position = part.position + (part.rotation.apply(command[:n]) if is_hand and n == 3 else command[:n])
-        if turn is not None:
-            part.rotation = part.rotation * turn if is_hand else turn * part.rotation
+            if rotation is not None:
+                part.rotation = Rotation.from_rotvec((1 - self.lag) * (turn * rotation.inv()).as_rotvec()) * rotation
+        elif rotation is not None and group.frame == "ee":
+            part.position = part.position + (rotation.apply(command[:n]) if n == 3 else command[:n])
+            part.rotation = rotation * turn
+        else:
+            part.position = part.position + command[:n]
+            part.rotation = None if rotation is None else turn * rotation
 
     def _coordinates(self) -> np.ndarray:
         """Where the next point lies: way to go as a share of `REACH`, openings -1 (closed) or 1 (open); clipped to [-1, 1]."""
@@ -148,7 +138,7 @@ class StandIn(gymnasium.Env):
             at += len(share)
             ways.append(np.sign(share) if group.kind == "gripper" else TASKS[self.task] * share)
             if group.kind in MOVING:
-                n, reach = _n_positions(group), _of_units(REACH, group)
+                n, reach = group.n_position, of_units(REACH, group)
                 ways[-1][:n] += (origin.position - part.position) / reach[:n]
             if part.rotation is not None and origin.rotation is not None:
                 goal = Rotation.from_rotvec(REACH["rad"] * ways[-1][-3:]) * origin.rotation
@@ -158,10 +148,16 @@ class StandIn(gymnasium.Env):
     def _state(self) -> np.ndarray:
         kinds, values = {}, []
         for group in self.action_spec.state:
-            movers = [p for p, g in zip(self._parts, self.action_spec.action, strict=True) if g.kind.split("_")[0] == group.kind]
+            kind_of = [g.kind.split("_")[0] for g in self.action_spec.action]
+            movers = [i for i, kind in enumerate(kind_of) if kind == group.kind]
             index = kinds.get(group.kind, 0)
             kinds[group.kind] = index + 1
-            values.append(_shown(group, movers[index % len(movers)] if movers else None, self._parts[0].position))
+            mover = movers[index % len(movers)] if movers else None
+            shown = _shown(group, None if mover is None else self._parts[mover], self._parts[0].position)
+            if mover is not None and "quat" in group.rotation:  # on the half sphere of the start
+                start = _shown(group, self._origins[mover], self._parts[0].position)
+                shown[group.n_position :] *= np.sign(shown[group.n_position :] @ start[group.n_position :]) or 1
+            values.append(shown)
         return np.concatenate(values).astype(np.float32)
 
     def _observation(self) -> dict[str, Any]:
@@ -171,92 +167,24 @@ class StandIn(gymnasium.Env):
 
 
 def _middle(group: Group) -> np.ndarray:
-    n = _n_positions(group)
+    n = group.n_position
     return (np.array(group.low[:n]) + np.array(group.high[:n])) / 2 * np.array(group.scale[:n])
-
-
-def _of_units(table: Mapping[str, float], group: Group) -> np.ndarray:
-    return np.array([table.get(unit, 0.1) for unit in group.units])
 
 
 def _shown(group: Group, part: Part | None, hand: np.ndarray) -> np.ndarray:
     """Raw values of a group of the state; joints that no action moves follow the hand."""
-    n, scale = len(group.names), np.array(group.scale)
+    n = len(group.names)
     if group.kind == "gripper" and part is not None:
-        if group.open is not None and group.close is not None:
-            return np.full(n, group.close + part.opening * (group.open - group.close))
-        return np.where(np.arange(n) % 2, -1, 1) * FINGER_M * part.opening / scale  # fingers move against each other
+        if group.open is not None:
+            closed, opened = group.gripper_ends
+            return np.full(n, closed + part.opening * (opened - closed))
+        return np.where(np.arange(n) % 2, -1, 1) * FINGER_M * part.opening  # fingers move against each other
     if group.kind == "joint" and part is None:
-        return np.resize(hand, n) * np.linspace(1, -1, n) / scale
+        return np.resize(hand, n) * np.linspace(1, -1, n)
     if part is None or group.kind not in MOVING:
         return np.zeros(n)
     rotation = from_rotation(part.rotation, group.rotation) if part.rotation is not None else np.zeros(0)
-    return np.concatenate([part.position, rotation]) / scale
-
-
-def draw(shares: Float[np.ndarray, " m"], size: tuple[int, int], camera: int) -> UInt8[np.ndarray, "h w 3"]:
-    """An image that shows numbers in [-1, 1] as red blocks, over a gradient by which orientation and camera can be told."""
-    (h, w), n = size, int(np.ceil(np.sqrt(max(len(shares), 1))))
-    rows, columns = np.mgrid[0:h, 0:w]
-    image = np.stack([np.full((h, w), 30.0), 40 + 160 * rows / h, (60 + 40 * camera) * (1 - columns / w)], axis=-1)
-    for i, share in enumerate(shares):
-        image[_block(i, n, size)] = [127.5 * (share + 1), 20, 20]
-    return image.round().astype(np.uint8)
-
-
-def read_shares(image: UInt8[np.ndarray, "h w 3"], m: int) -> Float[np.ndarray, " m"]:
-    """The numbers that `draw` shows."""
-    n = int(np.ceil(np.sqrt(max(m, 1))))
-    return np.array([image[_block(i, n, image.shape[:2])][..., 0].mean() / 127.5 - 1 for i in range(m)])
-
-
-def _block(i: int, n: int, size: Sequence[int]) -> tuple[slice, slice]:
-    """Rows and columns of block `i` of `n` x `n`, without the block's border."""
-    at = [slice(int((k + 0.2) * length / n), max(int((k + 0.8) * length / n), int((k + 0.2) * length / n) + 1))
-          for k, length in zip(divmod(i, n), size, strict=True)]  # fmt: skip
-    return at[0], at[1]
-
-
-def action_towards(spec: ActionSpec, state: Float[np.ndarray, " s"], shares: Float[np.ndarray, " m"]) -> Float[np.ndarray, " a"]:
-    """The raw action that moves by at most `STEP` of the way that `shares` say, as the card's groups command it."""
-    action, at, kinds = np.zeros(spec.n_dims), 0, {}
-    for dims, group in spec.placed_action:
-        share = shares[at : at + n_coordinates(group)]
-        at += len(share)
-        kind = group.kind.split("_")[0]
-        index = kinds[kind] = kinds.get(kind, -1) + 1
-        shown = [placed for placed in spec.placed_state if placed[1].kind == kind]
-        if group.kind == "gripper" and group.open is not None and group.close is not None:
-            action[dims] = (
-                group.close + (0.1 + 0.8 * (share[0] > 0)) * (group.open - group.close)
-                if not group.is_binary
-                else (group.open if share[0] > 0 else group.close)
-            )
-        elif group.kind in MOVING and shown:
-            action[dims] = _move_towards(group, shown[index % len(shown)], state, share)
-    return np.where(spec.present, action, 0).astype(np.float32)
-
-
-def _gripper_command(group: Group, is_open: bool) -> float:
-    """A raw value: all the way where the gripper is binary, else a tenth less."""
-    opened, closed = float(group.open or 0), float(group.close or 0)
-    share = float(is_open) if group.is_binary else 0.1 + 0.8 * is_open
-    return closed + share * (opened - closed)
-
-
-def _move_towards(group: Group, shown: tuple[slice, Group], state: np.ndarray, share: np.ndarray) -> np.ndarray:
-    (dims, other), n = shown, _n_positions(group)
-    now, scale = state[dims] * np.array(other.scale), np.array(group.scale)
-    step = np.clip(share[:n] * _of_units(REACH, group)[:n], -_of_units(STEP, group)[:n], _of_units(STEP, group)[:n])
-    is_delta, has_rotation = "delta" in group.kind, LAYOUTS[group.rotation or "none"] > 0
-    turned = to_rotation(now[_n_positions(other) :], other.rotation) if has_rotation else Rotation.identity()
-    turn = Rotation.from_rotvec(np.clip(share[-3:] * REACH["rad"], -STEP["rad"], STEP["rad"])) if has_rotation else None
-    if is_delta and group.frame == "ee":
-        step, turn = (turned.inv().apply(step) if n == 3 else step), turn and turned.inv() * turn * turned
-    if not is_delta:
-        step, turn = now[:n] + step, turn and turn * turned
-    raw = np.concatenate([step, from_rotation(turn, group.rotation) if turn is not None else np.zeros(0)]) / scale
-    return np.clip(raw, group.low, group.high) if group.low else raw
+    return np.concatenate([part.position, rotation])
 
 
 def record_stand_in(env: StandIn, folder: Path, seeds: Iterable[int]) -> Path:
@@ -276,22 +204,6 @@ def record_stand_in(env: StandIn, folder: Path, seeds: Iterable[int]) -> Path:
     return writer.finalize()
 
 
-class StandInExpert:
-    """Acts from the images alone, as `StandIn` draws them; the verbs are those of `rvlm.policy.policy.Policy`."""
-
-    def __init__(self, spec: ActionSpec) -> None:
-        self.action_spec = spec
-
-    def reset(self, n_robots: int = 1) -> None:
-        """Nothing to forget."""
-
-    def select_action(self, observations: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "n a"]:
-        """One raw action for each observation."""
-        return np.stack([self._action(observation) for observation in observations])
-
-    def _action(self, observation: Mapping[str, Any]) -> np.ndarray:
-        cameras = self.action_spec.cameras
-        shares = np.zeros(sum(n_coordinates(group) for group in self.action_spec.action))
-        for i, camera in enumerate(cameras):
-            shares[i :: len(cameras)] = read_shares(observation["images"][camera], len(shares[i :: len(cameras)]))
-        return action_towards(self.action_spec, np.asarray(observation["state"], float), shares)
+def stand_in_suite(spec: ActionSpec) -> Suite:
+    """The stand-in of a robot as a suite of two tasks."""
+    return Suite(f"stand_in/{spec.dataset}", spec, tuple(TASKS), functools.partial(StandIn, spec), max_steps=40)

@@ -154,11 +154,9 @@ def position_error(errors: pd.DataFrame, column: str = "first") -> pd.Series:
 
     Of two arms the mean; empty for a robot whose actions hold no position.
     """
-    place = errors["dimension"].astype(str).map(place_of)
-    arm, axis = place.str.rpartition("_")[0], place.str.rpartition("_")[2]
-    rows = errors[axis.isin(list("xyz"))]
-    squared: Any = rows[column] ** 2
-    of_hand: Any = squared.groupby([rows["episode_index"], rows["frame_index"], arm[rows.index]]).sum()
+    place = errors["dimension"].astype(str).map(place_of).str.rpartition("_")
+    rows = errors.assign(hand=place[0], squared=errors[column] ** 2)[place[2].isin(list("xyz"))]
+    of_hand: Any = rows.groupby(["episode_index", "frame_index", "hand"])["squared"].sum()
     return np.sqrt(of_hand).groupby("episode_index").mean()
 
 

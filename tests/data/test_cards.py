@@ -29,6 +29,7 @@ def check_counts(counts, root):
 
 def test_the_documented_cards_exist():
     assert {"tabletop_franka7", "tabletop_ur6", "tabletop_small5", "calvin", "libero", "bridge", "fractal"} <= set(NAMES)
+    assert {"so101", "so100", "koch", "droid", "aloha", "pusht"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,6 +105,18 @@ def test_known_conventions(name):
     scale = (arm.scale[0], arm.scale[3])
     assert (gripper.open, gripper.close, arm.rotation, scale, spec.rate_hz) == CONVENTIONS[name] and arm.kind == "pose_delta"
     assert spec.image_rotation_deg == (180 if name == "libero" else 0)
+
+
+GRIPPERS = {"so101": (100, 0, 30), "so100": (100, 0, 30), "koch": (100, 0, 30), "droid": (0, 1, 15), "aloha": (1, 0, 50)}
+
+
+@pytest.mark.parametrize("name", GRIPPERS)
+def test_known_conventions_of_joint_robots(name):
+    """Absolute targets, continuous grippers; the state has the same names as the action."""
+    spec, (opened, closed, rate_hz) = ActionSpec.from_card(name), GRIPPERS[name]
+    assert {group.kind for group in spec.action} == {"joint", "gripper"} and not spec.is_binary.any()
+    assert all((g.open, g.close) == (opened, closed) for _, g in (*spec.action_groups("gripper"), *spec.state_groups("gripper")))
+    assert (spec.state_names, spec.rate_hz) == (spec.names, rate_hz)
 
 
 def test_a_calvin_policy_does_not_step_libero():

@@ -8,19 +8,23 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis.checklist import CHECKS, diagnose, first_fault
 from rvlm.diagnosis.data_checks import check_motion
 from rvlm.diagnosis.env_checks import check_replay
-from rvlm.diagnosis.faults import FAULTS, PerturbedDataset
+from rvlm.diagnosis.faults import FAULTS, faults_of
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
+from rvlm.diagnosis.perturbed import PerturbedDataset
 from rvlm.diagnosis.policy_checks import check_interface
 from rvlm.diagnosis.results import FIXES
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.experiments.recipes import POLICY
 from rvlm.policy.policy import Policy, load_policy
+
+SPEC = ActionSpec.from_card("tabletop_franka7")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def inputs(home):
     env.close()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.where}: {fault.description}")
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.applies(SPEC)], ids=lambda fault: f"{fault.where}: {fault.description}")
 def test_an_injected_fault_is_the_first_that_is_named(inputs, fault):
     results = diagnose(fault.inject(inputs))
     assert first_fault(results) == fault.expected, results[-1].measured
@@ -82,7 +86,8 @@ def test_another_robots_policy_is_refused_by_the_interface(inputs):
 
 def test_injecting_leaves_the_inputs_unchanged(inputs):
     before = inputs.dataset.column("action").copy(), inputs.policy.model.stats["action"].q99.copy()
-    for fault in FAULTS:
+    assert {fault.where for fault in faults_of(inputs)} == {"data", "policy", "environment"}
+    for fault in faults_of(inputs):
         fault.inject(inputs)
     assert np.array_equal(inputs.dataset.column("action"), before[0]) and inputs.env.max_steps == 60
     assert np.array_equal(inputs.policy.model.stats["action"].q99, before[1])
