@@ -9,7 +9,7 @@ import pandas as pd
 from rvlm.data.actions import ActionSpec
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
-from rvlm.diagnosis.motion_faults import explain_motion
+from rvlm.diagnosis.motion_faults import explain_motion, gain
 from rvlm.diagnosis.results import CheckResult
 
 NO_ENV = "skipped: no environment was given"
@@ -97,12 +97,23 @@ def check_replay(inputs: DiagnosisInputs) -> CheckResult:
     if found is not None and found.fault:
         measured = f"off by {error:.2f} of the state's spread; {found.measured}"
         return CheckResult("replay", measured, found.fault, found.evidence)
+    ratio = gain(inputs.dataset.require_spec(), episodes) / gain(inputs.dataset.require_spec(), _recorded(inputs))
+    if not 2 / 3 < ratio < 3 / 2 and np.isfinite(ratio):
+        evidence = pd.DataFrame({"candidate": ["recorded", "environment"], "displacement [of the recorded one]": [1.0, ratio]})
+        measured = f"off by {error:.2f} of the state's spread; an action moves {ratio:.2f} times as far as in the recording"
+        return CheckResult("replay", measured, "control rate", evidence)
     errors = {"as recorded": error} | {name: _replay(inputs, change)[0] for name, change in ACTION_MISREADINGS.items()}
     evidence = pd.DataFrame({"candidate": list(errors), column: list(errors.values())})
     best = min(errors, key=errors.__getitem__)
     is_explained = best != "as recorded" and errors[best] < 0.7 * error
     measured = f"off by {error:.2f} of the state's spread; {best}: {errors[best]:.2f}"
     return CheckResult("replay", measured, best.split(":")[0] if is_explained else "environment unlike the recording", evidence)
+
+
+def _recorded(inputs: DiagnosisInputs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Actions (n, a) and states (n + 1, s) of the examined episodes."""
+    state = inputs.dataset.column("observation.state")
+    return [(inputs.executed_actions(i)[:-1], state[inputs.frame_slice(i)]) for i in inputs.sampled_episodes()]
 
 
 def _replay(

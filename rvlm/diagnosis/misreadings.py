@@ -53,7 +53,5 @@ ACTION_MISREADINGS: dict[str, Callable[[ActionSpec, np.ndarray], np.ndarray]] = 
     "gripper sign": flip_grippers,
     "rotation layout: stored as euler angles": lambda spec, a: relayout(spec, a, "euler_xyz", "axis_angle"),
     "rotation layout: stored as axis angle": lambda spec, a: relayout(spec, a, "axis_angle", "euler_xyz"),
-    "control rate: too slow": lambda spec, a: change_displacements(spec, a, lambda values: 0.5 * values),
-    "control rate: too fast": lambda spec, a: change_displacements(spec, a, lambda values: 2 * values),
     "delta taken twice": lambda spec, a: change_displacements(spec, a, lambda values: np.cumsum(values, axis=0)),
 }

@@ -23,7 +23,7 @@ OTHER_LAYOUT = {  # layout -> the one of as many numbers for which it may be mis
 Episodes = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-class Finding(NamedTuple):
+class Explanation(NamedTuple):
     """What explains the motion.
 
     Attributes:
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     evidence: pd.DataFrame
 
 
-def explain_motion(spec: ActionSpec, episodes: Episodes) -> Finding | None:
+def explain_motion(spec: ActionSpec, episodes: Episodes) -> Explanation | None:
     """Compare raw actions (n, a) with the states (n + 1, s) around them; None where the state shows no effect of the actions."""
     motion = motion_of(spec, episodes)
     if motion is None or len(motion.commanded) < 2:
@@ -49,12 +49,12 @@ def explain_motion(spec: ActionSpec, episodes: Episodes) -> Finding | None:
         return found
     own = [f"{name} {value:.2f}" for name, value in zip(motion.names, np.diag(_correlations(motion)), strict=True)]
     evidence = pd.DataFrame({"candidate": motion.names, "correlation with its command [1]": np.diag(_correlations(motion))})
-    return Finding(None, f"the robot follows its actions (correlation {', '.join(own)})", evidence)
+    return Explanation(None, f"the robot follows its actions (correlation {', '.join(own)})", evidence)
 
 
 def explain_predictions(
     spec: ActionSpec, predicted: Float[np.ndarray, "n a"], recorded: Float[np.ndarray, "n a"]
-) -> Finding | None:
+) -> Explanation | None:
     """Compare predicted with recorded raw actions: swapped dimensions, signs, units; None where none of these explains them."""
     predicted, recorded = (values[:, spec.present] - values[:, spec.present].mean(0) for values in (predicted, recorded))
     names = tuple(name for name, is_present in zip(spec.names, spec.present, strict=True) if is_present)
@@ -62,6 +62,15 @@ def explain_predictions(
     ones, first = np.ones(len(names), bool), np.arange(len(predicted)) == 0
     motion = Motion(names, units, np.full(len(names), np.inf), ones, ~ones, predicted, recorded, recorded, recorded, first)
     return _swapped(motion) or _opposite(motion) or _of_other_units(motion)
+
+
+def gain(spec: ActionSpec, episodes: Episodes) -> float:
+    """How far displacements move the robot, as a share of what they command: 1 where it obeys; NaN where there are none."""
+    motion = motion_of(spec, episodes)
+    motion = None if motion is None else motion.of(motion.is_delta & ~motion.is_rotation)
+    if motion is None or not motion.names:
+        return float("nan")
+    return float((motion.commanded * motion.moved).sum() / max((motion.commanded**2).sum(), 1e-12))
 
 
 def _correlations(motion: Motion) -> Float[np.ndarray, "d d"]:
@@ -97,7 +106,7 @@ def _moves(motion: Motion) -> np.ndarray:
     return np.array(out)
 
 
-def _swapped(motion: Motion) -> Finding | None:
+def _swapped(motion: Motion) -> Explanation | None:
     """Dimensions whose commands move another dimension."""
     chosen = motion.of(_moves(motion).any(0))
     found, n = np.abs(_correlations(chosen)), len(chosen.names)
@@ -111,10 +120,10 @@ def _swapped(motion: Motion) -> Finding | None:
     pairs = ", ".join(f"{chosen.names[k]} moves {chosen.names[best[k]]} ({found[k, best[k]]:.2f})" for k in changed)
     own = ", ".join(f"{found[k, k]:.2f}" for k in changed)
     evidence = pd.DataFrame({"candidate": chosen.names, f"correlation with {chosen.names[i]} [1]": found[i]})
-    return Finding("dimensions swapped", f"{pairs}; correlation with their own motion {own}", evidence)
+    return Explanation("dimensions swapped", f"{pairs}; correlation with their own motion {own}", evidence)
 
 
-def _opposite(motion: Motion) -> Finding | None:
+def _opposite(motion: Motion) -> Explanation | None:
     """Dimensions that move against their commands."""
     chosen = motion.of(_moves(motion).all(0))
     own = np.diag(_correlations(chosen))
@@ -124,11 +133,11 @@ def _opposite(motion: Motion) -> Finding | None:
     evidence = pd.DataFrame({"candidate": chosen.names, "correlation with its command [1]": own})
     names = ", ".join(f"{name} ({value:.2f})" for name, value in zip(chosen.of(against).names, own[against], strict=True))
     if chosen.is_gripper[against].all():
-        return Finding("gripper sign", f"fingers close where the card says open: {names}", evidence)
-    return Finding("sign of a dimension", f"moves against its commands: {names}", evidence)
+        return Explanation("gripper sign", f"fingers close where the card says open: {names}", evidence)
+    return Explanation("sign of a dimension", f"moves against its commands: {names}", evidence)
 
 
-def _misread(motion: Motion, at_least: float, at_most: float) -> Finding | None:
+def _misread(motion: Motion, at_least: float, at_most: float) -> Explanation | None:
     """Commands that correlate better with the motion if read in another way.
 
     Args:
@@ -147,7 +156,7 @@ def _misread(motion: Motion, at_least: float, at_most: float) -> Finding | None:
         return None
     evidence = pd.DataFrame({"candidate": list(readings), "correlation with the motion [1]": list(readings.values())})
     measured = f"correlation of actions and motion {readings[own]:.2f} {own}, {readings[best]:.2f}: {best}"
-    return Finding(best, measured, evidence)
+    return Explanation(best, measured, evidence)
 
 
 def _of_displacements(motion: Motion) -> dict[str, float]:
@@ -173,7 +182,7 @@ def _of_targets(motion: Motion) -> dict[str, float]:
     }
 
 
-def _of_other_units(motion: Motion) -> Finding | None:
+def _of_other_units(motion: Motion) -> Explanation | None:
     """Commands that are ten times the motion or more, or a tenth of it or less."""
     centred = [np.where(motion.is_delta, values, _centred(values, motion)) for values in (motion.commanded, motion.effect)]
     for unit in dict.fromkeys(unit for unit in motion.units if unit != "opening"):
@@ -182,11 +191,11 @@ def _of_other_units(motion: Motion) -> Finding | None:
         if _alike(commanded, effect) > 0.5 and not 0.1 < factor < 10:
             sizes = [np.abs(commanded).mean(), np.abs(effect).mean()]
             evidence = pd.DataFrame({"candidate": ["commands", "motion"], f"mean size [{unit}]": sizes})
-            return Finding("units", f"commands in {unit} are {factor:.3g} times the motion", evidence)
+            return Explanation("units", f"commands in {unit} are {factor:.3g} times the motion", evidence)
     return None
 
 
-def _of_other_zero(motion: Motion) -> Finding | None:
+def _of_other_zero(motion: Motion) -> Explanation | None:
     """Targets that the robot follows at a distance of more than a tenth of the card's range."""
     chosen = motion.of(~motion.is_delta & ~motion.is_rotation & ~motion.is_gripper)
     off = np.abs((chosen.commanded - chosen.after).mean(0)) / chosen.spans
@@ -194,7 +203,7 @@ def _of_other_zero(motion: Motion) -> Finding | None:
         return None
     evidence = pd.DataFrame({"candidate": chosen.names, "distance from its target [range of the card]": off})
     measured = f"{chosen.names[off.argmax()]} stays {off.max():.0%} of its range from its targets"
-    return Finding("zero of a dimension", measured, evidence)
+    return Explanation("zero of a dimension", measured, evidence)
 
 
 def _rotation_errors(spec: ActionSpec, episodes: Episodes, motion: Motion) -> dict[str, float]:
@@ -216,11 +225,11 @@ def _rotation_error(motion: Motion) -> float:
     return float(np.linalg.norm(off.reshape(len(off), -1, 3), axis=-1).mean()) if off.size else 0.0
 
 
-def _other_layout(errors: dict[str, float], share: float) -> Finding | None:
+def _other_layout(errors: dict[str, float], share: float) -> Explanation | None:
     """Rotations that agree better when read in another layout: less than a share of the error that they have in the card's."""
     best, own = min(errors, key=errors.__getitem__), errors["as in the card"]
     if errors[best] >= share * own:
         return None
     evidence = pd.DataFrame({"candidate": list(errors), "rotation error [rad]": list(errors.values())})
     fault = "quaternion order" if "quat" in best else "rotation layout"
-    return Finding(fault, f"rotations are off by {own:.3f} rad; {best}, by {errors[best]:.3f} rad", evidence)
+    return Explanation(fault, f"rotations are off by {own:.3f} rad; {best}, by {errors[best]:.3f} rad", evidence)
