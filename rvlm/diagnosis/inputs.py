@@ -76,13 +76,9 @@ class DiagnosisInputs:
     def reset_to_recorded(self, episode: int) -> dict | None:
         """Reset the environment to a recorded episode: its first observation; None without environment or recorded seed."""
         row = self.dataset.episodes.iloc[episode]
-<<<<<<< HEAD
-        options = {"task": str(row["task"])} if "task" in row else None
-        return self.env.reset(seed=int(row["seed"]), options=options)[0]
-=======
         if self.env is None or "seed" not in row:
             return None
-        options: dict[str, Any] = {name: str(row[name]) for name in ("task", "family") if name in row}
+        options: dict[str, Any] = {"task": str(row["task"])} if "task" in row else {}
         options |= {"start": int(row["start"])} if "start" in row else {}
         return self.env.reset(seed=int(row["seed"]), options=options or None)[0]
 

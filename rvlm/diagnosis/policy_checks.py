@@ -76,8 +76,8 @@ def check_interface(inputs: DiagnosisInputs) -> CheckResult:
 def _check_time_limit(inputs: DiagnosisInputs) -> CheckResult:
     episodes, suite = inputs.dataset.episodes, getattr(inputs.env, "suite", None)
     limits = pd.Series(getattr(inputs.env, "max_steps", None), index=episodes.index, dtype=float)
-    if suite is not None and (column := next((name for name in ("task", "family") if name in episodes), None)):
-        limits = episodes[column].map(lambda task: suite.limit(task))
+    if suite is not None and "task" in episodes:
+        limits = episodes["task"].map(lambda task: suite.limit(task))
     length = episodes["length"].to_numpy()
     longest = f"demonstrations took up to {np.quantile(length, 0.95):.0f}"
     if bool(limits.isna().any()):
