@@ -42,8 +42,9 @@ def stand_in_inputs(card, folder):
 
 def tabletop_inputs():
     """Data, environment and the shipped policy of the tabletop."""
-    from rvlm import Tabletop, load_policy, recipes
     from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
+
+    from rvlm import Tabletop, load_policy, recipes
 
     data = EpisodeDataset(collect_demonstrations(Collection(n_episodes=60)))
     return DiagnosisInputs(load_policy(recipes.POLICY), data, Tabletop(), n_episodes=3, n_frames=48)

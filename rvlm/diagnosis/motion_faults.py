@@ -43,8 +43,8 @@ def explain_motion(spec: ActionSpec, episodes: Episodes) -> Explanation | None:
     if motion is None or len(motion.commanded) < 2:
         return None
     errors = _rotation_errors(spec, episodes, motion)
-    found = _other_layout(errors, 0.5) or _misread(motion, 0.8, 0.5) or _swapped(motion) or _opposite(motion)
-    found = found or _misread(motion, 0.3, 1.0) or _of_other_units(motion) or _of_other_zero(motion) or _other_layout(errors, 0.8)
+    found = _other_layout(errors, 0.5) or _misread(motion, 0.8) or _swapped(motion) or _opposite(motion)
+    found = found or _misread(motion, 0.3) or _of_other_units(motion) or _of_other_zero(motion) or _other_layout(errors, 0.8)
     if found is not None:
         return found
     own = [f"{name} {value:.2f}" for name, value in zip(motion.names, np.diag(_correlations(motion)), strict=True)]
@@ -115,7 +115,7 @@ def _swapped(motion: Motion) -> Explanation | None:
     if not len(changed) or (found[changed, best[changed]] - found[changed, changed]).mean() < 0.25:
         return None
     i = changed[np.argmax(found[changed, best[changed]])]
-    if found[i, best[i]] < 0.5:
+    if found[i, best[i]] < 0.7:
         return None
     pairs = ", ".join(f"{chosen.names[k]} moves {chosen.names[best[k]]} ({found[k, best[k]]:.2f})" for k in changed)
     own = ", ".join(f"{found[k, k]:.2f}" for k in changed)
@@ -137,14 +137,8 @@ def _opposite(motion: Motion) -> Explanation | None:
     return Explanation("sign of a dimension", f"moves against its commands: {names}", evidence)
 
 
-def _misread(motion: Motion, at_least: float, at_most: float) -> Explanation | None:
-    """Commands that correlate better with the motion if read in another way.
-
-    Args:
-        motion: Of a robot.
-        at_least: Correlation if read in the other way.
-        at_most: Correlation if read as in the card.
-    """
+def _misread(motion: Motion, at_least: float) -> Explanation | None:
+    """Commands that correlate better, and at least so much, with the motion if read in another way."""
     is_straight = ~motion.is_rotation & ~motion.is_gripper
     delta, target = (motion.of(is_straight & (motion.is_delta == is_delta)) for is_delta in (True, False))
     if not is_straight.any():
@@ -152,7 +146,7 @@ def _misread(motion: Motion, at_least: float, at_most: float) -> Explanation | N
     readings = _of_displacements(delta) if len(delta.names) >= len(target.names) else _of_targets(target)
     own, *others = readings
     best = max(others, key=readings.__getitem__)
-    if readings[best] < max(readings[own] + CLEARLY, at_least) or readings[own] > at_most:
+    if readings[best] < max(readings[own] + CLEARLY, at_least):
         return None
     evidence = pd.DataFrame({"candidate": list(readings), "correlation with the motion [1]": list(readings.values())})
     measured = f"correlation of actions and motion {readings[own]:.2f} {own}, {readings[best]:.2f}: {best}"
