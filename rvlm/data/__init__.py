@@ -24,6 +24,7 @@ Modules:
     meta: meta files of a dataset, validated.
     row_checks: index columns of the rows, compared with the tables.
     frame_alignment: alignment of video frames and table rows.
+    resizing: images of all cameras in one size.
     frame_cache: decoded frames on disk, within a size limit.
     cameras: images of one camera of a dataset.
     dataset: read a LeRobotDataset, v3.0 or v2.1.

@@ -17,6 +17,7 @@ from rvlm.data.errors import EpisodeError
 from rvlm.data.frame_alignment import align_frames
 from rvlm.data.frame_cache import FrameFile, cached_frames
 from rvlm.data.meta import file_path
+from rvlm.data.resizing import resize
 from rvlm.data.tables import read_rows
 from rvlm.data.video import decode_frames, decode_image, frame_times
 from rvlm.files import file_hash
@@ -27,6 +28,7 @@ CODE = (
     "rvlm.data.tables",
     "rvlm.data.video",
     "rvlm.data.frame_alignment",
+    "rvlm.data.resizing",
 )  # determine the cached frames
 BATCH = 64  # embedded images read at once
 
@@ -42,6 +44,7 @@ class Camera:
     def __init__(self, data: Any, key: str) -> None:
         self.data, self.key, self.feature = data, key, data.features[key]
         self._alignments: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self._first_shape: tuple[int, ...] | None = None
 
     @property
     def is_video(self) -> bool:
@@ -59,20 +62,28 @@ class Camera:
         images = dict(decode_frames(path, ticks[is_in_episode]))
         return np.stack([self._checked(path, images[n]) for n in range(len(images))])
 
-    def frames(self) -> np.ndarray:
-        """Images of all episodes ``(n_frames, h, w, 3)`` uint8: a read-only memory map of the cached array, made if missing."""
-        files, data = self._files(), self.data
-        for path in files:
-            if not path.is_file():
-                raise EpisodeError(f"{data.root}: expected a video at {path}, got none; fetch or record it again")
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images [px]."""
+        return self._size(self._existing_files())[:2]
+
+    def frames(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images of all episodes ``(n_frames, h, w, 3)`` uint8: a read-only memory map of the cached array, made if missing.
+
+        Args:
+            size: Height and width to resize them to [px]; their own if left out.
+        """
+        files, data = self._existing_files(), self.data
         made_from = {
             "files": [file_hash(path) for path in files],
             "rows": _hash(*files.values(), *([self._timestamps(), *self._spans().values()] if self.is_video else ())),
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
+            "size": list(size or self.size),
             "code": hash_of_code(*CODE),
         }
+        shape = (data.n_frames, *(size or self.size), 3)
         about = {"dataset": data.root.name, "camera": self.key, "roots": list(CODE)}
-        return cached_frames(made_from, about, lambda: (data.n_frames, *self._size(files)), lambda out: self._decode(files, out))
+        return cached_frames(made_from, about, lambda: shape, lambda out: self._decode(files, out, size))
 
     # --- locating ----------------------------------------------------------------------------------------------------------
 
@@ -92,6 +103,13 @@ class Camera:
         if not self.is_video:
             return self.data.data_files()
         return {path: _rows(spans) for path, spans in self._spans().items()}
+
+    def _existing_files(self) -> dict[Path, np.ndarray]:
+        files = self._files()
+        for path in files:
+            if not path.is_file():
+                raise EpisodeError(f"{self.data.root}: expected a video at {path}, got none; fetch or record it again")
+        return files
 
     def _timestamps(self) -> np.ndarray:
         """Timestamps of the rows ``(n_frames,)``, of any clock; NaN if they are no numbers."""
@@ -117,8 +135,9 @@ class Camera:
 
     def _size(self, files: dict[Path, np.ndarray]) -> tuple[int, ...]:
         """(h, w, 3) of the first image."""
-        path = next(iter(files))
-        return next(self._images(path))[1].shape
+        if self._first_shape is None:
+            self._first_shape = next(self._images(next(iter(files))))[1].shape
+        return self._first_shape
 
     def _images(self, path: Path) -> Iterator[tuple[int, np.ndarray]]:
         """Dataset row and image of each row of a file, in the order of the file."""
@@ -142,10 +161,10 @@ class Camera:
             )
         return image
 
-    def _decode(self, files: dict[Path, np.ndarray], out: FrameFile) -> None:
+    def _decode(self, files: dict[Path, np.ndarray], out: FrameFile, size: tuple[int, int] | None) -> None:
         def decode(path: Path) -> None:
             for row, image in self._images(path):
-                out[row] = image
+                out[row] = resize(image, size)
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             list(pool.map(decode, files))

@@ -226,12 +226,22 @@ class EpisodeDataset:
             self._cameras[key] = Camera(self, key)
         return self._cameras[key]
 
-    def frames_cache(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def image_sizes(self, cameras: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+        """Camera -> height and width of its images [px]."""
+        return {camera: self._camera(self.camera_key(camera)).size for camera in cameras or self.cameras}
+
+    def frames_cache(
+        self, cameras: Sequence[str] | None = None, size: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray]:
         """All frames of the cameras: ``{name: (n_frames, h, w, 3)}`` uint8, read-only memory maps.
 
         They are decoded once and cached in the artifacts folder (`rvlm.data.frame_cache`).
+
+        Args:
+            cameras: Names; the card's if left out.
+            size: Height and width to resize all of them to [px]; their own if left out.
         """
-        return {camera: self._camera(self.camera_key(camera)).frames() for camera in cameras or self.cameras}
+        return {camera: self._camera(self.camera_key(camera)).frames(size) for camera in cameras or self.cameras}
 
 
 def _spec_of(spec: Any) -> ActionSpec | None:

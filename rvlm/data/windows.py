@@ -55,6 +55,7 @@ class Windows:
         episodes: indices of the episodes to use; all if left out.
         stats: from `EpisodeDataset.stats` over the *training* episodes; computed over ``episodes`` if left out.
         cameras: names, in the order of the model's input images; the card's if left out.
+        image_size: height and width that images of all cameras are resized to [px]; their own if left out.
         dataset_index: index of the samples' card and statistics in a mixture.
         frames: arrays ``(n_frames, ...)`` per camera instead of the images, such as features of the vision tower.
         features: ``(n_frames, d)``, or what is indexed by row like it: samples have "features" ``(t, d)`` and no images.
@@ -68,6 +69,7 @@ class Windows:
         episodes: EpisodeIndices | None = None,
         stats: dict[str, NormStats] | None = None,
         cameras: Sequence[str] | None = None,
+        image_size: tuple[int, int] | None = None,
         dataset_index: int = 0,
         frames: Sequence[np.ndarray] | None = None,
         features: Any = None,
@@ -77,7 +79,7 @@ class Windows:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise EpisodeError(f"expected {name} as a whole number from 1 on, got {value!r}")
         self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
-        self.cameras = tuple(cameras or dataset.cameras)
+        self.cameras, self.image_size = tuple(cameras or dataset.cameras), image_size
         self.episodes = dataset.validate_episodes(episodes)
         self.stats = stats or dataset.stats(episodes=self.episodes)
         self.dataset_index = dataset_index
@@ -108,11 +110,11 @@ class Windows:
         self._rows = np.flatnonzero(np.isin(self._episode, self.episodes))
 
     def _load_frames(self) -> list[np.ndarray]:
-        cache = self.dataset.frames_cache(self.cameras)
+        cache = self.dataset.frames_cache(self.cameras, self.image_size)
         sizes = {camera: cache[camera].shape[1:3] for camera in self.cameras}
         if len(set(sizes.values())) > 1:
             raise EpisodeError(
-                f"expected cameras of one size, got {sizes}; choose one with cameras=..., or resize when converting"
+                f"expected cameras of one size, got {sizes}; give the size to bring them to, image_size=(h, w), or choose some"
             )
         return [cache[camera] for camera in self.cameras]
 

@@ -42,9 +42,9 @@ class PerturbedDataset(EpisodeDataset):
         """As of `EpisodeDataset`, changed."""
         return self._column_changes.get(name, np.asarray)(super().column(name))
 
-    def frames_cache(self, cameras: Any = None) -> dict[str, np.ndarray]:
+    def frames_cache(self, cameras: Any = None, size: Any = None) -> dict[str, np.ndarray]:
         """As of `EpisodeDataset`, changed."""
-        return {camera: self._frame_change(images) for camera, images in super().frames_cache(cameras).items()}
+        return {camera: self._frame_change(images) for camera, images in super().frames_cache(cameras, size).items()}
 
 
 def _after(first: Callable | None, then: Callable) -> Callable:

@@ -36,10 +36,10 @@ def predict_chunks(
     model, robot, conditioning = policy.model, policy.robot, policy.model.conditioning
     ablate = _input_ablation(ablation, windows)
     collate, spec, stats = RobotCollator(policy.prompt_builder), robot.spec, robot.stats["action"]
+    policy.expected.check_sizes(windows.dataset.image_sizes(windows.cameras), "recorded images")
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
-        policy.expected.check_size(samples[0]["images"].shape[-3:-1], "recorded images")
         batch = collate([conditioning(robot, sample) for sample in ablate(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
@@ -75,7 +75,8 @@ def _permuted_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, s
 def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
     """Windows of recorded episodes as this policy reads them, normalised with the statistics of its robot."""
     config = policy.model.config
-    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, policy.robot.stats, config.cameras)
+    stats = policy.robot.stats
+    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras, config.image_size)
 
 
 def open_loop_errors(

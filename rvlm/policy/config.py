@@ -38,7 +38,9 @@ class VLAConfig(PreTrainedConfig):
         cameras: Names of the card's cameras, in the order of the prompt's images.
         has_state: Whether proprioception enters.
         image_tiling: Whether images are split into tiles, as the vision-language model's processor does; else each is one tile.
-        image_size: Height and width of the images that it was trained on [px]; None where that is not known.
+        image_size: Height and width that images of all cameras are resized to [px]; those of the first camera's recordings if
+            left out, None where that is not known.
+        camera_sizes: Dataset -> camera -> height and width of the images that it was trained on [px].
         act_id: Id of `<act>`.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
@@ -66,6 +68,7 @@ class VLAConfig(PreTrainedConfig):
     has_state: bool = True
     image_tiling: bool = False
     image_size: list | tuple | None = None
+    camera_sizes: dict | None = None
     act_id: int = 0
     spec: dict | None = None
     stats: dict | None = None
@@ -83,7 +86,7 @@ class VLAConfig(PreTrainedConfig):
 
 # Not settings: derived from the backbone and the data.
 DERIVED_FIELDS = {"model_type", "backbone", "act_id", "vlm", "base_model"}
-DERIVED_FIELDS |= {"image_size", "spec", "stats", "embodiments", "embodiment_ids"}
+DERIVED_FIELDS |= {"camera_sizes", "spec", "stats", "embodiments", "embodiment_ids"}
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - DERIVED_FIELDS)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder
 

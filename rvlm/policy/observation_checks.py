@@ -28,19 +28,17 @@ class Expected:
     """The observations that a policy takes.
 
     Attributes:
-        cameras: Names of the policy's cameras, in its order.
-        image_size: Height and width of the training images [px]; None if unknown.
+        sizes: The policy's cameras, in its order, and height and width of their training images [px]; None if unknown.
         robot: Of the state.
         words: Special tokens of the prompt, which an instruction must not contain.
     """
 
-    cameras: tuple[str, ...]
-    image_size: tuple[int, int] | None
+    sizes: dict[str, tuple[int, int] | None]
     robot: Embodiment
     words: tuple[str, ...]
 
-    def check(self, observations: Any, n_robots: int) -> tuple[int, int]:
-        """Size (h, w) of the images [px], if the observations are valid.
+    def check(self, observations: Any, n_robots: int) -> dict[str, tuple[int, int]]:
+        """Size (h, w) of each camera's images [px], if the observations are valid.
 
         Raises:
             ObservationError: What was expected, of which robot, and what came.
@@ -53,29 +51,30 @@ class Expected:
                 f"expected an observation of each of {n_robots} robots, got {len(observations)}; "
                 f"begin with reset(n_robots={len(observations)})"
             )
-        sizes = {}
+        got = {}
         for i, observation in enumerate(observations):
             self._check_keys(observation, i)
-            sizes |= {
-                f"{camera} of robot {i}": _image_size(observation["images"][camera], camera, i, self.image_size)
-                for camera in self.cameras
-            }
+            images = observation["images"]
+            got |= {(i, camera): _image_size(images[camera], camera, i, size) for camera, size in self.sizes.items()}
             self._check_state(observation["state"], i)
             self._check_instruction(observation["instruction"], i)
-        if len(set(sizes.values())) > 1:
-            raise ObservationError(f"expected images of one size (h, w), as in training; got {sizes}; resize them alike")
-        return next(iter(sizes.values()))
+        if None in self.sizes.values() and len(set(got.values())) > 1:
+            named = {f"{camera} of robot {i}": size for (i, camera), size in got.items()}
+            raise ObservationError(f"expected images of one size (h, w), as in training; got {named}; resize them alike")
+        return {camera: got[0, camera] for camera in self.sizes}
 
-    def check_size(self, size: tuple[int, ...], what: str) -> None:
-        """Refuse images of another size (h, w) [px] than those of training.
+    def check_sizes(self, sizes: Mapping[str, tuple[int, int]], what: str) -> None:
+        """Refuse images of other sizes, camera -> (h, w) [px], than those of training.
 
         Raises:
             ObservationError: Both sizes.
         """
-        if self.image_size not in (None, tuple(size)):
-            raise ObservationError(
-                f"{what}: expected {self.image_size} (h, w), as in training, got {tuple(size)}; {_size_fix(self.image_size)}"
-            )
+        for camera, expected in self.sizes.items():
+            if expected not in (None, tuple(sizes[camera])):
+                raise ObservationError(
+                    f"{what} of {camera!r}: expected {expected} (h, w), as in training, got {tuple(sizes[camera])}; "
+                    f"{_size_fix(expected)}"
+                )
 
     def _check_keys(self, observation: Any, i: int) -> None:
         if not isinstance(observation, Mapping):
@@ -89,10 +88,10 @@ class Expected:
         images = observation["images"]
         if not isinstance(images, Mapping):
             raise ObservationError(f"robot {i}: expected images as a dict, camera -> image; got {type(images).__name__}")
-        missing = [camera for camera in self.cameras if camera not in images]
+        missing = [camera for camera in self.sizes if camera not in images]
         if missing:
             raise ObservationError(
-                f"robot {i}: expected images of cameras {list(self.cameras)}, as in training; got {sorted(map(str, images))}; "
+                f"robot {i}: expected images of cameras {list(self.sizes)}, as in training; got {sorted(map(str, images))}; "
                 f"add {missing}"
             )
 

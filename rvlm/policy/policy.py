@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.observations import stack_images
+from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA, Decode
 from rvlm.policy.observation_checks import Expected, ObservationError
@@ -77,10 +78,11 @@ class Policy:
         self.model, self.temporal_ensemble_coeff = model.eval(), temporal_ensemble_coeff
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
-        size: Any = model.config.image_size
+        unknown = dict.fromkeys(self._cameras, model.config.image_size)
+        sizes: Any = (model.config.camera_sizes or {}).get(self.robot.spec.dataset) or unknown
         self._cameras = tuple(model.config.cameras)
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
-        self.expected = Expected(self._cameras, size and tuple(size), self.robot, words)
+        self.expected = Expected({camera: sizes[camera] and tuple(sizes[camera]) for camera in self._cameras}, self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
@@ -90,8 +92,8 @@ class Policy:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of its input images [px]: as in training, or the backbone's own if unknown."""
-        return self.expected.image_size or (self.prompt_builder.image_size, self.prompt_builder.image_size)
+        """Height and width of its first camera's images [px]: as in training, or the backbone's own if unknown."""
+        return self.expected.sizes[self._cameras[0]] or (self.prompt_builder.image_size, self.prompt_builder.image_size)
 
     def reset(self, n_robots: int = 1) -> None:
         """Clear queued actions, chunks of the ensemble and the observation history.
@@ -102,7 +104,7 @@ class Policy:
         if n_robots < 1:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
         self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompt_builder)
-        self._size: tuple[int, int] | None = None  # of the images since the reset
+        self._sizes: dict[str, tuple[int, int]] | None = None  # of the images since the reset
         self._has_warned = False
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
@@ -170,13 +172,13 @@ class Policy:
         return self._unnormalized(self._predict(decode))
 
     def _check(self, observations: Observations) -> None:
-        size = self.expected.check(observations, self.n_robots)
-        if self._size not in (None, size):
+        sizes = self.expected.check(observations, self.n_robots)
+        if self._sizes not in (None, sizes):
             raise ObservationError(
-                f"expected images of {self._size} (h, w), as in this episode's first observation, got {size}; resize them alike, "
+                f"expected images of {self._sizes} (h, w), as in this episode's first observation, got {sizes}; resize them alike, "
                 "or begin with reset()"
             )
-        self._size = size
+        self._sizes = sizes
         if not self._has_warned and (warning := self.expected.range_warning(observations)):
             self._has_warned = True
             warnings.warn(warning, stacklevel=3)
@@ -184,7 +186,8 @@ class Policy:
     @torch.inference_mode()
     def _observe(self, observations: Observations) -> None:
         """Add the newest observations to the history."""
-        images = np.stack([[o["images"][camera] for camera in self._cameras] for o in observations])
+        size = self.model.config.image_size
+        images = np.stack([[resize(o["images"][camera], size) for camera in self._cameras] for o in observations])
         state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
         conditioning = self.model.conditioning
         samples = [

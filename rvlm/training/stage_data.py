@@ -82,13 +82,13 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     datasets = [EpisodeDataset(root) for root in stage.data]
     train = [_select_shots(stage, data, split(data)[0]) for data in datasets]
     model, processor = _load_policy(stage, _embodiments(datasets, train))
-    model.config.image_size = _image_size(datasets, model.config.cameras)
+    _set_image_sizes(model, datasets)
     prompt_builder = model.prompt_builder(processor)
     precomputed = _precomputed(stage, model, prompt_builder, datasets, train)
     parts = []
     for i, (data, episodes, given) in enumerate(zip(datasets, train, precomputed, strict=True)):
         embodiment, config = model.embodiment(data.require_spec()), model.config
-        window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras)
+        window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras, config.image_size)
         windows = Windows(data, *window, dataset_index=i, **given)
         samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.paraphrases, stage.augment)
         parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))
@@ -112,7 +112,7 @@ def _precomputed(
             {"features": _observation_features(stage, model, prompt_builder, data, at)}
             for data, at in zip(datasets, rows, strict=True)
         ]
-    frames = [data.frames_cache(model.config.cameras) for data in datasets]
+    frames = [data.frames_cache(model.config.cameras, model.config.image_size) for data in datasets]
     sizes = {images.shape[-3:-1] for cameras in frames for images in cameras.values()}
     if not stage.freeze_vision or not all(prompt_builder.is_separable(*size) for size in sizes):
         return [{}] * len(datasets)
@@ -132,18 +132,25 @@ def _observation_features(stage: Stage, model: Any, prompt_builder: PromptBuilde
         model.conditioning.instruction(embodiment, instruction_of(stage.instructions, data.tasks[task], stage.paraphrases))
         for task in data.task_of_frame[rows].tolist()
     ]
-    frames = list(data.frames_cache(model.config.cameras).values())
+    frames = list(data.frames_cache(model.config.cameras, model.config.image_size).values())
     return observation_features(
         model.backbone, model.config.act_id, prompt_builder, frames, rows, texts, stage.resolved_precision
     )
 
 
-def _image_size(datasets: Sequence[Any], cameras: Sequence[str]) -> list[int]:
-    """Height and width of all images [px], which the policy then expects at inference."""
-    sizes = {(str(data.root), c): frames.shape[1:3] for data in datasets for c, frames in data.frames_cache(cameras).items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"expected images of one size (h, w), got {sizes}; resize them alike when you convert the data")
-    return list(next(iter(sizes.values())))
+def _set_image_sizes(model: Any, datasets: Sequence[EpisodeDataset]) -> None:
+    """The size that the policy sees, by default that of its first camera, and the sizes of each robot's cameras [px]."""
+    config, sizes = model.config, dict(model.config.camera_sizes or {})
+    for data in datasets:
+        of_cameras = {camera: list(size) for camera, size in data.image_sizes(config.cameras).items()}
+        card = data.require_spec().dataset
+        if sizes.setdefault(card, of_cameras) != of_cameras:
+            raise ValueError(
+                f"{data.root}: expected images of {card!r} in the sizes (h, w) of its other recordings, {sizes[card]}, got "
+                f"{of_cameras}; resize them alike when you convert the data, or give the data a card of its own"
+            )
+    config.camera_sizes = sizes
+    config.image_size = list(config.image_size or sizes[datasets[0].require_spec().dataset][config.cameras[0]])
 
 
 def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Embodiment]:
