@@ -16,6 +16,7 @@ Modules:
     sampling: fixed budgets and weighted mixtures, deterministic in the sample position.
     actions: `ActionSpec`: conventions of actions and state, from a data card.
     holding: the action that holds a robot still.
+    representations: canonical quaternions; chunks relative to the state.
     dataset_statistics: statistics of a dataset in LeRobot's format.
     lerobot_format: LeRobotDataset v3.0 on disk: features, statistics, meta files.
     shards: groups of episodes that are written together, whole or not at all.

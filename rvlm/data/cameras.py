@@ -65,7 +65,8 @@ class Camera:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its images [px]."""
-        return self._size(self._existing_files())[:2]
+        height, width, _ = self._size(self._existing_files())
+        return height, width
 
     def frames(self, size: tuple[int, int] | None = None) -> np.ndarray:
         """Images of all episodes ``(n_frames, h, w, 3)`` uint8: a read-only memory map of the cached array, made if missing.

@@ -20,6 +20,7 @@ from rvlm.data.camera_names import camera_names, find_camera, is_image
 from rvlm.data.cameras import Camera
 from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.meta import check_card, file_path, read_episodes, read_info, read_tasks, stored_spec
+from rvlm.data.representations import canonical_quaternions, relative_actions
 from rvlm.data.row_checks import check_complete, rows_of_file
 from rvlm.data.tables import column_of, episode_indices, read_json, read_rows, read_table
 
@@ -205,12 +206,14 @@ class EpisodeDataset:
             f"{self.root}: expected the rows of episode {i} in one data file, got them in several; convert it again"
         )
 
-    def stats(self, kind: str = "q01_q99", episodes: EpisodeIndices | None = None) -> dict[str, NormStats]:
-        """Statistics of "action" and "observation.state" over episodes, which should be the training ones only.
+    def stats(
+        self, kind: str = "q01_q99", episodes: EpisodeIndices | None = None, relative_chunk: int | None = None
+    ) -> dict[str, NormStats]:
+        """As `pooled_stats`, over episodes, which should be the training ones only.
 
-        The gripper of "action" is not normalised; `ActionSpec.normalize` maps it to {0, 1}.
+        Binary grippers of "action" are not normalised; `ActionSpec.normalize` maps them to {0, 1}.
         """
-        return pooled_stats([(self, self.validate_episodes(episodes))], kind)
+        return pooled_stats([(self, self.validate_episodes(episodes))], kind, relative_chunk)
 
     def validate_episodes(self, episodes: EpisodeIndices | None) -> np.ndarray:
         """Sorted episode indices, all for None; `EpisodeError` if one does not exist."""
@@ -230,9 +233,7 @@ class EpisodeDataset:
         """Camera -> height and width of its images [px]."""
         return {camera: self._camera(self.camera_key(camera)).size for camera in cameras or self.cameras}
 
-    def frames_cache(
-        self, cameras: Sequence[str] | None = None, size: tuple[int, int] | None = None
-    ) -> dict[str, np.ndarray]:
+    def frames_cache(self, cameras: Sequence[str] | None = None, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
         """All frames of the cameras: ``{name: (n_frames, h, w, 3)}`` uint8, read-only memory maps.
 
         They are decoded once and cached in the artifacts folder (`rvlm.data.frame_cache`).
@@ -274,10 +275,17 @@ def _within(rows: np.ndarray, first: int, end: int) -> np.ndarray | None:
     return at[np.argsort(rows[at])] if len(at) == end - first else None
 
 
-def pooled_stats(parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str = "q01_q99") -> dict[str, NormStats]:
+def pooled_stats(
+    parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str = "q01_q99", relative_chunk: int | None = None
+) -> dict[str, NormStats]:
     """Statistics of "action" and "observation.state" over episodes of one robot from several datasets.
 
     Warns of values beyond `OUTLIER` in normalised units.
+
+    Args:
+        parts: Datasets, and the episodes of each.
+        kind: Of normalisation.
+        relative_chunk: Size of chunks whose actions are relative to the state at their start; as recorded if left out.
     """
     spec = parts[0][0].require_spec()
     for data, _ in parts[1:]:
@@ -288,12 +296,25 @@ def pooled_stats(parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str =
         accumulator = StatsAccumulator()
         for data, episodes in parts:
             try:
-                accumulator.update(data.column(key)[np.isin(data.episode_of_frame, episodes)])
+                accumulator.update(_training_values(data, key, episodes, relative_chunk))
             except SpecMismatch as error:
                 raise EpisodeError(f"{data.root}, {key}: {error}") from error
         out[key] = accumulator.finish(kind, tuple(np.flatnonzero(spec.is_binary).tolist()) if key == "action" else (), floor)
         _warn_of_outliers(f"{parts[0][0].root}, {key}", out[key], names)
     return out
+
+
+def _training_values(data: EpisodeDataset, key: str, episodes: np.ndarray, relative_chunk: int | None) -> np.ndarray:
+    """Values ``(n, d)`` of a column over episodes, as they are normalised."""
+    spec, rows = data.require_spec(), np.flatnonzero(np.isin(data.episode_of_frame, episodes))
+    placed = spec.placed_action if key == "action" else spec.placed_state
+    values = canonical_quaternions(data.column(key), placed)
+    if key != "action" or relative_chunk is None:
+        return values[rows]
+    state = canonical_quaternions(data.column("observation.state"), spec.placed_state)
+    episode, n = data.episode_of_frame, len(values)
+    starts = [rows[(rows + i < n) & (episode[np.minimum(rows + i, n - 1)] == episode[rows])] for i in range(relative_chunk)]
+    return np.concatenate([relative_actions(spec, values[at + i], state[at]) for i, at in enumerate(starts)])
 
 
 def _warn_of_outliers(what: str, stats: NormStats, names: Sequence[str]) -> None:

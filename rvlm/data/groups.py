@@ -129,7 +129,8 @@ def _checked_state(group: Group, at: str) -> Group:
 
 
 def _checked_action(group: Group, at: str) -> Group:
-    is_gripper, changes = group.kind == "gripper", {}
+    is_gripper = group.kind == "gripper"
+    changes: dict[str, Any] = {}
     if is_gripper != (group.open is not None and group.close is not None) or (is_gripper and len(group.names) != 1):
         raise CardError(
             f"{at}: expected 'open' and 'close' of a gripper, which has one dimension; got open {group.open}, close "

@@ -23,7 +23,7 @@ def to_rotation(values: np.ndarray, layout: str) -> Rotation:
     Raises:
         SpecMismatch: An unknown layout, another number of values, or a quaternion or column without direction.
     """
-    values = np.asarray(values, np.float64)
+    values = np.array(values, np.float64)  # a copy, as scipy refuses what is read-only
     if LAYOUTS.get(layout, 0) == 0 or values.shape[-1] != LAYOUTS[layout]:
         raise SpecMismatch(
             f"expected a rotation as one of {LAYOUTS} (layout: numbers), got {layout!r} and {values.shape[-1]} numbers"

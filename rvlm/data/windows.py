@@ -14,6 +14,7 @@ import numpy as np
 from rvlm.data.actions import NormStats
 from rvlm.data.dataset import EpisodeDataset, EpisodeIndices, Index
 from rvlm.data.errors import EpisodeError, SpecMismatch
+from rvlm.data.representations import canonical_quaternions, relative_actions
 from rvlm.data.writer import EpisodeWriter, record_dataset
 
 __all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "record_dataset", "split"]
@@ -55,6 +56,7 @@ class Windows:
         episodes: indices of the episodes to use; all if left out.
         stats: from `EpisodeDataset.stats` over the *training* episodes; computed over ``episodes`` if left out.
         cameras: names, in the order of the model's input images; the card's if left out.
+        is_relative: whether targets are relative to the state at their chunk's observation (`rvlm.data.representations`).
         image_size: height and width that images of all cameras are resized to [px]; their own if left out.
         dataset_index: index of the samples' card and statistics in a mixture.
         frames: arrays ``(n_frames, ...)`` per camera instead of the images, such as features of the vision tower.
@@ -70,6 +72,7 @@ class Windows:
         stats: dict[str, NormStats] | None = None,
         cameras: Sequence[str] | None = None,
         image_size: tuple[int, int] | None = None,
+        is_relative: bool = False,
         dataset_index: int = 0,
         frames: Sequence[np.ndarray] | None = None,
         features: Any = None,
@@ -80,6 +83,7 @@ class Windows:
                 raise EpisodeError(f"expected {name} as a whole number from 1 on, got {value!r}")
         self.n_obs_steps, self.chunk_size = n_obs_steps, chunk_size
         self.cameras, self.image_size = tuple(cameras or dataset.cameras), image_size
+        self.is_relative = is_relative
         self.episodes = dataset.validate_episodes(episodes)
         self.stats = stats or dataset.stats(episodes=self.episodes)
         self.dataset_index = dataset_index
@@ -93,7 +97,9 @@ class Windows:
             self.spec.check(raw)
         except SpecMismatch as error:
             raise EpisodeError(f"{self.dataset.root}, action: {error}") from error
-        self._action = self.spec.normalize(raw, self.stats["action"]).astype(np.float32)
+        self._action = canonical_quaternions(raw, self.spec.placed_action)
+        if not self.is_relative:
+            self._action = self._normalized(self._action)
         state = self.dataset.column("observation.state")
         if not np.isfinite(state).all():
             row, i = np.argwhere(~np.isfinite(state))[0]
@@ -101,7 +107,8 @@ class Windows:
                 f"{self.dataset.root}, observation.state: expected finite numbers, got {state[row, i]} for "
                 f"{self.spec.state_names[i]!r} in row {row}; drop or repair the frame"
             )
-        self._state = self.stats["observation.state"].normalize(state).astype(np.float32)
+        self._raw_state = canonical_quaternions(state, self.spec.placed_state)
+        self._state = self.stats["observation.state"].normalize(self._raw_state).astype(np.float32)
         self._task = self.dataset.task_of_frame
         self._episode = self.dataset.episode_of_frame
         table = self.dataset.episodes
@@ -128,6 +135,15 @@ class Windows:
         batch = self.batch(indices)
         return [{key: values[i] for key, values in batch.items()} for i in range(len(indices))]
 
+    def _actions(self, rows: np.ndarray, obs: np.ndarray) -> np.ndarray:
+        """Normalised actions ``(b, t, k, a)`` of rows ``(b, t, k)``, whose chunks begin at the observations ``(b, t)``."""
+        if not self.is_relative:
+            return self._action[rows]
+        return self._normalized(relative_actions(self.spec, self._action[rows], self._raw_state[obs][:, :, None]))
+
+    def _normalized(self, actions: np.ndarray) -> np.ndarray:
+        return self.spec.normalize(actions, self.stats["action"]).astype(np.float32)
+
     def batch(self, indices: Sequence[Index] | np.ndarray) -> dict[str, Any]:
         """The samples at ``indices``, stacked: arrays with a leading ``b``, and a list of instructions."""
         row = self._rows[np.asarray(indices)]
@@ -137,7 +153,7 @@ class Windows:
         obs, obs_mask = np.maximum(obs_rows, first), obs_rows >= first
         action_rows = obs_rows[..., None] + np.arange(self.chunk_size)  # (b, t, k); may lie past the end
         valid = obs_mask[..., None] & (action_rows < end[..., None])
-        action = self._action[np.clip(action_rows, first[..., None], end[..., None] - 1)]
+        action = self._actions(np.clip(action_rows, first[..., None], end[..., None] - 1), obs)
         if self._features is None:
             seen = {"images": np.stack([frames[obs] for frames in self._frames], axis=2)}
         else:

@@ -35,7 +35,7 @@ def predict_chunks(
     """
     model, robot, conditioning = policy.model, policy.robot, policy.model.conditioning
     ablate = _input_ablation(ablation, windows)
-    collate, spec, stats = RobotCollator(policy.prompt_builder), robot.spec, robot.stats["action"]
+    collate, stats = RobotCollator(policy.prompt_builder), robot.stats
     policy.expected.check_sizes(windows.dataset.image_sizes(windows.cameras), "recorded images")
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
@@ -44,8 +44,10 @@ def predict_chunks(
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         chunks = model.predict(**{name: value.to(model.device) for name, value in batch.items()})
-        predicted = spec.unnormalize(chunks.float().cpu().numpy(), stats)
-        part = {"predicted": predicted, "recorded": spec.unnormalize(action, stats), "mask": mask}
+        present = stats["observation.state"].unnormalize(np.stack([sample["state"][-1] for sample in samples]))
+        raw = [conditioning.raw_actions(robot, values, present) for values in (chunks.float().cpu().numpy(), action)]
+        mask = conditioning.robot_dims(robot, mask)
+        part = {"predicted": raw[0], "recorded": raw[1], "mask": mask}
         parts.append(part | {k: np.array([s[k] for s in samples]) for k in ("episode_index", "frame_index")})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -76,7 +78,11 @@ def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = N
     """Windows of recorded episodes as this policy reads them, normalised with the statistics of its robot."""
     config = policy.model.config
     stats = policy.robot.stats
-    return Windows(dataset, config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras, config.image_size)
+    return Windows(
+        dataset,
+        *(config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras, config.image_size),
+        is_relative=config.action_representation == "relative",
+    )
 
 
 def open_loop_errors(

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from rvlm.data.representations import REPRESENTATIONS
 from rvlm.policy.heads import HEADS
 from rvlm.policy.history_modules import HISTORIES, MAX_OBS_STEPS
 
@@ -29,6 +30,7 @@ class VLAConfig(PreTrainedConfig):
 
     Args:
         backbone: Configuration of the vision-language model, as a dict with its `model_type`.
+        action_representation: Name in `rvlm.data.representations.REPRESENTATIONS`: what the head predicts.
         structure: Name in `STRUCTURES`.
         head: Name in `HEADS`; `head_options` are its arguments by name.
         history: Name in `HISTORIES`, for "policy_head" only.
@@ -42,6 +44,8 @@ class VLAConfig(PreTrainedConfig):
             left out, None where that is not known.
         camera_sizes: Dataset -> camera -> height and width of the images that it was trained on [px].
         act_id: Id of `<act>`.
+        action_slots: Kind, name and whether it is binary, of each dimension that the head predicts, for all its robots.
+        state_slots: Names of the state dimensions that it takes, of all its robots.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
         embodiments: Other robots that it was trained on: dataset -> `Embodiment.to_dict`.
@@ -57,6 +61,7 @@ class VLAConfig(PreTrainedConfig):
     __no_type_check__ = True  # the library builds it from more than its fields, which a checker of signatures would refuse
 
     backbone: dict | None = None
+    action_representation: str = "recorded"
     structure: str = "one_step"
     head: str = "mlp"
     head_options: dict | None = None
@@ -70,6 +75,8 @@ class VLAConfig(PreTrainedConfig):
     image_size: list | tuple | None = None
     camera_sizes: dict | None = None
     act_id: int = 0
+    action_slots: list | None = None
+    state_slots: list | None = None
     spec: dict | None = None
     stats: dict | None = None
     embodiments: dict | None = None
@@ -86,7 +93,7 @@ class VLAConfig(PreTrainedConfig):
 
 # Not settings: derived from the backbone and the data.
 DERIVED_FIELDS = {"model_type", "backbone", "act_id", "vlm", "base_model"}
-DERIVED_FIELDS |= {"camera_sizes", "spec", "stats", "embodiments", "embodiment_ids"}
+DERIVED_FIELDS |= {"camera_sizes", "action_slots", "state_slots", "spec", "stats", "embodiments", "embodiment_ids"}
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - DERIVED_FIELDS)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder
 
@@ -114,6 +121,7 @@ def check_structure(config: VLAConfig) -> None:
         ("head", HEADS),
         ("history", histories),
         ("embodiment_conditioning", EMBODIMENT_CONDITIONING),
+        ("action_representation", REPRESENTATIONS),
     ):
         if getattr(config, name) not in table:
             raise ValueError(f"no {name} {getattr(config, name)!r}; there are {', '.join(map(str, table))}")

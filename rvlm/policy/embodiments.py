@@ -6,13 +6,15 @@ Source: per-dataset statistics as in Open X-Embodiment (arXiv 2310.08864), secti
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Num, Shaped
 
-from rvlm.data.actions import ActionSpec, NormStats
+from rvlm.data.actions import ActionSpec, Group, NormStats
+from rvlm.data.representations import absolute_actions, canonical_quaternions, relative_actions
 from rvlm.files import config_hash
 
 
@@ -72,24 +74,74 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
     }
 
 
+def slots_of(specs: Sequence[ActionSpec]) -> tuple[list[list[Any]], list[str]]:
+    """Dimensions of a policy of these robots: action slots (kind, name, is binary) and state names, in order of appearance."""
+    actions = [(group.kind, name, group.is_binary) for spec in specs for group in spec.action for name in group.names]
+    states = [name for spec in specs for name in spec.state_names]
+    return [list(slot) for slot in dict.fromkeys(actions)], list(dict.fromkeys(states))
+
+
+@functools.lru_cache(maxsize=256)
+def _places(groups: tuple[Group, ...], slots: tuple[tuple[str, str, bool], ...]) -> list[int]:
+    """The slot of each action dimension."""
+    return [slots.index((group.kind, name, group.is_binary)) for group in groups for name in group.names]
+
+
 @dataclasses.dataclass(frozen=True)
 class EmbodimentConditioning:
-    """Conditions samples of any robot for one policy; depends on the policy's configuration, not on its network.
+    """Converts samples and actions of any robot for one policy; depends on its configuration, not on its network.
 
     Attributes:
         kind: None, "name" (the robot's name before the instruction) or "token" (its index appended to the state).
-        state_names: State dimensions that the policy takes: the target robot's.
+        state_names: State dimensions that the policy takes.
         ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
+        action_slots: Kind, name and whether it is binary, of each action dimension that the policy predicts.
+        is_relative: Whether it predicts targets relative to the state (`rvlm.data.representations`).
     """
 
     kind: str | None
     state_names: tuple[str, ...]
     ids: tuple[str, ...]
+    action_slots: tuple[tuple[str, str, bool], ...]
+    is_relative: bool = False
 
     def __call__(self, embodiment: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
-        """The sample with its state aligned and, by "name", the robot before its instruction."""
+        """The sample with its state and actions aligned and, by "name", the robot before its instruction."""
         instruction = self.instruction(embodiment, sample["instruction"])
-        return {**sample, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
+        aligned = {name: self.align_action(embodiment, sample[name]) for name in ("action", "action_mask") if name in sample}
+        return {**sample, **aligned, "state": self.align_state(embodiment, sample["state"]), "instruction": instruction}
+
+    def align_action(self, embodiment: Embodiment, values: Shaped[np.ndarray, "*n a"]) -> Shaped[np.ndarray, "*n A"]:
+        """Values of the robot's dimensions (..., a) in the policy's slots (..., A); 0 or false where the robot has none."""
+        places = _places(embodiment.spec.action, self.action_slots)
+        if places == list(range(len(self.action_slots))):
+            return values
+        out = np.zeros((*values.shape[:-1], len(self.action_slots)), values.dtype)
+        out[..., places] = values
+        return out
+
+    def robot_dims(self, embodiment: Embodiment, values: Shaped[np.ndarray, "*n A"]) -> Shaped[np.ndarray, "*n a"]:
+        """Inverse of `align_action`."""
+        return values[..., _places(embodiment.spec.action, self.action_slots)]
+
+    def raw_actions(
+        self, embodiment: Embodiment, chunks: Num[np.ndarray, "*n k A"], state: Num[np.ndarray, "*n s"]
+    ) -> Num[np.ndarray, "*n k a"]:
+        """Raw actions (..., k, a) of predicted chunks (..., k, A), from raw states (..., s) at their beginning."""
+        spec = embodiment.spec
+        raw = spec.unnormalize(self.robot_dims(embodiment, chunks), embodiment.stats["action"])
+        return absolute_actions(spec, raw, self._present(spec, state)) if self.is_relative else raw
+
+    def normalized_actions(
+        self, embodiment: Embodiment, raw: Num[np.ndarray, "*n k a"], state: Num[np.ndarray, "*n s"]
+    ) -> Num[np.ndarray, "*n k A"]:
+        """Inverse of `raw_actions`, 0 in slots that the robot does not have."""
+        spec = embodiment.spec
+        raw = relative_actions(spec, raw, self._present(spec, state)) if self.is_relative else raw
+        return self.align_action(embodiment, spec.normalize(raw, embodiment.stats["action"]))
+
+    def _present(self, spec: ActionSpec, state: np.ndarray) -> np.ndarray:
+        return canonical_quaternions(np.asarray(state), spec.placed_state)[..., None, :]
 
     def instruction(self, embodiment: Embodiment, instruction: str) -> str:
         """The instruction, by "name" after the robot's name."""

@@ -1,5 +1,7 @@
 """Make a policy of a vision-language model, load it, modify its structure, merge its adapters."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.policy import hub
 from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
+from rvlm.policy.embodiments import slots_of
 from rvlm.policy.model import VLA
 from rvlm.policy.pretrained import load_kwargs, non_backbone_weights
 from rvlm.vlm.backbones import freeze_unused, load_backbone, set_attention
@@ -27,6 +30,7 @@ def make_policy(
     lora_rank: int = 16,
     precision: str = "auto",
     attn_implementation: str | None = None,
+    specs: Sequence[ActionSpec] = (),
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
     """Attach an action head to a vision-language model; gives the policy's model and its processor.
@@ -41,6 +45,7 @@ def make_policy(
         lora_rank: Of adapters.
         precision: Of frozen weights.
         attn_implementation: How attention is computed, one of `rvlm.vlm.backbones.ATTENTION`; by default the library's choice.
+        specs: Of all robots that it will be trained on, if it is more than one: it gets the dimensions of all of them.
         settings: Fields of `VLAConfig`: structure, head, history, window; `cameras` are all of the card's by default.
 
     Raises:
@@ -62,6 +67,7 @@ def make_policy(
         origin = {"name": str(vlm), "revision": hub.commit_of(folder)}
     derived = {"vlm": origin, "act_id": processor.tokenizer.convert_tokens_to_ids(ACT), "backbone": _architecture(backbone)}
     conventions = {"spec": spec.to_dict(), "stats": {name: s.to_dict() for name, s in stats.items()}}
+    derived["action_slots"], derived["state_slots"] = slots_of([spec, *specs])
     model = VLA(VLAConfig(**derived, **conventions, **{"cameras": spec.cameras, **settings}), backbone)
     model.processor = processor
     _smoke_forward(model, processor)
@@ -123,6 +129,7 @@ def modify_policy(
     lora_rank: int = 16,
     precision: str = "auto",
     attn_implementation: str | None = None,
+    specs: Sequence[ActionSpec] = (),
     **settings: Any,
 ) -> tuple[VLA, ProcessorMixin]:
     """A trained policy with other settings, such as a history: parts of equal shape keep their weights, new ones are random.
@@ -134,6 +141,7 @@ def modify_policy(
         lora_rank: Of adapters.
         precision: As `make_policy` takes it.
         attn_implementation: As `make_policy` takes it.
+        specs: Of robots that it will be trained on; with dimensions that it lacks, its output layers begin anew.
         settings: Fields of `VLAConfig` to change.
 
     Returns:
@@ -156,7 +164,7 @@ def modify_policy(
             f"{folder}: expected image_tiling={model.config.image_tiling}, as it was trained; got {settings['image_tiling']}; "
             "leave it out, or make a policy of the vision-language model"
         )
-    changed = VLA(model.config.with_stored_backbone(**settings), model.backbone)
+    changed = VLA(model.config.with_stored_backbone(**settings, **_grown_slots(model.config, specs)), model.backbone)
     changed.processor = model.processor
     set_attention(changed.backbone, attn_implementation)
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}
@@ -164,6 +172,19 @@ def modify_policy(
     changed.load_state_dict(fitting, strict=False)
     base = hub.origin(folder, where) if finetuning != "full" else None
     return set_trainable(changed, finetuning, lora_rank, base, precision), model.processor
+
+
+def _grown_slots(config: VLAConfig, specs: Sequence[ActionSpec]) -> dict[str, Any]:
+    """Slots of a policy's own robots and of others; warns where weights begin anew for them."""
+    actions, states = slots_of(specs)
+    own: Any = (config.action_slots, config.state_slots)
+    new = [[thing for thing in others if thing not in ours] for ours, others in zip(own, (actions, states), strict=True)]
+    if any(new):
+        warnings.warn(
+            f"new dimensions, actions {new[0]} and state {new[1]}: layers that read or write them start from random weights",
+            stacklevel=3,
+        )
+    return {"action_slots": [*own[0], *new[0]], "state_slots": [*own[1], *new[1]]}
 
 
 def load_vla(name: str | Path, **options: Any) -> tuple[VLA, ProcessorMixin]:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
-from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of
+from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.pretrained import SavedPolicy
@@ -55,10 +55,12 @@ class VLA(SavedPolicy):
         self.backbone: Any = backbone
         self.register_adapters(None)
         width = self.backbone.config.get_text_config().hidden_size
-        is_binary = self.spec.is_binary.tolist()
+        if config.action_slots is None or config.state_slots is None:
+            config.action_slots, config.state_slots = slots_of([self.spec, *(robot.spec for robot in self.embodiments.values())])
+        is_binary = [bool(slot[2]) for slot in config.action_slots]
         self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **(config.head_options or {}))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
-        s = len(self.spec.state_names)
+        s = len(config.state_slots)
         self.state_projector = (
             nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
         )
@@ -80,6 +82,14 @@ class VLA(SavedPolicy):
             raise ValueError(
                 f"expected at most {MAX_EMBODIMENTS} embodiments, got {len(ids)}; take embodiment_conditioning='name'"
             )
+        actions, states = slots_of([robot.spec for robot in robots])
+        missing = [slot for slot in actions if slot not in self.config.action_slots]
+        missing += [name for name in states if name not in self.config.state_slots]
+        if missing:
+            raise ValueError(
+                f"expected robots of the dimensions that this policy has, {self.config.action_slots} and "
+                f"{self.config.state_slots}, got {missing} too; add them by modify_policy(folder, specs=...)"
+            )
         first = known.pop(robots[0].spec.dataset)
         self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, ids
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
@@ -89,7 +99,14 @@ class VLA(SavedPolicy):
     def conditioning(self) -> EmbodimentConditioning:
         """Conditions samples on their robot; holds nothing of the network, so a dataset can keep it."""
         ids = self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
-        return EmbodimentConditioning(self.config.embodiment_conditioning, tuple(self.spec.state_names), tuple(ids))
+        slots = tuple((str(kind), str(name), bool(is_binary)) for kind, name, is_binary in self.config.action_slots)
+        return EmbodimentConditioning(
+            self.config.embodiment_conditioning,
+            tuple(self.config.state_slots),
+            tuple(ids),
+            slots,
+            self.config.action_representation == "relative",
+        )
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:
         """The robot of this spec, with the statistics of training.
@@ -156,7 +173,7 @@ class VLA(SavedPolicy):
     def _state_embedding(self, state: torch.Tensor | None) -> torch.Tensor | None:
         if self.state_projector is None and self.embodiment_embedding is None:
             return None
-        width = len(self.spec.state_names) + (self.embodiment_embedding is not None)
+        width = len(self.config.state_slots) + (self.embodiment_embedding is not None)
         if state is None or state.shape[-1] != width:
             got = "none" if state is None else f"one of {state.shape[-1]}"
             raise ValueError(f"expected a state (n, {width}), got {got}; see `VLA.conditioning.align_state`")

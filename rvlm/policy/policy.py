@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.observations import stack_images
+from rvlm.data.representations import canonical_quaternions
 from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
 from rvlm.policy.model import VLA, Decode
@@ -75,12 +76,17 @@ class Policy:
                 "a temporal ensemble predicts at each step: expected n_action_steps=1 and temporal_ensemble_coeff of at least 0; "
                 f"got n_action_steps={n_action_steps}, temporal_ensemble_coeff={temporal_ensemble_coeff}"
             )
+        if temporal_ensemble_coeff is not None and model.config.action_representation != "recorded":
+            raise ValueError(
+                "expected actions as recorded for a temporal ensemble, got a policy of relative ones, whose chunks have "
+                "different origins; leave temporal_ensemble_coeff out"
+            )
         self.model, self.temporal_ensemble_coeff = model.eval(), temporal_ensemble_coeff
         self.n_action_steps = int(n_action_steps)
         self.prompt_builder = model.prompt_builder(processor)
+        self._cameras = tuple(model.config.cameras)
         unknown = dict.fromkeys(self._cameras, model.config.image_size)
         sizes: Any = (model.config.camera_sizes or {}).get(self.robot.spec.dataset) or unknown
-        self._cameras = tuple(model.config.cameras)
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected({camera: sizes[camera] and tuple(sizes[camera]) for camera in self._cameras}, self.robot, words)
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
@@ -141,6 +147,7 @@ class Policy:
             raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {given}{hint}")
         self.n_robots = len(rows)
         self.history.keep(rows)
+        self._state = self._state[rows]
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
 
@@ -167,7 +174,8 @@ class Policy:
         self.observe(observations)
         if previous is None:
             return self._unnormalized(self._predict())
-        normalized = torch.as_tensor(self.robot.spec.normalize(previous, self.robot.stats["action"]), dtype=torch.float32)
+        conditioning = self.model.conditioning
+        normalized = torch.as_tensor(conditioning.normalized_actions(self.robot, previous, self._state), dtype=torch.float32)
         decode = partial(continue_chunk, self.model.head, previous=normalized.to(self.model.device), n_frozen=n_frozen)
         return self._unnormalized(self._predict(decode))
 
@@ -175,8 +183,8 @@ class Policy:
         sizes = self.expected.check(observations, self.n_robots)
         if self._sizes not in (None, sizes):
             raise ObservationError(
-                f"expected images of {self._sizes} (h, w), as in this episode's first observation, got {sizes}; resize them alike, "
-                "or begin with reset()"
+                f"expected images of {self._sizes} (h, w), as in this episode's first observation, got {sizes}; resize them "
+                "alike, or begin with reset()"
             )
         self._sizes = sizes
         if not self._has_warned and (warning := self.expected.range_warning(observations)):
@@ -188,8 +196,9 @@ class Policy:
         """Add the newest observations to the history."""
         size = self.model.config.image_size
         images = np.stack([[resize(o["images"][camera], size) for camera in self._cameras] for o in observations])
-        state = self.robot.stats["observation.state"].normalize(np.stack([o["state"] for o in observations]))
-        conditioning = self.model.conditioning
+        conditioning, spec = self.model.conditioning, self.robot.spec
+        self._state = canonical_quaternions(np.stack([o["state"] for o in observations]), spec.placed_state)
+        state = self.robot.stats["observation.state"].normalize(self._state)
         samples = [
             conditioning(self.robot, {"state": s, "instruction": o["instruction"]})
             for s, o in zip(state, observations, strict=True)
@@ -221,7 +230,7 @@ class Policy:
                 f"expected finite actions of the model, got others for {', '.join(names)}; its weights or activations "
                 "overflow: load it in float32, or train it again"
             )
-        return self.robot.spec.unnormalize(chunk.float().cpu().numpy(), self.robot.stats["action"])
+        return self.model.conditioning.raw_actions(self.robot, chunk.float().cpu().numpy(), self._state)
 
 
 def record_rollout(policy: Policy, env: Any, seed: int, task: str | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rvlm.files import commit_on_hub
 from rvlm.importing import import_by_name
 from rvlm.policy.checkpoint_files import is_policy
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.config import VLAConfig
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning
 from rvlm.policy.factory import make_policy, modify_policy
 from rvlm.policy.hub import fetch
@@ -81,7 +82,7 @@ def _unchanged(scene: Any, rng: np.random.Generator) -> Any:
 def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     datasets = [EpisodeDataset(root) for root in stage.data]
     train = [_select_shots(stage, data, split(data)[0]) for data in datasets]
-    model, processor = _load_policy(stage, _embodiments(datasets, train))
+    model, processor = _load_policy(stage, _embodiments(datasets, train, _relative_chunk(stage)))
     _set_image_sizes(model, datasets)
     prompt_builder = model.prompt_builder(processor)
     precomputed = _precomputed(stage, model, prompt_builder, datasets, train)
@@ -89,7 +90,8 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     for i, (data, episodes, given) in enumerate(zip(datasets, train, precomputed, strict=True)):
         embodiment, config = model.embodiment(data.require_spec()), model.config
         window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras, config.image_size)
-        windows = Windows(data, *window, dataset_index=i, **given)
+        is_relative = config.action_representation == "relative"
+        windows = Windows(data, *window, is_relative, dataset_index=i, **given)
         samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.paraphrases, stage.augment)
         parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))
     samples: Any = parts[0] if len(parts) == 1 else Mixture(parts, stage.data_weights, stage.n_samples, stage.seed)
@@ -153,13 +155,21 @@ def _set_image_sizes(model: Any, datasets: Sequence[EpisodeDataset]) -> None:
     config.image_size = list(config.image_size or sizes[datasets[0].require_spec().dataset][config.cameras[0]])
 
 
-def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray]) -> list[Embodiment]:
+def _relative_chunk(stage: Stage) -> int | None:
+    """Size of the policy's chunks if its actions are relative to the state."""
+    commit = commit_on_hub(stage.init)
+    start = VLAConfig.from_pretrained(folder) if is_policy(folder := fetch(stage.init, commit)) else VLAConfig()
+    settings = {name: stage.policy.get(name, getattr(start, name)) for name in ("action_representation", "chunk_size")}
+    return settings["chunk_size"] if settings["action_representation"] == "relative" else None
+
+
+def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray], relative_chunk: int | None) -> list[Embodiment]:
     """The embodiment of each dataset; datasets with the same data card share statistics, over all their training episodes."""
     cards = [data.require_spec().dataset for data in datasets]
     of_card = {
         card: [part for part, c in zip(zip(datasets, train, strict=True), cards, strict=True) if c == card] for card in cards
     }
-    stats = {card: pooled_stats(parts) for card, parts in of_card.items()}
+    stats = {card: pooled_stats(parts, relative_chunk=relative_chunk) for card, parts in of_card.items()}
     return [Embodiment(data.require_spec(), stats[card]) for data, card in zip(datasets, cards, strict=True)]
 
 
@@ -181,7 +191,7 @@ def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
 
 def _load_policy(stage: Stage, embodiments: list[Embodiment]) -> tuple[Any, ProcessorMixin]:
     """The stage's policy, with the embodiments of the data registered; a new policy's default is the first."""
-    commit = commit_on_hub(stage.init)
+    commit, specs = commit_on_hub(stage.init), [robot.spec for robot in embodiments]
     kwargs: dict[str, Any] = {
         "revision": commit,
         "finetuning": stage.finetuning,
@@ -195,12 +205,19 @@ def _load_policy(stage: Stage, embodiments: list[Embodiment]) -> tuple[Any, Proc
                 f"stage {stage.name!r} starts from the policy in {stage.init}: expected is_pretrained=True, got False; "
                 "leave it out, or start from a vision-language model"
             )
-        model, processor = modify_policy(stage.init, **kwargs, **stage.policy)
+        model, processor = modify_policy(stage.init, **kwargs, specs=specs, **stage.policy)
         if len(embodiments) == 1 and not stage.allow_new_embodiment:
             model.spec.require_same(embodiments[0].spec, "policy vs demonstrations")
     else:
         kwargs["is_pretrained"] = stage.is_pretrained
-        model, processor = make_policy(stage.init, embodiments[0].spec, embodiments[0].stats, **kwargs, **stage.policy)
+        model, processor = make_policy(
+            stage.init,
+            embodiments[0].spec,
+            embodiments[0].stats,
+            **kwargs,
+            specs=specs,
+            **stage.policy,
+        )
     model.register_embodiments(embodiments)
     return model, processor
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import EpisodeError
 from rvlm.data.lerobot_format import ImageHistogram
+from rvlm.data.resizing import resize
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, record_dataset, split
 from rvlm.files import ROOT
 
@@ -626,5 +627,11 @@ def test_cameras_of_different_sizes(tmp_path):
     writer.add_episode(frames, "lift")
     dataset = EpisodeDataset(writer.finalize())
     assert Windows(dataset, cameras=["wrist"])[0]["images"].shape == (1, 1, 16, 16, 3)
-    with pytest.raises(EpisodeError, match=r"cameras of one size, got .*'wrist': \(16, 16\).*cameras=\.\.\., or resize"):
+    with pytest.raises(EpisodeError, match=r"cameras of one size, got .*'wrist': \(16, 16\).*image_size=\(h, w\), or choose"):
         Windows(dataset)
+    assert dataset.image_sizes() == {"static": frames["observation.images.static"].shape[1:3], "wrist": (16, 16)}
+    windows = Windows(dataset, image_size=(20, 24))
+    assert windows[0]["images"].shape == (1, 2, 20, 24, 3)
+    own = dataset.frames_cache(["wrist"])["wrist"]
+    assert (windows[2]["images"][0, 1] == resize(own[2], (20, 24))).all()
+    assert np.array_equal(resize(own[2], (16, 16)), own[2])

@@ -1,0 +1,84 @@
+"""Representations of raw values for training: canonical quaternions, and chunks relative to the present state.
+
+Source: chunks relative to the state, as pi0 trains joints: Black et al. 2024 (arXiv 2410.24164), appendix; for poses, Chi et al.
+2024 (UMI, arXiv 2402.10329), section IV.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rvlm.data.actions import ActionSpec, PlacedGroups
+from rvlm.data.errors import SpecMismatch
+from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.normalization import array_like
+
+REPRESENTATIONS = ("recorded", "relative")
+
+
+def canonical_quaternions(values: Any, placed: PlacedGroups) -> Any:
+    """Raw actions or states ``(..., d)`` with quaternions of w from 0 on, since q and -q are one rotation; numpy or torch."""
+    for place, group in placed:
+        if group.rotation.startswith("quat"):
+            start = place.start + group.n_position
+            q = values[..., start : place.stop]
+            w = q[..., :1] if group.rotation == "quat_wxyz" else q[..., 3:]
+            values = values.clone() if hasattr(values, "clone") else np.array(values)
+            values[..., start : place.stop] = q * (1 - 2 * array_like(1.0, q) * (w < 0))
+    return values
+
+
+def relative_groups(spec: ActionSpec) -> list[tuple[slice, slice, Group]]:
+    """Place in the action, place in the state, and group of what "relative" subtracts: targets of poses and of joints.
+
+    Raises:
+        SpecMismatch: There is none, or the state does not hold one of them, by the same names and in the same layout.
+    """
+    of_names = {group.names: (place, group) for place, group in spec.placed_state}
+    out = []
+    for place, group in spec.action_groups("pose", "joint"):
+        at, held = of_names.get(group.names, (None, None))
+        if at is None or held is None or (held.frame, held.rotation) != (group.frame, group.rotation):
+            raise SpecMismatch(
+                f"{spec.dataset}: relative actions need the state to hold {list(group.names)} as a group, in the action's frame "
+                f"and rotation layout; its groups are {[list(names) for names in of_names]}; take "
+                "action_representation='recorded'"
+            )
+        out.append((place, at, group))
+    if not out:
+        raise SpecMismatch(
+            f"{spec.dataset}: expected targets of a pose or joints to make relative, got {[g.kind for g in spec.action]}, which "
+            "are displacements already; take action_representation='recorded'"
+        )
+    return out
+
+
+def relative_actions(spec: ActionSpec, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Raw actions ``(..., a)`` -> the same relative to raw states ``(..., s)`` that broadcast against them."""
+    return _converted(spec, actions, state, -1)
+
+
+def absolute_actions(spec: ActionSpec, relative: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Inverse of `relative_actions`."""
+    return _converted(spec, relative, state, 1)
+
+
+def _converted(spec: ActionSpec, actions: np.ndarray, state: np.ndarray, sign: int) -> np.ndarray:
+    out = np.array(actions)
+    for place, at, group in relative_groups(spec):
+        n = len(group.names) - LAYOUTS[group.rotation]
+        out[..., place.start : place.start + n] += sign * state[..., at.start : at.start + n]
+        if n < len(group.names):
+            rotations = slice(place.start + n, place.stop)
+            present = np.broadcast_to(state[..., at.start + n : at.stop], out[..., rotations].shape)
+            out[..., rotations] = _rotated(out[..., rotations], present, group.rotation, sign)
+    return out
+
+
+def _rotated(rotation: np.ndarray, present: np.ndarray, layout: str, sign: int) -> np.ndarray:
+    from rvlm.data.rotations import from_rotation, to_rotation  # imports scipy, which acting with joints does without
+
+    turned, start = to_rotation(rotation, layout), to_rotation(present, layout)
+    return from_rotation(turned * (start.inv() if sign < 0 else start), layout).reshape(rotation.shape)

@@ -1,0 +1,101 @@
+"""Representations for training: canonical quaternions, chunks relative to the state."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from rvlm.data.actions import ActionSpec, Group
+from rvlm.data.errors import SpecMismatch
+from rvlm.data.representations import absolute_actions, canonical_quaternions, relative_actions
+from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
+
+ROTATIONS = [name for name, n in LAYOUTS.items() if n]
+
+
+def posed(layout, name="r"):
+    n = LAYOUTS[layout]
+    names, units = ("x", "y", "z", *(f"{name}{i}" for i in range(n))), ("m",) * 3 + ("1",) * n
+    return names, units
+
+
+def robot(layout="rot6d"):
+    """An arm with targets of pose and joints, and a gripper; its state holds both."""
+    names, units = posed(layout)
+    bound = (10.0,) * len(names)
+    pose = Group("pose", names, units, low=tuple(-b for b in bound), high=bound, frame="base", rotation=layout)
+    joints = Group("joint", ("a", "b"), ("rad", "rad"), low=(-9.0, -9.0), high=(9.0, 9.0))
+    hand = Group("gripper", ("hand",), ("1",), open=1.0, close=0.0, is_binary=True)
+    state = (Group("joint", ("a", "b"), ("rad", "rad")), Group("pose", names, units, frame="base", rotation=layout))
+    return ActionSpec("arm", "arm", 10.0, ("top",), (pose, joints, hand), state)
+
+
+def values(spec, layout, n, seed):
+    rng = np.random.default_rng(seed)
+    rotation = [from_rotation(Rotation.random(n, rng=rng), layout) for _ in range(2)]
+    action = np.concatenate([rng.normal(size=(n, 3)), rotation[0], rng.normal(size=(n, 2)), rng.integers(0, 2, (n, 1))], 1)
+    state = np.concatenate([rng.normal(size=(n, 2)), rng.normal(size=(n, 3)), rotation[1]], 1)
+    return action, state
+
+
+@pytest.mark.parametrize("layout", ROTATIONS)
+def test_relative_and_absolute_are_inverse(layout):
+    spec = robot(layout)
+    action, state = values(spec, layout, 50, 0)
+    relative = relative_actions(spec, action, state)
+    n = LAYOUTS[layout]
+    assert np.allclose(relative[:, :3], action[:, :3] - state[:, 2:5]), "by name, not by place"
+    assert np.allclose(relative[:, 3 + n : 5 + n], action[:, 3 + n : 5 + n] - state[:, :2])
+    assert (relative[:, -1] == action[:, -1]).all(), "grippers stay as they are"
+    turned = to_rotation(relative[:, 3 : 3 + n], layout) * to_rotation(state[:, 5:], layout)
+    assert (turned * to_rotation(action[:, 3 : 3 + n], layout).inv()).magnitude().max() < 1e-6
+    assert np.allclose(absolute_actions(spec, relative, state), action, atol=1e-6)
+
+
+def test_displacements_and_states_that_lack_a_target_are_refused():
+    with pytest.raises(SpecMismatch, match=r"targets of a pose or joints.*\['pose_delta', 'gripper'\]"):
+        relative_actions(ActionSpec.from_card("tabletop_franka7"), np.zeros(7), np.zeros(7))
+    spec = robot().replace_group("state", 0, names=("a", "c"))
+    with pytest.raises(SpecMismatch, match=r"the state to hold \['a', 'b'\]"):
+        relative_actions(spec, np.zeros(12), np.zeros(11))
+    with pytest.raises(SpecMismatch, match="in the action's frame"):
+        relative_actions(robot().replace_group("state", 1, frame="world"), np.zeros(12), np.zeros(11))
+
+
+@pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
+def test_both_signs_of_a_quaternion_are_trained_alike(layout, tmp_path):
+    spec = robot(layout)
+    action, state = values(spec, layout, 40, 1)
+    flipped, turned = action.copy(), state.copy()
+    flipped[::3, 3:7] *= -1
+    turned[::2, 5:] *= -1
+    assert np.allclose(canonical_quaternions(flipped, spec.placed_action), action)
+    assert np.allclose(canonical_quaternions(torch.from_numpy(turned), spec.placed_state).numpy(), state)
+    seen = []
+    for name, a, s in (("one", action, state), ("other", flipped, turned)):
+        writer = EpisodeWriter(tmp_path / name, spec)
+        images = {"observation.images.top": np.zeros((40, 16, 16, 3), np.uint8)}
+        writer.add_episode({**images, "action": a.astype(np.float32), "observation.state": s.astype(np.float32)}, "lift it")
+        seen.append(Windows(EpisodeDataset(writer.finalize()), chunk_size=2).batch(range(40)))
+    for key in ("action", "state"):
+        assert np.allclose(seen[0][key], seen[1][key], atol=1e-5), key
+
+
+def test_windows_are_relative_to_the_state_at_their_own_observation(tmp_path):
+    spec = robot()
+    action, state = values(spec, "rot6d", 30, 2)
+    writer = EpisodeWriter(tmp_path / "d", spec)
+    images = {"observation.images.top": np.zeros((15, 16, 16, 3), np.uint8)}
+    for part in (slice(0, 15), slice(15, 30)):
+        columns = {"action": action[part].astype(np.float32), "observation.state": state[part].astype(np.float32)}
+        writer.add_episode({**images, **columns}, "lift it")
+    data = EpisodeDataset(writer.finalize())
+    stats = data.stats(relative_chunk=3)
+    assert stats["action"].count == 2 * (15 + 14 + 13), "actions past an episode's end do not count"
+    batch = Windows(data, 2, 3, stats=stats, is_relative=True).batch(range(30))
+    row = 20
+    for t, at in ((0, row - 1), (1, row)):
+        expected = relative_actions(spec, action[at : at + 3], state[at])
+        found = spec.unnormalize(batch["action"][row, t].astype(np.float64), stats["action"])
+        assert np.allclose(found, expected, atol=1e-4)

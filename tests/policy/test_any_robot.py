@@ -1,0 +1,157 @@
+"""Robots of other dimensions and cameras: alone, in a mixture, relative to the state, with images of several sizes."""
+
+import numpy as np
+import pytest
+import torch
+
+from rvlm.data.actions import ActionSpec, Group
+from rvlm.data.resizing import resize
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter
+from rvlm.evaluation.open_loop import policy_windows, predict_chunks
+from rvlm.policy.factory import load_vla, modify_policy
+from rvlm.policy.observation_checks import ObservationError
+from rvlm.policy.policy import load_policy
+from rvlm.training.stage_data import STAGE_BUILDERS
+from rvlm.training.stages import ROBOT, Stage
+from rvlm.training.trainer import train_stage_in_process
+
+POLICY = {"structure": "one_step", "chunk_size": 3, "head_options": {"hidden": 32}}
+SIZES = {"front": (40, 60), "hand": (24, 24)}
+
+
+def joint_robot(names=("a", "b"), dataset="joints"):
+    joints = Group("joint", names, ("rad",) * len(names), low=(-9.0,) * len(names), high=(9.0,) * len(names))
+    jaw = Group("gripper", ("jaw",), ("1",), low=(0.0,), high=(100.0,), open=100.0, close=0.0)
+    state = (Group("joint", names, ("rad",) * len(names)), Group("gripper", ("jaw",), ("1",)))
+    return ActionSpec(dataset, "arm", 10.0, tuple(SIZES), (joints, jaw), state)
+
+
+PLANAR = ActionSpec(
+    "plane",
+    "plane",
+    10.0,
+    tuple(SIZES),
+    (Group("pose", ("x", "y"), ("px", "px"), low=(0.0, 0.0), high=(512.0, 512.0), frame="world"),),
+    (Group("pose", ("x", "y"), ("px", "px"), frame="world"),),
+)
+JOINTS = joint_robot()
+RELATIVE = {"action_representation": "relative", "has_state": False}
+
+
+def record(folder, spec, n_episodes=6, n=8):
+    """Targets that lead the state by a tenth of their range."""
+    writer = EpisodeWriter(folder, spec)
+    for episode in range(n_episodes):
+        rng = np.random.default_rng(episode)
+        images = {f"observation.images.{c}": rng.integers(0, 255, (n, *size, 3), dtype=np.uint8) for c, size in SIZES.items()}
+        span = np.subtract(spec.high, spec.low)
+        state = np.add(spec.low, span * rng.uniform(0.3, 0.6, (n, spec.n_dims)))
+        action = state + 0.1 * span * rng.uniform(0.5, 1, (n, spec.n_dims))
+        columns = {"action": action.astype(np.float32), "observation.state": state.astype(np.float32)}
+        writer.add_episode({**images, **columns}, "push the block")
+    return str(writer.finalize())
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RVLM_HOME", str(tmp_path / "home"))
+
+
+def trained(folders, vlm, out, **changes):
+    policy = {**POLICY, **changes.pop("policy", {})}
+    stage = Stage("any", ROBOT, tuple(folders), str(vlm), 24, policy=policy, batch_size=8, n_processes=1, **changes)
+    train_stage_in_process(stage, out)
+    return out / "model"
+
+
+def observe(spec, seed=0, sizes=SIZES):
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 255, (*size, 3), dtype=np.uint8) for camera, size in sizes.items()}
+    state = np.add(spec.low, spec.high)[: len(spec.state_names)] / 2
+    return {"images": images, "state": state.astype(np.float32), "instruction": "push the block"}
+
+
+@pytest.mark.parametrize("spec", [JOINTS, PLANAR], ids=["joints", "planar"])
+def test_a_robot_of_any_dimensions_is_trained_and_acts(spec, toy_vlm, tmp_path):
+    folder = trained([record(tmp_path / "d", spec)], toy_vlm, tmp_path / "out")
+    policy = load_policy(folder)
+    chunk = policy.predict_action_chunk([observe(spec)])
+    assert chunk.shape == (1, 3, spec.n_dims) and np.isfinite(chunk).all()
+    assert policy.image_size == (40, 60) and policy.model.config.camera_sizes == {
+        spec.dataset: {camera: list(size) for camera, size in SIZES.items()}
+    }
+    data = EpisodeDataset(tmp_path / "d")
+    found = predict_chunks(policy, policy_windows(policy, data))
+    assert found["predicted"].shape == (48, 3, spec.n_dims) and np.allclose(
+        found["recorded"][:, 0], data.column("action"), atol=1e-2
+    )
+
+
+def test_a_smaller_image_is_resized_as_in_training_and_another_size_refused(toy_vlm, tmp_path):
+    folder = trained([record(tmp_path / "d", JOINTS)], toy_vlm, tmp_path / "out", policy={"image_size": [32, 48]})
+    policy, shown = load_policy(folder), []
+    assert policy.model.config.image_size == [32, 48] and policy.image_size == (40, 60)
+    add = policy.history.add
+    policy.history.add = lambda images, *rest: (shown.append(images), add(images, *rest))
+    seen = observe(JOINTS)
+    policy.predict_action_chunk([seen])
+    assert shown[0].shape == (1, 2, 32, 48, 3)
+    for at, camera in enumerate(SIZES):
+        assert (shown[0][0, at] == resize(seen["images"][camera], (32, 48))).all()
+    with pytest.raises(ObservationError, match=r"'hand' as \(24, 24, 3\).*got \(40, 60, 3\)"):
+        policy.select_action([observe(JOINTS, sizes=dict.fromkeys(SIZES, (40, 60)))])
+    swapped = dict(zip(SIZES, reversed(SIZES.values()), strict=True))
+    with pytest.raises(ObservationError, match=r"'front' as \(40, 60, 3\)"):
+        policy.select_action([observe(JOINTS, sizes=swapped)])
+
+
+def test_relative_targets_move_with_the_state(toy_vlm, tmp_path):
+    folder = trained(
+        [record(tmp_path / "d", JOINTS)],
+        toy_vlm,
+        tmp_path / "out",
+        policy={"action_representation": "relative", "has_state": False},
+    )
+    policy = load_policy(folder)
+    here, there = observe(JOINTS), observe(JOINTS)
+    there["state"] = here["state"] + np.float32([0.5, -0.25, 3])
+    policy.reset(2)
+    chunk = policy.predict_action_chunk([here, there])
+    assert np.allclose(chunk[1, :, :2] - chunk[0, :, :2], [0.5, -0.25], atol=1e-4), "the network itself sees no state"
+    assert np.allclose(chunk[1, :, 2], chunk[0, :, 2], atol=1e-4), "grippers are not relative"
+    data = EpisodeDataset(tmp_path / "d")
+    found = predict_chunks(policy, policy_windows(policy, data))
+    assert np.allclose(found["recorded"][:, 0], data.column("action"), atol=1e-3)
+    with pytest.raises(ValueError, match="different origins"):
+        load_policy(folder, n_action_steps=1, temporal_ensemble_coeff=0.1)
+
+
+def test_robots_of_different_dimensions_share_a_policy(toy_vlm, tmp_path):
+    folders = [record(tmp_path / spec.dataset, spec) for spec in (JOINTS, PLANAR)]
+    stage = Stage("both", ROBOT, tuple(folders), str(toy_vlm), 24, policy=POLICY, batch_size=8, n_processes=1)
+    model, _, samples, collate = STAGE_BUILDERS[ROBOT](stage)
+    assert [slot[1] for slot in model.config.action_slots] == ["a", "b", "jaw", "x", "y"]
+    assert model.config.state_slots == ["a", "b", "jaw", "x", "y"]
+    batch = collate([samples[i] for i in range(24)])
+    for row, mask in zip(batch["dataset_index"], batch["action_mask"], strict=True):
+        assert mask[0].any(0).tolist() == ([True] * 3 + [False] * 2 if row == 0 else [False] * 3 + [True] * 2)
+    assert len(set(batch["dataset_index"].tolist())) == 2
+    train_stage_in_process(stage, tmp_path / "out")
+    for spec in (JOINTS, PLANAR):
+        chunk = load_policy(tmp_path / "out/model", spec=spec).predict_action_chunk([observe(spec)])
+        assert chunk.shape == (1, 3, spec.n_dims)
+
+
+def test_a_trained_policy_learns_a_robot_of_new_dimensions(toy_vlm, tmp_path):
+    first = trained([record(tmp_path / "joints", JOINTS)], toy_vlm, tmp_path / "out")
+    second = record(tmp_path / "plane", PLANAR)
+    with pytest.warns(UserWarning, match=r"new dimensions, actions .*'x'.*random weights"):
+        model, _ = modify_policy(first, specs=[PLANAR])
+    old = load_vla(first)[0]
+    assert torch.equal(model.state_projector[2].weight, old.state_projector[2].weight)
+    with pytest.raises(ValueError, match=r"dimensions that this policy has.*modify_policy"):
+        old.register_embodiments([type(old.embodiment(JOINTS))(PLANAR, EpisodeDataset(second).stats())])
+    with pytest.warns(UserWarning, match="new dimensions"):
+        folder = trained([second], first, tmp_path / "second", allow_new_embodiment=True, policy={})
+    for spec in (JOINTS, PLANAR):
+        assert load_policy(folder, spec=spec).predict_action_chunk([observe(spec)]).shape == (1, 3, spec.n_dims)
