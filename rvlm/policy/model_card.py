@@ -101,11 +101,7 @@ def _robot(robot: Embodiment) -> list[str]:
     ]
 
 
-<<<<<<< HEAD
 _IN_WORDS = {
-=======
-KINDS = {
->>>>>>> dcc83a4 (The model card says what each group of a robot means)
     "pose_delta": "displacement of the hand",
     "pose": "pose of the hand",
     "joint_delta": "displacements of joints",
@@ -123,11 +119,7 @@ def _group(group: Group) -> str:
         return f"{names}: gripper{ends}{', either of the two' * group.is_binary}."
     frame = f" in frame {group.frame!r}" if group.frame else ""
     rotation = f", rotation as {group.rotation}" if group.rotation not in (None, "", "none") else ""
-<<<<<<< HEAD
     return f"{names}: {_IN_WORDS[group.kind]}{frame}{rotation}."
-=======
-    return f"{names}: {KINDS[group.kind]}{frame}{rotation}."
->>>>>>> dcc83a4 (The model card says what each group of a robot means)
 
 
 def _quantiles(stats: Any, i: int) -> tuple[str, str, str]:
