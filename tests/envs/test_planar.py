@@ -7,6 +7,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from rvlm.data.actions import ActionSpec
+from rvlm.envs.suites import load_suite
 from rvlm.envs.tabletop.planar import REACH, REGIONS, SPEED, Planar
 
 SPEC = ActionSpec.from_card("tabletop_planar")
@@ -23,6 +24,16 @@ class Unseen(Planar):
 @pytest.fixture(scope="module")
 def unseen():
     return Unseen()
+
+
+def test_the_suite_is_as_its_card_says():
+    suite = load_suite("tabletop/planar")
+    env = suite.make()
+    observation, _ = env.reset(seed=900_000)
+    assert suite.spec == SPEC and suite.tasks == TASKS and SPEC.names == SPEC.state_names == ("x", "y")
+    assert SPEC.gripper_indices == () and not SPEC.is_binary.any() and SPEC.action[0].kind == "pose"
+    assert list(observation["images"]) == ["top"]
+    env.close()
 
 
 def test_gymnasiums_own_checker_passes():

@@ -7,6 +7,7 @@ import pytest
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
+from rvlm.envs.suites import load_suite
 from rvlm.envs.tabletop.scene import TEXTURES
 from rvlm.envs.tabletop.two_arms import BLOCK, WORDINGS, TwoArms
 
@@ -35,10 +36,29 @@ def episode(env, seed, task, act=lambda action: action):
     return info, env.n_steps
 
 
+def test_the_suite_is_as_its_card_says():
+    """Spec, spaces, cameras, images and state are checked when a suite makes its environment."""
+    suite = load_suite("tabletop/two_arms")
+    env = suite.make()
+    observation, info = env.reset(seed=900_000, options={"task": "lift_bar"})
+    assert suite.spec == SPEC and suite.tasks == tuple(WORDINGS) and info["task"] == "lift_bar"
+    assert list(observation["images"]) == ["static", "left_wrist", "right_wrist"]
+    assert [name.split("_")[0] for name in SPEC.names] == ["left"] * 7 + ["right"] * 7
+    assert suite.make(48).reset(seed=0)[0]["images"]["left_wrist"].shape == (48, 48, 3)
+    env.close()
+
+
 @pytest.mark.parametrize("task", WORDINGS)
 def test_the_expert_solves(unseen, task):
     ends = [episode(unseen, seed, task) for seed in range(4)]
     assert all(info["is_success"] and n_steps <= 30 for info, n_steps in ends)
+
+
+@pytest.mark.parametrize("task", WORDINGS)
+def test_the_expert_recovers_from_noise(unseen, task):
+    rng, scale = np.random.default_rng(0), np.array(load_suite("tabletop/two_arms").noise_scale)
+    noisy = [episode(unseen, seed, task, lambda action: action + 0.4 * scale * rng.normal(size=14)) for seed in range(4)]
+    assert sum(info["is_success"] for info, _ in noisy) >= 3
 
 
 def test_the_instruction_alone_tells_the_tasks_of_a_scene_apart():
@@ -136,6 +156,15 @@ def test_lifting_what_was_not_named_fails(unseen):
     unseen.reset(seed=0, options={"task": "lift_left"})
     infos = [unseen.step(action)[-1] for action in actions]
     assert not infos[-1]["is_success"] and infos[-1]["failure"] == "wrong object" and infos[0]["failure"] == "timed out"
+
+
+def test_held_out_wordings_are_not_those_of_training():
+    training = {text for wordings in WORDINGS.values() for text in wordings.training}
+    held_out = {text for wordings in WORDINGS.values() for text in wordings.held_out}
+    assert not training & held_out and len(training) == sum(len(w.training) for w in WORDINGS.values())
+    suite = load_suite("tabletop/two_arms/novel_description")
+    assert suite.setting == "novel_description" and suite.make().reset(seed=0)[0]["instruction"] in held_out
+    assert set(load_suite("tabletop/two_arms").held_out["wordings"]) == held_out
 
 
 def test_a_seed_fixes_everything(unseen):

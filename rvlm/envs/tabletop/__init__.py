@@ -20,7 +20,8 @@ Modules:
     scene_env: the same for other scenes; what their environments share.
     two_arms: two arms side by side, a block for each, and a bar for both.
     planar: a planar pusher with absolute targets, seen from above.
-    suite: the `Suite` of each robot and setting.
+    scene_suites: the `Suite` of each of these scenes.
+    suite: the `Suite` of each robot, scene and setting.
     chain_sampling: feasible sequences of tasks in one scene.
     rendered_scenes: rendered scenes with their true state, for vision-language data.
     questions: questions and answers about a scene.

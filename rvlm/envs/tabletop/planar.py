@@ -72,9 +72,11 @@ class Planar(SceneEnv):
 
     card: ClassVar[str] = "tabletop_planar"
     wordings: ClassVar[Mapping[str, Wordings]] = {f"push_to_{color}": _wordings(color) for color in REGIONS}
+    noise_scale: ClassVar[tuple[float, ...]] = (0.04, 0.04)
+    time_limit: ClassVar[int] = 50
 
-    def __init__(self, image_size: int | None = None, paraphrase: bool = False, max_steps: int | None = 50) -> None:
-        super().__init__(_xml(), image_size, paraphrase, max_steps)
+    def __init__(self, image_size: int | None = None, paraphrase: bool = False) -> None:
+        super().__init__(_xml(), image_size, paraphrase)
         self._regions = [self.model.body(color).id for color in REGIONS]
         self._q = {name: self.model.joint(f"{name}_x").qposadr[0] for name in ("puck", "pusher")}
         self._light = self.model.light_diffuse[0].copy()

@@ -32,20 +32,23 @@ class SceneEnv(gymnasium.Env, abc.ABC):
     Class attributes:
         card: Name of the data card.
         wordings: Task -> its instructions.
+        noise_scale: (a,) As of `Suite`.
+        time_limit: Of its suite [control steps]; the environment itself never truncates an episode.
 
     Args:
         xml: The scene as MJCF text, with the card's cameras.
         image_size: Side of all images [px]; None for 96.
         paraphrase: Instructions in held-out wordings.
-        max_steps: Time limit [control steps]; None for no limit.
     """
 
     card: ClassVar[str]
     wordings: ClassVar[Mapping[str, Wordings]]
+    noise_scale: ClassVar[tuple[float, ...]]
+    time_limit: ClassVar[int]
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, xml: str, image_size: int | None, paraphrase: bool, max_steps: int | None) -> None:
-        self.render_mode, self.image_size, self.paraphrase, self.max_steps = "rgb_array", image_size or 96, paraphrase, max_steps
+    def __init__(self, xml: str, image_size: int | None, paraphrase: bool) -> None:
+        self.render_mode, self.image_size, self.paraphrase = "rgb_array", image_size or 96, paraphrase
         self.action_spec = spec = ActionSpec.from_card(self.card)
         self.metadata = {**self.metadata, "render_fps": spec.rate_hz}
         self.model = mujoco.MjModel.from_xml_string(xml)
@@ -116,8 +119,7 @@ class SceneEnv(gymnasium.Env, abc.ABC):
         self.n_steps += 1
         is_success = self.is_done()
         info = {"task": self.task, "is_success": is_success, "failure": "" if is_success else self.failure()}
-        is_truncated = self.max_steps is not None and self.n_steps >= self.max_steps
-        return self._observe(), float(is_success), is_success, is_truncated, info
+        return self._observe(), float(is_success), is_success, False, info
 
     def other_instruction(self, task: str) -> str:
         """An instruction of another task, for an ablation of the instruction."""

@@ -11,6 +11,7 @@ from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.joint_control import is_joint_space
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, UNSEEN_COLORS
+from rvlm.envs.tabletop.scene_suites import SCENE_SETTINGS, SCENES, scene_suite
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
 
 MAX_STEPS, DEMONSTRATION_STEPS = 50, 60  # time limits of every task [control steps]
@@ -23,14 +24,19 @@ HELD_OUT = {  # reserved for evaluation: seeds from the first on, instruction te
 
 
 def tabletop_suite(robot: str = "franka7", setting: str = "simple") -> Suite:
-    """The suite of one robot in one setting; unseen targets leave tasks whose instruction names an object.
+    """The suite of one robot, or of a scene with robots of its own, in one setting.
+
+    Unseen targets leave tasks whose instruction names an object.
 
     Raises:
         SuiteError: No such robot or setting, with those that exist.
     """
-    for name, table, kind in ((robot, ROBOTS, "robot"), (setting, SETTINGS, "setting")):
+    settings = SCENE_SETTINGS if robot in SCENES else tuple(SETTINGS)
+    for name, table, kind in ((robot, (*ROBOTS, *SCENES), "robot"), (setting, settings, "setting")):
         if name not in table:
             raise SuiteError(f"suite tabletop/{robot}/{setting}: no {kind} {name!r}; there are {', '.join(table)}")
+    if robot in SCENES:
+        return scene_suite(robot, setting)
     spec, in_reach = ActionSpec.from_card(f"tabletop_{robot}"), ROBOTS[robot].workspace.families or tuple(ALL_FAMILIES)
     tasks = [name for name in in_reach if ALL_FAMILIES[name].n_objects or not SETTINGS[setting].target]
     return Suite(

@@ -26,10 +26,11 @@ ARMS_OF_SIDES = {
 }
 BLOCK, KNOB = 0, 1  # objects of each arm: its block, and its end of the bar
 KNOB_Y = 0.15  # distance of the bar's knobs from its middle [m]
-LIFTED, DISTURBED = 0.05, 0.025  # height of a lifted object, and motion of one that should stay [m]
+LIFTED, HELD_HEIGHT = 0.05, 0.08  # heights of an object that counts as lifted, and at which the expert holds it [m]
+DISTURBED = 0.025  # motion of an object that should stay [m]
 WORKSPACE = ((-0.26, -0.02, 0.012), (0.22, 0.36, 0.40))  # corners of the left arm's workspace [m]; the right one's is mirrored
-STARTS = ((-0.08, 0.08, 0.10), (0.12, 0.24, 0.20))  # of the left hand [m]
-BLOCKS = ((-0.06, 0.08), (0.12, 0.24))  # x and y where the left block starts [m]
+STARTS = ((-0.04, 0.11, 0.10), (0.10, 0.21, 0.17))  # of the left hand [m]
+BLOCKS = ((-0.02, 0.11), (0.10, 0.21))  # x and y where the left block starts [m]
 BARS = ((-0.175, -0.02, -0.06), (-0.145, 0.02, 0.06))  # x, y [m] and yaw [rad] where the bar starts
 CAMERA_POS, CAMERA_TARGET = (-0.66, 0, 0.80), (-0.05, 0, 0.03)
 
@@ -123,9 +124,11 @@ class TwoArms(SceneEnv):
 
     card: ClassVar[str] = "tabletop_two_arms"
     wordings: ClassVar[Mapping[str, Wordings]] = WORDINGS
+    noise_scale: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7, 0.2, 0.2, 0.2, 0.0) * 2
+    time_limit: ClassVar[int] = 60
 
-    def __init__(self, image_size: int | None = None, paraphrase: bool = False, max_steps: int | None = 60) -> None:
-        super().__init__(_xml(), image_size, paraphrase, max_steps)
+    def __init__(self, image_size: int | None = None, paraphrase: bool = False) -> None:
+        super().__init__(_xml(), image_size, paraphrase)
         self.sides = {name: Side(name, self.model, self.data) for name in SIDES}
         self._bar = self.model.joint("bar").qposadr[0]
         self._light = self.model.light_diffuse[0].copy()
@@ -194,4 +197,5 @@ class TwoArms(SceneEnv):
             return Command(side.pos_tcp_world, True)
         if targets[name] == KNOB and is_held(side, KNOB) and not all(is_held(other, KNOB) for other in self.sides.values()):
             return Command(side.pos_tcp_world, False)
-        return raise_object(side, targets[name])
+        is_high = side.pos_object(targets[name])[2] > self._start[name, targets[name]][2] + HELD_HEIGHT
+        return Command(side.pos_tcp_world, False) if is_high else raise_object(side, targets[name])
