@@ -6,9 +6,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from scipy.spatial.transform import Rotation
 
+from rvlm.envs.suites import load_suite
 from rvlm.envs.tabletop.arm_control import axis_angle, rotation_matrix
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.joint_control import expert_joints, joint_noise
+from rvlm.envs.tabletop.joint_control import expert_joints
 from rvlm.envs.tabletop.scene import SETTINGS
 from rvlm.envs.tabletop.so101 import JAW_LIMITS, SO101
 from rvlm.envs.tabletop.task_sampling import sample_task
@@ -215,8 +216,9 @@ def test_tasks_out_of_reach_are_refused(envs):
 
 
 @pytest.mark.parametrize("robot", ["franka7_joint", "so101"])
-def test_demonstrations_are_noisy_in_the_joints_alone(envs, robot):
-    spec = envs[robot].action_spec
-    noise, is_gripper = np.multiply(joint_noise(spec), spec.scale), np.arange(spec.n_dims) == spec.n_dims - 1
+def test_demonstrations_are_noisy_in_the_joints_alone(robot):
+    suite = load_suite(f"tabletop/{robot}")
+    spec = suite.spec
+    noise, is_gripper = np.multiply(suite.noise_scale, spec.scale), np.arange(spec.n_dims) == spec.n_dims - 1
     assert (noise[is_gripper] == 0).all()
     np.testing.assert_allclose(noise[~is_gripper], 0.05 if spec.units[0] == "rad" else np.degrees(0.05))

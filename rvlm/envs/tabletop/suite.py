@@ -8,7 +8,7 @@ from rvlm.envs.suite_checks import SuiteError
 from rvlm.envs.suites import Suite
 from rvlm.envs.tabletop.chain_sampling import sample_chains
 from rvlm.envs.tabletop.env import Tabletop
-from rvlm.envs.tabletop.joint_control import is_joint_space
+from rvlm.envs.tabletop.joint_control import is_joint_space, joint_noise
 from rvlm.envs.tabletop.robosuite_arms import ROBOTS
 from rvlm.envs.tabletop.scene import SETTINGS, UNSEEN_COLORS
 from rvlm.envs.tabletop.scene_suites import SCENE_SETTINGS, SCENES, scene_suite
@@ -49,7 +49,7 @@ def tabletop_suite(robot: str = "franka7", setting: str = "simple") -> Suite:
         setting=setting,
         settings={name: f"tabletop/{robot}" + f"/{name}" * (name != "simple") for name in SETTINGS},
         held_out=HELD_OUT,
-        noise_scale=() if is_joint_space(spec) else NOISE_SCALE,
+        noise_scale=joint_noise(spec) if is_joint_space(spec) else NOISE_SCALE,
         demonstration_steps=DEMONSTRATION_STEPS,
         sample_chains=functools.partial(sample_chains, robot=robot, setting=SETTINGS[setting]),
     )
