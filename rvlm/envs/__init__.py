@@ -8,7 +8,10 @@ Modules:
     tabletop: a MuJoCo tabletop: scenes, arms, task families, scripted experts.
     stand_in: any card's robot without physics, to record, drive and diagnose before the robot is there.
     stand_in_expert: its expert, which acts from the images alone.
-    real_robot: a real robot (LeRobot's `Robot`) behind safety limits.
+    deadline_clock: a fixed control rate in real time.
+    group_commands: the target of one group of an action, within limits.
+    robot_commands: actions as commands of a robot, and where it is held.
+    hardware: a real robot (LeRobot's `Robot`) behind limits, a deadline clock and a stop.
 """
 
 import gymnasium

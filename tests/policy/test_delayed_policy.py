@@ -13,7 +13,7 @@ from rvlm.policy.delayed_policy import EXECUTIONS, DelayedPolicy
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_policy import RealTimePolicy
 
-ABSOLUTE = SPEC.replace_group("action", 0, kind="pose")
+ABSOLUTE = SPEC.replace_group("action", 0, kind="pose", scale=(0.5,) * 6)
 
 
 class Config:
@@ -114,7 +114,7 @@ def test_a_history_gets_every_observation_once_and_in_order():
 def test_an_absolute_robot_is_held_at_its_last_target_and_at_first_where_it_is():
     at_pose = ABSOLUTE.replace_group("state", 0, names=ABSOLUTE.names[:6])
     policy = DelayedPolicy(Counting(spec=at_pose), "synchronous", 2)
-    assert acted(policy, 7, state=7) == [7, 7, 1, 2, 2, 2, 401]
+    assert acted(policy, 7, state=7) == [14, 14, 1, 2, 2, 2, 401]  # one raw unit is half a metre
     with pytest.raises(SpecMismatch, match=r"expected the present value of \['dx'.*got a state of \['x'"):
         acted(DelayedPolicy(Counting(spec=ABSOLUTE), "synchronous", 2), 1)
 
@@ -177,7 +177,7 @@ class Gated(Counting):
         self.may_end, self.error = threading.Semaphore(0), None
 
     def predict_action_chunk(self, observations, *args):
-        self.may_end.acquire()
+        self.may_end.acquire(timeout=5)  # a test that failed lets the thread end
         if self.error:
             raise self.error
         return super().predict_action_chunk(observations, *args)

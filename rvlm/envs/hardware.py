@@ -1,0 +1,247 @@
+"""A real robot as an environment: LeRobot's `Robot` behind limits, a deadline clock, a stop and a success label.
+
+Policies and rollouts (`rvlm.policy.policy.Policy`, `rvlm.policy.real_time_policy.RealTimePolicy`,
+`rvlm.evaluation.rollouts.rollout`) run on it unchanged, so the protocol of real-robot evaluation (settings x tasks x rollouts) is
+the simulator's. LeRobot itself is never imported.
+
+Source: RoboVLMs (arXiv 2412.14058), real-robot experiments; huggingface/lerobot, src/lerobot/robots/robot.py.
+"""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+
+from rvlm.data.actions import ActionSpec
+from rvlm.data.errors import SpecMismatch
+from rvlm.envs.deadline_clock import DeadlineClock
+from rvlm.envs.group_commands import GroupLimits
+from rvlm.envs.robot_commands import RobotCommands, robot_names
+
+NEXT_EPISODE = "the episode is over; arrange the scene, then call reset()"
+
+
+class HardwareEnv(gymnasium.Env):
+    """A robot with LeRobot's interface, supervised by an operator: one arm or two, poses or joints, with grippers or without.
+
+    The robot tells and takes values in the card's units, under the card's names or these with ".pos", as LeRobot's arms do:
+    `shoulder_pan` of a card is `shoulder_pan.pos` of an SO-101, in degrees or from -100 to 100 as it was calibrated; `keys` names
+    others. A displacement is added to the pose or the joints that were observed last; rotations add up as rotations. Everything
+    that is sent is a target, within the limits of its group; to hold, the robot is sent where it is, and velocities 0.
+
+    Observation: `images`, (h, w, 3) uint8 RGB of each camera in the card, of any sizes; `state` (s,) float32; `instruction`.
+    Action: (a,) raw, in the card's range.
+    Reward 1.0 if the operator confirms success. The episode ends at the time limit, when the operator stops it, or when more than
+    `max_missed` deadlines in a row were missed; the last two, and every error, hold the robot.
+
+    A control step lasts `1 / rate_hz` from one observation to the next, the policy's inference included (`DeadlineClock`).
+
+    Args:
+        robot: Has `connect`, `disconnect`, `is_connected`, `get_observation`, `send_action`, `observation_features` and
+            `action_features`, as `lerobot.robots.Robot`.
+        spec: The robot's card.
+        instructions: Task -> instruction.
+        limits: Of each action group of the card, in its order.
+        max_steps: Time limit [control steps].
+        confirm: Asks the operator at the end of an episode whether it succeeded.
+        is_stopped: Whether the operator stops the episode; called before each action is sent.
+        keys: Dimension of the card -> the robot's name; only those with other names.
+        cameras: Camera of the card -> the robot's name; likewise.
+        is_dry_run: Whether to compute actions without sending them.
+        max_missed: Deadlines in a row.
+        sleep: Waits a duration [s].
+        clock: Time [s].
+
+    Raises:
+        SpecMismatch: The card has an unsupported convention, or a limit that safety needs is missing.
+        KeyError: The robot has no such number or camera.
+        ValueError: Invalid limits, time limit or instructions.
+    """
+
+    def __init__(
+        self,
+        robot: Any,
+        spec: ActionSpec,
+        instructions: Mapping[str, str],
+        limits: Sequence[GroupLimits],
+        max_steps: int,
+        confirm: Callable[[str], bool],
+        is_stopped: Callable[[], bool],
+        *,
+        keys: Mapping[str, str] | None = None,
+        cameras: Mapping[str, str] | None = None,
+        is_dry_run: bool = True,
+        max_missed: int = 5,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if max_steps < 1 or not instructions:
+            raise ValueError(f"expected max_steps of at least 1 and an instruction, got {max_steps} and {dict(instructions)}")
+        self.robot, self.action_spec, self.instructions, self.max_steps = robot, spec, dict(instructions), max_steps
+        self.commands = RobotCommands(spec, dict(keys or {}), limits, robot)
+        observed = [key for key, feature in robot.observation_features.items() if not isinstance(feature, tuple)]
+        self._state_keys = robot_names(spec.state_names, dict(keys or {}), observed)
+        self._cameras = _camera_names(robot, spec, dict(cameras or {}))
+        self.confirm, self.is_stopped, self.is_dry_run, self.max_missed = confirm, is_stopped, is_dry_run, max_missed
+        self.deadlines = DeadlineClock(spec.rate_hz, sleep, clock)
+        self._make_spaces()
+        self._stop_reason = "reset() was not called; call it, and it connects the robot"
+
+    def _make_spaces(self) -> None:
+        texts = self.instructions.values()
+        shapes = {camera: tuple(self.robot.observation_features[key]) for camera, key in self._cameras.items()}
+        images: dict[str, Any] = {camera: gymnasium.spaces.Box(0, 255, shape, np.uint8) for camera, shape in shapes.items()}
+        state = gymnasium.spaces.Box(-np.inf, np.inf, (len(self._state_keys),), np.float32)
+        text = gymnasium.spaces.Text(max(map(len, texts)), charset=frozenset("".join(texts)))
+        spaces: dict[str, Any] = {"images": gymnasium.spaces.Dict(images), "state": state, "instruction": text}
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+        low, high = (np.asarray(v, np.float32) for v in (self.action_spec.low, self.action_spec.high))
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Start an episode from where the robot is; nothing is sent. Connects the robot if necessary.
+
+        Args:
+            seed: Samples the task if none is given; the operator arranges the scene.
+            options: `task` chooses the task.
+
+        Raises:
+            KeyError: Unknown option or task, with those that exist.
+        """
+        super().reset(seed=seed)
+        self._stop_reason = "reset() did not finish; fix the error, then call it again"
+        options = dict(options or {})
+        task = options.pop("task", None) or str(self.np_random.choice(list(self.instructions)))
+        if options or task not in self.instructions:
+            raise KeyError(
+                f"expected the option task, one of {', '.join(self.instructions)}; got {task!r} and {sorted(options)}; add an "
+                "instruction for it, or leave the option out"
+            )
+        if not self.robot.is_connected:
+            self.robot.connect()
+        self.task, self.n_steps = task, 0
+        self._observation = self._observe()
+        self.commands.start()
+        self.deadlines.start()
+        self._stop_reason = ""
+        return self._observation, {"task": task, "is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Send one action and wait for the end of the control step, or hold the robot and end the episode.
+
+        Returns:
+            As every environment's. `info` also has "sent": the robot's name -> value, as it reports or as would have been sent;
+            "was_clipped": the action was outside the card's range; "was_limited": its target was outside the limits;
+            "n_missed": deadlines missed since the episode began; "failure", if the robot was held: why.
+
+        Raises:
+            RuntimeError: No episode is running, or the robot is more than a step outside the limits.
+            SpecMismatch: Not (a,) finite numbers. Nothing is sent, and the episode may continue.
+        """
+        if self._stop_reason:
+            raise RuntimeError(f"expected a running episode, got a step in none: {self._stop_reason}")
+        within = self._within_range(action)
+        info = {"sent": {}, "was_clipped": not np.allclose(within, action), "was_limited": False}
+        try:
+            failure = self._reason_to_hold()
+            info |= {**self._hold(), "failure": failure} if failure else self._execute(within)
+            is_over = bool(failure) or self.n_steps >= self.max_steps
+            if is_over:
+                self._stop_reason = NEXT_EPISODE
+            is_success = is_over and bool(self.confirm(f"Did it succeed? {self.instructions[self.task]}"))
+        except BaseException as error:  # a keyboard interrupt too
+            self._stop_reason = f"{error!r} stopped it; check the robot and fix the cause, then call reset()"
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self._hold()
+            raise
+        info |= {"task": self.task, "is_success": is_success, "n_missed": self.deadlines.n_missed}
+        return self._observation, float(is_success), is_success, is_over, info
+
+    def _within_range(self, action: np.ndarray) -> np.ndarray:
+        spec, got = self.action_spec, np.asarray(action, np.float64)
+        if got.shape != (spec.n_dims,) or not np.isfinite(got).all():
+            raise SpecMismatch(
+                f"expected {spec.n_dims} finite numbers {list(spec.names)} ({spec.dataset}), got {got.tolist()}; "
+                "nothing was sent; check what the policy predicts"
+            )
+        return np.clip(got, spec.low, spec.high)
+
+    def _reason_to_hold(self) -> str:
+        if self.is_stopped():
+            return "stopped by the operator"
+        late = self.deadlines
+        return f"missed {late.n_missed_in_a_row} deadlines in a row" if late.n_missed_in_a_row > self.max_missed else ""
+
+    def _execute(self, action: np.ndarray) -> dict[str, Any]:
+        if not self.robot.is_connected:
+            raise ConnectionError("expected a connected robot, got one that is not; check power and cables")
+        target, was_limited = self.commands.target(action)
+        sent = self._send(target)
+        n_missed = self.deadlines.n_missed
+        self.deadlines.wait()
+        if n_missed == 0 < self.deadlines.n_missed:
+            warnings.warn(
+                f"expected each control step within {self.deadlines.period_s:.3f} s, got one that took "
+                f"{self.deadlines.latest_s:.3f} s more; act with RealTimePolicy, which does not wait for the network, or record "
+                "and train at a lower rate",
+                stacklevel=3,
+            )
+        self._observation = self._observe()
+        self.n_steps += 1
+        return {"sent": sent, "was_limited": was_limited}
+
+    def _hold(self) -> dict[str, Any]:
+        """Send the robot where it is, or was when it last told."""
+        with contextlib.suppress(Exception):
+            self.commands.observe(self.robot.get_observation())
+        return {"sent": self._send(self.commands.hold())}
+
+    def _send(self, target: dict[str, float]) -> dict[str, float]:
+        sent = target if self.is_dry_run else self.robot.send_action(target)
+        self.commands.last |= {key: sent.get(key, value) for key, value in target.items()}
+        return sent
+
+    def _observe(self) -> dict[str, Any]:
+        observation = self.robot.get_observation()
+        self.commands.observe(observation)
+        state = np.array([observation[key] for key in self._state_keys], np.float64)
+        images = {name: np.array(observation[key]) for name, key in self._cameras.items()}
+        spaces = cast(Any, self.observation_space)["images"]
+        formats = {name: (image.shape, str(image.dtype)) for name, image in images.items()}
+        expected = {name: (space.shape, "uint8") for name, space in spaces.items()}
+        if not np.isfinite(state).all() or formats != expected:
+            raise ValueError(
+                f"expected finite numbers for {list(self._state_keys)} and images {expected}; got {state.tolist()} and "
+                f"{formats}; check the robot's sensors and cameras"
+            )
+        if self.action_spec.image_rotation_deg:
+            images = {name: np.rot90(image, 2).copy() for name, image in images.items()}
+        return {"images": images, "state": state.astype(np.float32), "instruction": self.instructions[self.task]}
+
+    def close(self) -> None:
+        """Hold the robot if an episode is running, and disconnect it; `reset` connects it again."""
+        if not self._stop_reason:
+            self._hold()
+        self._stop_reason = "it was closed; call reset(), and it connects the robot"
+        if self.robot.is_connected:
+            self.robot.disconnect()
+
+
+def _camera_names(robot: Any, spec: ActionSpec, cameras: Mapping[str, str]) -> dict[str, str]:
+    """Camera of the card -> the robot's name."""
+    if spec.image_rotation_deg not in (0, 180):
+        raise SpecMismatch(f"{spec.dataset}: expected images upright or turned by 180 degrees, got {spec.image_rotation_deg}")
+    names = {camera: cameras.get(camera, camera) for camera in spec.cameras}
+    available = [key for key, feature in robot.observation_features.items() if isinstance(feature, tuple) and len(feature) == 3]
+    missing = [key for key in names.values() if key not in available]
+    unknown = sorted(set(cameras) - set(names))
+    if missing or unknown or len(set(names.values())) < len(names):
+        raise KeyError(
+            f"expected a camera of the robot for each of {list(spec.cameras)}, none twice; got {names} and {unknown}; the robot "
+            f"has {available}; name them by cameras={{camera of the card: of the robot}}, or add them to the robot"
+        )
+    return names
