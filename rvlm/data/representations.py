@@ -14,6 +14,7 @@ from rvlm.data.actions import ActionSpec, PlacedGroups
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.normalization import array_like
+from rvlm.data.rotations import from_rotation, to_rotation
 
 REPRESENTATIONS = ("recorded", "relative")
 
@@ -78,7 +79,5 @@ def _converted(spec: ActionSpec, actions: np.ndarray, state: np.ndarray, sign: i
 
 
 def _rotated(rotation: np.ndarray, present: np.ndarray, layout: str, sign: int) -> np.ndarray:
-    from rvlm.data.rotations import from_rotation, to_rotation  # imports scipy, which acting with joints does without
-
     turned, start = to_rotation(rotation, layout), to_rotation(present, layout)
     return from_rotation(turned * (start.inv() if sign < 0 else start), layout).reshape(rotation.shape)

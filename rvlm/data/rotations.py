@@ -7,12 +7,15 @@ Source: 6-D rotations, the first two columns of the matrix: Zhou et al. 2019 (ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
 
 
 def to_rotation(values: np.ndarray, layout: str) -> Rotation:
@@ -29,7 +32,7 @@ def to_rotation(values: np.ndarray, layout: str) -> Rotation:
             f"expected a rotation as one of {LAYOUTS} (layout: numbers), got {layout!r} and {values.shape[-1]} numbers"
         )
     try:
-        return _DECODERS[layout](values.reshape(-1, LAYOUTS[layout]))
+        return _decoded(values.reshape(-1, LAYOUTS[layout]), layout)
     except ValueError as error:
         raise SpecMismatch(f"expected rotations as {layout}, got numbers that are none ({error}); check the column") from error
 
@@ -39,15 +42,26 @@ def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
     return _ENCODERS[layout](rotation)
 
 
-def _from_rot6d(values: np.ndarray) -> Rotation:
+def _decoded(values: np.ndarray, layout: str) -> Rotation:
+    from scipy.spatial.transform import Rotation  # which acting without poses does not need
+
+    if layout == "rot6d":
+        return Rotation.from_matrix(_matrices(values))
+    if layout == "axis_angle":
+        return Rotation.from_rotvec(values)
+    if layout == "euler_xyz":
+        return Rotation.from_euler("xyz", values)
+    return Rotation.from_quat(values, scalar_first=layout == "quat_wxyz")
+
+
+def _matrices(values: np.ndarray) -> np.ndarray:
     first, second = values[:, :3], values[:, 3:]
     normal = np.cross(first, second)
     lengths = [np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (first, normal)]
     if min(length.min() for length in lengths) < 1e-9:
         raise ValueError("a column of length zero, or two that are parallel")
     x, z = first / lengths[0], normal / lengths[1]
-    columns = np.stack([x, np.cross(z, x), z], axis=2)
-    return Rotation.from_matrix(columns)
+    return np.stack([x, np.cross(z, x), z], axis=2)
 
 
 def _as_rot6d(rotation: Rotation) -> np.ndarray:
@@ -55,13 +69,6 @@ def _as_rot6d(rotation: Rotation) -> np.ndarray:
     return np.concatenate([matrix[..., 0], matrix[..., 1]], axis=-1)
 
 
-_DECODERS: dict[str, Callable[[np.ndarray], Rotation]] = {
-    "axis_angle": Rotation.from_rotvec,
-    "euler_xyz": lambda values: Rotation.from_euler("xyz", values),
-    "quat_xyzw": Rotation.from_quat,
-    "quat_wxyz": lambda values: Rotation.from_quat(values, scalar_first=True),
-    "rot6d": _from_rot6d,
-}
 _ENCODERS: dict[str, Callable[[Rotation], np.ndarray]] = {
     "axis_angle": lambda rotation: rotation.as_rotvec(),
     "euler_xyz": lambda rotation: rotation.as_euler("xyz"),

@@ -18,7 +18,7 @@ import numpy as np
 from rvlm.data.holding import hold_action
 from rvlm.data.observations import stack_images
 
-DIRECTIONS = {  # displacement in the world frame -> commands down and up its axis, as the static camera sees them
+SEEN_DIRECTIONS = {  # displacement in the world frame -> commands down and up its axis, as the static camera sees them
     "dx": ("away", "closer"),
     "dy": ("left", "right"),
     "dz": ("down", "up"),
@@ -35,8 +35,8 @@ def moves(spec: Any) -> dict[str, tuple[int, int]]:
     commands: dict[str, tuple[int, int]] = {}
     for place, group in spec.placed_action:
         for index, name in zip(range(place.start, place.stop), group.names, strict=True):
-            is_seen = group.kind == "pose_delta" and group.frame == "world" and name in DIRECTIONS
-            down, up = DIRECTIONS[name] if is_seen else (f"{name} -", f"{name} +")
+            is_seen = group.kind == "pose_delta" and group.frame == "world" and name in SEEN_DIRECTIONS
+            down, up = SEEN_DIRECTIONS[name] if is_seen else (f"{name} -", f"{name} +")
             if group.kind != "gripper" and name not in group.absent:
                 commands |= {down: (index, -1), up: (index, 1)}
     return commands

@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.suites import load_suite
-from rvlm.envs.tabletop.planar import REACH, REGIONS, SPEED, Planar
+from rvlm.envs.tabletop.planar import PUSHER_REACH, REGIONS, SPEED, Planar
 
 SPEC = ActionSpec.from_card("tabletop_planar")
 TASKS = tuple(Planar.wordings)
@@ -71,7 +71,7 @@ def test_the_pusher_is_slow_and_stays_on_the_table(unseen):
     assert 0 < np.linalg.norm(after - before) < 1.1 * SPEED
     for _ in range(20):
         unseen.step(np.array([5.0, -5.0]))
-    assert np.abs(unseen.state() - np.array([REACH, -REACH])).max() < 0.005
+    assert np.abs(unseen.state() - np.array([PUSHER_REACH, -PUSHER_REACH])).max() < 0.005
 
 
 def test_the_instruction_alone_decides_where():

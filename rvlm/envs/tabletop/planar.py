@@ -14,7 +14,7 @@ import numpy as np
 from rvlm.envs.tabletop.scene import COLORS, HEAD, TEXTURES
 from rvlm.envs.tabletop.scene_env import SceneEnv, Wordings
 
-REACH = 0.24  # largest |x| and |y| of the pusher [m]
+PUSHER_REACH = 0.24  # largest |x| and |y| of the pusher [m]
 SPEED = 0.04  # largest move of the pusher in one control step [m]
 PUCK_RADIUS, REGION_RADIUS = 0.028, 0.055  # [m]
 IN_REGION = 0.04  # largest distance of the puck's centre from that of its region [m]
