@@ -13,6 +13,8 @@ from matplotlib.ticker import LogLocator
 
 from rvlm.report.plots.style import COLUMN_IN, PAGE_IN, PALETTE, dimension_color, figure_title, structure_color, styled
 
+MAX_TICKS = 14
+
 
 @styled
 def estimates(table: pd.DataFrame, title: str, n_columns: int = 4) -> Figure:
@@ -73,7 +75,8 @@ def lines(table: pd.DataFrame, title: str) -> Figure:
         color = PALETTE[i % len(PALETTE)]
         ax.plot(rows[x], rows[y], "-", marker="osD^vP"[i % 6], ms=3.5, color=color, label=name)
         ax.fill_between(rows[x], rows["low"], rows["high"], color=color, alpha=0.15, linewidth=0)
-    ax.set(xlabel=x, ylabel=y, xticks=sorted(set(table[x])))
+    ticks = sorted(set(table[x]))
+    ax.set(xlabel=x, ylabel=y, xticks=ticks[:: -(-len(ticks) // MAX_TICKS)])
     if table[y].to_numpy().min() >= 0:
         ax.set_ylim(bottom=0)
     fig.legend(loc="outside lower left", ncols=2)
