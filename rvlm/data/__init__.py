@@ -10,6 +10,7 @@ Modules:
     tables: parquet and JSON files; an error names the file.
     cards: data cards, and the values that each field allows.
     groups: groups of dimensions of actions and states, and their conventions.
+    spec_dimensions: dimensions of all groups as one vector.
     rotations: layouts of rotations, and conversion.
     normalization: statistics of actions and states; normalise and unnormalise.
     augmentation: random shift, crop and light of images.

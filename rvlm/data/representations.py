@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import ActionSpec, PlacedGroups
+from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.normalization import array_like
 from rvlm.data.rotations import from_rotation, to_rotation
+from rvlm.data.spec_dimensions import PlacedGroups
 
 REPRESENTATIONS = ("recorded", "relative")
 

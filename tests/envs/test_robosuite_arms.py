@@ -112,7 +112,7 @@ def test_an_unknown_robot_lists_all():
 def test_the_cards_tell_the_robots_apart():
     names = [*ARMS, *REAL_ARMS]
     specs = [ActionSpec.from_card(f"tabletop_{name}") for name in names]
-    keys = {(s.scale, s.rate_hz, s.gripper_open, s.gripper_close) for s in specs}
+    keys = {(s.scale, s.rate_hz, s.action[1].open, s.action[1].close) for s in specs}
     assert len(keys) == len(names) and [s.robot for s in specs] == names
 
 

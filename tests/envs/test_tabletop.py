@@ -408,7 +408,7 @@ def test_the_robots_differ_in_their_conventions_and_a_mixup_is_refused():
     specs = {robot: ActionSpec.from_card(f"tabletop_{robot}") for robot in ROBOTS}
     for name in ("scale", "rate_hz"):
         assert len({getattr(spec, name) for spec in specs.values()}) == 3
-    assert len({(spec.gripper_open, spec.gripper_close) for spec in specs.values()}) == 3
+    assert len({(spec.action[1].open, spec.action[1].close) for spec in specs.values()}) == 3
     for robot, other in (("franka7", "ur6"), ("ur6", "small5"), ("small5", "franka7")):
         with pytest.raises(SpecMismatch, match="scale"):
             specs[robot].require_same(specs[other])

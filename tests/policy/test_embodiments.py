@@ -161,7 +161,7 @@ def test_a_policy_acts_on_each_robot_that_it_was_trained_on(trained):
         assert policy.robot.spec == spec
         chunk = policy.predict_action_chunk([observation])[0]
         spec.check(np.clip(chunk, spec.low, spec.high))
-        assert set(chunk[:, 6]) <= {spec.gripper_open, spec.gripper_close}
+        assert set(chunk[:, 6]) <= {spec.action[1].open, spec.action[1].close}
     stranger = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="stranger")
     with pytest.raises(SpecMismatch, match="group 1 open"):
         load_policy(trained, spec=stranger)
