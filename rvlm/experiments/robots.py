@@ -58,6 +58,8 @@ JOINT_POLICY = dict(ONE_STEP)
 ROBOT_RECIPES: dict[str, RobotRecipe] = {
     "franka7_joint": RobotRecipe("tabletop/franka7_joint", policy=JOINT_POLICY),
     "so101": RobotRecipe("tabletop/so101", policy=JOINT_POLICY),
+    "two_arms": RobotRecipe("tabletop/two_arms", ("lift_left", "lift_right", "lift_both"), n_samples=14_000),
+    "planar": RobotRecipe("tabletop/planar", n_samples=10_000),
 }
 
 

@@ -44,7 +44,7 @@ def test_the_suite_is_as_its_card_says():
     assert suite.spec == SPEC and suite.tasks == tuple(WORDINGS) and info["task"] == "lift_bar"
     assert list(observation["images"]) == ["static", "left_wrist", "right_wrist"]
     assert [name.split("_")[0] for name in SPEC.names] == ["left"] * 7 + ["right"] * 7
-    assert suite.make(48).reset(seed=0)[0]["images"]["left_wrist"].shape == (48, 48, 3)
+    assert suite.make((32, 48)).reset(seed=0)[0]["images"]["left_wrist"].shape == (32, 48, 3)
     env.close()
 
 

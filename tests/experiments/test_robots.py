@@ -17,15 +17,24 @@ from rvlm.experiments.robots import (
 )
 
 
-def test_a_robot_is_recorded_trained_and_judged_beside_its_controls(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("robot", "tasks"),
+    [
+        ("so101", ("turn_on_light", "push_left")),
+        ("two_arms", ("lift_left", "lift_both")),
+        ("planar", ("push_to_red", "push_to_blue")),
+    ],
+)
+def test_a_robot_is_recorded_trained_and_judged_beside_its_controls(tmp_path, monkeypatch, robot, tasks):
     monkeypatch.setenv("RVLM_HOME", str(tmp_path))
-    short = dataclasses.replace(load_suite("tabletop/so101"), max_steps=4)
-    recipe = RobotRecipe(short, ("turn_on_light", "push_left"), n_demonstrations=4, n_samples=8)
+    suite = load_suite(f"tabletop/{robot}")
+    short = dataclasses.replace(suite, max_steps=4, demonstration_steps=suite.demonstration_steps or suite.limit(tasks[0]))
+    recipe = RobotRecipe(short, tasks, n_demonstrations=4, n_samples=8)
     models = train_on_robot(recipe, (0,), batch_size=4)
     episodes = evaluate_on_robot(recipe, models, n_episodes=2, n_workers=1)
     table = robots_table(episodes)
     assert table["control"].tolist() == list(CONTROLS) and table["n"].tolist() == [2] * len(CONTROLS)
-    assert set(table["robot"]) == {"tabletop/so101"}
+    assert set(table["robot"]) == {f"tabletop/{robot}"}
     ablations = dict(zip(episodes["control"], episodes["ablation"], strict=True))
     assert ablations == {name: changes.get("ablation", "none") for name, changes in CONTROLS.items()}
     assert {tuple(group["seed"]) for _, group in episodes.groupby("control")} == {(900_000, 900_001)}, "the same scenes"

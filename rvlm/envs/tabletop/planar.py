@@ -5,7 +5,7 @@ Frame: world = table; in the image x points right and y up [m].
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import mujoco
@@ -75,7 +75,7 @@ class Planar(SceneEnv):
     noise_scale: ClassVar[tuple[float, ...]] = (0.04, 0.04)
     time_limit: ClassVar[int] = 50
 
-    def __init__(self, image_size: int | None = None, paraphrase: bool = False) -> None:
+    def __init__(self, image_size: int | Sequence[int] | None = None, paraphrase: bool = False) -> None:
         super().__init__(_xml(), image_size, paraphrase)
         self._regions = [self.model.body(color).id for color in REGIONS]
         self._q = {name: self.model.joint(f"{name}_x").qposadr[0] for name in ("puck", "pusher")}

@@ -1,7 +1,7 @@
 """A scene with a language instruction as a `gymnasium.Env`; subclasses define its model, control, tasks and expert."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
-from rvlm.envs.tabletop.rendering import CameraRenderer
+from rvlm.envs.tabletop.rendering import CameraRenderer, height_and_width
 
 _PRINTABLE = "".join(map(chr, range(32, 127)))
 
@@ -37,7 +37,7 @@ class SceneEnv(gymnasium.Env, abc.ABC):
 
     Args:
         xml: The scene as MJCF text, with the card's cameras.
-        image_size: Side of all images [px]; None for 96.
+        image_size: Height and width of all images, or the side of square ones [px]; None for 96.
         paraphrase: Instructions in held-out wordings.
     """
 
@@ -47,14 +47,14 @@ class SceneEnv(gymnasium.Env, abc.ABC):
     time_limit: ClassVar[int]
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, xml: str, image_size: int | None, paraphrase: bool) -> None:
-        self.render_mode, self.image_size, self.paraphrase = "rgb_array", image_size or 96, paraphrase
+    def __init__(self, xml: str, image_size: int | Sequence[int] | None, paraphrase: bool) -> None:
+        self.render_mode, self.image_size, self.paraphrase = "rgb_array", 96 if image_size is None else image_size, paraphrase
         self.action_spec = spec = ActionSpec.from_card(self.card)
         self.metadata = {**self.metadata, "render_fps": spec.rate_hz}
         self.model = mujoco.MjModel.from_xml_string(xml)
         self.data = mujoco.MjData(self.model)
         self._renderer = CameraRenderer(self.model, self.data, spec.cameras)
-        image = gymnasium.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+        image = gymnasium.spaces.Box(0, 255, (*height_and_width(self.image_size), 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
             images=gymnasium.spaces.Dict(dict.fromkeys(spec.cameras, image)),
             state=gymnasium.spaces.Box(-np.inf, np.inf, (len(spec.state_names),), np.float32),
@@ -125,7 +125,7 @@ class SceneEnv(gymnasium.Env, abc.ABC):
         """An instruction of another task, for an ablation of the instruction."""
         return next(wordings.training[0] for name, wordings in self.wordings.items() if name != task)
 
-    def image(self, camera: str | None = None, size: int | None = None) -> np.ndarray:
+    def image(self, camera: str | None = None, size: int | Sequence[int] | None = None) -> np.ndarray:
         """RGB image (h, w, 3) uint8 from a camera, the card's first if none is named."""
         return self._renderer.image(camera or self.action_spec.cameras[0], size or self.image_size)
 

@@ -127,7 +127,7 @@ class TwoArms(SceneEnv):
     noise_scale: ClassVar[tuple[float, ...]] = (0.7, 0.7, 0.7, 0.2, 0.2, 0.2, 0.0) * 2
     time_limit: ClassVar[int] = 60
 
-    def __init__(self, image_size: int | None = None, paraphrase: bool = False) -> None:
+    def __init__(self, image_size: int | Sequence[int] | None = None, paraphrase: bool = False) -> None:
         super().__init__(_xml(), image_size, paraphrase)
         self.sides = {name: Side(name, self.model, self.data) for name in SIDES}
         self._bar = self.model.joint("bar").qposadr[0]
