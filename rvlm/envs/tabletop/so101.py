@@ -5,7 +5,7 @@ range, as in LeRobot's calibration. Shapes are primitives of about the printed p
 
 Five joints reach every position and yaw of a hand that points straight down, but no sideways tilt. The arm stands on a block:
 with its base on the table it could not point straight down more than 8 cm above it. Objects are half as large as for other arms
-and lie within 30 cm of the base; slider and drawer are out of reach.
+and lie within 30 cm of the base; the slider is nearer than elsewhere, and the drawer out of reach.
 
 Source: TheRobotStudio/SO-ARM100, `Simulation/SO101/so101_new_calib.xml` (commit fda892c).
 """
@@ -92,14 +92,14 @@ SO101 = JawArm(
         high=(0.19, 0.22, 0.17),
         start_low=(0.02, -0.12, 0.09),
         start_high=(0.12, 0.12, 0.15),
-        objects_low=(0.0, -0.11),
-        objects_high=(0.12, 0.10),
-        gap=0.085,
+        objects_low=(-0.005, -0.14),
+        objects_high=(0.045, 0.12),
+        gap=0.075,
         half=0.0125,
         yaw=0.15,
-        fixtures={"switch": (0.02, 0.195), "cabinet": (-0.06, -0.35)},
-        families=("lift", "push_left", "push_right", "push_near", "push_far", "place_in_zone", "stack", "turn_on_light",
-                  "turn_off_light"),
+        fixtures={"switch": (0.0, 0.195), "cabinet": (-0.06, -0.35), "rail": (0.115, -0.03)},
+        families=("lift", "push_left", "push_right", "place_in_zone", "stack", "turn_on_light", "turn_off_light",
+                  "move_slider_left", "move_slider_right"),
     ),
 )  # fmt: skip
 
