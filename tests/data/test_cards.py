@@ -61,7 +61,7 @@ def test_prose_agrees_with_the_machine_read_block(name):
         assert scale == 1 or f"{scale:g} {unit}" in text, f"{name}: the text does not say that one unit is {scale:g} {unit}"
 
 
-@pytest.mark.parametrize("robot", ["franka7", "ur6", "small5", "two_arms", "planar"])
+@pytest.mark.parametrize("robot", ["franka7", "ur6", "small5", "franka7_joint", "so101", "two_arms", "planar"])
 def test_counts_are_those_of_the_data(robot, tmp_path, monkeypatch):
     """The cards of robots that are simulated here count the demonstrations that every collection begins with.
 
