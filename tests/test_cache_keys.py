@@ -226,7 +226,7 @@ def test_frames_and_features_run_no_code_that_is_not_in_their_names(home, toy_vl
     act_id = processor.tokenizer.convert_tokens_to_ids(ACT)
     asked = model, act_id, PromptBuilder(processor, 1), [kept["static"]], np.arange(3), TEXTS[:3], "fp32"
     ran = traced(lambda: frozen_backbone.observation_features(*asked))
-    assert ("rvlm.vlm.backbones", "action_query_states") in ran and missing(ran, frozen_backbone.OBSERVATIONS_CODE) == []
+    assert ("rvlm.vlm.hidden_states", "action_query_states") in ran and missing(ran, frozen_backbone.OBSERVATIONS_CODE) == []
 
 
 def test_frames_of_a_dataset_say_what_made_them_and_stay_while_they_are_mapped(home, tmp_path):

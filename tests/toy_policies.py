@@ -14,13 +14,18 @@ POLICY_HEAD = {**ONE_STEP, "structure": "policy_head", "history": "lstm", "n_obs
 INTERLEAVED = {**ONE_STEP, "structure": "interleaved", "n_obs_steps": 3}
 TOKENS = {"structure": "one_step", "head": "tokens", "chunk_size": 3, "head_options": {"n_bins": 32}}
 FLOW = {"head": "flow"}
+EXPERT = {"head": "expert", "head_options": {"hidden": 32, "n_layers": 2, "n_heads": 2}}
 SETTINGS = {
     "one_step-mlp": ONE_STEP,
     "one_step-flow": {**ONE_STEP, **FLOW},
+    "one_step-mlp-layers": {**ONE_STEP, "vlm_layers": [0, -1]},
+    "one_step-expert": {**ONE_STEP, **EXPERT},
     "one_step-tokens": TOKENS,
     "one_step-tokens-parallel": {**TOKENS, "head_options": {"n_bins": 32, "decoding": "parallel"}},
     "interleaved-mlp": INTERLEAVED,
     "interleaved-flow": {**INTERLEAVED, **FLOW},
+    "interleaved-flow-layers": {**INTERLEAVED, **FLOW, "vlm_layers": 2},
+    "interleaved-expert": {**INTERLEAVED, **EXPERT},
     "policy_head-lstm-mlp": POLICY_HEAD,
     "policy_head-lstm-flow": {**POLICY_HEAD, **FLOW},
     "policy_head-gpt-mlp": {**POLICY_HEAD, "history": "gpt"},

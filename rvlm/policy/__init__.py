@@ -3,10 +3,15 @@
 Modules:
     config: structure, head, history and window, and which combinations are supported.
     action_tokenizer: uniform binning of actions, and back.
+    action_losses: the masked loss of continuous actions, by dimension.
+    flow_matching: conditional flow matching of action chunks: loss, and Euler steps.
+    action_expert: an action expert that attends to the hidden states of the backbone's layers.
     heads: action heads: features at `<act>` to actions.
+    layer_mix: a learned mix of several hidden layers.
     history_modules: policy-head histories: fuse the features of several observations.
     embodiments: the robots of a policy, and how it is conditioned on them.
     model: the network `VLA`: backbone, hidden states at `<act>`, state (proprioception), history, head.
+    token_decoding: greedy decoding of action tokens in the KV cache.
     collation: windows as the batch of `VLA.forward`.
     hub: models by folder or Hub name, at a revision; upload of a policy.
     checkpoint_files: validation of a checkpoint's files.

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from rvlm.data.representations import REPRESENTATIONS
+from rvlm.policy.action_expert import EXPERT_LAYERS
 from rvlm.policy.heads import HEADS
 from rvlm.policy.history_modules import HISTORIES, MAX_OBS_STEPS
 
@@ -19,8 +20,8 @@ EMBODIMENT_CONDITIONING = (None, "name", "token")
 MAX_EMBODIMENTS = 32  # rows of the embodiment embedding
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that it supports; all but "one_step" take several observations
-    "one_step": (("mlp", "flow", "tokens"), (None,)),
-    "interleaved": (CONTINUOUS, (None,)),
+    "one_step": ((*CONTINUOUS, "tokens", "expert"), (None,)),
+    "interleaved": ((*CONTINUOUS, "expert"), (None,)),
     "policy_head": (CONTINUOUS, tuple(HISTORIES)),
 }
 
@@ -33,6 +34,9 @@ class VLAConfig(PreTrainedConfig):
         action_representation: Name in `rvlm.data.representations.REPRESENTATIONS`: what the head predicts.
         structure: Name in `STRUCTURES`.
         head: Name in `HEADS`; `head_options` are its arguments by name.
+        vlm_layers: Hidden layers of the backbone that are read: so many, evenly spaced up to the last, or their indices (0:
+            embeddings, -1: last); None: the last, or one for each layer of an action expert. At `<act>` they are mixed by learned
+            weights; of an action expert's layers each attends to one.
         history: Name in `HISTORIES`, for "policy_head" only.
         n_obs_steps: Observations that the policy sees (t).
         chunk_size: Actions that it predicts (k).
@@ -65,6 +69,7 @@ class VLAConfig(PreTrainedConfig):
     structure: str = "one_step"
     head: str = "mlp"
     head_options: dict | None = None
+    vlm_layers: int | list | tuple | None = None
     history: str | None = None
     n_obs_steps: int = 1
     chunk_size: int = 4
@@ -135,12 +140,28 @@ def check_structure(config: VLAConfig) -> None:
             f"n_action_steps is expected between 1 and the chunk of {config.chunk_size} predicted actions; "
             f"got {config.n_action_steps}"
         )
+    _check_layers(config)
     heads, histories = STRUCTURES[config.structure]
     is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
     if config.head not in heads or config.history not in histories or not is_window_right:
         raise ValueError(
             f"structure={config.structure!r}, head={config.head!r}, history={config.history!r}, "
             f"n_obs_steps={config.n_obs_steps} do not go together; there are {'; '.join(supported_combinations())}"
+        )
+
+
+def _check_layers(config: VLAConfig) -> None:
+    layers: Any = config.vlm_layers
+    if layers is None:
+        return
+    indices = layers if isinstance(layers, list | tuple) else range(layers) if type(layers) is int else ()
+    if not indices or not all(type(i) is int for i in indices):
+        raise ValueError(f"vlm_layers is expected as a number from 1 on or as indices of layers; got {layers!r}")
+    n_expert = (config.head_options or {}).get("n_layers", EXPERT_LAYERS)
+    if config.head == "expert" and len(indices) > n_expert:
+        raise ValueError(
+            f"vlm_layers is expected to name at most {n_expert} layers, one for each of the action expert's; got {layers!r}; "
+            "take fewer, or more of the expert's by head_options={'n_layers': ...}"
         )
 
 

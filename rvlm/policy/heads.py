@@ -2,36 +2,25 @@
 
 Action dimensions go by a mask, `is_binary`: binary ones, as most grippers, are classified, all others are regressed. A head says
 how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one per token for
-discrete ones.
+discrete ones. An action expert reads every position (`rvlm.policy.action_expert`).
 Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on action heads.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rvlm.policy.action_expert import ActionExpert
+from rvlm.policy.action_losses import continuous_action_loss, join_dims, masked_mean, split_dims
 from rvlm.policy.action_tokenizer import ActionTokenizer
+from rvlm.policy.flow_matching import flow_matching_error, integrate, require_continuous, time_waves
 
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
-
-
-def masked_mean(values: Float[Tensor, "*n"], mask: Bool[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean of `values` where `mask` is true; zero where it is nowhere true."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
-def require_continuous(is_binary: Sequence[bool]) -> None:
-    """Refuse a robot without a continuous dimension, for heads that denoise actions.
-
-    Raises:
-        ValueError: Every dimension is binary.
-    """
-    if all(is_binary):
-        raise ValueError("expected a continuous action dimension to denoise, got binary ones only; take head 'mlp' or 'tokens'")
 
 
 def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
@@ -39,49 +28,6 @@ def mlp(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out_dim)
     )  # fmt: skip
-
-
-def split_dims(
-    values: Shaped[Tensor, "*n a"], is_binary: Sequence[bool]
-) -> tuple[Shaped[Tensor, "*n c"], Shaped[Tensor, "*n g"]]:
-    """Continuous (..., c) and binary (..., g) dimensions of values (..., a)."""
-    dims = range(len(is_binary))
-    return values[..., [i for i in dims if not is_binary[i]]], values[..., [i for i in dims if is_binary[i]]]
-
-
-def join_dims(
-    continuous: Shaped[Tensor, "*n c"], binary: Shaped[Tensor, "*n g"], is_binary: Sequence[bool]
-) -> Shaped[Tensor, "*n a"]:
-    """Inverse of `split_dims`."""
-    split = sorted(range(len(is_binary)), key=lambda i: is_binary[i])
-    return torch.cat([continuous, binary], dim=-1)[..., [split.index(i) for i in range(len(is_binary))]]
-
-
-def continuous_action_loss(
-    error: Float[Tensor, "*n k c"],
-    logits: Float[Tensor, "*n k g"],
-    action: Float[Tensor, "*n k a"],
-    mask: Bool[Tensor, "*n k a"],
-    is_binary: Sequence[bool],
-    gripper_weight: float,
-) -> dict[str, Float[Tensor, ""]]:
-    """Masked loss of actions: regression of continuous dimensions plus binary cross entropy of binary ones.
-
-    Args:
-        error: Of each continuous dimension (..., k, c).
-        logits: Of each binary dimension being 1, the gripper open (..., k, g).
-        action: The truth (..., k, a), binary dimensions in {0, 1}.
-        mask: (..., k, a).
-        is_binary: Which of the a dimensions are.
-        gripper_weight: Weight of the cross entropy (the paper's lambda).
-
-    Returns:
-        `loss`, and its parts: `arm_loss` of continuous dimensions, `gripper_loss` of binary ones; 0 where there is none.
-    """
-    arm_mask, gripper_mask = split_dims(mask, is_binary)
-    bce = F.binary_cross_entropy_with_logits(logits, split_dims(action, is_binary)[1], reduction="none")
-    arm_loss, gripper_loss = masked_mean(error, arm_mask), masked_mean(bce, gripper_mask)
-    return {"loss": arm_loss + gripper_weight * gripper_loss, "arm_loss": arm_loss, "gripper_loss": gripper_loss}
 
 
 class MLPHead(nn.Module):
@@ -133,13 +79,10 @@ class MLPHead(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones.
+    """Conditional flow matching (`rvlm.policy.flow_matching`) of the continuous dimensions' chunk; binary ones are classified.
 
-    A small denoiser is conditioned on the feature and the flow time, and predicts the clean action (x1) of a noised chunk, which
-    gives the velocity. Inference takes a few Euler steps from one noise sample that is stored with the weights, so the policy is
-    deterministic.
-
-    Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
+    A small denoiser is conditioned on the feature and the flow time. Inference takes a few Euler steps from one noise sample that
+    is stored with the weights, so the policy is deterministic.
 
     Args:
         width, chunk_size, is_binary, hidden, gripper_weight: As of `MLPHead`.
@@ -175,11 +118,11 @@ class FlowHead(nn.Module):
         self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def predict_clean_action(
-        self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*n k c"], time: Float[Tensor, "*n 1"]
-    ) -> Float[Tensor, "*n k c"]:
-        """Clean action x1 (..., k, c) of a noised chunk of that shape at flow time (..., 1): 0 is noise, 1 is action."""
-        waves = torch.cat([torch.cos(torch.pi * time), torch.sin(torch.pi * time)], dim=-1)
-        return self.expert(torch.cat([self.norm(features), chunk.flatten(-2), waves], dim=-1)).unflatten(-1, self.shape)
+        self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*s k c"], time: Float[Tensor, "*s 1"]
+    ) -> Float[Tensor, "*s k c"]:
+        """Clean actions (..., k, c) of noised chunks at flow times (..., 1), which may have more leading axes than features."""
+        condition = self.norm(features).expand(*time.shape[:-1], -1)
+        return self.expert(torch.cat([condition, chunk.flatten(-2), time_waves(time)], dim=-1)).unflatten(-1, self.shape)
 
     def binary_logits(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k g"]:
         """Logits (..., k, g) of the g binary dimensions."""
@@ -192,19 +135,13 @@ class FlowHead(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
         clean, _ = split_dims(action * mask, self.is_binary)  # masked action dims are zeroed
-        clean = clean.expand(self.n_noise_samples, *clean.shape)
-        noise, time = torch.randn_like(clean), torch.rand_like(clean[..., 0, :1])
-        noised = (1 - time[..., None]) * noise + time[..., None] * clean
-        repeated = features.expand(self.n_noise_samples, *features.shape)
-        error = ((self.predict_clean_action(repeated, noised, time) - clean) ** 2).mean(0)
+        error = flow_matching_error(partial(self.predict_clean_action, features), clean, self.n_noise_samples)
         return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
 
     def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
         """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
-        chunk = self.initial_noise.expand(*features.shape[:-1], *self.shape)
-        for step in range(self.n_euler_steps):
-            time = torch.full_like(features[..., :1], step / self.n_euler_steps)
-            chunk = chunk + (self.predict_clean_action(features, chunk, time) - chunk) / (self.n_euler_steps - step)
+        noise = self.initial_noise.expand(*features.shape[:-1], *self.shape)
+        chunk = integrate(partial(self.predict_clean_action, features), noise, self.n_euler_steps)
         return join_dims(chunk, self.binary_logits(features).sigmoid(), self.is_binary)
 
 
@@ -273,4 +210,4 @@ class TokensHead(nn.Module):
         return self.decode(self.greedy_tokens(features))
 
 
-HEADS: dict[str, type[nn.Module]] = {"mlp": MLPHead, "flow": FlowHead, "tokens": TokensHead}
+HEADS: dict[str, type[nn.Module]] = {"mlp": MLPHead, "flow": FlowHead, "tokens": TokensHead, "expert": ActionExpert}

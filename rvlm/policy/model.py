@@ -1,8 +1,8 @@
 """`VLA = VLM + action head + history`: any image-text-to-text model of transformers as a robot policy.
 
 The backbone is not changed: its tokenizer gets one more token, `<act>`, and the policy reads the base model's hidden state at
-that position (the language-model head is not computed). Proprioception, teacher-forced action tokens and the embodiment
-embedding enter as learned offsets of that token's input embedding.
+that position, or an action expert those of the whole prompt (the language-model head is not computed). Proprioception,
+teacher-forced action tokens and the embodiment embedding enter as learned offsets of that token's input embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Pre
 from transformers.modeling_outputs import ModelOutput
 
 from rvlm.data.actions import ActionSpec
+from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
+from rvlm.policy.layer_mix import LayerMix
 from rvlm.policy.pretrained import SavedPolicy
-from rvlm.vlm.backbones import action_query_states
+from rvlm.policy.token_decoding import generate_tokens
 from rvlm.vlm.causality import ensure_causal_attention
+from rvlm.vlm.hidden_states import action_query_states, prompt_states
 from rvlm.vlm.prompts import PromptBuilder
 
 Decode = Callable[[Any], Tensor]  # what a head reads at the newest observation -> normalised actions (n, k, a)
@@ -59,6 +62,8 @@ class VLA(SavedPolicy):
             config.action_slots, config.state_slots = slots_of([self.spec, *(robot.spec for robot in self.embodiments.values())])
         is_binary = [bool(slot[2]) for slot in config.action_slots]
         self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **(config.head_options or {}))
+        is_mixed = config.vlm_layers is not None and not self.is_expert
+        self.layer_mix = LayerMix(cast(Any, config.vlm_layers)) if is_mixed else None
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(config.state_slots)
         self.state_projector = (
@@ -138,6 +143,11 @@ class VLA(SavedPolicy):
         return prompt_builder
 
     @property
+    def is_expert(self) -> bool:
+        """Whether the head attends to all tokens of the prompt."""
+        return isinstance(self.head, ActionExpert)
+
+    @property
     def is_autoregressive(self) -> bool:
         """Whether actions are decoded autoregressively."""
         return isinstance(self.head, TokensHead) and self.head.is_autoregressive
@@ -145,9 +155,11 @@ class VLA(SavedPolicy):
     def backbone_forward(
         self, input_ids: Int[Tensor, "b l"], offsets: Float[Tensor, "n d"] | None = None, **inputs: Any
     ) -> tuple[Float[Tensor, "n d"], Any]:
-        """One pass of the backbone, as `rvlm.vlm.backbones.action_query_states`, in the head's precision."""
-        hidden, cache = action_query_states(self.backbone, self.config.act_id, input_ids, offsets, **inputs)
-        return hidden.to(next(self.head.parameters()).dtype), cache
+        """One pass of the backbone, as `rvlm.vlm.hidden_states.action_query_states`, in the head's precision; layers mixed."""
+        layers = None if self.layer_mix is None else self.config.vlm_layers
+        hidden, cache = action_query_states(self.backbone, self.config.act_id, input_ids, offsets, layers=layers, **inputs)
+        hidden = hidden.to(next(self.head.parameters()).dtype)
+        return hidden if self.layer_mix is None else self.layer_mix(hidden), cache
 
     def action_query_embeddings(
         self, n: int, state: Float[Tensor, "n _"] | None, tokens: Int[Tensor, "n N"] | None = None
@@ -189,7 +201,9 @@ class VLA(SavedPolicy):
         tokens: Int[Tensor, "n N"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "n ... d"]:
-        """Hidden states at the `<act>` of n observations: (n, d), or (n, N, d) where the head reads N of them.
+        """What the head reads of n observations: hidden states at `<act>` (n, d), at N of them (n, N, d), or the prompt's.
+
+        An action expert reads those of v layers (n, v, l, d), as of `rvlm.vlm.hidden_states.prompt_states`.
 
         Args:
             input_ids: (b, l), with n observations in all.
@@ -199,7 +213,12 @@ class VLA(SavedPolicy):
         """
         n_queries = self.head.n_queries
         n = int((input_ids == self.config.act_id).sum()) // n_queries
-        hidden, _ = self.backbone_forward(input_ids, self.action_query_embeddings(n, state, tokens), **inputs)
+        offsets = self.action_query_embeddings(n, state, tokens)
+        if self.is_expert:
+            layers = self.head.n_layers if self.config.vlm_layers is None else self.config.vlm_layers
+            states = prompt_states(self.backbone, self.config.act_id, input_ids, offsets, layers=layers, **inputs)
+            return states.to(next(self.head.parameters()).dtype)
+        hidden, _ = self.backbone_forward(input_ids, offsets, **inputs)
         return hidden.unflatten(0, (n, n_queries)) if n_queries > 1 else hidden
 
     def history_features(
@@ -210,7 +229,7 @@ class VLA(SavedPolicy):
         features: Float[Tensor, "b t d"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "b t ... d"]:
-        """Features (b, t, d) of t observation steps, each with its past; (b, t, N, d) where the head reads N.
+        """Features (b, t, ..., d) of t observation steps, each with its past; as of `observation_features`.
 
         Args:
             state: (b, t, s), as `conditioning` gives it.
@@ -226,7 +245,7 @@ class VLA(SavedPolicy):
             return self.history(features)
         valid = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if obs_mask is None else obs_mask
         features = self.observation_features(state=state[valid], **inputs)
-        return features.new_zeros(*state.shape[:2], features.shape[-1]).index_put((valid,), features)
+        return features.new_zeros(*state.shape[:2], *features.shape[1:]).index_put((valid,), features)
 
     def forward(
         self,
@@ -277,29 +296,8 @@ class VLA(SavedPolicy):
             inputs: As `history_features` takes them.
         """
         if self.is_autoregressive:
-            return self._generate_tokens(state[:, -1], **inputs)
+            return generate_tokens(self, state[:, -1], **inputs)
         return (decode or self.head.predict)(self.history_features(state, obs_mask, **inputs)[:, -1])
-
-    def _generate_tokens(
-        self, state: Float[Tensor, "b _"], input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], **inputs: Any
-    ) -> Float[Tensor, "b k a"]:
-        """Normalised actions (b, k, a), decoded greedily with a KV cache; prompts are padded on the left."""
-        b, n_tokens = len(input_ids), self.head.n_queries
-        prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>; the others are placeholders of later tokens
-        offsets = cast(torch.Tensor, self.action_query_embeddings(b, state)).unflatten(0, (b, n_tokens))
-        prefix = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
-        prefix |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
-        hidden, cache = self.backbone_forward(offsets=offsets[:, 0], use_cache=True, **prefix)
-        generated = [self.head.greedy_tokens(hidden)]
-        for i in range(1, n_tokens):
-            end = prefix_len + i
-            offset = offsets[:, i] + self.head.tokens(generated[-1])
-            step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
-            for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 take
-                step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # images at every step
-            hidden, cache = self.backbone_forward(offsets=offset, past_key_values=cache, use_cache=True, **step)
-            generated.append(self.head.greedy_tokens(hidden))
-        return self.head.decode(torch.stack(generated, dim=1))
 
 
 AutoModel.register(VLAConfig, VLA)  # AutoModel loads policies once this module is imported

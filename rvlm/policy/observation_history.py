@@ -97,8 +97,8 @@ class UncachedSequence:
         self._steps.append((vision, state))
         self._instructions = list(instructions)
 
-    def features(self) -> Float[Tensor, "n d"]:
-        """Hidden states (n, d) at the newest `<act>`."""
+    def features(self) -> Float[Tensor, "n ... d"]:
+        """What the head reads of the newest observation: hidden states (n, d) at `<act>`, or the prompt's."""
         n, length = len(self._instructions), len(self._steps)
         images, state = self._newest(length)
         prompts = _prompts(self.model, self.prompt_builder, images, self._instructions, [length] * n)

@@ -92,7 +92,10 @@ class Policy:
         self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
-        if self._history_cls is KVCachedSequence and not KVCachedSequence.matches_uncached(model, self.prompt_builder):
+        can_append = not model.is_expert and self._history_cls is KVCachedSequence  # an expert reads all tokens, cached or not
+        if self._history_cls is KVCachedSequence and not (
+            can_append and KVCachedSequence.matches_uncached(model, self.prompt_builder)
+        ):
             self._history_cls = UncachedSequence
         self.reset()
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rvlm.policy.heads import join_dims, split_dims
+from rvlm.policy.action_losses import join_dims, split_dims
 
 MAX_GUIDANCE = 5.0  # the paper's beta, for few Euler steps
 
@@ -52,11 +52,8 @@ def continue_chunk(
         n_frozen: How many of these are executed while the chunk is computed (d).
         maximum: Of the guidance's weight.
     """
-    features, k, n_overlap = (
-        features.clone(),
-        head.shape[0],
-        previous.shape[1],
-    )  # a copy can be differentiated, unlike inference's
+    features = features.clone()  # a copy can be differentiated, unlike inference's
+    k, n_overlap = head.shape[0], previous.shape[1]
     padded = torch.cat([previous.clone(), previous.new_zeros(len(previous), k - n_overlap, previous.shape[2])], dim=1)
     target, binary = split_dims(padded, head.is_binary)
     weights = soft_mask(k, n_frozen, n_overlap).to(target)[:, None]
@@ -64,7 +61,7 @@ def continue_chunk(
     for step in range(head.n_euler_steps):
         time = step / head.n_euler_steps
         chunk.requires_grad_()
-        clean = head.predict_clean_action(features, chunk, torch.full_like(features[..., :1], time))
+        clean = head.predict_clean_action(features, chunk, torch.full_like(chunk[..., 0, :1], time))
         (pull,) = torch.autograd.grad(clean, chunk, weights * (target - clean).detach())  # vector-Jacobian product
         velocity = (clean - chunk) / (1 - time) + guidance_weight(time, maximum) * pull
         chunk = (chunk + velocity / head.n_euler_steps).detach()

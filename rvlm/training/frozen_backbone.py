@@ -18,7 +18,7 @@ from rvlm.caches import Code
 from rvlm.files import config_hash
 from rvlm.training.feature_cache import FRAMES_PER_BATCH, array_hash, cached_arrays, hash_of_network, write_batches
 from rvlm.training.stages import Stage
-from rvlm.vlm.backbones import action_query_states
+from rvlm.vlm.hidden_states import action_query_states
 from rvlm.vlm.prompts import PromptBuilder
 from rvlm.vlm.quantization import compute_device, dtype_of
 
@@ -42,6 +42,8 @@ def why_at_every_step(stage: Stage, model: Any, n_rows: int, is_one_text: bool) 
         "the state enters at <act>": policy.has_state,
         "a learned embodiment token enters at <act>": policy.embodiment_conditioning == "token",
         f"head {policy.head!r} has trained query embeddings": policy.head == "tokens",
+        "an action expert attends to every token": policy.head == "expert",
+        "several layers of the backbone are mixed by trained weights": policy.vlm_layers is not None,
         f"structure {policy.structure!r} reads the whole window in one sequence": policy.structure == "interleaved",
         "images are augmented": bool(stage.augment),
         f"instructions are {stage.instructions}": stage.instructions == "paraphrased",

@@ -8,7 +8,8 @@ Modules:
     pixel_lookup: image processors as a table, where each value depends on one pixel.
     processor_shortcut: prompts' vision inputs without the processor, bit for bit.
     prompts: the one prompt builder: images and instructions to tokens, with `<act>`.
-    backbones: load a model, find its parts, freeze them, read hidden states at `<act>`.
+    backbones: load a model, find its parts, freeze them, compute its image features.
+    hidden_states: of one or several layers, at `<act>` or at every token.
     quantization: device and precision of the computation, and 4 bits by bitsandbytes.
     adapters: LoRA, DoRA and QLoRA by peft.
     question_answering: questions and answers as batches for the next-token loss.

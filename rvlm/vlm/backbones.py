@@ -1,8 +1,4 @@
-"""Vision-language backbones: load one, find its parts, freeze them, and read hidden states at `<act>`.
-
-The action query is a special token `<act>` in the text: processor, attention and positions are the family's own, and the policy
-reads the last hidden state at that token.
-"""
+"""Vision-language backbones: load one, find its parts, freeze them, and compute its image features."""
 
 import threading
 from collections.abc import Mapping
@@ -10,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -211,77 +207,3 @@ class _PerImageFeatures(list):
     def to(self, *args: Any) -> torch.Tensor:
         """All features as one tensor, on a device or in a dtype."""
         return torch.stack(list(self)).to(*args)
-
-
-def _position_ids_after_cache(model: PreTrainedModel, input_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Position ids for a KV-cache continuation, in families whose own would be wrong."""
-    base: Any = model.base_model
-    n_before = inputs["attention_mask"].cumsum(-1)[:, -input_ids.shape[1] :]
-    if getattr(base, "rope_deltas", None) is not None:  # Qwen: images have positions by row and column
-        first = n_before[:, :1] - 1 + base.rope_deltas
-        if "image_grid_thw" not in inputs:
-            return {"position_ids": (n_before - n_before[:, :1] + first).expand(3, -1, -1)}
-        own = {k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw")}
-        positions, deltas = base.get_rope_index(input_ids, **own)
-        base.rope_deltas = base.rope_deltas + deltas
-        return {"position_ids": positions + first}
-    if base is model:  # KosMos-2 would count padding
-        return {"position_ids": n_before + model.config.get_text_config().pad_token_id}
-    return {}
-
-
-def action_query_states(
-    model: PreTrainedModel,
-    act_id: int,
-    input_ids: Int[torch.Tensor, "b l"],
-    offsets: Float[torch.Tensor, "m d"] | None = None,
-    image_features: Float[torch.Tensor, "n p d"] | None = None,
-    **inputs: Any,
-) -> tuple[Float[torch.Tensor, "m d"], Any]:
-    """Hidden states at `<act>` from one forward pass of the base model, without the language-model head.
-
-    Args:
-        model: Vision-language model.
-        act_id: Id of `<act>`.
-        input_ids: (b, l).
-        offsets: (m, d), added to the input embeddings of the batch's m `<act>`, row by row.
-        image_features: (n, images * tokens, d) from `vision_features`, instead of `pixel_values`.
-        inputs: The backbone's other inputs: `attention_mask` (b, l), `pixel_values`, ...
-
-    Returns:
-        Last hidden states (m, d) at `<act>`, row by row (an encoder-decoder's: of its encoder), and the key-value cache or None.
-
-    Raises:
-        ValueError: The base model gives no hidden state per token.
-    """
-    is_act = input_ids == act_id
-
-    def add_offsets(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
-        return embedded if offsets is None else embedded.index_put((is_act,), offsets.to(embedded.dtype), accumulate=True)
-
-    handle = model.get_input_embeddings().register_forward_hook(add_offsets)
-    try:
-        out = _base_forward(model, input_ids, image_features, inputs)
-    finally:
-        handle.remove()
-    hidden = out.get("encoder_last_hidden_state", out.get("last_hidden_state"))
-    hidden = out.hidden_states[-1] if hidden is None else hidden
-    if hidden.shape[:2] != input_ids.shape:
-        raise ValueError(
-            f"expected hidden states at each of {tuple(input_ids.shape)} tokens, got {tuple(hidden.shape)} of "
-            f"{model.config.model_type!r}, which exposes no hidden states of its text; take a family that reads images "
-            "and text as one sequence, such as SmolVLM or Qwen-VL"
-        )
-    return hidden[is_act], out.get("past_key_values")
-
-
-def _base_forward(model: PreTrainedModel, input_ids: torch.Tensor, image_features: torch.Tensor | None, inputs: dict) -> Any:
-    """The base model's output; without a cache unless asked for."""
-    base: Any = model.base_model
-    if base is model:  # KosMos-2's language-model head is part of its language model
-        inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
-    if image_features is not None:
-        inputs["mm_encoder_outputs"] = as_encoder_outputs(image_features)
-    if inputs.get("past_key_values") is not None:
-        inputs |= _position_ids_after_cache(model, input_ids, inputs)
-    return base(input_ids=input_ids, **{"use_cache": False, **inputs})

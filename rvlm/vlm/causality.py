@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rvlm.vlm.backbones import action_query_states
+from rvlm.vlm.hidden_states import action_query_states
 from rvlm.vlm.prompts import PromptBuilder
 
 

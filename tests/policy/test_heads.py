@@ -4,8 +4,9 @@ import pytest
 import torch
 from toy_policies import SPEC, TOKENS, a_batch, build, fused, inputs
 
+from rvlm.policy.action_losses import join_dims, split_dims
 from rvlm.policy.factory import make_policy
-from rvlm.policy.heads import FlowHead, MLPHead, TokensHead, join_dims, split_dims
+from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
 
 SEVEN = [False] * 6 + [True]  # six arm dimensions and a gripper
 ROBOTS = {

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_data import TEXTS
 from toy_policies import (
+    EXPERT,
     INTERLEAVED,
     ONE_STEP,
     POLICY_HEAD,
@@ -37,8 +38,8 @@ SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["
 
 # -- what it is made of ------------------------------------------------------------------------------------------------
 THERE_ARE = (
-    "there are one_step with mlp or flow or tokens, no history, n_obs_steps of 1; interleaved with mlp or flow, no history, "
-    "n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
+    "there are one_step with mlp or flow or tokens or expert, no history, n_obs_steps of 1; interleaved with mlp or flow or "
+    "expert, no history, n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
 )
 
 
@@ -46,7 +47,7 @@ THERE_ARE = (
     ("wrong", "message"),
     [
         ({"structure": "two_step"}, "no structure 'two_step'; there are one_step, interleaved, policy_head"),
-        ({"head": "mpl"}, "no head 'mpl'; there are mlp, flow, tokens"),
+        ({"head": "mpl"}, "no head 'mpl'; there are mlp, flow, tokens, expert"),
         ({"history": "rnn"}, "no history 'rnn'; there are None, lstm, gpt"),
         ({"history": "lstm"}, f"'one_step'.*history='lstm'.*do not go together; {THERE_ARE}"),
         ({"n_obs_steps": 4}, f"n_obs_steps=4 do not go together; {THERE_ARE}"),
@@ -60,6 +61,15 @@ THERE_ARE = (
         ({"chunk_size": 0}, "chunk_size is expected to be at least 1; got 0"),
         ({"cameras": ["static", "side"]}, "expected cameras of card 'tabletop_franka7', static, wrist; got .*side"),
         ({"head_options": {"arm_loss": "mae"}}, "no arm loss 'mae'; there are mse, huber, l1"),
+        ({"vlm_layers": []}, r"vlm_layers is expected as a number from 1 on or as indices of layers; got \[\]"),
+        ({"vlm_layers": 0}, "vlm_layers is expected as a number from 1 on or as indices of layers; got 0"),
+        ({"vlm_layers": [9]}, r"expected hidden layers from 0 \(embeddings\) to 1, or from -1 .* down to -2, got \[9\]"),
+        ({**EXPERT, "vlm_layers": [0, 1, 2]}, r"at most 2 layers, one for each of the action expert's; got \[0, 1, 2\]"),
+        (
+            {**EXPERT, "head_options": {"hidden": 32, "n_heads": 5}},
+            "a width that its heads share evenly; .* hidden=32, n_heads=5",
+        ),
+        ({**POLICY_HEAD, **EXPERT}, f"head='expert'.*do not go together; {THERE_ARE}"),
         ({**TOKENS, "head_options": {"decoding": "beam"}}, "no decoding 'beam'; there are autoregressive, parallel"),
     ],
 )
@@ -148,13 +158,15 @@ def test_padding_before_the_episodes_start_does_not_change_the_action(toy_vlm, t
 
 @STRUCTURES
 def test_state_image_and_language_reach_the_features(toy_vlm, toy_stats, settings):
+    """Of an action expert: its actions."""
     model, processor = build(toy_vlm, toy_stats, settings)
     batch = a_batch(model, processor, b=1)
-    before = fused(model, batch)
-    assert not torch.allclose(fused(model, {**batch, "state": batch["state"] + 1}), before, atol=1e-5)
-    assert not torch.allclose(fused(model, {**batch, "pixel_values": -batch["pixel_values"]}), before, atol=1e-5)
+    read = (lambda batch: model.predict(**inputs(batch))) if model.is_expert else (lambda batch: fused(model, batch))
+    before = read(batch)
+    assert not torch.allclose(read({**batch, "state": batch["state"] + 1}), before, atol=1e-5)
+    assert not torch.allclose(read({**batch, "pixel_values": -batch["pixel_values"]}), before, atol=1e-5)
     other = a_batch(model, processor, b=1, texts=[TEXTS[1]])
-    assert not torch.allclose(fused(model, other), before, atol=1e-5)
+    assert not torch.allclose(read(other), before, atol=1e-5)
 
 
 def test_without_state_the_state_does_not_matter(toy_vlm, toy_stats):

@@ -154,7 +154,7 @@ def test_the_trial_of_the_cache_notices_wrong_positions_and_a_lost_past(toy_vlm,
 
     assert KVCachedSequence.matches_uncached(model, model.prompt_builder(processor))
     for wrong in (shifted, blind):
-        monkeypatch.setattr("rvlm.vlm.backbones._position_ids_after_cache", wrong)
+        monkeypatch.setattr("rvlm.vlm.hidden_states._position_ids_after_cache", wrong)
         assert not KVCachedSequence.matches_uncached(model, model.prompt_builder(processor)), wrong.__name__
 
 

@@ -29,6 +29,8 @@ STRUCTURES = {
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
     "interleaved": {"structure": "interleaved", "n_obs_steps": 2},
     "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2},
+    "one-step, expert": {"structure": "one_step", "head": "expert", "head_options": {"hidden": 32}},
+    "one-step, mlp of two layers": {"structure": "one_step", "vlm_layers": 2},
     "one-step, lora": {"structure": "one_step", "finetuning": "lora"},
     "one-step, qlora": {"structure": "one_step", "finetuning": "qlora"},
 }
@@ -215,7 +217,7 @@ def test_only_the_language_model_has_adapters(folder, toy_stats):
     assert adapted and not [name for name, p in model.backbone.named_parameters() if p.requires_grad and p in vision]
 
 
-@pytest.mark.parametrize("name", ["one-step, mlp", "one-step, tokens"])
+@pytest.mark.parametrize("name", ["one-step, mlp", "one-step, expert", "one-step, tokens"])
 def test_a_padded_sample_equals_the_sample_alone(folder, toy_stats, name):
     if refuse_impossible(folder, toy_stats, name):
         return

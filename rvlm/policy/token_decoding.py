@@ -1,0 +1,29 @@
+"""Greedy decoding of action tokens, one by one in the backbone's KV cache."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def generate_tokens(
+    model: Any, state: Float[Tensor, "b _"], input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], **inputs: Any
+) -> Float[Tensor, "b k a"]:
+    """Normalised actions (b, k, a) of an autoregressive `VLA`; prompts are padded on the left."""
+    b, n_tokens = len(input_ids), model.head.n_queries
+    prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>; the others are placeholders of later tokens
+    offsets = cast(Tensor, model.action_query_embeddings(b, state)).unflatten(0, (b, n_tokens))
+    prefix = {k: v[:, :prefix_len] if v.shape[:2] == input_ids.shape else v for k, v in inputs.items()}
+    prefix |= {"input_ids": input_ids[:, :prefix_len], "attention_mask": attention_mask[:, :prefix_len]}
+    hidden, cache = model.backbone_forward(offsets=offsets[:, 0], use_cache=True, **prefix)
+    generated = [model.head.greedy_tokens(hidden)]
+    for i in range(1, n_tokens):
+        end = prefix_len + i
+        offset = offsets[:, i] + model.head.tokens(generated[-1])
+        step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
+        for mask in {"image_attention_mask", "image_embeds_position_mask"} & inputs.keys():  # Idefics and KosMos-2 take
+            step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # images at every step
+        hidden, cache = model.backbone_forward(offsets=offset, past_key_values=cache, use_cache=True, **step)
+        generated.append(model.head.greedy_tokens(hidden))
+    return model.head.decode(torch.stack(generated, dim=1))
