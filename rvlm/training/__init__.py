@@ -7,6 +7,8 @@ Modules:
     detection: stage 0: detection pre-training of the vision tower.
     stage_data: model, processor, samples and collator of each kind of stage.
     trainer_checkpoints: checkpoints of a running training, and resuming from the newest complete one.
+    learning_rates: a schedule in two steps, and a learning rate of a part of the weights.
+    weight_averaging: an exponential moving average of the trained weights.
     trainer: one process of a stage, on `transformers.Trainer`: optimizer, learning-rate schedule, loss, log.
     launch: run stages, alone or in parallel.
     preload: what the server imports that training processes are forked from.

@@ -38,6 +38,7 @@ _MINIMA = {
     "seed": 0,
 }
 _MAXIMA = {"learning_rate": math.inf, "weight_decay": math.inf, "max_grad_norm": math.inf, "warmup_ratio": 1, "vqa_fraction": 1}
+_MAXIMA |= {"backbone_learning_rate": math.inf, "ema_decay": 1 - 1e-9}
 STAGE_KINDS = DETECTION, VISION_LANGUAGE, ROBOT = "detection", "vision_language", "robot"
 _PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -86,6 +87,8 @@ class Stage:
         n_samples: Budget: samples seen.
         batch_size: Global batch size: samples per optimizer step, over all processes.
         learning_rate, weight_decay, warmup_ratio: Of AdamW; `warmup_ratio` is a fraction of the steps.
+        backbone_learning_rate: Of the backbone's trained weights, if it is another one.
+        ema_decay: Of an exponential moving average of the trained weights, which is saved instead of them; 0 for none.
         lr_scheduler_type: "cosine", "linear", "constant_with_warmup", "step_decay" (a tenth after half of the steps, a hundredth
             after three quarters), all after warm-up; "constant" has none.
         max_grad_norm: Gradients are clipped to this norm.
@@ -129,6 +132,8 @@ class Stage:
     vqa_fraction: float = 0.25
     batch_size: int = 64
     learning_rate: float = 1e-3
+    backbone_learning_rate: float | None = None
+    ema_decay: float = 0.0
     weight_decay: float = 0.01
     warmup_ratio: float = 0.03
     lr_scheduler_type: str = "cosine"
@@ -169,6 +174,7 @@ class Stage:
             "policy": {},
             "finetuning": "full",
             "attn_implementation": None,
+            "backbone_learning_rate": None,
             "data_weights": (),
             "shots": 0,
             "instructions": "original",
@@ -181,6 +187,11 @@ class Stage:
                 )
         self._check_augment()
         object.__setattr__(self, "augment", {name: value for name, value in self.augment.items() if value})
+        if self.backbone_learning_rate is not None and self.finetuning == "head":
+            raise ValueError(
+                f"stage {self.name!r}: 'backbone_learning_rate' is for a backbone that is trained, not for finetuning='head'; "
+                "leave it out"
+            )
         if self.lora_rank != 16 and self.finetuning in ("full", "head"):
             raise ValueError(
                 f"stage {self.name!r}: 'lora_rank' is for adapters only, not for finetuning={self.finetuning!r}; leave it out"
@@ -204,7 +215,8 @@ class Stage:
             if (name, value) != ("n_loader_workers", None) and (type(value) is not int or value < minimum):
                 raise ValueError(f"stage {self.name!r}: expected {name!r} as an integer from {minimum} on, got {value!r}")
         for name, maximum in _MAXIMA.items():
-            if not _is_finite(value := getattr(self, name)) or not 0 <= value <= maximum:
+            value = getattr(self, name)
+            if (name, value) != ("backbone_learning_rate", None) and not (_is_finite(value) and 0 <= value <= maximum):
                 raise ValueError(
                     f"stage {self.name!r}: expected {name!r} as a finite number from 0 to {maximum:g}, got {value!r}"
                 )

@@ -5,28 +5,27 @@ A restarted stage resumes from its newest complete checkpoint.
 
 import importlib.util
 import json
-import math
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.optim.lr_scheduler import MultiStepLR, SequentialLR
 from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    get_constant_schedule_with_warmup,
 )
 
 from rvlm.files import atomic_write
 from rvlm.training.cost import measure_step
+from rvlm.training.learning_rates import set_learning_rate, step_decay
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import STEP_DECAY, Stage
 from rvlm.training.trainer_checkpoints import ManifestCallback, last_checkpoint
+from rvlm.training.weight_averaging import EMACallback
 from rvlm.vlm.backbones import as_encoder_outputs, check_loaded_weights
 from rvlm.vlm.quantization import compute_device
 
@@ -72,6 +71,7 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # losses are means: accumulated steps are averaged
         self.has_step_decay = False
+        self.backbone_learning_rate: float | None = None
         self._loss_terms: dict[str, torch.Tensor] = {}  # sum and number of batches since the last log entry
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -81,6 +81,14 @@ class StageTrainer(Trainer):
             decayed: Any = optimizer or self.optimizer
             self.lr_scheduler = step_decay(decayed, n_warmup, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, with a learning rate of the backbone's own if there is one."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.backbone_learning_rate is not None:
+            set_learning_rate(optimizer, cast(Any, self.model).backbone.parameters(), self.backbone_learning_rate)
+        return optimizer
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         """The model's own loss."""
@@ -124,13 +132,6 @@ class StageTrainer(Trainer):
             return {}
         sums: Any = self.accelerator.reduce(torch.stack(list(terms.values())), "sum")
         return {name: float(total / n) for name, (total, n) in zip(terms, sums, strict=True)}
-
-
-def step_decay(optimizer: torch.optim.Optimizer, n_warmup: int, n_steps: int) -> SequentialLR:
-    """Linear warm-up from 0, then the learning rate, a tenth of it after half of the steps, a hundredth after three quarters."""
-    milestones = [math.ceil(n_steps / 2) - n_warmup, math.ceil(3 * n_steps / 4) - n_warmup]
-    schedules = [get_constant_schedule_with_warmup(optimizer, n_warmup), MultiStepLR(optimizer, milestones)]
-    return SequentialLR(optimizer, schedules, [n_warmup])
 
 
 def training_arguments(stage: Stage, folder: Path, world_size: int) -> TrainingArguments:
@@ -191,16 +192,24 @@ def train_stage_in_process(stage: Stage, folder: Path) -> None:
     log = JsonlLogger(folder)
     model, processor, data, collate = STAGE_BUILDERS[stage.kind](stage)
     arguments = training_arguments(stage, folder, int(os.environ.get("WORLD_SIZE", 1)))
-    trainer = StageTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[log, ManifestCallback()])
+    checkpoint = last_checkpoint(folder / "trainer")
+    averages = [EMACallback(stage.ema_decay, checkpoint)] if stage.ema_decay else []
+    callbacks = [log, *averages, ManifestCallback()]
+    trainer = StageTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=callbacks)
+    if averages and trainer.is_fsdp_enabled:
+        raise ValueError(f"stage {stage.name!r}: expected ema_decay=0 where weights are sharded (FSDP), got {stage.ema_decay}")
     trainer.has_step_decay = stage.lr_scheduler_type == STEP_DECAY
+    trainer.backbone_learning_rate = stage.backbone_learning_rate
     log.trainer = trainer
     if trainer.args.world_size > 1 and not stage.vqa_data and not trainer.is_fsdp_enabled:
         freeze_unreached(trainer, collate([data[0]]))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         reason = f"stage {stage.name!r}: its weights are NaN or infinite; use a smaller learning_rate"
         atomic_write(folder / DIVERGED, reason)
         raise TrainingDiverged(reason)
+    for average in averages:
+        average.copy_to_model()
     full_state = {}
     if trainer.is_fsdp_enabled:  # each process holds a shard
         full_state["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)

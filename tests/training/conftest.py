@@ -42,6 +42,7 @@ def stages(home, toy_vlm, llava, toy_demos, scenes, other_robot):
     """One of each kind; one of a family whose files name weights otherwise than its modules."""
     common = {"init": str(toy_vlm), "n_samples": 8 * 45, "batch_size": 8, "n_processes": 1}
     robot = {**common, "kind": ROBOT, "policy": POLICY}
+    adapted = {"finetuning": "lora", "lora_rank": 2, "freeze_vision": True, "ema_decay": 0.9, "backbone_learning_rate": 1e-3}
     mixed = {
         "data": (str(toy_demos), other_robot),
         "data_weights": (0.7, 0.3),
@@ -51,6 +52,6 @@ def stages(home, toy_vlm, llava, toy_demos, scenes, other_robot):
     return {
         "detection": Stage("tower", DETECTION, (scenes,), **common),
         "vision_language": Stage("frozen", VISION_LANGUAGE, (scenes,), freeze_vision=True, **{**common, "init": str(llava)}),
-        "adapters": Stage("adapted", data=(str(toy_demos),), finetuning="lora", lora_rank=2, freeze_vision=True, **robot),
+        "adapters": Stage("adapted", data=(str(toy_demos),), **adapted, **robot),
         "mixture": Stage("mixed", **mixed, **robot),
     }

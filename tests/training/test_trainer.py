@@ -20,6 +20,7 @@ from rvlm.data.errors import SpecMismatch
 from rvlm.data.sampling import FixedBudgetDataset
 from rvlm.data.windows import EpisodeWriter
 from rvlm.policy.factory import merge_policy
+from rvlm.training.learning_rates import step_decay
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, VISION_LANGUAGE, Stage
 from rvlm.training.trainer import (
@@ -27,11 +28,11 @@ from rvlm.training.trainer import (
     StageTrainer,
     freeze_unreached,
     log_history,
-    step_decay,
     train_stage_in_process,
     training_arguments,
     training_seconds,
 )
+from rvlm.training.weight_averaging import AVERAGE, EMACallback
 from rvlm.vlm.backbones import SMALL_VLM
 from rvlm.vlm.processors import load_processor
 from rvlm.vlm.question_answering import VQACollator
@@ -61,6 +62,9 @@ def test_an_unknown_field_is_an_error(stage):
         ({"data": ()}, "at least one folder in 'data'"),
         ({"learning_rate": float("nan")}, "expected 'learning_rate' as a finite number from 0 to"),
         ({"warmup_ratio": 3}, "expected 'warmup_ratio' as a finite number from 0 to 1, got 3"),
+        ({"ema_decay": 1.0}, "expected 'ema_decay' as a finite number from 0 to"),
+        ({"backbone_learning_rate": -1}, "expected 'backbone_learning_rate' as a finite number from 0 to"),
+        ({"backbone_learning_rate": 1e-4, "finetuning": "head"}, "is for a backbone that is trained, not for finetuning='head'"),
         ({"lora_rank": 0}, "expected 'lora_rank' as an integer from 1 on, got 0"),
         ({"shots": -1}, "expected 'shots' as an integer from 0 on, got -1"),
         ({"batch_size": 0}, "expected 'batch_size' as an integer from 1 on"),
@@ -118,7 +122,7 @@ def test_a_retrained_initial_model_is_another_one(stage, tmp_path):
         {"augment": {"shift": 2}}, {"augment": {"crop": 0.1}}, {"augment": {"color": 0.1}}, {"seed": 1},
         {"is_pretrained": False}, {"freeze_vision": True},
         {"finetuning": "head"}, {"finetuning": "lora"}, {"finetuning": "dora"}, {"finetuning": "qlora"},
-        {"finetuning": "lora", "lora_rank": 2},
+        {"finetuning": "lora", "lora_rank": 2}, {"backbone_learning_rate": 1e-5}, {"ema_decay": 0.5},
         {"optimizer": "sgd"}, {"precision": "bf16"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -370,15 +374,46 @@ def test_an_8_bit_optimizer_has_a_smaller_state(stage, tmp_path):
     assert sizes["adamw_8bit"] < 0.35 * sizes["adamw_torch"]
 
 
-def test_a_stage_with_adapters_resumes(stage, tmp_path):
-    """Adapters are saved in a separate file, which the Trainer alone would ignore."""
-    adapted = few(stage, 40, finetuning="lora", lora_rank=2)
+def test_a_stage_with_adapters_and_an_average_resumes(stage, tmp_path):
+    """Adapters are saved in a separate file, which the Trainer alone would ignore, and so is the average of the weights."""
+    adapted = few(stage, 40, finetuning="lora", lora_rank=2, ema_decay=0.9, backbone_learning_rate=1e-4)
     train_stage_in_process(adapted, tmp_path / "uninterrupted")
     shutil.copytree(tmp_path / "uninterrupted" / "trainer" / "checkpoint-20", tmp_path / "resumed" / "trainer" / "checkpoint-20")
     train_stage_in_process(adapted, tmp_path / "resumed")
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         uninterrupted, resumed = (load_file(tmp_path / name / "model" / file) for name in ("uninterrupted", "resumed"))
         assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
+
+
+def test_the_average_is_exponential_and_holds_the_trained_weights_only(tmp_path):
+    """Also where it goes on from a checkpoint."""
+    model, rng = torch.nn.Linear(2, 1), torch.Generator().manual_seed(0)
+    model.bias.requires_grad_(False)
+    args, state = SimpleNamespace(should_save=True, output_dir=tmp_path), SimpleNamespace(global_step=2)
+    (tmp_path / "checkpoint-2").mkdir()
+    callback, expected = EMACallback(0.75, None), None
+    callback.on_train_begin(args, state, None, model=model)
+    for step in range(4):
+        weights = torch.randn(1, 2, generator=rng)
+        model.weight.data = weights.clone()
+        callback.on_step_end(args, state, None)
+        expected = weights if expected is None else 0.75 * expected + 0.25 * weights
+        if step == 1:
+            callback.on_save(args, state, None)
+            callback = EMACallback(0.75, str(tmp_path / "checkpoint-2"))
+            callback.on_train_begin(args, state, None, model=model)
+    saved = load_file(tmp_path / "checkpoint-2" / AVERAGE)
+    assert sum(value.numel() for value in saved.values()) == 2 + 1  # weights, and the number of updates
+    callback.copy_to_model()
+    torch.testing.assert_close(model.weight.data, expected)
+
+
+def test_the_backbone_has_a_learning_rate_of_its_own(stage, tmp_path):
+    """With none it stays where it was, and the head learns as before."""
+    still, halted = (few(stage, **{name: 0.0}) for name in ("learning_rate", "backbone_learning_rate"))
+    before, after = trained(still, tmp_path / "still"), trained(halted, tmp_path / "halted")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head", "state_projector"}
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
