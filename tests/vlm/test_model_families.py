@@ -28,15 +28,14 @@ STRUCTURES = {
     "one-step, mlp": {"structure": "one_step"},
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
     "interleaved": {"structure": "interleaved", "n_obs_steps": 2},
-    "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2},
-    "one-step, expert": {"structure": "one_step", "head": "expert", "head_options": {"hidden": 32}},
-    "one-step, mlp of two layers": {"structure": "one_step", "vlm_layers": 2},
+    "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2, "head": "flow", "vlm_layers": 2},
+    "one-step, expert": {"structure": "one_step", "head": "expert", "head_options": {"hidden": 32, "n_layers": 2}},
     "one-step, lora": {"structure": "one_step", "finetuning": "lora"},
     "one-step, qlora": {"structure": "one_step", "finetuning": "qlora"},
 }
 ONE_IMAGE = ("kosmos2", "florence2")
 SUCCESSORS = ("idefics3", "idefics2", "qwen2_vl", "qwen3_vl", "llava_next")  # share the code of a family that is tested in full
-SUCCESSOR_STRUCTURES = ("one-step, tokens", "interleaved", "policy head")
+SUCCESSOR_STRUCTURES = ("one-step, expert", "one-step, tokens", "interleaved", "policy head")
 IMPOSSIBLE = {
     ("kosmos2", "interleaved"): "one image a prompt",
     ("florence2", "interleaved"): "one image a prompt",
