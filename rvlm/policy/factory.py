@@ -85,7 +85,7 @@ def _smoke_forward(model: VLA, processor: ProcessorMixin) -> None:
     """One forward pass of a blank prompt, so that a family without a position for `<act>` is refused before training."""
     prompt_builder = model.prompt_builder(processor)
     blank = np.zeros((1, prompt_builder.n_images, prompt_builder.image_size, prompt_builder.image_size, 3), np.uint8)
-    state = torch.zeros(1, len(model.spec.state_names) + (model.embodiment_embedding is not None), device=model.device)
+    state = torch.zeros(1, len(model.config.state_slots) + (model.embodiment_embedding is not None), device=model.device)
     prompt = {name: value.to(model.device) for name, value in prompt_builder(blank, ["lift it"]).items()}
     model.observation_features(state=state, **prompt)
 

@@ -62,8 +62,7 @@ class VLA(SavedPolicy):
             config.action_slots, config.state_slots = slots_of([self.spec, *(robot.spec for robot in self.embodiments.values())])
         is_binary = [bool(slot[2]) for slot in config.action_slots]
         self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **(config.head_options or {}))
-        is_mixed = config.vlm_layers is not None and not self.is_expert
-        self.layer_mix = LayerMix(cast(Any, config.vlm_layers)) if is_mixed else None
+        self.layer_mix = None if config.vlm_layers is None or self.is_expert else LayerMix(cast(Any, config.vlm_layers))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(config.state_slots)
         self.state_projector = (
@@ -201,9 +200,7 @@ class VLA(SavedPolicy):
         tokens: Int[Tensor, "n N"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "n ... d"]:
-        """What the head reads of n observations: hidden states at `<act>` (n, d), at N of them (n, N, d), or the prompt's.
-
-        An action expert reads those of v layers (n, v, l, d), as of `rvlm.vlm.hidden_states.prompt_states`.
+        """What the head reads of n observations: hidden states at `<act>` (n, d) or N of them (n, N, d), or `prompt_states`.
 
         Args:
             input_ids: (b, l), with n observations in all.
@@ -215,7 +212,7 @@ class VLA(SavedPolicy):
         n = int((input_ids == self.config.act_id).sum()) // n_queries
         offsets = self.action_query_embeddings(n, state, tokens)
         if self.is_expert:
-            layers = self.head.n_layers if self.config.vlm_layers is None else self.config.vlm_layers
+            layers = self.config.vlm_layers or self.head.n_layers
             states = prompt_states(self.backbone, self.config.act_id, input_ids, offsets, layers=layers, **inputs)
             return states.to(next(self.head.parameters()).dtype)
         hidden, _ = self.backbone_forward(input_ids, offsets, **inputs)

@@ -147,9 +147,9 @@ def _states_at_act(
     backbone: Any, act_id: int, prompts: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Float[np.ndarray, "n d"]:
     """Hidden states at `<act>`, computed as a training step computes them."""
-    prompts = {name: value.to(backbone.device) for name, value in prompts.items()}
+    inputs: dict[str, Any] = {name: value.to(backbone.device) for name, value in prompts.items()}
     with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
-        hidden, _ = action_query_states(backbone, act_id, **prompts)
+        hidden, _ = action_query_states(backbone, act_id, **inputs)
     return hidden.float().cpu().numpy()
 
 
