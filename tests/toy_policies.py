@@ -13,6 +13,7 @@ ONE_STEP = {"structure": "one_step", "head": "mlp", "chunk_size": 3, "head_optio
 POLICY_HEAD = {**ONE_STEP, "structure": "policy_head", "history": "lstm", "n_obs_steps": 3}
 INTERLEAVED = {**ONE_STEP, "structure": "interleaved", "n_obs_steps": 3}
 TOKENS = {"structure": "one_step", "head": "tokens", "chunk_size": 3, "head_options": {"n_bins": 32}}
+FAST = {**TOKENS, "head": "fast", "head_options": {"scale": 4.0}}
 FLOW = {"head": "flow"}
 EXPERT = {"head": "expert", "head_options": {"hidden": 32, "n_layers": 2, "n_heads": 2}}
 SETTINGS = {

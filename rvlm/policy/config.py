@@ -16,11 +16,12 @@ from rvlm.policy.heads import HEADS
 from rvlm.policy.history_modules import HISTORIES, MAX_OBS_STEPS
 
 FINETUNING_MODES = ("full", "head", "lora", "dora", "qlora")  # what of the backbone is trained
+TOKENIZED_BY = ("head", "head_options", "chunk_size", "action_slots")  # with others, learned byte pairs mean nothing
 EMBODIMENT_CONDITIONING = (None, "name", "token")
 MAX_EMBODIMENTS = 32  # rows of the embodiment embedding
 CONTINUOUS = ("mlp", "flow")
 STRUCTURES = {  # structure -> (heads, histories) that it supports; all but "one_step" take several observations
-    "one_step": ((*CONTINUOUS, "tokens", "expert"), (None,)),
+    "one_step": ((*CONTINUOUS, "tokens", "fast", "expert"), (None,)),
     "interleaved": ((*CONTINUOUS, "expert"), (None,)),
     "policy_head": (CONTINUOUS, tuple(HISTORIES)),
 }
@@ -47,6 +48,7 @@ class VLAConfig(PreTrainedConfig):
         image_size: Height and width that images of all cameras are resized to [px]; those of the first camera's recordings if
             left out, None where that is not known.
         camera_sizes: Dataset -> camera -> height and width of the images that it was trained on [px].
+        action_vocabulary: Byte pairs that head "fast" has learned from its training chunks, and the most tokens of a chunk.
         act_id: Id of `<act>`.
         action_slots: Kind, name and whether it is binary, of each dimension that the head predicts, for all its robots.
         state_slots: Names of the state dimensions that it takes, of all its robots.
@@ -79,6 +81,7 @@ class VLAConfig(PreTrainedConfig):
     image_tiling: bool = False
     image_size: list | tuple | None = None
     camera_sizes: dict | None = None
+    action_vocabulary: dict | None = None
     act_id: int = 0
     action_slots: list | None = None
     state_slots: list | None = None
@@ -90,6 +93,12 @@ class VLAConfig(PreTrainedConfig):
     vlm: dict | None = None
     base_model: dict | None = None
 
+    @property
+    def head_arguments(self) -> dict[str, Any]:
+        """Arguments of the head by name: its options, and what it has learned of the data."""
+        learned = {} if self.action_vocabulary is None else {"vocabulary": self.action_vocabulary}
+        return {**(self.head_options or {}), **learned}
+
     def with_stored_backbone(self, **settings: Any) -> "VLAConfig":
         """The same configuration without a base model, for a policy that stores its backbone, with other settings."""
         own = {name: getattr(self, name) for name in VLAConfig.__annotations__ if name != "model_type"}
@@ -98,7 +107,8 @@ class VLAConfig(PreTrainedConfig):
 
 # Not settings: derived from the backbone and the data.
 DERIVED_FIELDS = {"model_type", "backbone", "act_id", "vlm", "base_model"}
-DERIVED_FIELDS |= {"camera_sizes", "action_slots", "state_slots", "spec", "stats", "embodiments", "embodiment_ids"}
+DERIVED_FIELDS |= {"camera_sizes", "action_vocabulary", "action_slots", "state_slots"}
+DERIVED_FIELDS |= {"spec", "stats", "embodiments", "embodiment_ids"}
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - DERIVED_FIELDS)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.policy import hub
-from rvlm.policy.config import FINETUNING_MODES, VLAConfig, check_settings
+from rvlm.policy.config import FINETUNING_MODES, TOKENIZED_BY, VLAConfig, check_settings
 from rvlm.policy.embodiments import slots_of
 from rvlm.policy.model import VLA
 from rvlm.policy.pretrained import load_kwargs, non_backbone_weights
@@ -166,7 +166,10 @@ def modify_policy(
             f"{folder}: expected image_tiling={model.config.image_tiling}, as it was trained; got {settings['image_tiling']}; "
             "leave it out, or make a policy of the vision-language model"
         )
-    changed = VLA(model.config.with_stored_backbone(**settings, **_grown_slots(model.config, specs)), model.backbone)
+    config = model.config.with_stored_backbone(**settings, **_grown_slots(model.config, specs))
+    if any(getattr(config, name) != getattr(model.config, name) for name in TOKENIZED_BY):
+        config.action_vocabulary = None
+    changed = VLA(config, model.backbone)
     changed.processor = model.processor
     set_attention(changed.backbone, attn_implementation)
     shapes = {name: value.shape for name, value in non_backbone_weights(changed.state_dict()).items()}

@@ -2,7 +2,7 @@
 
 Action dimensions go by a mask, `is_binary`: binary ones, as most grippers, are classified, all others are regressed. A head says
 how many positions of the sequence it reads for one observation (`n_queries`): one for continuous actions, one per token for
-discrete ones. An action expert reads every position (`rvlm.policy.action_expert`).
+discrete ones (`rvlm.policy.token_heads`). An action expert reads every position (`rvlm.policy.action_expert`).
 Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on action heads.
 """
 
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvlm.policy.action_expert import ActionExpert
-from rvlm.policy.action_losses import continuous_action_loss, join_dims, masked_mean, split_dims
-from rvlm.policy.action_tokenizer import ActionTokenizer
+from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
 from rvlm.policy.flow_matching import flow_matching_error, integrate, require_continuous, time_waves
+from rvlm.policy.token_heads import FASTHead, TokensHead
 
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
 
@@ -145,69 +145,10 @@ class FlowHead(nn.Module):
         return join_dims(chunk, self.binary_logits(features).sigmoid(), self.is_binary)
 
 
-class TokensHead(nn.Module):
-    """Discrete actions: each dimension of each action is one of `n_bins` tokens in the backbone's own sequence.
-
-    Action tokens are added to the vocabulary, but their embeddings live here and not in the backbone's table: a small vocabulary
-    has no spare ids, words keep their meaning, and a frozen or quantised table is unchanged. In the sequence each position is an
-    `<act>`, whose embedding gets a position embedding and, if autoregressive, the embedding of the previous token; the token is
-    predicted from the hidden state there.
-
-    Source: RT-2 (arXiv 2307.15818), section 3.2; parallel decoding as in OpenVLA-OFT (arXiv 2502.19645), section IV.
-
-    Args:
-        width, chunk_size, is_binary: As of `MLPHead`.
-        n_bins: Per dimension.
-        decoding: "autoregressive", each token conditioned on those before it, or "parallel", all in one pass.
-    """
-
-    def __init__(
-        self, width: int, chunk_size: int, is_binary: Sequence[bool], n_bins: int = 256, decoding: str = "autoregressive"
-    ) -> None:
-        super().__init__()
-        if decoding not in ("autoregressive", "parallel"):
-            raise ValueError(f"no decoding {decoding!r}; there are autoregressive, parallel")
-        self.shape, self.n_queries = (chunk_size, len(is_binary)), chunk_size * len(is_binary)
-        self.is_autoregressive, self.tokenizer = decoding == "autoregressive", ActionTokenizer(tuple(is_binary), n_bins)
-        self.token_position_embeddings = nn.Parameter(torch.randn(self.n_queries, width) * width**-0.5)
-        self.tokens = nn.Embedding(n_bins, width) if self.is_autoregressive else None
-        if self.tokens is not None:
-            nn.init.normal_(self.tokens.weight, std=width**-0.5)
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_bins))
-
-    def encode(self, action: Float[Tensor, "*n k a"]) -> Int[Tensor, "*n N"]:
-        """Normalised actions (..., k, a) to tokens (..., N), in decoding order."""
-        ids = torch.from_numpy(self.tokenizer.encode(action.detach().cpu().numpy()))
-        return ids.to(action.device).flatten(-2)
-
-    def decode(self, ids: Int[Tensor, "*n N"]) -> Float[Tensor, "*n k a"]:
-        """Tokens (..., N) to normalised actions (..., k, a)."""
-        action = self.tokenizer.decode(ids.unflatten(-1, self.shape).cpu().numpy())
-        return torch.from_numpy(action).to(ids.device, torch.float32)
-
-    def query_embeddings(self, n: int, ids: Int[Tensor, "n N"] | None = None) -> Float[Tensor, "n N d"]:
-        """Added to the embeddings of the N `<act>` of n observations: (n, N, d), given teacher-forced tokens `ids` (n, N)."""
-        positions = self.token_position_embeddings.expand(n, -1, -1)
-        if self.tokens is None or ids is None:
-            return positions
-        return torch.cat([positions[:, :1], positions[:, 1:] + self.tokens(ids[:, :-1])], dim=1)
-
-    def loss(
-        self, features: Float[Tensor, "*n N d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Cross entropy at features (..., N, d) of normalised actions (..., k, a) where `mask` (..., k, a) is true."""
-        logits = self.out(features)
-        errors = F.cross_entropy(logits.flatten(0, -2), self.encode(action).flatten(), reduction="none")
-        loss = masked_mean(errors, mask.flatten())
-        return {"loss": loss, "token_loss": loss}
-
-    def greedy_tokens(self, features: Float[Tensor, "*n d"]) -> Int[Tensor, "*n"]:
-        """Most likely token (...) at each feature (..., d)."""
-        return self.out(features).argmax(-1)
-
-    def predict(self, features: Float[Tensor, "*n N d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a) from the features (..., N, d); bins of binary dimensions lie in [0, 1]."""
-        return self.decode(self.greedy_tokens(features))
-
-
-HEADS: dict[str, type[nn.Module]] = {"mlp": MLPHead, "flow": FlowHead, "tokens": TokensHead, "expert": ActionExpert}
+HEADS: dict[str, type[nn.Module]] = {
+    "mlp": MLPHead,
+    "flow": FlowHead,
+    "tokens": TokensHead,
+    "fast": FASTHead,
+    "expert": ActionExpert,
+}

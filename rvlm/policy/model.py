@@ -18,11 +18,12 @@ from rvlm.data.actions import ActionSpec
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
-from rvlm.policy.heads import HEADS, TokensHead
+from rvlm.policy.heads import HEADS
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.layer_mix import LayerMix
 from rvlm.policy.pretrained import SavedPolicy
 from rvlm.policy.token_decoding import generate_tokens
+from rvlm.policy.token_heads import TokensHead
 from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.hidden_states import action_query_states, prompt_states
 from rvlm.vlm.prompts import PromptBuilder
@@ -61,7 +62,7 @@ class VLA(SavedPolicy):
         if config.action_slots is None or config.state_slots is None:
             config.action_slots, config.state_slots = slots_of([self.spec, *(robot.spec for robot in self.embodiments.values())])
         is_binary = [bool(slot[2]) for slot in config.action_slots]
-        self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **(config.head_options or {}))
+        self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **config.head_arguments)
         self.layer_mix = None if config.vlm_layers is None or self.is_expert else LayerMix(cast(Any, config.vlm_layers))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(config.state_slots)
@@ -273,7 +274,7 @@ class VLA(SavedPolicy):
             loss = self.backbone(labels=labels, **inputs).loss
             return ModelOutput(loss=loss, answer_loss=loss)
         state, action, action_mask = (cast(torch.Tensor, given) for given in (state, action, action_mask))
-        tokens = self.head.encode(action).flatten(0, 1) if self.is_autoregressive else None
+        tokens = self.head.encode(action, action_mask).flatten(0, 1) if self.is_autoregressive else None
         return ModelOutput(**self.head.loss(self.history_features(state, obs_mask, tokens, **inputs), action, action_mask))
 
     @torch.inference_mode()
@@ -293,7 +294,7 @@ class VLA(SavedPolicy):
             inputs: As `history_features` takes them.
         """
         if self.is_autoregressive:
-            return generate_tokens(self, state[:, -1], **inputs)
+            return self.head.decode(generate_tokens(self, state[:, -1], **inputs))
         return (decode or self.head.predict)(self.history_features(state, obs_mask, **inputs)[:, -1])
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def generate_tokens(
     model: Any, state: Float[Tensor, "b _"], input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], **inputs: Any
-) -> Float[Tensor, "b k a"]:
-    """Normalised actions (b, k, a) of an autoregressive `VLA`; prompts are padded on the left."""
+) -> Int[Tensor, "b N"]:
+    """Tokens (b, N) of an autoregressive `VLA`'s actions, until all chunks are complete; prompts are padded on the left."""
     b, n_tokens = len(input_ids), model.head.n_queries
     prefix_len = input_ids.shape[1] - n_tokens + 1  # up to the first <act>; the others are placeholders of later tokens
     offsets = cast(Tensor, model.action_query_embeddings(b, state)).unflatten(0, (b, n_tokens))
@@ -19,6 +19,8 @@ def generate_tokens(
     hidden, cache = model.backbone_forward(offsets=offsets[:, 0], use_cache=True, **prefix)
     generated = [model.head.greedy_tokens(hidden)]
     for i in range(1, n_tokens):
+        if model.head.is_complete(torch.stack(generated, dim=1)):
+            break
         end = prefix_len + i
         offset = offsets[:, i] + model.head.tokens(generated[-1])
         step = {"input_ids": input_ids[:, end - 1 : end], "attention_mask": attention_mask[:, :end]}
@@ -26,4 +28,4 @@ def generate_tokens(
             step |= {mask: inputs[mask][:, end - 1 : end], "pixel_values": inputs["pixel_values"]}  # images at every step
         hidden, cache = model.backbone_forward(offsets=offset, past_key_values=cache, use_cache=True, **step)
         generated.append(model.head.greedy_tokens(hidden))
-    return model.head.decode(torch.stack(generated, dim=1))
+    return torch.stack(generated, dim=1)

@@ -41,7 +41,7 @@ def why_at_every_step(stage: Stage, model: Any, n_rows: int, is_one_text: bool) 
         f"finetuning={stage.finetuning!r} trains the backbone": stage.finetuning != "head",
         "the state enters at <act>": policy.has_state,
         "a learned embodiment token enters at <act>": policy.embodiment_conditioning == "token",
-        f"head {policy.head!r} has trained query embeddings": policy.head == "tokens",
+        f"head {policy.head!r} has trained query embeddings": policy.head in ("tokens", "fast"),
         "an action expert attends to every token": policy.head == "expert",
         "several layers of the backbone are mixed by trained weights": policy.vlm_layers is not None,
         f"structure {policy.structure!r} reads the whole window in one sequence": policy.structure == "interleaved",

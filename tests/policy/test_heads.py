@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from toy_policies import SPEC, TOKENS, a_batch, build, fused, inputs
+from toy_policies import FAST, SPEC, TOKENS, a_batch, build, fused, inputs
 
 from rvlm.policy.action_losses import join_dims, split_dims
 from rvlm.policy.factory import make_policy
-from rvlm.policy.heads import FlowHead, MLPHead, TokensHead
+from rvlm.policy.heads import FlowHead, MLPHead
+from rvlm.policy.token_decoding import generate_tokens
+from rvlm.policy.token_heads import FASTHead, TokensHead
 
 SEVEN = [False] * 6 + [True]  # six arm dimensions and a gripper
 ROBOTS = {
@@ -47,7 +49,8 @@ def test_arm_and_gripper_are_split_on_the_last_axis(kind, shape):
 
 @pytest.mark.parametrize("is_binary", ROBOTS.values(), ids=ROBOTS)
 @pytest.mark.parametrize(
-    ("kind", "options"), [(MLPHead, {"hidden": 32}), (FlowHead, {"hidden": 32}), (TokensHead, {"n_bins": 32})]
+    ("kind", "options"),
+    [(MLPHead, {"hidden": 32}), (FlowHead, {"hidden": 32}), (TokensHead, {"n_bins": 32}), (FASTHead, {})],
 )
 def test_every_head_fits_the_dimensions_of_any_robot(kind, options, is_binary):
     """Regressed where continuous, classified where binary, wherever they stand; masked ones do not count."""
@@ -57,7 +60,8 @@ def test_every_head_fits_the_dimensions_of_any_robot(kind, options, is_binary):
         return
     torch.manual_seed(0)
     head, binary = kind(64, 2, is_binary, **options), torch.tensor(is_binary)
-    features = torch.randn(1, *([head.n_queries] if kind is TokensHead else []), 64)
+    is_discrete = isinstance(head, TokensHead)
+    features = torch.randn(1, *([head.n_queries] if is_discrete else []), 64)
     action = torch.where(binary, torch.tensor(1.0), torch.linspace(-0.9, 0.9, 2 * len(is_binary)).view(1, 2, -1))
     mask = torch.ones_like(action, dtype=torch.bool)
     mask[..., -1, 0] = False
@@ -70,7 +74,7 @@ def test_every_head_fits_the_dimensions_of_any_robot(kind, options, is_binary):
     predicted = head.predict(features)
     assert predicted.shape == action.shape and torch.allclose(predicted[mask], action[mask], atol=0.15)
     assert (predicted[..., binary] <= 1).all() and torch.equal(join_dims(*split_dims(action, is_binary), is_binary), action)
-    if kind is not TokensHead:
+    if not is_discrete:
         assert (losses["gripper_loss"] == 0) == (not any(is_binary)) and (losses["arm_loss"] == 0) == all(is_binary)
 
 
@@ -114,15 +118,19 @@ def test_tokens_of_any_leading_shape_come_back(shape):
     assert torch.equal(head.encode(back), ids)
 
 
-def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_stats):
+@pytest.mark.parametrize("settings", [TOKENS, FAST], ids=["bins", "fast"])
+def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_stats, settings):
     """Decoding token by token in the cache equals one pass over all tokens, for prompts of different lengths."""
-    model, processor = build(toy_vlm, toy_stats, TOKENS)
+    model, processor = build(toy_vlm, toy_stats, settings)
     batch = inputs(a_batch(model, processor, b=3))
-    tokens = model.head.encode(model.predict(**batch))
-    state = batch.pop("state")
+    state, chunk = batch["state"], model.predict(**batch)
+    del batch["state"]
     with torch.inference_mode():
-        again = model.head.greedy_tokens(model.history_features(state, tokens=tokens, **batch))
-    assert torch.equal(again[:, 0], tokens)
+        tokens = generate_tokens(model, state[:, -1], **batch)
+        assert torch.equal(model.head.decode(tokens), chunk)
+        rest = torch.zeros(3, model.head.n_queries - tokens.shape[1], dtype=torch.int64)  # once all chunks are complete
+        again = model.head.greedy_tokens(model.history_features(state, tokens=torch.cat([tokens, rest], 1), **batch))
+    assert torch.equal(again[:, 0, : tokens.shape[1]], tokens)
 
 
 def test_action_tokens_are_causal(toy_vlm, toy_stats):
