@@ -6,6 +6,8 @@ Modules:
     action_losses: the masked loss of continuous actions, by dimension.
     flow_matching: conditional flow matching of action chunks: loss, and Euler steps.
     action_expert: an action expert that attends to the hidden states of the backbone's layers.
+    fast_tokenizer: FAST: chunks as tokens, by a cosine transform and byte pairs, and back.
+    token_heads: discrete action heads: uniform bins, and FAST.
     heads: action heads: features at `<act>` to actions.
     layer_mix: a learned mix of several hidden layers.
     history_modules: policy-head histories: fuse the features of several observations.

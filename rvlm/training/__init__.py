@@ -5,6 +5,7 @@ Modules:
     feature_cache: features of a frozen vision tower, computed once per frame.
     frozen_backbone: what is read at `<act>` of a frozen backbone, computed once per frame.
     detection: stage 0: detection pre-training of the vision tower.
+    action_vocabulary: the byte pairs of head "fast", learned from a stage's chunks.
     stage_data: model, processor, samples and collator of each kind of stage.
     trainer_checkpoints: checkpoints of a running training, and resuming from the newest complete one.
     learning_rates: a schedule in two steps, and a learning rate of a part of the weights.

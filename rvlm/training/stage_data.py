@@ -24,6 +24,7 @@ from rvlm.policy.config import VLAConfig
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning
 from rvlm.policy.factory import make_policy, modify_policy
 from rvlm.policy.hub import fetch
+from rvlm.training.action_vocabulary import learn_from_episodes
 from rvlm.training.feature_cache import cached_features
 from rvlm.training.frozen_backbone import FeaturesOfRows, observation_features, why_at_every_step
 from rvlm.training.stages import DETECTION, ROBOT, VISION_LANGUAGE, Stage
@@ -83,6 +84,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     datasets = [EpisodeDataset(root) for root in stage.data]
     train = [_select_shots(stage, data, split(data)[0]) for data in datasets]
     model, processor = _load_policy(stage, _embodiments(datasets, train, _relative_chunk(stage)))
+    learn_from_episodes(model, datasets, train)
     _set_image_sizes(model, datasets)
     prompt_builder = model.prompt_builder(processor)
     precomputed = _precomputed(stage, model, prompt_builder, datasets, train)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STRUCTURES = {
     "one-step, mlp": {"structure": "one_step"},
     "one-step, tokens": {"structure": "one_step", "head": "tokens", "chunk_size": 1},
+    "one-step, fast": {"structure": "one_step", "head": "fast", "chunk_size": 1, "head_options": {"scale": 4.0}},
     "interleaved": {"structure": "interleaved", "n_obs_steps": 2},
     "policy head": {"structure": "policy_head", "history": "lstm", "n_obs_steps": 2, "head": "flow", "vlm_layers": 2},
     "one-step, expert": {"structure": "one_step", "head": "expert", "head_options": {"hidden": 32, "n_layers": 2}},
@@ -40,6 +41,7 @@ IMPOSSIBLE = {
     ("kosmos2", "interleaved"): "one image a prompt",
     ("florence2", "interleaved"): "one image a prompt",
     ("florence2", "one-step, tokens"): "attends bidirectionally",
+    ("florence2", "one-step, fast"): "attends bidirectionally",
 }
 
 
