@@ -18,12 +18,11 @@ from rvlm.data.actions import ActionSpec
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
-from rvlm.policy.heads import HEADS
+from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.layer_mix import LayerMix
 from rvlm.policy.pretrained import SavedPolicy
 from rvlm.policy.token_decoding import generate_tokens
-from rvlm.policy.token_heads import TokensHead
 from rvlm.vlm.causality import ensure_causal_attention
 from rvlm.vlm.hidden_states import action_query_states, prompt_states
 from rvlm.vlm.prompts import PromptBuilder

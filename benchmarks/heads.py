@@ -1,0 +1,79 @@
+"""Success of every action head at one budget on the tabletop, as one table with intervals.
+
+    python benchmarks/heads.py [--heads flow fast ...] [--trainings 3] [--episodes 100] [--samples 24000] [--workers N]
+
+Every head is trained from the shipped vision-language model on the same demonstrations, with the same samples, seeds, chunk size
+and executed actions, and evaluated in the same new scenes. Trains and evaluates what is not cached, so a run that was stopped
+goes on; writes `results/tables/heads.csv` and `.tex`, and the setup with commit and hardware to `results/heads.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+
+from rvlm.evaluation.closed_loop import Evaluation, evaluate
+from rvlm.evaluation.success import success_table
+from rvlm.experiments.recipes import ONE_STEP
+from rvlm.experiments.robots import RobotRecipe
+from rvlm.files import atomic_write, results_dir
+from rvlm.provenance import provenance
+from rvlm.report.findings import save_table
+from rvlm.training.launch import train_parallel
+
+HEADS = {  # row of the table -> fields of `VLAConfig`
+    "mlp": {"head": "mlp"},
+    "flow": {"head": "flow"},
+    "expert": {"head": "expert"},
+    "tokens, autoregressive": {"head": "tokens"},
+    "tokens, parallel": {"head": "tokens", "head_options": {"decoding": "parallel"}},
+    "fast": {"head": "fast"},
+}
+SUITE = "tabletop/franka7"
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--trainings", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--demonstrations", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=24_000)
+    parser.add_argument("--chunk", type=int, default=4, help="actions predicted")
+    parser.add_argument("--executed", type=int, default=1, help="actions executed of a chunk")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def stages(options):
+    """(head, seed) -> its training."""
+    recipe = RobotRecipe(SUITE, n_demonstrations=options.demonstrations, n_samples=options.samples)
+    base = {**ONE_STEP, "chunk_size": options.chunk, "n_action_steps": options.executed}
+    return {
+        (head, seed): recipe.stage(seed, policy={**base, **HEADS[head]})
+        for head in options.heads
+        for seed in range(options.trainings)
+    }
+
+
+def main():
+    options = arguments()
+    started, wanted = time.perf_counter(), stages(options)
+    models = train_parallel({f"{head}|{seed}": stage for (head, seed), stage in wanted.items()})
+    trained_s = time.perf_counter() - started
+    evaluations = {name: Evaluation(str(model), options.episodes, suite=SUITE) for name, model in models.items()}
+    episodes = evaluate(evaluations, options.workers)
+    episodes[["name", "training"]] = episodes["name"].str.split("|", expand=True).to_numpy()
+    table = success_table(episodes).rename(columns={"name": "head"})
+    setup = {**vars(options), "suite": SUITE, "seeds": list(range(options.trainings)), "policies": HEADS}
+    setup |= {"stage": dataclasses.asdict(next(iter(wanted.values()))), "trained_s": round(trained_s)}
+    setup["stage"] = {k: v for k, v in setup["stage"].items() if k not in ("policy", "data", "init", "seed")}
+    record = {**setup, **provenance(), "rows": table.to_dict("records")}
+    atomic_write(results_dir() / "heads.json", json.dumps(record, indent=1))
+    print(save_table(table, "heads").to_string(index=False, float_format="%.3f"))
+    print(f"trained in {trained_s:.0f} s, evaluated in {time.perf_counter() - started - trained_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
