@@ -98,7 +98,7 @@ def test_binary_dimensions_are_the_previous_chunks_where_frozen(two_modes):
         assert (opened[:, :n_kept] == 1).all() and (opened[:, n_kept:] < 0.5).all()
 
 
-@pytest.mark.parametrize("structure", ["one_step-flow", "interleaved-flow", "policy_head-lstm-flow"])
+@pytest.mark.parametrize("structure", ["one_step-flow", "interleaved-flow", "policy_head-lstm-flow", "one_step-expert"])
 def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, structure):
 
     policy, rng = Policy(*build(toy_vlm, toy_stats, SETTINGS[structure])), np.random.default_rng(0)

@@ -133,6 +133,8 @@ REFUSED = [
     ({}, {"has_state": True}, "the state enters"),
     ({}, {"embodiment_conditioning": "token"}, "a learned embodiment token"),
     ({}, {"head": "tokens", "head_options": {"n_bins": 8}}, "head 'tokens' has trained query embeddings"),
+    ({}, {"head": "expert", "head_options": {}}, "an action expert attends to every token"),
+    ({}, {"vlm_layers": 2}, "several layers of the backbone are mixed"),
     ({}, {"structure": "interleaved", "n_obs_steps": 2}, "structure 'interleaved' reads the whole window"),
     ({"augment": {"shift": 2}}, {}, "images are augmented"),
     ({"instructions": "paraphrased"}, {}, "instructions are paraphrased"),
