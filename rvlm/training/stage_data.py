@@ -165,7 +165,7 @@ def _relative_chunk(stage: Stage) -> int | None:
     return settings["chunk_size"] if settings["action_representation"] == "relative" else None
 
 
-def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray], relative_chunk: int | None) -> list[Embodiment]:
+def _embodiments(datasets: Sequence[Any], train: Sequence[np.ndarray], relative_chunk: int | None = None) -> list[Embodiment]:
     """The embodiment of each dataset; datasets with the same data card share statistics, over all their training episodes."""
     cards = [data.require_spec().dataset for data in datasets]
     of_card = {

@@ -38,7 +38,7 @@ SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["
 
 # -- what it is made of ------------------------------------------------------------------------------------------------
 THERE_ARE = (
-    "there are one_step with mlp or flow or tokens or expert, no history, n_obs_steps of 1; interleaved with mlp or flow or "
+    "there are one_step with mlp or flow or tokens or fast or expert, no history, n_obs_steps of 1; interleaved with mlp or flow or "
     "expert, no history, n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
 )
 
@@ -47,7 +47,7 @@ THERE_ARE = (
     ("wrong", "message"),
     [
         ({"structure": "two_step"}, "no structure 'two_step'; there are one_step, interleaved, policy_head"),
-        ({"head": "mpl"}, "no head 'mpl'; there are mlp, flow, tokens, expert"),
+        ({"head": "mpl"}, "no head 'mpl'; there are mlp, flow, tokens, fast, expert"),
         ({"history": "rnn"}, "no history 'rnn'; there are None, lstm, gpt"),
         ({"history": "lstm"}, f"'one_step'.*history='lstm'.*do not go together; {THERE_ARE}"),
         ({"n_obs_steps": 4}, f"n_obs_steps=4 do not go together; {THERE_ARE}"),
@@ -81,7 +81,7 @@ def test_an_unsupported_combination_is_refused(toy_vlm, toy_stats, wrong, messag
 def test_cameras_are_those_of_the_card_unless_named(toy_vlm, toy_stats):
     one = dataclasses.replace(SPEC, cameras=("front",))
     model, processor = make_policy(toy_vlm, one, toy_stats, **ONE_STEP)
-    observation = {"front": np.zeros((48, 48, 3), np.uint8), "state": np.zeros(7), "instruction": TEXTS[0]}
+    observation = {"images": {"front": np.zeros((48, 48, 3), np.uint8)}, "state": np.zeros(7), "instruction": TEXTS[0]}
     assert list(model.config.cameras) == ["front"] and Policy(model, processor).select_action([observation]).shape == (1, 7)
     assert list(make_policy(toy_vlm, SPEC, toy_stats, **ONE_STEP, cameras=["wrist"])[0].config.cameras) == ["wrist"]
 
@@ -89,7 +89,8 @@ def test_cameras_are_those_of_the_card_unless_named(toy_vlm, toy_stats):
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
     with pytest.raises(
-        TypeError, match=rf"unknown settings \['{name}'\]; there are cameras, chunk_size, embodiment_conditioning, has_state"
+        TypeError,
+        match=rf"unknown settings \['{name}'\]; there are action_representation, cameras, chunk_size, embodiment_conditioning, has_state",
     ):
         make_policy(toy_vlm, SPEC, toy_stats, **{name: 1})
 
