@@ -38,8 +38,8 @@ SEQUENCES = {name: settings for name, settings in SETTINGS.items() if settings["
 
 # -- what it is made of ------------------------------------------------------------------------------------------------
 THERE_ARE = (
-    "there are one_step with mlp or flow or tokens or fast or expert, no history, n_obs_steps of 1; interleaved with mlp or flow or "
-    "expert, no history, n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
+    "there are one_step with mlp or flow or tokens or fast or expert, no history, n_obs_steps of 1; interleaved with mlp or "
+    "flow or expert, no history, n_obs_steps from 2 on; policy_head with mlp or flow, lstm or gpt, n_obs_steps from 2 on"
 )
 
 
@@ -88,10 +88,8 @@ def test_cameras_are_those_of_the_card_unless_named(toy_vlm, toy_stats):
 
 @pytest.mark.parametrize("name", ["chunksize", "spec_", "model_type"])
 def test_an_unknown_setting_is_an_error(toy_vlm, toy_stats, name):
-    with pytest.raises(
-        TypeError,
-        match=rf"unknown settings \['{name}'\]; there are action_representation, cameras, chunk_size, embodiment_conditioning, has_state",
-    ):
+    known = "action_representation, cameras, chunk_size, embodiment_conditioning, has_state"
+    with pytest.raises(TypeError, match=rf"unknown settings \['{name}'\]; there are {known}"):
         make_policy(toy_vlm, SPEC, toy_stats, **{name: 1})
 
 
