@@ -36,7 +36,6 @@ def predict_chunks(
     model, robot, conditioning = policy.model, policy.robot, policy.model.conditioning
     ablate = _input_ablation(ablation, windows)
     collate, stats = RobotCollator(policy.prompt_builder), robot.stats
-    policy.expected.check_sizes(windows.dataset.image_sizes(windows.cameras), "recorded images")
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
@@ -76,8 +75,8 @@ def _permuted_instructions(dataset: Any, episodes: Sequence[int]) -> dict[int, s
 
 def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = None) -> Any:
     """Windows of recorded episodes as this policy reads them, normalised with the statistics of its robot."""
-    config = policy.model.config
-    stats = policy.robot.stats
+    config, stats = policy.model.config, policy.robot.stats
+    policy.expected.check_sizes(dataset.image_sizes(config.cameras), "recorded images")
     return Windows(
         dataset,
         *(config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras, config.image_size),
