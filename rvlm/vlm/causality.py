@@ -1,5 +1,7 @@
 """Whether a vision-language model's attention is causal over its prompt, found by trying."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +39,7 @@ def ensure_causal_attention(model: PreTrainedModel, prompt_builder: PromptBuilde
 
 
 @torch.inference_mode()
-def _is_causal(model: PreTrainedModel, batch: dict[str, torch.Tensor], act_id: int) -> bool:
+def _is_causal(model: PreTrainedModel, batch: dict[str, Any], act_id: int) -> bool:
     """Whether the hidden state at the first `<act>` is the same after a change to the last one's embedding."""
     n_act = int((batch["input_ids"] == act_id).sum())
     offsets = torch.zeros(n_act, model.config.get_text_config().hidden_size, device=model.device)
