@@ -65,6 +65,8 @@ class Camera:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its images [px]."""
+        if len(sizes := sizes_of(self.feature["shape"])) == 1:
+            return next(iter(sizes))
         height, width, _ = self._size(self._existing_files())
         return height, width
 
@@ -75,16 +77,20 @@ class Camera:
             size: Height and width to resize them to [px]; their own if left out.
         """
         files, data = self._existing_files(), self.data
+        size = None if size is None or sizes_of(self.feature["shape"]) == {tuple(size)} else (size[0], size[1])
         made_from = {
             "files": [file_hash(path) for path in files],
             "rows": _hash(*files.values(), *([self._timestamps(), *self._spans().values()] if self.is_video else ())),
             "feature": [self.key, self.feature["dtype"], self.feature["shape"], float(data.info["fps"])],
-            "size": list(size or self.size),
+            "size": size and list(size),
             "code": hash_of_code(*CODE),
         }
-        shape = (data.n_frames, *(size or self.size), 3)
+
+        def shape() -> tuple[int, ...]:
+            return (data.n_frames, *(size or self._size(files)[:2]), 3)
+
         about = {"dataset": data.root.name, "camera": self.key, "roots": list(CODE)}
-        return cached_frames(made_from, about, lambda: shape, lambda out: self._decode(files, out, size))
+        return cached_frames(made_from, about, shape, lambda out: self._decode(files, out, size))
 
     # --- locating ----------------------------------------------------------------------------------------------------------
 
