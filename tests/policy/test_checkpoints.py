@@ -269,7 +269,7 @@ def test_the_model_card_states_what_the_numbers_mean(kept, toy_stats):
     for name, unit in zip(SPEC.state_names, SPEC.state_units, strict=True):
         assert f"| {name} | {unit} | " in text
     assert f"{toy_stats['action'].count} training frames of {SPEC.robot}" in text
-    assert "at 10 Hz; the gripper opens at 1 and closes at -1" in text and "Not measured when this card was written" in text
+    assert "at 10 Hz" in text and "gripper, 1 open, -1 closed" in text and "Not measured when this card was written" in text
     assert "Vision-language model: vlm, revision none, a folder" in text and f"torch {torch.__version__}" in text
     card = model_card(load_vla(folder)[0], {"simple": wilson(84, 100)}, "apache-2.0", ["It has never met a real robot."])
     assert "| simple | 84/100 | 84% | " in card and "license: apache-2.0" in card and "- It has never met a real robot." in card

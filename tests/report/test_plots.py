@@ -14,7 +14,12 @@ from rvlm.report import plots
 
 NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 SCALE = np.array([0.02] * 3 + [0.05] * 3 + [1.0])
-SPEC = SimpleNamespace(names=NAMES, units=("m",) * 3 + ("rad",) * 3 + ("1",), to_si=lambda actions, *names: actions * SCALE)
+SPEC = SimpleNamespace(
+    names=NAMES,
+    units=("m",) * 3 + ("rad",) * 3 + ("1",),
+    is_binary=[False] * 6 + [True],
+    to_si=lambda actions, *names: actions * SCALE,
+)
 FRAMES = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
 
 ESTIMATES = pd.DataFrame(
