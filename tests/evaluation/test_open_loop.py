@@ -188,7 +188,7 @@ def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatc
 
 
 def test_recordings_of_another_size_are_refused(policy, dataset):
-    expected = dataclasses.replace(policy.expected, image_size=(48, 48))
+    expected = dataclasses.replace(policy.expected, sizes=dict.fromkeys(policy.expected.sizes, (48, 48)))
     other = Policy(policy.model, policy.prompt_builder.processor)
     other.expected = expected
     with pytest.raises(ObservationError, match=r"expected \(48, 48\) \(h, w\), as in training, got \(96, 96\)"):
