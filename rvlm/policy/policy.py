@@ -115,6 +115,7 @@ class Policy:
         self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompt_builder)
         self._sizes: dict[str, tuple[int, int]] | None = None  # of the images since the reset
         self._has_warned = False
+        self._state = np.zeros((n_robots, len(self.robot.spec.state_names)))  # raw, of the last observation
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
 

@@ -176,6 +176,13 @@ WAYS = {
 }
 
 
+def test_robots_are_dropped_before_the_first_observation_too(toy_vlm, toy_stats):
+    policy, rng = Policy(*build(toy_vlm, toy_stats, ONE_STEP)), np.random.default_rng(0)
+    policy.reset(3)
+    policy.keep([2, 0])
+    assert policy.select_action([observe(rng), observe(rng)]).shape == (2, 7)
+
+
 @pytest.mark.parametrize(
     "settings, way",
     [(name, "first action") for name in SETTINGS if "flow" not in name]
