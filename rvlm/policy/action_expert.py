@@ -6,20 +6,19 @@ model; SmolVLA (Shukor et al. 2025, arXiv 2506.01844), section 3: by cross-atten
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
-from rvlm.policy.flow_matching import flow_matching_error, integrate, require_continuous, time_waves
+from rvlm.policy.action_losses import split_dims
+from rvlm.policy.flow_matching import FlowMatchingHead, time_waves
 
 EXPERT_LAYERS = 4
 
 
-class ActionExpert(nn.Module):
+class ActionExpert(FlowMatchingHead):
     """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones, by cross-attention.
 
     Each action of a chunk is a token. Every layer is self-attention over these tokens, cross-attention to all tokens of the
@@ -38,9 +37,6 @@ class ActionExpert(nn.Module):
         ValueError: Every dimension is binary, or the heads cannot share the width evenly.
     """
 
-    n_queries = 1
-    initial_noise: Tensor
-
     def __init__(
         self,
         width: int,
@@ -53,19 +49,16 @@ class ActionExpert(nn.Module):
         n_noise_samples: int = 8,
         gripper_weight: float = 0.1,
     ) -> None:
-        super().__init__()
-        require_continuous(is_binary)
+        super().__init__(chunk_size, is_binary, n_euler_steps, n_noise_samples, gripper_weight)
         if n_layers < 1 or n_heads < 1 or hidden % n_heads:
             raise ValueError(
                 f"expected an action expert of at least one layer, and a width that its heads share evenly; got "
                 f"n_layers={n_layers}, hidden={hidden}, n_heads={n_heads}"
             )
-        n_binary, self.is_binary, self.gripper_weight = sum(is_binary), tuple(is_binary), gripper_weight
-        self.shape, self.n_layers = (chunk_size, len(is_binary) - n_binary), n_layers
-        self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples
+        self.n_layers = n_layers
         self.embed = nn.Sequential(nn.Linear(self.shape[1] + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.positions = nn.Parameter(torch.randn(chunk_size, hidden) * hidden**-0.5)
-        self.binary_tokens = nn.Parameter(torch.randn(chunk_size, hidden) * hidden**-0.5) if n_binary else None
+        self.binary_tokens = nn.Parameter(torch.randn(chunk_size, hidden) * hidden**-0.5) if self.n_binary else None
         self.context = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden)) for _ in range(n_layers))
         block: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(hidden, n_heads, 4 * hidden, **block) for _ in range(n_layers))
@@ -102,17 +95,3 @@ class ActionExpert(nn.Module):
             return features.new_zeros(*leading, self.shape[0], 0)
         tokens = self.binary_tokens.expand(math.prod(leading), -1, -1)
         return self.attend(tokens, features.flatten(0, -4))[1].unflatten(0, leading)
-
-    def loss(
-        self, features: Float[Tensor, "*n v l d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
-        clean, _ = split_dims(action * mask, self.is_binary)  # masked action dims are zeroed
-        error = flow_matching_error(partial(self.predict_clean_action, features), clean, self.n_noise_samples)
-        return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
-
-    def predict(self, features: Float[Tensor, "*n v l d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
-        noise = self.initial_noise.expand(*features.shape[:-3], *self.shape)
-        chunk = integrate(partial(self.predict_clean_action, features), noise, self.n_euler_steps)
-        return join_dims(chunk, self.binary_logits(features).sigmoid(), self.is_binary)

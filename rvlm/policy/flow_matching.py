@@ -1,14 +1,17 @@
-"""Conditional flow matching of action chunks: the training loss, and the Euler steps from noise to action.
+"""Conditional flow matching of action chunks: the training loss, the Euler steps from noise to action, and a head of both.
 
 A network predicts the clean action (x1) of a noised chunk, which gives the velocity. Flow time 0 is noise, 1 is action.
 Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # noised chunks (..., k, c) and flow times (..., 1) to clean chunks (..., k, c)
 
@@ -49,3 +52,56 @@ def integrate(denoise: Denoiser, noise: Float[Tensor, "*n k c"], n_steps: int) -
         time = torch.full_like(chunk[..., 0, :1], step / n_steps)
         chunk = chunk + (denoise(chunk, time) - chunk) / (n_steps - step)
     return chunk
+
+
+class FlowMatchingHead(nn.Module):
+    """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones.
+
+    A subclass gives the network: `predict_clean_action` and `binary_logits`. Inference takes a few Euler steps from one noise
+    sample, which the subclass stores with its weights as `initial_noise` (k, c), so the policy is deterministic.
+
+    Args:
+        chunk_size: Actions predicted (k).
+        is_binary: Which of the action's dimensions (a) are.
+        n_euler_steps: From noise to action.
+        n_noise_samples: Noise and time samples for each feature and update; the backbone runs once for all of them.
+        gripper_weight: Weight of the cross entropy.
+
+    Raises:
+        ValueError: Every dimension is binary.
+    """
+
+    n_queries = 1
+    initial_noise: Tensor
+
+    def __init__(
+        self, chunk_size: int, is_binary: Sequence[bool], n_euler_steps: int, n_noise_samples: int, gripper_weight: float
+    ) -> None:
+        super().__init__()
+        require_continuous(is_binary)
+        self.is_binary, self.n_binary, self.gripper_weight = tuple(is_binary), sum(is_binary), gripper_weight
+        self.shape = (chunk_size, len(is_binary) - self.n_binary)
+        self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples
+
+    def predict_clean_action(self, features: Tensor, chunk: Tensor, time: Tensor) -> Tensor:
+        """Clean actions (..., k, c) of noised chunks at flow times (..., 1), which may have more leading axes than features."""
+        raise NotImplementedError
+
+    def binary_logits(self, features: Tensor) -> Tensor:
+        """Logits (..., k, g) of the g binary dimensions."""
+        raise NotImplementedError
+
+    def loss(
+        self, features: Tensor, action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
+        clean, _ = split_dims(action * mask, self.is_binary)  # masked action dims are zeroed
+        error = flow_matching_error(partial(self.predict_clean_action, features), clean, self.n_noise_samples)
+        return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
+
+    def predict(self, features: Tensor) -> Float[Tensor, "*n k a"]:
+        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
+        logits = self.binary_logits(features)
+        noise = self.initial_noise.expand(*logits.shape[:-2], *self.shape)
+        chunk = integrate(partial(self.predict_clean_action, features), noise, self.n_euler_steps)
+        return join_dims(chunk, logits.sigmoid(), self.is_binary)

@@ -8,7 +8,6 @@ Source: RoboVLMs (arXiv 2412.14058), section on VLA formulations and appendix on
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
-from rvlm.policy.flow_matching import flow_matching_error, integrate, require_continuous, time_waves
+from rvlm.policy.flow_matching import FlowMatchingHead, time_waves
 from rvlm.policy.token_heads import FASTHead, TokensHead
 
 ARM_LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
@@ -78,7 +77,7 @@ class MLPHead(nn.Module):
         return join_dims(predicted, logits.sigmoid(), self.is_binary)
 
 
-class FlowHead(nn.Module):
+class FlowHead(FlowMatchingHead):
     """Conditional flow matching (`rvlm.policy.flow_matching`) of the continuous dimensions' chunk; binary ones are classified.
 
     A small denoiser is conditioned on the feature and the flow time. Inference takes a few Euler steps from one noise sample that
@@ -93,9 +92,6 @@ class FlowHead(nn.Module):
         ValueError: Every dimension is binary.
     """
 
-    n_queries = 1
-    initial_noise: Tensor
-
     def __init__(
         self,
         width: int,
@@ -106,15 +102,11 @@ class FlowHead(nn.Module):
         n_noise_samples: int = 8,
         gripper_weight: float = 0.1,
     ) -> None:
-        super().__init__()
-        require_continuous(is_binary)
-        n_binary, self.is_binary, self.gripper_weight = sum(is_binary), tuple(is_binary), gripper_weight
-        self.shape = (chunk_size, len(is_binary) - n_binary)
-        self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples
+        super().__init__(chunk_size, is_binary, n_euler_steps, n_noise_samples, gripper_weight)
         n_values = math.prod(self.shape)
         self.norm = nn.LayerNorm(width)
         self.expert = mlp(width + n_values + 2, hidden, n_values)
-        self.gripper = mlp(width, hidden, chunk_size * n_binary) if n_binary else None
+        self.gripper = mlp(width, hidden, chunk_size * self.n_binary) if self.n_binary else None
         self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def predict_clean_action(
@@ -129,20 +121,6 @@ class FlowHead(nn.Module):
         if self.gripper is None:
             return features.new_zeros(*features.shape[:-1], self.shape[0], 0)
         return self.gripper(self.norm(features)).unflatten(-1, (self.shape[0], -1))
-
-    def loss(
-        self, features: Float[Tensor, "*n d"], action: Float[Tensor, "*n k a"], mask: Bool[Tensor, "*n k a"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Losses against normalised actions (..., k, a), where `mask` (..., k, a) is true; binary dimensions are in {0, 1}."""
-        clean, _ = split_dims(action * mask, self.is_binary)  # masked action dims are zeroed
-        error = flow_matching_error(partial(self.predict_clean_action, features), clean, self.n_noise_samples)
-        return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
-
-    def predict(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
-        noise = self.initial_noise.expand(*features.shape[:-1], *self.shape)
-        chunk = integrate(partial(self.predict_clean_action, features), noise, self.n_euler_steps)
-        return join_dims(chunk, self.binary_logits(features).sigmoid(), self.is_binary)
 
 
 HEADS: dict[str, type[nn.Module]] = {

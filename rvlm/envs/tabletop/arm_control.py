@@ -109,16 +109,20 @@ class ArmController:
         self.target_pos = rng.uniform(low, high)
         self.target_rotation = rotation_matrix(rng.normal(0, (0.02, 0.02, 0.1))) @ TOOL_DOWN
         self.update_tcp()
-        for _ in range(60):
-            mujoco.mj_kinematics(self.model, self.data)
-            mujoco.mj_comPos(self.model, self.data)
-            before, self.data.qpos[self._q] = self.data.qpos[self._q], self._solve(self.data)
-            if np.abs(self.data.qpos[self._q] - before).max() < 1e-3:
-                break
+        self._approach(self.data, 60, 1e-3)
         self._command_fingers(bool(rng.random() < 0.7) if is_open is None else is_open)
         self.data.qpos[self._fingers] = self.data.ctrl[self._finger_servos]
         self.data.ctrl[self._servos] = self.data.qpos[self._q]
         self.update_tcp()
+
+    def _approach(self, data: mujoco.MjData, n_steps: int, tolerance: float) -> None:
+        """Set the joints to the target pose, in steps of `_solve` until they change by less than `tolerance` [rad]."""
+        for _ in range(n_steps):
+            mujoco.mj_kinematics(self.model, data)
+            mujoco.mj_comPos(self.model, data)
+            before, data.qpos[self._q] = data.qpos[self._q], self._solve(data)
+            if np.abs(data.qpos[self._q] - before).max() < tolerance:
+                break
 
     def _solve(self, data: mujoco.MjData) -> np.ndarray:
         """One damped-least-squares step towards the target pose; new joint angles [rad] within their limits."""
@@ -132,12 +136,7 @@ class ArmController:
         """Joint angles (j,) [rad], near the present ones, of the hand at `pos` (3,) [m] with `rotation` (3, 3), world frame."""
         self.target_pos, self.target_rotation = np.clip(pos, self.workspace_low, self.workspace_high), rotation
         self._imagined.qpos[:] = self.data.qpos
-        for _ in range(20):
-            mujoco.mj_kinematics(self.model, self._imagined)
-            mujoco.mj_comPos(self.model, self._imagined)
-            before, self._imagined.qpos[self._q] = self._imagined.qpos[self._q], self._solve(self._imagined)
-            if np.abs(self._imagined.qpos[self._q] - before).max() < 1e-4:
-                break
+        self._approach(self._imagined, 20, 1e-4)
         return self._imagined.qpos[self._q]
 
     def update_tcp(self) -> None:
