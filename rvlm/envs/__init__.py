@@ -2,6 +2,7 @@
 
 Modules:
     suites: an environment with its tasks and time limits, by name: the tabletop's or your own.
+    spaces: observation and action space, from a spec.
     suite_checks: checks that an environment is as its suite says.
     demonstrations: demonstrations of a suite's expert, with injected noise and the expert's labels.
     gl: choice of a headless OpenGL platform.

@@ -21,6 +21,7 @@ from rvlm.data.errors import SpecMismatch
 from rvlm.envs.deadline_clock import DeadlineClock
 from rvlm.envs.group_commands import GroupLimits
 from rvlm.envs.robot_commands import RobotCommands, robot_names
+from rvlm.envs.spaces import action_space, observation_space
 
 NEXT_EPISODE = "the episode is over; arrange the scene, then call reset()"
 
@@ -92,15 +93,9 @@ class HardwareEnv(gymnasium.Env):
         self._stop_reason = "reset() was not called; call it, and it connects the robot"
 
     def _make_spaces(self) -> None:
-        texts = self.instructions.values()
         shapes = {camera: tuple(self.robot.observation_features[key]) for camera, key in self._cameras.items()}
-        images: dict[str, Any] = {camera: gymnasium.spaces.Box(0, 255, shape, np.uint8) for camera, shape in shapes.items()}
-        state = gymnasium.spaces.Box(-np.inf, np.inf, (len(self._state_keys),), np.float32)
-        text = gymnasium.spaces.Text(max(map(len, texts)), charset=frozenset("".join(texts)))
-        spaces: dict[str, Any] = {"images": gymnasium.spaces.Dict(images), "state": state, "instruction": text}
-        self.observation_space = gymnasium.spaces.Dict(spaces)
-        low, high = (np.asarray(v, np.float32) for v in (self.action_spec.low, self.action_spec.high))
-        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.observation_space = observation_space(self.action_spec, shapes, self.instructions.values())
+        self.action_space = action_space(self.action_spec)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Start an episode from where the robot is; nothing is sent. Connects the robot if necessary.

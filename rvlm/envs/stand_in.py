@@ -20,6 +20,7 @@ from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.observations import stack_images
 from rvlm.data.rotations import from_rotation, to_rotation
 from rvlm.data.writer import EpisodeWriter
+from rvlm.envs.spaces import action_space
 from rvlm.envs.stand_in_expert import MOVING, REACH, action_towards, draw, n_coordinates, of_units
 from rvlm.envs.suites import Suite
 
@@ -66,8 +67,7 @@ class StandIn(gymnasium.Env):
         self.action_spec, self.lag, self.max_steps = spec, lag, max_steps
         same = None if image_size is None else tuple(np.broadcast_to(image_size, 2).tolist())
         self.sizes = {camera: same or (sizes or {}).get(camera, (48, 48)) for camera in spec.cameras}
-        low, high = (np.asarray(values, np.float32) for values in (spec.low, spec.high))
-        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.action_space = action_space(spec)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """A start and points to go to, drawn by seed; the option "task" is one of `TASKS`.

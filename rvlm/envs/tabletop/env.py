@@ -8,6 +8,7 @@ import mujoco
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
+from rvlm.envs.spaces import action_space, observation_space
 from rvlm.envs.tabletop.experts import expert_delta
 from rvlm.envs.tabletop.failures import FailureClassifier
 from rvlm.envs.tabletop.joint_control import expert_joint_action, is_joint_space, joint_state, move_joints
@@ -20,7 +21,6 @@ from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS, MEMORY_FAMILIE
 from rvlm.envs.tabletop.world import World
 
 CAMERAS = ("static", "wrist")
-_PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
 class Tabletop(gymnasium.Env):
@@ -68,14 +68,9 @@ class Tabletop(gymnasium.Env):
         self._renderer = CameraRenderer(self.world.model, self.world.data, CAMERAS)
         self.image_size = 96 if image_size is None else image_size
         self.metadata = {**self.metadata, "render_fps": self.action_spec.rate_hz}
-        image = gymnasium.spaces.Box(0, 255, (*height_and_width(self.image_size), 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(
-            images=gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, image)),
-            state=gymnasium.spaces.Box(-np.inf, np.inf, (len(self.action_spec.state_names),), np.float32),
-            instruction=gymnasium.spaces.Text(120, charset=_PRINTABLE),
-        )
-        low, high = (np.asarray(v, np.float32) for v in (self.action_spec.low, self.action_spec.high))
-        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        shape = (*height_and_width(self.image_size), 3)
+        self.observation_space = observation_space(self.action_spec, dict.fromkeys(CAMERAS, shape))
+        self.action_space = action_space(self.action_spec)
         self.task: Task
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:

@@ -10,9 +10,8 @@ import mujoco
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
+from rvlm.envs.spaces import action_space, observation_space
 from rvlm.envs.tabletop.rendering import CameraRenderer, height_and_width
-
-_PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,9 @@ class SceneEnv(gymnasium.Env, abc.ABC):
         self.model = mujoco.MjModel.from_xml_string(xml)
         self.data = mujoco.MjData(self.model)
         self._renderer = CameraRenderer(self.model, self.data, spec.cameras)
-        image = gymnasium.spaces.Box(0, 255, (*height_and_width(self.image_size), 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(
-            images=gymnasium.spaces.Dict(dict.fromkeys(spec.cameras, image)),
-            state=gymnasium.spaces.Box(-np.inf, np.inf, (len(spec.state_names),), np.float32),
-            instruction=gymnasium.spaces.Text(120, charset=_PRINTABLE),
-        )
-        low, high = (np.asarray(v, np.float32) for v in (spec.low, spec.high))
-        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        shape = (*height_and_width(self.image_size), 3)
+        self.observation_space = observation_space(spec, dict.fromkeys(spec.cameras, shape))
+        self.action_space = action_space(spec)
         self.task = self.instruction = ""
 
     @abc.abstractmethod
