@@ -7,7 +7,6 @@ by `rvlm.data.frame_alignment`. A contradiction is an `EpisodeError` that names 
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import ActionSpec, NormStats, StatsAccumulator
+from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.data.camera_names import camera_names, find_camera, is_image
 from rvlm.data.cameras import Camera
 from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.meta import check_card, file_path, read_episodes, read_info, read_tasks, stored_spec
-from rvlm.data.representations import canonical_quaternions, relative_actions
+from rvlm.data.pooled_statistics import pooled_stats
 from rvlm.data.row_checks import check_complete, rows_of_file
 from rvlm.data.tables import column_of, episode_indices, read_json, read_rows, read_table
 
-OUTLIER = 100  # warn of values beyond this [normalised units]
 Index = int | np.integer | Any  # Any: other types are refused with a message
 EpisodeIndices = Iterable[int] | np.ndarray | Any
 
@@ -273,53 +271,3 @@ def _within(rows: np.ndarray, first: int, end: int) -> np.ndarray | None:
     """Positions of the rows from `first` to `end`, in order; None unless all are present."""
     at = np.flatnonzero((rows >= first) & (rows < end))
     return at[np.argsort(rows[at])] if len(at) == end - first else None
-
-
-def pooled_stats(
-    parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str = "q01_q99", relative_chunk: int | None = None
-) -> dict[str, NormStats]:
-    """Statistics of "action" and "observation.state" over episodes of one robot from several datasets.
-
-    Warns of values beyond `OUTLIER` in normalised units.
-
-    Args:
-        parts: Datasets, and the episodes of each.
-        kind: Of normalisation.
-        relative_chunk: Size of chunks whose actions are relative to the state at their start; as recorded if left out.
-    """
-    spec = parts[0][0].require_spec()
-    for data, _ in parts[1:]:
-        spec.require_same(data.require_spec(), f"{parts[0][0].root} vs {data.root}")
-    sides = {"action": (spec.names, spec.scale_floor), "observation.state": (spec.state_names, spec.state_scale_floor)}
-    out = {}
-    for key, (names, floor) in ((k, v) for k, v in sides.items() if k in parts[0][0].features):
-        accumulator = StatsAccumulator()
-        for data, episodes in parts:
-            try:
-                accumulator.update(_training_values(data, key, episodes, relative_chunk))
-            except SpecMismatch as error:
-                raise EpisodeError(f"{data.root}, {key}: {error}") from error
-        out[key] = accumulator.finish(kind, tuple(np.flatnonzero(spec.is_binary).tolist()) if key == "action" else (), floor)
-        _warn_of_outliers(f"{parts[0][0].root}, {key}", out[key], names)
-    return out
-
-
-def _training_values(data: EpisodeDataset, key: str, episodes: np.ndarray, relative_chunk: int | None) -> np.ndarray:
-    """Values ``(n, d)`` of a column over episodes, as they are normalised."""
-    spec, rows = data.require_spec(), np.flatnonzero(np.isin(data.episode_of_frame, episodes))
-    placed = spec.placed_action if key == "action" else spec.placed_state
-    values = canonical_quaternions(data.column(key), placed)
-    if key != "action" or relative_chunk is None:
-        return values[rows]
-    state = canonical_quaternions(data.column("observation.state"), spec.placed_state)
-    episode, n = data.episode_of_frame, len(values)
-    starts = [rows[(rows + i < n) & (episode[np.minimum(rows + i, n - 1)] == episode[rows])] for i in range(relative_chunk)]
-    return np.concatenate([relative_actions(spec, values[at + i], state[at]) for i, at in enumerate(starts)])
-
-
-def _warn_of_outliers(what: str, stats: NormStats, names: Sequence[str]) -> None:
-    furthest = np.abs([stats.normalize(stats.min), stats.normalize(stats.max)]).max(0)
-    for i in np.flatnonzero(furthest > OUTLIER).tolist() if stats.kind != "identity" else ():
-        reach = f"{what}: {names[i]!r} reaches {furthest[i]:.0f} in normalised units, as it hardly ever moves "
-        spread = f"(q01 {stats.q01[i]:.3g}, q99 {stats.q99[i]:.3g}, but {stats.min[i]:.3g} to {stats.max[i]:.3g}); "
-        warnings.warn(f"{reach}{spread}are these outliers? repair the rows, or leave the dimension out", stacklevel=3)

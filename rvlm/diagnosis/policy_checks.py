@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 
 from rvlm.data.actions import NormStats, StatsAccumulator
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.pooled_statistics import training_values
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS
 from rvlm.diagnosis.motion_faults import explain_predictions
@@ -23,10 +24,11 @@ def check_statistics(inputs: DiagnosisInputs) -> CheckResult:
     """Are the policy's statistics those of the training episodes of this dataset?"""
     if inputs.trained is None:
         return CheckResult("statistics", NO_MODEL if inputs.policy is not None else NO_POLICY)
-    used, action = inputs.trained.robot.stats["action"], inputs.dataset.column("action")
-    is_training = np.isin(inputs.dataset.episode_of_frame, inputs.training_episodes())
-    expected = StatsAccumulator().update(action[is_training]).finish(used.kind, used.passthrough, used.floor)
-    of_all = StatsAccumulator().update(action).finish(used.kind, used.passthrough, used.floor)
+    used = inputs.trained.robot.stats["action"]
+    expected, of_all = (
+        StatsAccumulator().update(_normalized_actions(inputs, episodes)).finish(used.kind, used.passthrough, used.floor)
+        for episodes in (inputs.training_episodes(), np.arange(inputs.dataset.n_episodes))
+    )
     distance, to_widest = _distance(used, expected), _distance(used, widest_quantiles(expected, inputs))
     columns = {"candidate": ["training episodes", "envelopes"], "difference in scale [1]": [distance, to_widest]}
     evidence = pd.DataFrame(columns)
@@ -43,10 +45,14 @@ def check_statistics(inputs: DiagnosisInputs) -> CheckResult:
 
 def widest_quantiles(stats: NormStats, inputs: DiagnosisInputs) -> NormStats:
     """Statistics whose q01 is the lowest, and q99 the highest, of any training episode: the result of a careless merge."""
-    action = inputs.dataset.column("action")
-    rows = [inputs.frame_slice(episode) for episode in map(int, inputs.training_episodes())]
-    quantiles = np.array([np.quantile(action[part], (0.01, 0.99), axis=0) for part in rows])
+    episodes = [_normalized_actions(inputs, np.array([episode])) for episode in inputs.training_episodes()]
+    quantiles = np.array([np.quantile(values, (0.01, 0.99), axis=0) for values in episodes])
     return dataclasses.replace(stats, q01=quantiles[:, 0].min(0), q99=quantiles[:, 1].max(0))
+
+
+def _normalized_actions(inputs: DiagnosisInputs, episodes: np.ndarray) -> np.ndarray:
+    """Raw actions (n, a) of episodes as the policy predicts them: as recorded, or its chunks relative to the state."""
+    return training_values(inputs.dataset, "action", episodes, inputs.trained and inputs.trained.model.config.relative_chunk)
 
 
 def _distance(a: NormStats, b: NormStats) -> float:

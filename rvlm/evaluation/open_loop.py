@@ -80,7 +80,7 @@ def policy_windows(policy: Any, dataset: Any, episodes: Iterable[int] | None = N
     return Windows(
         dataset,
         *(config.n_obs_steps, config.chunk_size, episodes, stats, config.cameras, config.image_size),
-        is_relative=config.action_representation == "relative",
+        is_relative=config.relative_chunk is not None,
     )
 
 

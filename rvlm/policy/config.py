@@ -99,6 +99,11 @@ class VLAConfig(PreTrainedConfig):
         learned = {} if self.action_vocabulary is None else {"vocabulary": self.action_vocabulary}
         return {**(self.head_options or {}), **learned}
 
+    @property
+    def relative_chunk(self) -> int | None:
+        """Size of its chunks if their actions are relative to the state at their start, None if they are as recorded."""
+        return self.chunk_size if self.action_representation == "relative" else None
+
     def with_stored_backbone(self, **settings: Any) -> "VLAConfig":
         """The same configuration without a base model, for a policy that stores its backbone, with other settings."""
         own = {name: getattr(self, name) for name in VLAConfig.__annotations__ if name != "model_type"}

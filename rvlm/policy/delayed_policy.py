@@ -86,7 +86,7 @@ class DelayedPolicy:
         self.reset()
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int] | None:
         """As `Policy.image_size`."""
         return self.policy.image_size
 

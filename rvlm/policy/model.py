@@ -109,7 +109,7 @@ class VLA(SavedPolicy):
             tuple(self.config.state_slots),
             tuple(ids),
             slots,
-            self.config.action_representation == "relative",
+            self.config.relative_chunk is not None,
         )
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:

@@ -100,9 +100,12 @@ class Policy:
         self.reset()
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of its first camera's images [px]: as in training, or the backbone's own if unknown."""
-        return self.expected.sizes[self._cameras[0]] or (self.prompt_builder.image_size, self.prompt_builder.image_size)
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of all its images [px], as in training, or the backbone's own if unknown; None if cameras differ."""
+        first, *others = self.expected.sizes.values()
+        if any(size != first for size in others):
+            return None
+        return first or (self.prompt_builder.image_size, self.prompt_builder.image_size)
 
     def reset(self, n_robots: int = 1) -> None:
         """Clear queued actions, chunks of the ensemble and the observation history.

@@ -24,7 +24,7 @@ def learn_from_episodes(model: Any, datasets: Sequence[EpisodeDataset], train: S
     config, action, mask = model.config, [], []
     for data, episodes in zip(datasets, train, strict=True):
         robot, nothing = model.embodiment(data.require_spec()), np.zeros((len(data.episode_of_frame), 0), np.float32)
-        is_relative = config.action_representation == "relative"
+        is_relative = config.relative_chunk is not None
         windows = Windows(
             data, 1, config.chunk_size, episodes, robot.stats, config.cameras, is_relative=is_relative, features=nothing
         )

@@ -102,6 +102,7 @@ def plans(
     n_tiles: int | None = None,
     precision: str = "bf16",
     optimizer: str = "adamw_torch_fused",
+    ema_decay: float = 0.0,
 ) -> tuple[MemoryPlan, MemoryPlan]:
     """Plans of a training step without and with gradient checkpointing.
 
@@ -116,6 +117,7 @@ def plans(
         n_tiles: Tiles per image of a policy with `image_tiling`, as of `hub_n_tiles`; 1 without.
         precision: Of the computation: "fp32", "bf16" or "fp16".
         optimizer: Name in `OPTIMIZER_BYTES`.
+        ema_decay: As of `Stage`: an average of the trained weights is held beside them unless it is 0.
 
     Raises:
         ValueError: An optimizer of unknown state size, an unsupported architecture, or `image_tiling` without `n_tiles`.
@@ -125,6 +127,7 @@ def plans(
     model, four_bits = _meta_policy(config, policy, finetuning, lora_rank)
     frozen_bytes = 4 if finetuning == "full" or precision == "fp32" else 2
     static = _static_memory(model, four_bits, frozen_bytes, optimizer)
+    static["weights"] += 4 * static["trained"] * bool(ema_decay)
     decoder = _decoder_costs(model, batch_size, n_text_tokens, n_tiles * n_image_tokens, precision, frozen_bytes)
     n_images = n_tiles * batch_size * model.config.n_obs_steps * len(model.config.cameras)
     tower = _vision_tower_costs(config, n_images, precision, is_trained=finetuning == "full")

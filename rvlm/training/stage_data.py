@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, ProcessorMixin
 
 from rvlm.data.augmentation import augment
-from rvlm.data.dataset import pooled_stats
+from rvlm.data.pooled_statistics import pooled_stats
 from rvlm.data.sampling import FixedBudgetDataset, Mixture
 from rvlm.data.scenes import Scenes
 from rvlm.data.windows import EpisodeDataset, Windows, split
@@ -92,7 +92,7 @@ def _robot(stage: Stage) -> tuple[PreTrainedModel, ProcessorMixin, Any, Any]:
     for i, (data, episodes, given) in enumerate(zip(datasets, train, precomputed, strict=True)):
         embodiment, config = model.embodiment(data.require_spec()), model.config
         window = (config.n_obs_steps, config.chunk_size, episodes, embodiment.stats, config.cameras, config.image_size)
-        is_relative = config.action_representation == "relative"
+        is_relative = config.relative_chunk is not None
         windows = Windows(data, *window, is_relative, dataset_index=i, **given)
         samples = RobotSamples(embodiment, model.conditioning, stage.instructions, stage.paraphrases, stage.augment)
         parts.append(FixedBudgetDataset(windows, stage.n_samples, stage.seed + i, samples))

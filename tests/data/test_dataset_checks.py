@@ -24,9 +24,9 @@ from PIL import Image
 
 from rvlm.data.actions import CARDS, ActionSpec, NormStats
 from rvlm.data.camera_names import find_camera
-from rvlm.data.dataset import pooled_stats
 from rvlm.data.dimensions import check_order
 from rvlm.data.errors import CardError, EpisodeError, SpecMismatch
+from rvlm.data.pooled_statistics import pooled_stats
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, split
 from rvlm.files import PACKAGE
 from rvlm.policy.action_tokenizer import ActionTokenizer

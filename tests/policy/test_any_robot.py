@@ -7,10 +7,13 @@ import torch
 from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.resizing import resize
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
+from rvlm.diagnosis.inputs import DiagnosisInputs
+from rvlm.diagnosis.policy_checks import check_statistics
 from rvlm.evaluation.open_loop import policy_windows, predict_chunks
-from rvlm.policy.factory import load_vla, modify_policy
+from rvlm.policy.factory import load_vla, make_policy, modify_policy
 from rvlm.policy.observation_checks import ObservationError
-from rvlm.policy.policy import load_policy
+from rvlm.policy.policy import Policy, load_policy
+from rvlm.policy.real_time_chunking import continue_chunk
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import train_stage_in_process
@@ -77,9 +80,7 @@ def test_a_robot_of_any_dimensions_is_trained_and_acts(spec, toy_vlm, tmp_path):
     policy = load_policy(folder)
     chunk = policy.predict_action_chunk([observe(spec)])
     assert chunk.shape == (1, 3, spec.n_dims) and np.isfinite(chunk).all()
-    assert policy.image_size == (40, 60) and policy.model.config.camera_sizes == {
-        spec.dataset: {camera: list(size) for camera, size in SIZES.items()}
-    }
+    assert policy.model.config.camera_sizes == {spec.dataset: {camera: list(size) for camera, size in SIZES.items()}}
     data = EpisodeDataset(tmp_path / "d")
     found = predict_chunks(policy, policy_windows(policy, data))
     assert found["predicted"].shape == (48, 3, spec.n_dims) and np.allclose(
@@ -90,7 +91,7 @@ def test_a_robot_of_any_dimensions_is_trained_and_acts(spec, toy_vlm, tmp_path):
 def test_a_smaller_image_is_resized_as_in_training_and_another_size_refused(toy_vlm, tmp_path):
     folder = trained([record(tmp_path / "d", JOINTS)], toy_vlm, tmp_path / "out", policy={"image_size": [32, 48]})
     policy, shown = load_policy(folder), []
-    assert policy.model.config.image_size == [32, 48] and policy.image_size == (40, 60)
+    assert policy.model.config.image_size == [32, 48] and policy.image_size is None, "an environment keeps its own two sizes"
     add = policy.history.add
     policy.history.add = lambda images, *rest: (shown.append(images), add(images, *rest))
     seen = observe(JOINTS)
@@ -122,8 +123,28 @@ def test_relative_targets_move_with_the_state(toy_vlm, tmp_path):
     data = EpisodeDataset(tmp_path / "d")
     found = predict_chunks(policy, policy_windows(policy, data))
     assert np.allclose(found["recorded"][:, 0], data.column("action"), atol=1e-3)
+    assert check_statistics(DiagnosisInputs(policy, data)).fault is None
+    recorded = Policy(*make_policy(toy_vlm, JOINTS, policy.model.stats, **POLICY))
+    assert check_statistics(DiagnosisInputs(recorded, data)).fault == "statistics of another dataset"
     with pytest.raises(ValueError, match="different origins"):
         load_policy(folder, n_action_steps=1, temporal_ensemble_coeff=0.1)
+
+
+def test_the_chunk_that_is_continued_is_relative_to_the_newest_state(toy_vlm, tmp_path, monkeypatch):
+    settings = {"head": "flow", "chunk_size": 8, **RELATIVE}
+    policy = load_policy(trained([record(tmp_path / "d", JOINTS)], toy_vlm, tmp_path / "out", policy=settings))
+    before, now, given = observe(JOINTS), observe(JOINTS), []
+    now["state"] = before["state"] + np.float32([0.5, -0.25, 3])
+    old = policy.predict_action_chunk([before])[:, 2:]
+
+    def spy(head, features, previous, n_frozen):
+        given.append(previous)
+        return continue_chunk(head, features, previous, n_frozen)
+
+    monkeypatch.setattr("rvlm.policy.policy.continue_chunk", spy)
+    assert policy.predict_action_chunk([now], old, n_frozen=2).shape == (1, 8, 3)
+    raw = policy.model.conditioning.raw_actions(policy.robot, given[0].numpy(), now["state"][None])
+    assert np.allclose(raw, old, atol=1e-4), "targets stay where they were"
 
 
 def test_robots_of_different_dimensions_share_a_policy(toy_vlm, tmp_path):

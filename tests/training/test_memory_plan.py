@@ -69,6 +69,15 @@ def test_fewer_trained_weights_and_fewer_bits_need_less_memory(name):
     assert plans["qlora"].weights < 0.65 * plans["lora"].weights
 
 
+def test_an_average_is_a_second_copy_of_what_is_trained():
+    config, n_image_tokens = hub_configs()["SmolVLM2-2.2B"]
+    for finetuning in ("full", "lora"):
+        without, with_it = (
+            plan_memory(config, n_image_tokens, ONE_STEP, finetuning=finetuning, batch_size=1, ema_decay=d) for d in (0.0, 0.99)
+        )
+        assert with_it.peak - without.peak == with_it.weights - without.weights == 4 * without.trained
+
+
 def test_the_smallest_gpu_that_fits():
     config, n_image_tokens = hub_configs()["SmolVLM2-2.2B"]
     whole = plan_memory(config, n_image_tokens, ONE_STEP, batch_size=1)
