@@ -130,6 +130,27 @@ def test_intervals_of_outcomes_cover_the_truth(m, p):
     assert np.mean(is_held, axis=0).min() > 0.92, np.mean(is_held, axis=0)
 
 
+@pytest.mark.parametrize("m", [2, 3, 5])
+@pytest.mark.parametrize("shift", [0.0, 1.0])  # of the log odds, between the two ways
+def test_what_trainings_have_in_common_in_two_ways_does_not_count(m, shift):
+    """Policies that differ much, evaluated in two ways: the interval still covers, and is narrower than for other trainings."""
+    rng, n, n_trials, is_held, widths = np.random.default_rng(1), 50, 200, [], []
+
+    def ways(m, n):
+        odds = rng.normal(0, 1, (m, 1)) + rng.normal(0, 1, (1, n))
+        return [1 / (1 + np.exp(-odds - s - rng.normal(0, 0.2, (m, 1)))) for s in (0.0, shift)]
+
+    true = np.subtract(*(rates.mean() for rates in ways(2000, 2000)))
+    for _ in range(n_trials):
+        a, b = (rng.random((m, n)) < rates for rates in ways(m, n))
+        got, other = paired_difference(a, b, same_trainings=True), paired_difference(a, b)
+        is_held.append(got.low <= true <= got.high)
+        widths.append((got.high - got.low) / (other.high - other.low))
+        assert got.at(0.9).low >= got.low and got.at(0.9).high <= got.high and got.at(0.95) == got
+    assert np.mean(is_held) > 0.92, np.mean(is_held)
+    assert m == 2 or np.median(widths) < 0.85, np.median(widths)
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 5])
 @pytest.mark.parametrize("shape", [1.0, 100.0])  # of errors per episode: an exponential, nearly a normal
 def test_intervals_of_errors_cover_the_truth(m, shape):

@@ -1,7 +1,7 @@
 """Success rates of evaluated episodes, and differences of success rates, with their intervals."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 
@@ -50,7 +50,8 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
 def success_differences(episodes: pd.DataFrame, contrasts: Mapping[str, tuple[str, str]]) -> dict[str, Difference]:
     """Differences in success rate between policies on the same episodes, by `rvlm.statistics.paired_difference`.
 
-    Adjust several contrasts of one notebook together, by `rvlm.statistics.holm`.
+    Adjust several contrasts of one notebook together, by `rvlm.statistics.holm`. Of policies that were evaluated in two ways, as
+    column `policy` tells, the spread that both ways have in common over trainings does not count.
 
     Args:
         episodes: As `evaluate` gives them, with a column `training` where a policy was trained several times.
@@ -71,7 +72,20 @@ def success_differences(episodes: pd.DataFrame, contrasts: Mapping[str, tuple[st
     if {"training", "policy"} <= set(compared):
         _check_trainings(compared)
     outcomes = _outcomes(compared if "training" in compared else compared.assign(training=0), ["name", "training"])
-    return {c: paired_difference(outcomes.loc[a].to_numpy(), outcomes.loc[b].to_numpy()) for c, (a, b) in contrasts.items()}
+    sides = {name: outcomes.loc[name].to_numpy() for name in names}
+    weights = {name: _policies(compared, name) for name in names}
+    return {
+        contrast: paired_difference(sides[a], sides[b], same_trainings=weights[a] is not None and weights[a] == weights[b])
+        for contrast, (a, b) in contrasts.items()
+    }
+
+
+def _policies(episodes: pd.DataFrame, name: str) -> dict[Any, Any] | None:
+    """Training -> policy, of one name; None where the table does not tell."""
+    if not {"training", "policy"} <= set(episodes):
+        return None
+    rows = episodes.loc[episodes["name"] == name].drop_duplicates(["training", "policy"])
+    return dict(zip(rows["training"], rows["policy"], strict=True))
 
 
 def _check_trainings(episodes: pd.DataFrame) -> None:

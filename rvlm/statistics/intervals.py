@@ -55,6 +55,7 @@ class Difference:
         p_value: two-sided, adjusted for several contrasts; None before `rvlm.statistics.holm`.
         sides: the values a and b, each ``(m, n)`` of m trainings on n episodes.
         lower_is_better: the values are errors, and the difference is ``b - a``.
+        same_trainings: both sides are the same trained policies, evaluated in two ways.
     """
 
     estimate: float
@@ -65,6 +66,7 @@ class Difference:
     p_value: float | None = None
     sides: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False, compare=False)
     lower_is_better: bool = field(default=False, repr=False)
+    same_trainings: bool = field(default=False, repr=False)
 
     def at(self, level: float) -> Difference:
         """The same difference with its interval at another level.
@@ -74,7 +76,7 @@ class Difference:
         """
         if self.sides is None:
             raise ValueError("another level needs the outcomes: give a difference from paired_difference or success_differences")
-        return paired_difference(*self.sides, level=level, lower_is_better=self.lower_is_better)
+        return paired_difference(*self.sides, level, self.lower_is_better, self.same_trainings)
 
     def __str__(self) -> str:
         return f"{self.estimate:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
@@ -212,18 +214,22 @@ def mean_interval(values: ArrayLike, level: float = LEVEL, bounds: tuple[float, 
     return Mean(mean, values.shape[1], max(mean - half, least), min(mean + half, largest))
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL, lower_is_better: bool = False) -> Difference:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, level: float = LEVEL, lower_is_better: bool = False, same_trainings: bool = False
+) -> Difference:
     """Mean improvement of a over b on the same episodes, with its interval.
 
     Outcomes of 0 and 1: Newcombe's paired interval, from each side's `success_rate` interval and their correlation over
-    episodes; it has a width at rates of 0 and 1 too. Other numbers: `mean_interval` of the differences, training by training
-    and episode by episode.
+    episodes; it has a width at rates of 0 and 1 too. Over trainings that both sides have in common, the spread of the differences
+    takes the place of each side's. Other numbers: `mean_interval` of the differences, training by training and episode by
+    episode.
 
     Args:
         a: one number per episode, ``(n,)``, or ``(m, n)`` for m trainings on the same episodes.
         b: the same for the other policy or recipe, trainings and episodes in the same order.
         level: confidence level of the interval.
         lower_is_better: the numbers are errors; the difference is ``b - a``.
+        same_trainings: row i of a and of b is one trained policy, evaluated in two ways.
 
     Returns:
         The difference; its interval covers that of these two policies for one training each, that of the recipes for several.
@@ -238,11 +244,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL, lower_is
     estimate = float(gain.mean())
     if _is_binary(a) and _is_binary(b):
         better, worse = (b, a) if lower_is_better else (a, b)
-        low, high = newcombe_paired(better, worse, level)
+        low, high = newcombe_paired(better, worse, level, same_trainings)
     else:
         half = _half_width(gain, level)
         low, high = estimate - half, estimate + half
-    return Difference(estimate, low, high, len(a), level, None, (a, b), lower_is_better)
+    return Difference(estimate, low, high, len(a), level, None, (a, b), lower_is_better, same_trainings)
 
 
 def paired(a: ArrayLike, b: ArrayLike, n_axes: Sequence[int] = (1,)) -> tuple[np.ndarray, np.ndarray]:

@@ -412,6 +412,21 @@ def test_one_policy_evaluated_twice_is_not_two_trainings():
         success_differences(episodes, {"it": ("a", "b")})
 
 
+def test_one_training_evaluated_in_two_ways_is_paired_with_itself():
+    episodes = evaluated({"waits": 0.8, "goes on": 0.4})
+    episodes["policy"] = "weights " + episodes["training"]
+    other = episodes.assign(policy=episodes["name"] + episodes["training"])
+    contrast = {"it": ("waits", "goes on")}
+    same, apart = success_differences(episodes, contrast)["it"], success_differences(other, contrast)["it"]
+    assert same.same_trainings and not apart.same_trainings and same.estimate == apart.estimate
+    assert same == paired_difference(*same.sides, same_trainings=True)
+    assert (apart.low, apart.high) == (lambda d: (d.low, d.high))(paired_difference(*same.sides))
+    swapped = episodes["policy"].where(
+        episodes["name"] == "waits", "weights " + (2 - episodes["training"].astype(int)).astype(str)
+    )
+    assert not success_differences(episodes.assign(policy=swapped), contrast)["it"].same_trainings, "other pairs"
+
+
 def test_rates_of_several_trainings_get_the_wider_interval():
     alike, apart = evaluated({"a": 0.5}), evaluated({"a": 0.5})
     apart["is_success"] = apart["training"] == "0"  # one training solves all, the others nothing
