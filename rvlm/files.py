@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -98,6 +99,20 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def lock_of(final: Path) -> FileLock:
+    """The lock under which a file or folder is made: other callers wait; it is released when its process ends or is killed.
+
+    Raises:
+        RuntimeError: In a worker process that imports a script which calls this: it would wait for its own parent.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            'expected calls under `if __name__ == "__main__":`, as worker processes import the script; got them at its top level'
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{final}.lock")
+
+
 def make_folder(final: Path, write: Callable[[Path], Any]) -> Path:
     """Make the folder `final` unless it exists: completely or not at all, and once for concurrent processes.
 
@@ -107,8 +122,7 @@ def make_folder(final: Path, write: Callable[[Path], Any]) -> Path:
     """
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.with_name(f"{final.name}.lock")):
+    with lock_of(final):
         if not final.is_dir():
             for left in final.parent.glob(f".{final.name}.*.part"):  # of killed processes
                 shutil.rmtree(left, ignore_errors=True)

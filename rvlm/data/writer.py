@@ -41,7 +41,7 @@ from rvlm.data.shards import (
     rename_to_next,
     shard_index,
 )
-from rvlm.files import atomic_write
+from rvlm.files import atomic_write, lock_of
 from rvlm.processes import in_parallel
 
 Episode = tuple[EpisodeFrames, str, dict[str, Any] | None]
@@ -262,10 +262,9 @@ def record_dataset(
     if root.exists():
         _is_finished(root)
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(root)
     _refuse_other(partial, header)  # before waiting for the lock
-    with FileLock(f"{root}.lock"):  # concurrent calls wait
+    with lock_of(root):  # concurrent calls wait
         if root.exists():
             return root
         _open_partial(partial, header)

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm.auto import tqdm
 
 from rvlm.caches import use, use_inputs, write_provenance
-from rvlm.files import atomic_write, hub_commits
+from rvlm.files import atomic_write, hub_commits, lock_of
 from rvlm.processes import PASSIVE, exit_when_process_ends
 from rvlm.training.stages import Stage
 from rvlm.training.trainer import DIVERGED, TrainingDiverged, log_history, train_stage_in_process
@@ -57,17 +57,11 @@ def train(
         >>> policy = rvlm.load_policy(folder)
     """
     final = stage.folder
-    with _lock(final):  # other callers of the same stage wait
+    with lock_of(final):  # other callers of the same stage wait
         if not final.exists():
             _train(stage, final, show_progress, n_threads, on_log)
         _drop_checkpoints(final)
     return use(final) / "model"
-
-
-def _lock(folder: Path) -> FileLock:
-    """A file lock, released when its process ends or is killed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(folder.name + ".lock"))
 
 
 def prepare(stage: Stage) -> Path:
@@ -108,7 +102,7 @@ def distributed_worker(folder: Path) -> None:
         train_stage_in_process(stage, folder)
         return
     try:
-        with _lock(final).acquire(timeout=0), _lock(folder):
+        with lock_of(final).acquire(timeout=0), lock_of(folder):
             train_stage_in_process(stage, folder)
             folder.replace(final)
             _drop_checkpoints(final)
@@ -118,7 +112,7 @@ def distributed_worker(folder: Path) -> None:
 
 def _child_worker(folder: Path) -> None:
     """Train as one of the processes of `train`, after waiting for a trainer whose parent was killed to end."""
-    with _lock(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+    with lock_of(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         train_stage_in_process(_load_stage(folder), folder)
 
 
