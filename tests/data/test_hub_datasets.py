@@ -65,7 +65,9 @@ def test_a_folder_is_itself_or_links_with_a_card(hub, toy_demos):
 
 
 def test_what_is_missing_is_said(hub, toy_demos, monkeypatch):
-    with pytest.raises(EpisodeError, match=r"lab/lifts does not say what its actions mean; give its data card: aloha, bridge, calvin"):
+    with pytest.raises(
+        EpisodeError, match=r"lab/lifts does not say what its actions mean; give its data card: aloha, bridge, calvin"
+    ):
         fetch_dataset(NAME)
     with pytest.raises(EpisodeError, match=r"card 'libero' says 20 Hz"):
         fetch_dataset(NAME, "libero")
