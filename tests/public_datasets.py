@@ -7,7 +7,8 @@ import shutil
 import pandas as pd
 
 from rvlm.data.actions import ActionSpec
-from rvlm.envs.stand_in import StandIn, record_stand_in
+from rvlm.envs.stand_in import TASKS, StandIn, record_stand_in
+from rvlm.envs.suites import Suite
 
 HAND = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 SO_MOTORS = ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper"]
@@ -95,3 +96,13 @@ def _rename_camera(root, info, old, new):
     for path in (root / "meta/episodes").rglob("*.parquet"):
         table = pd.read_parquet(path)
         table.rename(columns=lambda column: column.replace(f"/{old}/", f"/{new}/")).to_parquet(path)
+
+
+def pusht_env(image_size=None):
+    """The stand-in of PushT's robot; of its own image sizes."""
+    return stand_in("pusht")
+
+
+def pusht_suite():
+    """The same as a suite."""
+    return Suite("pusht", ActionSpec.from_card("pusht"), tuple(TASKS), pusht_env, max_steps=40)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rvlm
-from rvlm.cli import add_command, cache, evaluate, lab, run, ship
+from rvlm.cli import add_command, cache, diagnose, evaluate, lab, run, ship
 from rvlm.files import RESULTS
 from rvlm.report.findings import load_findings, provenance_line
 from rvlm.report.notebooks import GIT_PROFILE, InvalidRun
@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   rvlm run 00 -p seed 11                 one notebook with values of your own
   rvlm lab                               JupyterLab on copies of the notebooks
   rvlm evaluate FOLDER tabletop/franka7  a policy's success, per task
+  rvlm diagnose FOLDER                   what is wrong with these demonstrations
 
 environment:
   RVLM_HOME      datasets, checkpoints, caches, results of `rvlm run` (default: artifacts/ of the clone)
@@ -108,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_run(commands)
     lab.add_lab(commands)
     evaluate.add_evaluate(commands)
+    diagnose.add_diagnose(commands)
 
     about = "write the HTML report, and the README's table for the results in git"
     add_command(commands, "report", about).set_defaults(run=_report)
