@@ -1,90 +1,76 @@
 """How many faults does the diagnosis name? On robots that it was not written for, with faults that it was not written for.
 
 Robots: stand-ins of five public cards (`rvlm.envs.stand_in`: displacements and targets, poses and joints, one arm and two, a
-plane), with a policy of which only `select_action` is known; with `--tabletop` also the tabletop's arm with the shipped policy.
-For each: diagnoses without a fault, the faults that the checks were written for, held-out ones (`held_out_faults.py`), and pairs
-of the first kind, where one of the two must be named. Writes `results/named_faults.csv`; prints it with 95 % intervals (Wilson).
+plane), with a policy of which only `select_action` is known; with `--robots` the tabletop's, with trained policies: the shipped
+one of "franka7", the first of `benchmarks/robots.py` of others. For each: diagnoses without a fault, the faults that the checks
+were written for, held-out ones (`held_out_faults.py`), and pairs of the first kind, where one of the two must be named. Writes
+`results/named_faults.csv`; prints it with 95 % intervals (Wilson).
 
-    python benchmarks/named_faults.py [--tabletop]
+    python benchmarks/named_faults.py [--cards so101 ...] [--robots franka7 so101 ...]
 """
 
 import argparse
-import dataclasses
-import itertools
 import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from held_out_faults import HELD_OUT
 
-from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis.checklist import diagnose, first_fault
 from rvlm.diagnosis.faults import faults_of
 from rvlm.diagnosis.inputs import DiagnosisInputs
-from rvlm.envs.stand_in import StandIn, record_stand_in
-from rvlm.envs.stand_in_expert import StandInExpert
+from rvlm.diagnosis.naming import false_alarms, named_faults, named_pairs, stand_in_inputs
+from rvlm.envs.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.suites import load_suite
+from rvlm.experiments.recipes import POLICY
+from rvlm.experiments.robots import ROBOT_RECIPES, RobotRecipe, train_on_robot
 from rvlm.files import atomic_write, results_dir
+from rvlm.policy.policy import load_policy
 from rvlm.statistics import wilson
 
 CARDS = ("libero", "fractal", "so101", "aloha", "pusht")
-N_EPISODES, N_CLEAN, N_PAIRS = 24, 20, 40
+N_CLEAN, N_PAIRS = 20, 40
 
 
-def stand_in_inputs(card, folder):
-    """Data, environment and a policy of a public card's robot."""
-    spec = ActionSpec.from_card(card)
-    data = EpisodeDataset(record_stand_in(StandIn(spec), folder, range(N_EPISODES)))
-    return DiagnosisInputs(StandInExpert(spec), data, StandIn(spec), n_episodes=4, n_frames=40)
-
-
-def tabletop_inputs():
-    """Data, environment and the shipped policy of the tabletop."""
-    from rvlm.envs.tabletop.demonstrations import Collection, collect_demonstrations
-
-    from rvlm import Tabletop, load_policy, recipes
-
-    data = EpisodeDataset(collect_demonstrations(Collection(n_episodes=60)))
-    return DiagnosisInputs(load_policy(recipes.POLICY), data, Tabletop(), n_episodes=3, n_frames=48)
+def tabletop_inputs(robot):
+    """Demonstrations, environment and a trained policy of one of the tabletop's robots."""
+    recipe = ROBOT_RECIPES.get(robot) or RobotRecipe(f"tabletop/{robot}", n_demonstrations=60)
+    policy = load_policy(train_on_robot(robot)[0] if robot in ROBOT_RECIPES else POLICY)
+    data = EpisodeDataset(collect_demonstrations(Collection(recipe.suite, recipe.n_demonstrations, recipe.tasks)))
+    return DiagnosisInputs(policy, data, load_suite(recipe.suite).make(policy.image_size), n_episodes=3, n_frames=48)
 
 
 def rows_of(robot, inputs):
     """A row per diagnosis: robot, kind, fault, what was named, and whether that is right."""
-    for seed in range(N_CLEAN):
-        named = first_fault(diagnose(dataclasses.replace(inputs, seed=seed)))
-        yield robot, "no fault", f"seed {seed}", named, named is None
+    for i, named in enumerate(false_alarms(inputs, N_CLEAN)):
+        yield robot, "no fault", f"draw {i}", named, named is None
     known = faults_of(inputs)
-    for fault in known:
-        named = first_fault(diagnose(fault.inject(inputs)))
-        yield robot, "known", f"{fault.where}: {fault.description}", named, named == fault.expected
+    for row in named_faults(inputs, known).itertuples():
+        yield robot, "known", row.name, row.fault, row.is_right
     for fault in HELD_OUT:
         if fault.applies(inputs.dataset.require_spec()):
             named = first_fault(diagnose(fault.inject(inputs)))
             kind = "held out" if fault.names else "held out, without a name"
             yield robot, kind, f"{fault.where}: {fault.description}", named, named in fault.names if fault.names else bool(named)
-    pairs = [pair for pair in itertools.combinations(known, 2) if pair[0].expected != pair[1].expected]
-    for i in np.random.default_rng(0).permutation(len(pairs))[:N_PAIRS]:
-        one, other = pairs[i]
-        named = first_fault(diagnose(other.inject(one.inject(inputs))))
-        yield robot, "pair", f"{one.where}: {one.description} + {other.where}: {other.description}", named, named in (
-            one.expected, other.expected
-        )  # fmt: skip
+    for one, other, named in named_pairs(inputs, known, N_PAIRS):
+        name = f"{one.where}: {one.description} + {other.where}: {other.description}"
+        yield robot, "pair", name, named, named in (one.expected, other.expected)
 
 
 def main():
     """Diagnose, and print the counts."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tabletop", action="store_true")
     parser.add_argument("--cards", nargs="*", default=CARDS)
+    parser.add_argument("--robots", nargs="*", default=[], choices=["franka7", *ROBOT_RECIPES])
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for card in arguments.cards:
-            rows += rows_of(f"{card} (stand-in)", stand_in_inputs(card, Path(folder) / card))
-        if arguments.tabletop:
-            rows += rows_of("tabletop_franka7", tabletop_inputs())
+            rows += rows_of(f"{card} (stand-in)", stand_in_inputs(card, Path(folder) / card, n_episodes=4, n_frames=40))
+    for robot in arguments.robots:
+        rows += rows_of(f"tabletop_{robot}", tabletop_inputs(robot))
     table = pd.DataFrame(rows, columns=["robot", "kind", "fault", "named", "is_right"])
     atomic_write(results_dir() / "named_faults.csv", table.to_csv(index=False))
     counts = table.groupby(["kind", "robot"], sort=False)["is_right"].agg(["sum", "size"])

@@ -81,7 +81,7 @@ def test_sixty_clicks_in_jupyterlab(server):
         image = page.locator(".jp-OutputArea-output img").first
         drawn, seen = random.Random(0), {image.get_attribute("src")}
         for click in range(60):
-            word = "fingers open" if click % 4 == 1 else drawn.choice(WORDS)
+            word = "gripper open" if click % 4 == 1 else drawn.choice(WORDS)
             before = image.get_attribute("src")
             page.get_by_role("button", name=word, exact=True).click()
             page.wait_for_function(
