@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(name, value, message,
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["12"], "no notebook '12'; those that exist: 00_look_first, "),
+        (["99"], "no notebook '99'; those that exist: 00_look_first, "),
         (["00", "-p", "task", "liftt"], "no task 'liftt'; there are lift, "),
         (["00", "-p", "policy_folder", "no/such/folder"], "policy_folder: no folder "),
         (["04", "-p", "windows", "[2, 'four']"], "expected a list such as [2, 4, 8]"),
