@@ -2,11 +2,14 @@
 
     python benchmarks/robots.py [--robots so101 ...] [--trainings 3] [--episodes 60] [--workers N]
 
-Records demonstrations, trains and evaluates what is not cached, and writes `results/tables/robots.csv` and `.tex`. The exit
-status is 1 if a trained policy does not clearly beat a control: if their 95 % intervals overlap.
+Records demonstrations, trains and evaluates what is not cached, and writes `results/tables/robots.csv` and `.tex`, and the setup
+with commit and hardware to `results/robots.json`. The exit status is 1 if a trained policy does not clearly beat a control: if
+their 95 % intervals overlap.
 """
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -14,6 +17,8 @@ import time
 import pandas as pd
 
 from rvlm.experiments.robots import ROBOT_RECIPES, beats_controls, evaluate_on_robot, robots_table, train_on_robot
+from rvlm.files import atomic_write, results_dir
+from rvlm.provenance import provenance
 from rvlm.report.findings import save_table
 
 
@@ -24,17 +29,28 @@ def main():
     parser.add_argument("--episodes", type=int, default=60)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    episodes = []
+    episodes, seconds = [], {}
     for robot in options.robots:
         started = time.perf_counter()
         models = train_on_robot(robot, range(options.trainings))
         trained_s = time.perf_counter() - started
         episodes.append(evaluate_on_robot(robot, models, options.episodes, options.workers))
         evaluated_s = time.perf_counter() - started - trained_s
+        seconds[robot] = {"recorded and trained": round(trained_s), "evaluated": round(evaluated_s)}
         print(f"{robot}: recorded and trained in {trained_s:.0f} s, evaluated in {evaluated_s:.0f} s")
     table = save_table(robots_table(pd.concat(episodes)), "robots")
     print(table.to_string(index=False, float_format="%.3f"))
     beats = beats_controls(table)
+    recipes = {robot: dataclasses.asdict(ROBOT_RECIPES[robot]) for robot in options.robots}
+    record = {
+        **vars(options),
+        "recipes": recipes,
+        "seconds": seconds,
+        **provenance(),
+        "beats": beats,
+        "rows": table.to_dict("records"),
+    }
+    atomic_write(results_dir() / "robots.json", json.dumps(record, indent=1))
     print(
         ", ".join(
             f"{robot}: {'beats its controls' if does else 'not shown to beat its controls'}" for robot, does in beats.items()

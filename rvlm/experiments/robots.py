@@ -54,11 +54,14 @@ class RobotRecipe:
         return Stage("robot", ROBOT, (str(data),), str(SMALL_VLM), self.n_samples, **{**fields, "seed": seed, **changes})
 
 
+RELATIVE = {**ONE_STEP, "action_representation": "relative"}  # joint targets are predicted as changes of the joints
 _SLIDER_AND_LIGHT = ("move_slider_left", "move_slider_right", "turn_on_light")
 ROBOT_RECIPES: dict[str, RobotRecipe] = {
-    "franka7_joint": RobotRecipe("tabletop/franka7_joint", (*_SLIDER_AND_LIGHT, "open_drawer", "close_drawer"), 200, 9000),
-    "so101": RobotRecipe("tabletop/so101", _SLIDER_AND_LIGHT, 180, 9000),
-    "two_arms": RobotRecipe("tabletop/two_arms", ("lift_left", "lift_right", "lift_both"), n_samples=14_000),
+    "franka7_joint": RobotRecipe(
+        "tabletop/franka7_joint", (*_SLIDER_AND_LIGHT, "open_drawer", "close_drawer"), 200, 9000, RELATIVE
+    ),
+    "so101": RobotRecipe("tabletop/so101", _SLIDER_AND_LIGHT, 180, 9000, RELATIVE),
+    "two_arms": RobotRecipe("tabletop/two_arms", ("lift_left", "lift_right", "lift_both"), n_samples=20_000),
     "planar": RobotRecipe("tabletop/planar", n_samples=10_000),
 }
 
