@@ -1,8 +1,12 @@
-"""Run an evaluated episode again, to see it."""
+"""Run an episode to see it: an evaluated one again, or one with the chunks that are predicted."""
 
 import functools
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from rvlm.data.observations import stack_images
 from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, run_batch, single_thread
 
 
@@ -27,3 +31,30 @@ def _replay_batch(evaluation: Evaluation, batch: int, folder: Path) -> list[dict
     """`folder`, which names the policy's content and the code, is part of the cache's key."""
     with single_thread():  # as in the evaluation
         return run_batch(evaluation, batch, keep_frames=True)
+
+
+def record_rollout(policy: Any, env: Any, seed: int, task: str | None = None) -> dict[str, Any]:
+    """One episode of one robot: observations, executed actions and the chunk predicted at every step.
+
+    Returns:
+        "images", camera -> (n, h, w, 3); per step "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
+        and "instruction", "seed", "is_success".
+    """
+    observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
+    policy.reset()
+    images: list[dict[str, np.ndarray]] = []
+    steps: list[dict[str, np.ndarray]] = []
+    is_success = is_over = False
+    while not (is_success or is_over):
+        chunk = policy.predict_action_chunk([observation])[0]
+        images.append(observation["images"])
+        steps.append({"state": observation["state"], "action": chunk[0], "chunk": chunk})
+        observation, _, is_success, is_over, _ = env.step(chunk[0])
+    columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
+    return {
+        "images": stack_images(images),
+        **columns,
+        "instruction": observation["instruction"],
+        "seed": seed,
+        "is_success": is_success,
+    }

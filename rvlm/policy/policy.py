@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.observations import stack_images
 from rvlm.data.representations import canonical_quaternions
 from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
@@ -238,33 +237,6 @@ class Policy:
                 "overflow: load it in float32, or train it again"
             )
         return self.model.conditioning.raw_actions(self.robot, chunk.float().cpu().numpy(), self._state)
-
-
-def record_rollout(policy: Policy, env: Any, seed: int, task: str | None = None) -> dict[str, Any]:
-    """One episode of one robot: observations, executed actions and the chunk predicted at every step.
-
-    Returns:
-        "images", camera -> (n, h, w, 3); per step "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
-        and "instruction", "seed", "is_success".
-    """
-    observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
-    policy.reset()
-    images: list[dict[str, np.ndarray]] = []
-    steps: list[dict[str, np.ndarray]] = []
-    is_success = is_over = False
-    while not (is_success or is_over):
-        chunk = policy.predict_action_chunk([observation])[0]
-        images.append(observation["images"])
-        steps.append({"state": observation["state"], "action": chunk[0], "chunk": chunk})
-        observation, _, is_success, is_over, _ = env.step(chunk[0])
-    columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
-    return {
-        "images": stack_images(images),
-        **columns,
-        "instruction": observation["instruction"],
-        "seed": seed,
-        "is_success": is_success,
-    }
 
 
 def load_policy(
