@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from unrendered import UnrenderedPlanar
 
 from rvlm.data.actions import ActionSpec
 from rvlm.envs.suites import load_suite
@@ -14,16 +15,9 @@ SPEC = ActionSpec.from_card("tabletop_planar")
 TASKS = tuple(Planar.wordings)
 
 
-class Unseen(Planar):
-    """Without images, for tests of states alone."""
-
-    def _observe(self):
-        return {"images": {}, "state": self.state(), "instruction": self.instruction}
-
-
 @pytest.fixture(scope="module")
 def unseen():
-    return Unseen()
+    return UnrenderedPlanar()
 
 
 def test_the_suite_is_as_its_card_says():

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from unrendered import UnrenderedTwoArms
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
@@ -16,16 +17,9 @@ LEFT, RIGHT = slice(0, 7), slice(7, 14)
 SWAPPED = np.r_[RIGHT, LEFT]
 
 
-class Unseen(TwoArms):
-    """Without images, for tests of states alone."""
-
-    def _observe(self):
-        return {"images": {}, "state": self.state(), "instruction": self.instruction}
-
-
 @pytest.fixture(scope="module")
 def unseen():
-    return Unseen()
+    return UnrenderedTwoArms()
 
 
 def episode(env, seed, task, act=lambda action: action):
