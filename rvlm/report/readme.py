@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
 from rvlm.report.gpu_rows import measured_steps
+from rvlm.report.measured_tables import heads_rows, robots_rows
 from rvlm.report.page import FULL, list_notebooks
 from rvlm.report.withdrawn import trainings_of
 from rvlm.statistics.verdicts import VERDICT_PATTERN
@@ -208,6 +209,20 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
+def robots(results: Path, notebooks: Path | None = None) -> str:
+    """Success of each kind of robot beside its controls: a table."""
+    return _with_note(*robots_rows(results))
+
+
+def heads(results: Path, notebooks: Path | None = None) -> str:
+    """Success of each action head at one budget: a table."""
+    return _with_note(*heads_rows(results))
+
+
+def _with_note(head: list[str], rows: list[list[str]], note: str) -> str:
+    return _table(head, rows) + f"\n{_wrapped(note)}\n" if rows else "Not measured.\n"
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "success": success,
     "cost": cost,
@@ -215,6 +230,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "notebooks": notebooks_table,
     "withdrawn": taken_back,
     "gpu": on_gpu,
+    "robots": robots,
+    "heads": heads,
 }
 
 

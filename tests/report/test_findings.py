@@ -327,6 +327,26 @@ def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results)
         update_readme(tmp_path / "README.md", notebooks, results)
 
 
+def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
+    assert PARTS["robots"](tmp_path) == PARTS["heads"](tmp_path) == "Not measured.\n"
+    run = {"trainings": 3, "episodes": 60, "commit": "0123456789", "hardware": "2 CPU cores"}
+    rate = {"rate": 0.934, "low": 0.8, "high": 0.989}
+    chance = {"rate": 0.0, "low": 0.0, "high": 0.061}
+    rows = [
+        {"robot": "tabletop/so101", "control": control, **(rate if control in ("trained", "expert") else chance)}
+        for control in ("expert", "trained", "shuffled language", "black images", "random actions")
+    ]
+    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows}))
+    head, _, row, *note = PARTS["robots"](tmp_path).splitlines()
+    assert head == "| Robot | Actions | Trained | Shuffled language | Black images | Random actions | Expert |"
+    assert row == "| so101 | 6: joint, gripper | 93 % (80 to 99) |" + " 0 % (0 to 6) |" * 3 + " 93 % (80 to 99) |"
+    assert "3 trainings" in " ".join(note) and "60 episodes" in " ".join(note) and "commit 0123456;" in " ".join(note)
+    budget = {"samples": 9000, "demonstrations": 240, "chunk": 8, "executed": 4}
+    (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": [{"head": "flow", **rate}]}))
+    lines = PARTS["heads"](tmp_path).splitlines()
+    assert lines[2] == "| flow | 93 % (80 to 99) |" and "9,000 samples of 240 demonstrations" in lines[4]
+
+
 def test_the_repositorys_readme_is_up_to_date():
     readme = ROOT / "README.md"
     expected = updated_readme(readme, results=ROOT / "results")

@@ -1,0 +1,53 @@
+"""Tables of the README from what benchmarks measured: success of each kind of robot, and of each action head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rvlm.data.actions import ActionSpec
+
+CONTROLS = ("trained", "shuffled language", "black images", "random actions", "expert")  # columns, in this order
+
+
+def robots_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
+    """Head, rows and note of the table of robots (`benchmarks/robots.py`); no rows where it was not measured."""
+    record = _record(results / "robots.json")
+    of_robot: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record.get("rows", ()):
+        of_robot.setdefault(row["robot"], {})[row["control"]] = row
+    rows = [
+        [robot.removeprefix("tabletop/"), _actions(robot), *(_rate(cells[control]) for control in CONTROLS)]
+        for robot, cells in of_robot.items()
+    ]
+    return ["Robot", "Actions", *(name.capitalize() for name in CONTROLS)], rows, _note(record)
+
+
+def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
+    """Head, rows and note of the table of action heads (`benchmarks/heads.py`); no rows where it was not measured."""
+    record = _record(results / "heads.json")
+    rows = [[row["head"], _rate(row)] for row in record.get("rows", ())]
+    budget = "{samples:,} samples of {demonstrations} demonstrations, chunks of {chunk} of which {executed} are executed. "
+    return ["Action head", "Success"], rows, (budget.format(**record) if record else "") + _note(record)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _actions(robot: str) -> str:
+    spec = ActionSpec.from_card(robot.replace("/", "_"))
+    kinds = dict.fromkeys(group.kind.replace("_", " ") for group in spec.action)
+    return f"{spec.n_dims}: {', '.join(kinds)}"
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return f"{100 * row['rate']:.0f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+
+
+def _note(record: dict[str, Any]) -> str:
+    if not record:
+        return ""
+    return (
+        f"{record['trainings']} trainings of each policy, {record['episodes']} episodes in new scenes of each training; 95 % "
+        f"intervals over trainings and episodes (commit {record['commit'][:7]}; {record['hardware']})."
+    )
