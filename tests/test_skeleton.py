@@ -15,7 +15,7 @@ ALLOWED = REQUIRED | {
     *(".ci", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "Makefile", "pyproject.toml", "requirements.lock"),
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "LOG.md", "benchmarks", "docs", "results"),
 }
-MAY_PRINT = ("main", "run", "ship", "lab", "cache", "reproduce", "evaluate")
+MAY_PRINT = ("main", "run", "ship", "lab", "cache", "reproduce", "diagnose", "evaluate")
 COMMAND_LINE = {f"rvlm/cli/{name}.py" for name in MAY_PRINT}
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|home|root|Users|private/var)/[\w.-]+")
 

@@ -8,6 +8,7 @@ Modules:
     run: one notebook with parameters of your own.
     lab: JupyterLab on copies of the notebooks.
     evaluate: a policy's closed-loop success on a suite.
+    diagnose: the first fault of demonstrations, policy and environment.
     cache: list caches, and delete them.
     ship: make the shipped models.
     main: the parser, and the read-only commands.

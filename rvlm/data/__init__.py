@@ -29,6 +29,7 @@ Modules:
     resizing: images of all cameras in one size.
     frame_cache: decoded frames on disk, within a size limit.
     cameras: images of one camera of a dataset.
+    pooled_statistics: statistics for normalisation, over datasets of one robot.
     dataset: read a LeRobotDataset, v3.0 or v2.1.
     hub_datasets: datasets by folder or name on the Hub.
     scenes: stored scenes and records of their state, for vision-language training.

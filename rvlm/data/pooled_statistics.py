@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -12,21 +12,18 @@ from rvlm.data.actions import NormStats, StatsAccumulator
 from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.representations import canonical_quaternions, relative_actions
 
-if TYPE_CHECKING:
-    from rvlm.data.dataset import EpisodeDataset
-
 OUTLIER = 100  # warn of values beyond this [normalised units]
 
 
 def pooled_stats(
-    parts: Sequence[tuple[EpisodeDataset, np.ndarray]], kind: str = "q01_q99", relative_chunk: int | None = None
+    parts: Sequence[tuple[Any, np.ndarray]], kind: str = "q01_q99", relative_chunk: int | None = None
 ) -> dict[str, NormStats]:
     """Statistics of "action" and "observation.state" over episodes of one robot from several datasets.
 
     Warns of values beyond `OUTLIER` in normalised units.
 
     Args:
-        parts: Datasets, and the episodes of each.
+        parts: Datasets (`rvlm.data.dataset.EpisodeDataset`), and the episodes of each.
         kind: Of normalisation.
         relative_chunk: Size of chunks whose actions are relative to the state at their start; as recorded if left out.
     """
@@ -47,7 +44,7 @@ def pooled_stats(
     return out
 
 
-def training_values(data: EpisodeDataset, key: str, episodes: np.ndarray, relative_chunk: int | None = None) -> np.ndarray:
+def training_values(data: Any, key: str, episodes: np.ndarray, relative_chunk: int | None = None) -> np.ndarray:
     """Values ``(n, d)`` of a column over episodes, as they are normalised; arguments as of `pooled_stats`."""
     spec, rows = data.require_spec(), np.flatnonzero(np.isin(data.episode_of_frame, episodes))
     placed = spec.placed_action if key == "action" else spec.placed_state

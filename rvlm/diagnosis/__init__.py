@@ -12,4 +12,5 @@ Modules:
     checklist: the checks in order; the first that fails names the fault.
     perturbed: demonstrations and environments with changes in them.
     faults: faults to inject, which the checks must name.
+    naming: how many faults are named, alone and in pairs, and how often where there is none.
 """

@@ -7,6 +7,7 @@ Modules:
     notebooks: parameters of notebooks: cells, profiles, validation.
     page: the HTML report.
     gpu_rows: rows of `make gpu` as a table.
+    measured_tables: success by robot and by action head, as their benchmarks measured it.
     readme: the computed parts of the README.
     plots: the figures, all in one style.
     widgets: teleoperation in a notebook.

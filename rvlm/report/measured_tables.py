@@ -6,7 +6,7 @@ from typing import Any
 
 from rvlm.data.actions import ActionSpec
 
-CONTROLS = ("trained", "shuffled language", "black images", "random actions", "expert")  # columns, in this order
+SHOWN_CONTROLS = ("trained", "shuffled language", "black images", "random actions", "expert")  # columns, in this order
 
 
 def robots_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
@@ -16,10 +16,10 @@ def robots_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     for row in record.get("rows", ()):
         of_robot.setdefault(row["robot"], {})[row["control"]] = row
     rows = [
-        [robot.removeprefix("tabletop/"), _actions(robot), *(_rate(cells[control]) for control in CONTROLS)]
+        [robot.removeprefix("tabletop/"), _actions(robot), *(_rate(cells[control]) for control in SHOWN_CONTROLS)]
         for robot, cells in of_robot.items()
     ]
-    return ["Robot", "Actions", *(name.capitalize() for name in CONTROLS)], rows, _note(record)
+    return ["Robot", "Actions", *(name.capitalize() for name in SHOWN_CONTROLS)], rows, _note(record)
 
 
 def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
