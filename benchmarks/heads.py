@@ -1,6 +1,6 @@
 """Success of every action head at one budget on the tabletop, as one table with intervals.
 
-    python benchmarks/heads.py [--heads flow fast ...] [--trainings 3] [--episodes 60] [--samples 9000] [--workers N]
+    python benchmarks/heads.py [--heads flow fast ...] [--trainings 3] [--episodes 60] [--samples 6000] [--workers N]
 
 Every head is trained from the shipped vision-language model on the same demonstrations, with the same samples, seeds, chunk size,
 executed actions and learning rate, at its default settings but for the vocabulary of "fast", and evaluated in the same new
@@ -41,7 +41,7 @@ def arguments():
     parser.add_argument("--trainings", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=60)
     parser.add_argument("--demonstrations", type=int, default=240)
-    parser.add_argument("--samples", type=int, default=9_000)
+    parser.add_argument("--samples", type=int, default=6_000)
     parser.add_argument("--chunk", type=int, default=8, help="actions predicted")
     parser.add_argument("--executed", type=int, default=4, help="actions executed of a chunk")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
