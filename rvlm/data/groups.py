@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -68,6 +69,12 @@ class Group:
     def gripper_ends(self) -> tuple[float, float]:
         """Raw values of a gripper, closed and open; 0 and 1 where it does not say."""
         return (0.0, 1.0) if self.open is None or self.close is None else (self.close, self.open)
+
+    @property
+    def radians(self) -> float:
+        """Radians of one unit of its rotation's numbers; 1 of layouts without angles."""
+        is_degrees = LAYOUTS[self.rotation] == 3 and self.units[-1] == "deg"
+        return math.pi / 180 if is_degrees else 1.0
 
     @property
     def n_position(self) -> int:

@@ -36,17 +36,19 @@ def relative_groups(spec: ActionSpec) -> list[tuple[slice, slice, Group]]:
     """Place in the action, place in the state, and group of what "relative" subtracts: targets of poses and of joints.
 
     Raises:
-        SpecMismatch: There is none, or the state does not hold one of them, by the same names and in the same layout.
+        SpecMismatch: There is none, or the state does not hold one of them, as the same kind, by the same names, in the same
+            units (so the action has no scale), frame and layout.
     """
     of_names = {group.names: (place, group) for place, group in spec.placed_state}
     out = []
     for place, group in spec.action_groups("pose", "joint"):
         at, held = of_names.get(group.names, (None, None))
-        if at is None or held is None or (held.frame, held.rotation) != (group.frame, group.rotation):
+        if at is None or held is None or _conventions(held) != _conventions(group) or set(group.scale) != {1.0}:
+            has = [f"{list(names)} as {_conventions(g)}" for names, (_, g) in of_names.items()]
             raise SpecMismatch(
-                f"{spec.dataset}: relative actions need the state to hold {list(group.names)} as a group, in the action's frame "
-                f"and rotation layout; its groups are {[list(names) for names in of_names]}; take "
-                "action_representation='recorded'"
+                f"{spec.dataset}: relative actions need the state to hold {list(group.names)} as a group, in the action's frame, "
+                f"rotation layout and raw units, {_conventions(group)} at scale 1, got scale {list(group.scale)} and a state "
+                f"of {', '.join(has)}; take action_representation='recorded'"
             )
         out.append((place, at, group))
     if not out:
@@ -67,6 +69,10 @@ def absolute_actions(spec: ActionSpec, relative: np.ndarray, state: np.ndarray) 
     return _converted(spec, relative, state, 1)
 
 
+def _conventions(group: Group) -> str:
+    return " ".join(filter(None, (group.kind, *group.units, group.frame, group.rotation)))
+
+
 def _converted(spec: ActionSpec, actions: np.ndarray, state: np.ndarray, sign: int) -> np.ndarray:
     out = np.array(actions)
     for place, at, group in relative_groups(spec):
@@ -75,10 +81,12 @@ def _converted(spec: ActionSpec, actions: np.ndarray, state: np.ndarray, sign: i
         if n < len(group.names):
             rotations = slice(place.start + n, place.stop)
             present = np.broadcast_to(state[..., at.start + n : at.stop], out[..., rotations].shape)
-            out[..., rotations] = _rotated(out[..., rotations], present, group.rotation, sign)
+            out[..., rotations] = _rotated(out[..., rotations], present, group, sign)
+        out[..., [place.start + i for i, name in enumerate(group.names) if name in group.absent]] = 0
     return out
 
 
-def _rotated(rotation: np.ndarray, present: np.ndarray, layout: str, sign: int) -> np.ndarray:
-    turned, start = to_rotation(rotation, layout), to_rotation(present, layout)
-    return from_rotation(turned * (start.inv() if sign < 0 else start), layout).reshape(rotation.shape)
+def _rotated(rotation: np.ndarray, present: np.ndarray, group: Group, sign: int) -> np.ndarray:
+    turned, start = (to_rotation(numbers * group.radians, group.rotation) for numbers in (rotation, present))
+    relative = from_rotation(turned * (start.inv() if sign < 0 else start), group.rotation)
+    return relative.reshape(rotation.shape) / group.radians

@@ -63,6 +63,42 @@ def test_displacements_and_states_that_lack_a_target_are_refused():
         relative_actions(robot().replace_group("state", 1, frame="world"), np.zeros(12), np.zeros(11))
 
 
+JOINTS = ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "action, state",
+    [
+        ({"scale": (np.pi / 180,) * 2}, {}),  # raw degrees beside radians
+        ({"units": ("deg", "deg")}, {}),
+        ({}, {"kind": "other", "units": ("V", "A")}),
+        ({}, {"kind": "joint_delta"}),
+    ],
+)
+def test_a_state_in_other_units_or_of_another_kind_is_not_subtracted(action, state):
+    made = {"kind": "joint", "names": JOINTS, "units": ("rad", "rad")}
+    groups = Group(**{**made, **action}, low=(-9.0,) * 2, high=(9.0,) * 2), Group(**{**made, **state})
+    spec = ActionSpec("arm", "arm", 10.0, ("top",), groups[:1], groups[1:])
+    with pytest.raises(SpecMismatch, match="in the action's frame, rotation layout and raw units"):
+        relative_actions(spec, np.ones(2), np.ones(2))
+
+
+def test_degrees_and_absent_joints():
+    names, units = ("x", "y", "z", "roll", "pitch", "yaw"), ("m",) * 3 + ("deg",) * 3
+    bounds = {"low": (-180.0,) * 6, "high": (180.0,) * 6}
+    held = Group("pose", names, units, frame="base", rotation="euler_xyz")
+    pose = Group("pose", names, units, **bounds, frame="base", rotation="euler_xyz")
+    spec = ActionSpec("arm", "arm", 10.0, ("top",), (pose,), (held,))
+    action, state = np.array([0, 0, 0, 90.0, 10, 45]), np.array([0, 0, 0, 90.0, 10, 40])
+    relative = relative_actions(spec, action, state)
+    assert np.allclose(relative[3:], [0, 0, 5], atol=1e-9), "about fixed axes, in degrees"
+    assert np.allclose(absolute_actions(spec, relative, state), action)
+    lacking = Group("joint", JOINTS, ("rad", "rad"), low=(-9.0,) * 2, high=(9.0,) * 2, absent=("b",))
+    spec = ActionSpec("arm", "arm", 10.0, ("top",), (lacking,), (Group("joint", JOINTS, ("rad", "rad")),))
+    there = absolute_actions(spec, relative_actions(spec, np.array([1.5, 0]), np.array([1, 0.7])), np.array([1, 0.7]))
+    assert there.tolist() == [1.5, 0]
+
+
 @pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
 def test_both_signs_of_a_quaternion_are_trained_alike(layout, tmp_path):
     spec = robot(layout)
