@@ -1,5 +1,6 @@
 """Functions of others by name, "package.module:function", and the source that defines them."""
 
+import ast
 import functools
 import importlib
 from pathlib import Path
@@ -77,11 +78,23 @@ def code_roots(function: Any) -> tuple[str, ...]:
 
 
 def source_hash(function: Any) -> str:
-    """Hash of the source of a function's module, and of its package if it stands in one; "" in this package (`code_roots`)."""
+    """Hash of a function's module and its package, or the modules beside it that it imports; "" in this one (`code_roots`)."""
     module = importlib.import_module(name_of(function).partition(":")[0])
     top = importlib.import_module(module.__name__.partition(".")[0])
     if top.__name__ == PACKAGE.name:
         return ""
     folder = Path(top.__file__).parent if top.__file__ and top.__file__.endswith("__init__.py") else None
-    files = sorted(folder.rglob("*.py")) if folder else [Path(str(module.__file__))]
+    files = sorted(folder.rglob("*.py")) if folder else sorted(_with_neighbours(Path(str(module.__file__))))
     return config_hash({str(path.relative_to(folder or path.parent)): file_hash(path) for path in files})
+
+
+def _with_neighbours(path: Path) -> set[Path]:
+    """A module's file, and those in its folder that it imports, directly or not."""
+    found, left = set(), [path]
+    while left:
+        if (file := left.pop()) not in found:
+            found.add(file)
+            imported = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+            names = [n.module or "" if isinstance(n, ast.ImportFrom) else alias.name for n in imported for alias in n.names]
+            left += [beside for name in names if (beside := path.with_name(f"{name.split('.')[0]}.py")).is_file()]
+    return found

@@ -72,7 +72,8 @@ def _evaluation(arguments: argparse.Namespace) -> Any:
     suite = load_suite(arguments.suite)
     tasks = suite.known(tuple(arguments.tasks)) or suite.default_tasks
     policy = str(Path(arguments.policy).resolve()) if Path(arguments.policy).is_dir() else arguments.policy
-    n = arguments.episodes or (200 if suite.n_starts is None else suite.n_starts * len(tasks))
+    every = 200 if suite.n_starts is None else suite.n_starts * len(tasks)
+    n = every if arguments.episodes is None else arguments.episodes
     options = {"n_action_steps": arguments.action_steps, "device": arguments.device}
     return Evaluation(policy, n, arguments.suite, tuple(arguments.tasks), **options)
 

@@ -11,6 +11,7 @@ Some users need more, and ask for it by name: `expert_action()`, `other_instruct
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -197,7 +198,13 @@ def _load(name: str) -> Suite:
             "'package.module:function'"
         )
     made = import_by_name(name if ":" in name else SUITES[first])
-    suite = made(*(() if ":" in name else parts)) if callable(made) else made
+    arguments = () if ":" in name else parts
+    try:
+        inspect.signature(made).bind(*arguments) if callable(made) else None
+    except TypeError as error:
+        expected = "a function without arguments" if ":" in name else f"{first}/ROBOT or {first}/ROBOT/SETTING"
+        raise SuiteError(f"no suite {name!r}: expected {expected} ({error})") from error
+    suite = made(*arguments) if callable(made) else made
     if not isinstance(suite, Suite):
         raise SuiteError(f"{name}: expected a Suite, or a function that returns one; got {suite!r}")
     return suite

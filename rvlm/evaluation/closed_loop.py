@@ -86,7 +86,8 @@ class Evaluation:
             raise ValueError(f"expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got {self.device!r}")
         if type(self.n_episodes) is not int or self.n_episodes < 1:
             raise ValueError(f"expected at least one episode, a whole number; got n_episodes={self.n_episodes!r}")
-        self.loaded_suite.known(self.tasks)
+        if len(set(self.loaded_suite.known(self.tasks))) < len(self.tasks):
+            raise ValueError(f"expected each task once, got {list(self.tasks)}; leave out what is there twice")
         n_starts, tasks = self.loaded_suite.n_starts, self.task_names
         if n_starts is not None and self.n_episodes > n_starts * len(tasks):
             raise ValueError(

@@ -3,6 +3,7 @@
 Source: RoboVLMs (arXiv 2412.14058), section on real-robot evaluation (settings); Newcombe intervals for gaps.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -24,15 +25,21 @@ SHORTCUT_PROBES = {  # name -> fields of `Evaluation`; a policy that succeeds as
 
 
 def in_setting(suite: str | Suite, setting: str) -> Suite:
-    """The suite in another of its settings.
+    """The suite in another of its settings; of a `Suite` that is given itself, with its time limits.
 
     Raises:
         SuiteError: It has no such setting.
     """
-    settings = load_suite(suite).settings
-    if setting not in settings:
-        raise SuiteError(f"{load_suite(suite).name} has no setting {setting!r}; there are {', '.join(settings) or 'none'}")
-    return load_suite(settings[setting])
+    own = load_suite(suite)
+    if setting not in own.settings:
+        raise SuiteError(f"{own.name} has no setting {setting!r}; there are {', '.join(own.settings) or 'none'}")
+    if setting == own.setting:
+        return own
+    changed = load_suite(own.settings[setting])
+    if suite is not own:  # by name
+        return changed
+    limits = {task: (own if task in own.tasks else changed).limit(task) for task in changed.tasks}
+    return dataclasses.replace(changed, max_steps=limits)
 
 
 def evaluations_by_setting(
@@ -57,7 +64,7 @@ def evaluations_by_setting(
     for setting in settings:
         changed = in_setting(suite, setting)
         kept = tuple(task for task in tasks if task in changed.tasks)
-        evaluations[setting] = Evaluation(policy, n_episodes, changed.name, kept, **options)
+        evaluations[setting] = Evaluation(policy, n_episodes, changed, kept, **options)
     return evaluations
 
 
@@ -72,7 +79,7 @@ def shortcut_probes(
     for name, probe in SHORTCUT_PROBES.items():
         setting = probe.get("setting")
         if setting is None or setting in load_suite(suite).settings:
-            probed = in_setting(suite, setting).name if setting else suite
+            probed = in_setting(suite, setting) if setting else suite
             changes = {key: value for key, value in probe.items() if key != "setting"}
             probes[name] = Evaluation(**{**fields, "suite": probed, **changes})
     return probes

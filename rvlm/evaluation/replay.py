@@ -44,17 +44,18 @@ def record_rollout(policy: Any, env: Any, seed: int, task: str | None = None) ->
     policy.reset()
     images: list[dict[str, np.ndarray]] = []
     steps: list[dict[str, np.ndarray]] = []
-    is_success = is_over = False
-    while not (is_success or is_over):
+    info, is_over = {}, False
+    while not is_over:
         chunk = policy.predict_action_chunk([observation])[0]
         images.append(observation["images"])
         steps.append({"state": observation["state"], "action": chunk[0], "chunk": chunk})
-        observation, _, is_success, is_over, _ = env.step(chunk[0])
+        observation, _, is_terminated, is_truncated, info = env.step(chunk[0])
+        is_over = is_terminated or is_truncated
     columns = {k: np.stack([step[k] for step in steps]) for k in steps[0]}
     return {
         "images": stack_images(images),
         **columns,
         "instruction": observation["instruction"],
         "seed": seed,
-        "is_success": is_success,
+        "is_success": bool(info["is_success"]),
     }

@@ -201,6 +201,11 @@ def _step(env: Any, action: np.ndarray, row: dict) -> tuple[dict, bool]:
         raise KeyError(
             f"expected info['is_success'] of {type(env.unwrapped).__name__} after each step, got {sorted(info)}; add it"
         )
+    if info["is_success"] not in (True, False):
+        raise ValueError(
+            f"expected info['is_success'] of {type(env.unwrapped).__name__} as True or False, got {info['is_success']!r}; an "
+            "episode's success is that of its last step"
+        )
     row |= {"n_steps": row["n_steps"] + 1, "is_success": bool(info["is_success"])}
     row["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
     return observation, is_terminated or is_truncated

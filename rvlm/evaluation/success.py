@@ -110,8 +110,11 @@ def _refuse_duplicates(episodes: pd.DataFrame, keys: Sequence[str]) -> None:
 def _outcomes(episodes: pd.DataFrame, trained: Sequence[str]) -> pd.DataFrame:
     """Success in {0, 1} of each training (a row) in each episode (a column)."""
     _refuse_duplicates(episodes, [*trained, "seed"])
-    outcomes = episodes.astype({"is_success": float}).pivot(index=list(trained), columns="seed", values="is_success")
+    episode = ["seed", "task"] if "task" in episodes else ["seed"]
+    outcomes = episodes.astype({"is_success": float}).pivot(index=list(trained), columns=episode, values="is_success")
     if outcomes.isna().any(axis=None):
         short = outcomes.index[outcomes.isna().any(axis=1)].tolist()
-        raise ValueError(f"expected the same episodes for all policies; {short} lack some of {outcomes.shape[1]} seeds")
+        raise ValueError(
+            f"expected the same episodes for all policies; {short} lack some of {outcomes.shape[1]} ({', '.join(episode)})"
+        )
     return outcomes

@@ -8,8 +8,10 @@ observations ("policy_head").
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
+from rvlm.data.normalization import NormStats
 from rvlm.data.representations import REPRESENTATIONS
 from rvlm.policy.action_expert import EXPERT_LAYERS
 from rvlm.policy.heads import HEADS
@@ -127,6 +129,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     unknown = sorted(set(settings) - set(POLICY_FIELDS), key=str)
     if unknown:
         raise TypeError(f"unknown settings {unknown}; there are {', '.join(POLICY_FIELDS)}")
+
+
+def check_tokens(config: VLAConfig) -> None:
+    """Refuse tokens of actions that normalisation leaves outside of [-1, 1], to which they are clipped.
+
+    Raises:
+        ValueError: Such statistics, with what to take.
+    """
+    if config.head not in ("tokens", "fast") or not (config.stats or {}).get("action"):
+        return
+    stats = NormStats.from_dict(config.stats["action"])
+    reach = np.abs([stats.normalize(stats.q01), stats.normalize(stats.q99)]).max(0)
+    if (furthest := np.delete(reach, stats.passthrough).max(initial=0)) > 1.01:
+        raise ValueError(
+            f"head {config.head!r}: expected statistics that bring 98 % of each action into [-1, 1], where tokens end, got "
+            f"{furthest:.2g} by kind {stats.kind!r}; take stats(kind='q01_q99')"
+        )
 
 
 def check_structure(config: VLAConfig) -> None:

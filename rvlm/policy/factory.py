@@ -166,6 +166,7 @@ def modify_policy(
             f"{folder}: expected image_tiling={model.config.image_tiling}, as it was trained; got {settings['image_tiling']}; "
             "leave it out, or make a policy of the vision-language model"
         )
+    _refuse_other_representation(folder, model.config, settings)
     config = model.config.with_stored_backbone(**settings, **_grown_slots(model.config, specs))
     if any(getattr(config, name) != getattr(model.config, name) for name in TOKENIZED_BY):
         config.action_vocabulary = None
@@ -177,6 +178,18 @@ def modify_policy(
     changed.load_state_dict(fitting, strict=False)
     base = hub.origin(folder, where) if finetuning != "full" else None
     return set_trainable(changed, finetuning, lora_rank, base, precision), model.processor
+
+
+def _refuse_other_representation(folder: str | Path, config: VLAConfig, settings: dict[str, Any]) -> None:
+    """Statistics are of recorded actions, or of relative ones in chunks of one size."""
+    wanted = config.with_stored_backbone(**settings)
+    if wanted.relative_chunk != config.relative_chunk:
+        raise ValueError(
+            f"{folder}: expected action_representation={config.action_representation!r}"
+            + (f" and chunk_size={config.chunk_size}" if config.relative_chunk else "")
+            + f", of which its statistics are, got {wanted.action_representation!r} and {wanted.chunk_size}; leave them out, or "
+            "begin with the vision-language model"
+        )
 
 
 def _grown_slots(config: VLAConfig, specs: Sequence[ActionSpec]) -> dict[str, Any]:

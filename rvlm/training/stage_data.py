@@ -179,7 +179,8 @@ def _select_shots(stage: Stage, data: Any, train: np.ndarray) -> np.ndarray:
     """The training episodes, or a random subset of `shots` per task."""
     if not stage.shots:
         return train
-    tasks = data.episodes["task"].to_numpy()[train]
+    has_tasks = "task" in data.episodes  # else instructions tell tasks apart
+    tasks = data.episodes["task"].to_numpy()[train] if has_tasks else np.array([data.instruction(i) for i in train])
     order = np.random.default_rng((stage.seed, 3)).permutation(len(train))
     drawn = [order[tasks[order] == task][: stage.shots] for task in sorted(set(tasks))]
     short = [task for task, rows in zip(sorted(set(tasks)), drawn, strict=True) if len(rows) < stage.shots]

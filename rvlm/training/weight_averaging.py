@@ -1,6 +1,7 @@
 """An exponential moving average (EMA) of the trained weights, which is saved instead of the last step's.
 
-Source: Polyak and Juditsky 1992; for policies, Diffusion Policy (Chi et al. 2023, arXiv 2303.04137).
+Source: Polyak and Juditsky 1992; for policies, Diffusion Policy (Chi et al. 2023, arXiv 2303.04137); warm-up of the decay, as of
+TensorFlow's `ExponentialMovingAverage`.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ class EMACallback(TrainerCallback):
     """Averages the trained weights after every update of a `transformers.Trainer`; frozen weights are not copied.
 
     Args:
-        decay: Weight of the average so far, against the newest weights.
+        decay: Weight of the average so far, against the newest weights; of the n-th update at most (1 + n) / (10 + n).
         checkpoint: That the training resumes from; its average is continued.
     """
 
@@ -31,9 +32,14 @@ class EMACallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Begin with the weights of the first update, or go on where the checkpoint was."""
         self._trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-        self._average = AveragedModel(self._trained, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self._average = AveragedModel(self._trained, multi_avg_fn=self._update)
         if self.checkpoint is not None:
             self._average.load_state_dict(load_file(Path(self.checkpoint) / AVERAGE))
+
+    def _update(self, average: Any, newest: Any, n: Any) -> None:
+        """The average after its n-th update; at first its decay is smaller, or it would stay at the first weights."""
+        decay = min(self.decay, (1 + int(n)) / (10 + int(n)))
+        get_ema_multi_avg_fn(decay)(average, newest, n)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update the average."""

@@ -66,6 +66,8 @@ def test_a_stopped_run_resumes(tmp_path, monkeypatch):
         (["random", "kitchen"], "no suite 'kitchen'; there are tabletop/..."),
         (["random", "tabletop/franka9"], "no robot 'franka9'; there are franka7"),
         (["random", "toy_suites:libero_stub", "--tasks", "lift"], "has no task 'lift'; there are push the block"),
+        (["random", "toy_suites:libero_stub", "--episodes", "0"], "n_episodes"),
+        (["random", "toy_suites:libero_stub", "--tasks", TASKS[0], TASKS[0]], "expected each task once"),
         (["random", "tabletop/ur6", "--device", "gpu"], "expected device 'cpu', 'cuda'"),
         ([POLICY, "toy_suites:libero_stub", "--episodes", "2"], "policy vs environment"),
     ],

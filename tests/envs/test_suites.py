@@ -31,12 +31,30 @@ def test_anybodys_suite_is_loaded_by_module_and_function():
         ("toy_suites:libro", r"module toy_suites has no 'libro'; it has .*libero_stub"),
         ("toy_suites:TASKS", r"expected a Suite, or a function that returns one; got \('push the block'"),
         ("tabletop/franka9", r"no robot 'franka9'; there are franka7"),
+        (
+            "tabletop/so101/simple/more",
+            r"no suite 'tabletop/so101/simple/more': expected tabletop/ROBOT or tabletop/ROBOT/SETTING",
+        ),
         ("tabletop/franka7/dark", r"no setting 'dark'; there are simple"),
     ],
 )
 def test_a_suite_that_does_not_exist_is_refused_with_those_that_do(name, message):
     with pytest.raises(ValueError, match=message):
         load_suite(name)
+
+
+def test_what_an_environments_module_imports_is_part_of_its_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "made_here.py").write_text("import numpy\nfrom beside_it import LIMIT\ndef make(image_size=None): ...\n")
+    (tmp_path / "unrelated.py").write_text("x = 1")
+    seen = []
+    for text in ("from deeper import LIMIT", "from deeper import LIMIT  # changed"):
+        (tmp_path / "beside_it.py").write_text(text)
+        for value in (3, 5):
+            (tmp_path / "deeper.py").write_text(f"LIMIT = {value}")
+            seen.append(importing.source_hash(importing.import_by_name("made_here:make")))
+    (tmp_path / "unrelated.py").write_text("x = 2")
+    assert len(set(seen)) == 4 and importing.source_hash(importing.import_by_name("made_here:make")) == seen[-1]
 
 
 def nested():

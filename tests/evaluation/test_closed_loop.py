@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from rvlm.envs.tabletop.tasks import DEFAULT_TASKS
 from rvlm.evaluation import closed_loop
 from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH as BATCH
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
-from rvlm.evaluation.replay import replay_episode
+from rvlm.evaluation.replay import record_rollout, replay_episode
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
 from rvlm.evaluation.success import success_differences, success_table
 from rvlm.policy.factory import make_policy
@@ -437,6 +438,39 @@ def test_rates_of_several_trainings_get_the_wider_interval():
     for name, row in got.items():
         assert row["low"] <= wilson_of[name]["low"] and wilson_of[name]["high"] <= row["high"]
         assert row["rate"] == wilson_of[name]["rate"]
+
+
+class Ended(StubEnv):
+    """Its first step ends the episode, with an outcome of a kind."""
+
+    outcome: object = False
+
+    def step(self, action):
+        observation, reward, *_, info = super().step(action)
+        return observation, reward, True, False, {**info, "is_success": self.outcome}
+
+
+def test_an_end_is_no_success(monkeypatch):
+    env = Ended(ActionSpec.from_card("libero"))
+    policy = SimpleNamespace(reset=lambda: None, predict_action_chunk=lambda observations: np.zeros((1, 2, 7), np.float32))
+    for outcome in (True, False, np.bool_(True)):
+        monkeypatch.setattr(Ended, "outcome", outcome)
+        assert record_rollout(policy, env, 0)["is_success"] is bool(outcome)
+    for outcome in (float("nan"), 0.3):
+        monkeypatch.setattr(Ended, "outcome", outcome)
+        with pytest.raises(ValueError, match=r"expected info\['is_success'\] of Ended as True or False, got (nan|0.3)"):
+            rollout(RandomPolicy(env.action_spec), [env], [(0, env.tasks[0])])
+
+
+def test_a_task_twice_is_refused():
+    with pytest.raises(ValueError, match=r"expected each task once, got \['lift', 'lift'\]"):
+        Evaluation("random", 4, tasks=("lift", "lift"))
+
+
+def test_other_tasks_of_the_same_seeds_are_other_episodes():
+    episodes = evaluated({"a": 0.8, "b": 0.4}).assign(task=lambda rows: rows["name"].map({"a": "lift", "b": "push"}))
+    with pytest.raises(ValueError, match="expected the same episodes for all policies"):
+        success_differences(episodes, {"it": ("a", "b")})
 
 
 def test_a_replay_names_the_seeds_that_exist():

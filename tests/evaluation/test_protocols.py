@@ -12,6 +12,7 @@ from rvlm import report
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.suite_checks import SuiteError
+from rvlm.envs.suites import load_suite
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.envs.tabletop.suite import HELD_OUT
 from rvlm.envs.tabletop.tasks import ALL_FAMILIES, DEFAULT_TASKS
@@ -47,6 +48,15 @@ def test_a_suite_without_settings_is_probed_with_the_rest():
     assert set(protocols.SHORTCUT_PROBES) - set(protocols.shortcut_probes("random", 2, suite)) == {"farther start poses"}
     with pytest.raises(SuiteError, match="stub/libero has no setting 'simple'; there are none"):
         protocols.evaluations_by_setting("random", 2, suite)
+
+
+def test_a_suite_of_ones_own_keeps_its_limits_and_needs_no_name_that_loads():
+    suite = dataclasses.replace(load_suite("tabletop/franka7"), max_steps=5, name="mine")
+    evaluations = protocols.evaluations_by_setting("random", 2, suite)
+    probes = protocols.shortcut_probes("random", 2, suite)
+    for evaluation in (*evaluations.values(), *probes.values()):
+        assert {evaluation.loaded_suite.limit(task) for task in evaluation.task_names} == {5}
+    assert evaluations["simple"].suite == suite and evaluations["unseen_background"].loaded_suite.setting == "unseen_background"
 
 
 def test_starts_farther_out_leave_the_scene_as_it_is():

@@ -126,6 +126,10 @@ def test_relative_targets_move_with_the_state(toy_vlm, tmp_path):
     assert check_statistics(DiagnosisInputs(policy, data)).fault is None
     recorded = Policy(*make_policy(toy_vlm, JOINTS, policy.model.stats, **POLICY))
     assert check_statistics(DiagnosisInputs(recorded, data)).fault == "statistics of another dataset"
+    for settings in ({"action_representation": "recorded"}, {"chunk_size": 5}):
+        with pytest.raises(ValueError, match="expected action_representation='relative' and chunk_size=3, of which"):
+            modify_policy(folder, **settings)
+    assert modify_policy(folder, n_action_steps=2)[0].config.relative_chunk == 3
     with pytest.raises(ValueError, match="different origins"):
         load_policy(folder, n_action_steps=1, temporal_ensemble_coeff=0.1)
 

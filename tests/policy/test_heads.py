@@ -1,9 +1,11 @@
 """Action heads: the published losses, tokens that come back, flows that learn two modes."""
 
+import numpy as np
 import pytest
 import torch
 from toy_policies import FAST, SPEC, TOKENS, a_batch, build, fused, inputs
 
+from rvlm.data.windows import EpisodeDataset
 from rvlm.policy.action_losses import join_dims, split_dims
 from rvlm.policy.factory import make_policy
 from rvlm.policy.heads import FlowHead, MLPHead
@@ -131,6 +133,16 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
         rest = torch.zeros(3, model.head.n_queries - tokens.shape[1], dtype=torch.int64)  # once all chunks are complete
         again = model.head.greedy_tokens(model.history_features(state, tokens=torch.cat([tokens, rest], 1), **batch))
     assert torch.equal(again[:, 0, : tokens.shape[1]], tokens)
+
+
+@pytest.mark.parametrize("head", ["tokens", "fast"])
+def test_statistics_beyond_the_tokens_are_refused(head, toy_vlm, toy_demos):
+    data = EpisodeDataset(toy_demos)
+    assert np.abs(data.column("action")).max() <= 1
+    with pytest.raises(ValueError, match=rf"head '{head}': expected statistics that bring 98 % of each action into"):
+        make_policy(toy_vlm, data.spec, data.stats("mean_std"), head=head)
+    for kind in ("min_max", "identity"):
+        make_policy(toy_vlm, data.spec, data.stats(kind), head=head)
 
 
 def test_action_tokens_are_causal(toy_vlm, toy_stats):

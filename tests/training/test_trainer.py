@@ -391,18 +391,19 @@ def test_a_stage_with_adapters_and_an_average_resumes(stage, tmp_path):
 
 
 def test_the_average_is_exponential_and_holds_the_trained_weights_only(tmp_path):
-    """Also where it goes on from a checkpoint."""
+    """Also where it goes on from a checkpoint; its decay grows, so that a short training does not stay at its first weights."""
     model, rng = torch.nn.Linear(2, 1), torch.Generator().manual_seed(0)
     model.bias.requires_grad_(False)
     args, state = SimpleNamespace(should_save=True, output_dir=tmp_path), SimpleNamespace(global_step=2)
     (tmp_path / "checkpoint-2").mkdir()
     callback, expected = EMACallback(0.75, None), None
     callback.on_train_begin(args, state, None, model=model)
-    for step in range(4):
+    for step in range(40):
         weights = torch.randn(1, 2, generator=rng)
         model.weight.data = weights.clone()
         callback.on_step_end(args, state, None)
-        expected = weights if expected is None else 0.75 * expected + 0.25 * weights
+        decay = min(0.75, (1 + step) / (10 + step))
+        expected = weights if expected is None else decay * expected + (1 - decay) * weights
         if step == 1:
             callback.on_save(args, state, None)
             callback = EMACallback(0.75, str(tmp_path / "checkpoint-2"))
