@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
@@ -12,6 +13,7 @@ from rvlm.envs.suites import Suite, load_suite
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.evaluation.success import success_table
 from rvlm.experiments.recipes import ONE_STEP
+from rvlm.statistics import Difference, holm, paired_difference
 from rvlm.training.launch import train_parallel
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.vlm.backbones import SMALL_VLM
@@ -124,10 +126,18 @@ def robots_table(episodes: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table.assign(trainings=table.get("trainings", 1)) for table in tables], ignore_index=True)
 
 
-def beats_controls(table: pd.DataFrame) -> dict[str, bool]:
-    """Robot -> whether the interval of its trained policy lies above those of all controls; the expert is none."""
-    beats: dict[str, bool] = {}
-    for robot, rows in table.groupby("robot", sort=False):
-        low = rows.loc[rows["control"] == "trained", "low"].min()
-        beats[str(robot)] = bool(low > rows.loc[~rows["control"].isin(["trained", "expert"]), "high"].max())
-    return beats
+def gains_over_controls(episodes: pd.DataFrame) -> dict[str, dict[str, Difference]]:
+    """Robot -> control -> success of its trained policies minus the control's in the same scenes, adjusted together (Holm).
+
+    A control that removes an input is the same trainings acting in another way; random actions are compared with each of them.
+    """
+    gains = {}
+    for robot, rows in episodes.groupby("robot", sort=False):
+        outcomes = {
+            str(control): group.pivot(index="training", columns="seed", values="is_success").to_numpy(float)
+            for control, group in rows.groupby("control", sort=False)
+        }
+        trained, _ = outcomes.pop("trained"), outcomes.pop("expert", None)
+        controls = {control: np.broadcast_to(outcome, trained.shape) for control, outcome in outcomes.items()}
+        gains[str(robot)] = holm({c: paired_difference(trained, outcome, same_trainings=True) for c, outcome in controls.items()})
+    return gains

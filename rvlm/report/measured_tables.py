@@ -16,10 +16,16 @@ def robots_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     for row in record.get("rows", ()):
         of_robot.setdefault(row["robot"], {})[row["control"]] = row
     rows = [
-        [robot.removeprefix("tabletop/"), _actions(robot), *(_rate(cells[control]) for control in SHOWN_CONTROLS)]
+        [
+            robot.removeprefix("tabletop/"),
+            _actions(robot),
+            *(_rate(cells[control]) for control in SHOWN_CONTROLS),
+            _above(robot, record),
+        ]
         for robot, cells in of_robot.items()
     ]
-    return ["Robot", "Actions", *(name.capitalize() for name in SHOWN_CONTROLS)], rows, _note(record)
+    note = " A policy is above a control where the paired difference is, adjusted for all controls of its robot (Holm)."
+    return ["Robot", "Actions", *(name.capitalize() for name in SHOWN_CONTROLS), "Above"], rows, _note(record) + note
 
 
 def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
@@ -38,6 +44,12 @@ def _actions(robot: str) -> str:
     spec = ActionSpec.from_card(robot.replace("/", "_"))
     kinds = dict.fromkeys(group.kind.replace("_", " ") for group in spec.action)
     return f"{spec.n_dims}: {', '.join(kinds)}"
+
+
+def _above(robot: str, record: dict[str, Any]) -> str:
+    verdicts = {gain["control"]: gain["verdict"] for gain in record["gains"] if gain["robot"] == robot}
+    unclear = [f"{control}: {verdict}" for control, verdict in verdicts.items() if verdict != "supported"]
+    return "; ".join(unclear) or "all controls"
 
 
 def _rate(row: dict[str, Any]) -> str:

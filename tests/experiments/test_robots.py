@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -10,8 +11,8 @@ from rvlm.experiments.robots import (
     CONTROLS,
     ROBOT_RECIPES,
     RobotRecipe,
-    beats_controls,
     evaluate_on_robot,
+    gains_over_controls,
     robots_table,
     train_on_robot,
 )
@@ -37,18 +38,23 @@ def test_a_robot_is_recorded_trained_and_judged_beside_its_controls(tmp_path, mo
     assert set(table["robot"]) == {f"tabletop/{robot}"}
     ablations = dict(zip(episodes["control"], episodes["ablation"], strict=True))
     assert ablations == {name: changes.get("ablation", "none") for name, changes in CONTROLS.items()}
+    assert set(gains_over_controls(episodes)[f"tabletop/{robot}"]) == set(CONTROLS) - {"trained", "expert"}
     assert {tuple(group["seed"]) for _, group in episodes.groupby("control")} == {(900_000, 900_001)}, "the same scenes"
 
 
-def test_a_policy_beats_its_controls_if_its_interval_lies_above_all_of_theirs():
-    rows = [
-        ("a", "trained", 0.6, 0.8),
-        ("a", "random actions", 0.0, 0.1),
-        ("a", "black images", 0.1, 0.59),
-        ("a", "expert", 0.9, 1.0),
-    ]
-    rows += [("b", "trained", 0.5, 0.8), ("b", "random actions", 0.0, 0.1), ("b", "black images", 0.1, 0.51)]
-    assert beats_controls(pd.DataFrame(rows, columns=["robot", "control", "low", "high"])) == {"a": True, "b": False}
+def test_gains_over_controls_are_paired_by_scene_and_by_training():
+    rng, rows = np.random.default_rng(0), []
+    for training in "012":
+        skill = {"0": 0.5, "1": 0.7, "2": 0.9}[training]  # trainings differ much, with and without the input alike
+        for seed in range(40):
+            chances = {"trained": skill, "black images": skill - 0.4, "random actions": 0.0, "expert": 1.0}
+            for control, chance in list(chances.items())[: 4 if training == "0" else 2]:
+                rows.append(("arm", control, training, seed, rng.random() < chance))
+    gains = gains_over_controls(pd.DataFrame(rows, columns=["robot", "control", "training", "seed", "is_success"]))
+    assert list(gains) == ["arm"] and list(gains["arm"]) == ["black images", "random actions"]
+    for gain, expected in zip(gains["arm"].values(), (0.4, 0.7), strict=True):
+        assert gain.low < expected < gain.high and gain.n_trainings == 3 and gain.p_value is not None
+    assert gains["arm"]["black images"].low > 0, "the same trainings: what differs between them does not count"
 
 
 def test_unknown_robots_are_named_beside_those_that_exist():

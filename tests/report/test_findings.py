@@ -336,10 +336,16 @@ def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
         {"robot": "tabletop/so101", "control": control, **(rate if control in ("trained", "expert") else chance)}
         for control in ("expert", "trained", "shuffled language", "black images", "random actions")
     ]
-    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows}))
+    gains = [
+        {"robot": "tabletop/so101", "control": control, "verdict": "supported"} for control in ("black images", "random actions")
+    ]
+    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows, "gains": gains}))
     head, _, row, *note = PARTS["robots"](tmp_path).splitlines()
-    assert head == "| Robot | Actions | Trained | Shuffled language | Black images | Random actions | Expert |"
-    assert row == "| so101 | 6: joint, gripper | 93 % (80 to 99) |" + " 0 % (0 to 6) |" * 3 + " 93 % (80 to 99) |"
+    assert head == "| Robot | Actions | Trained | Shuffled language | Black images | Random actions | Expert | Above |"
+    assert row == "| so101 | 6: joint, gripper | 93 % (80 to 99) |" + " 0 % (0 to 6) |" * 3 + " 93 % (80 to 99) | all controls |"
+    gains[0]["verdict"] = "undecided"
+    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows, "gains": gains}))
+    assert PARTS["robots"](tmp_path).splitlines()[2].endswith("| black images: undecided |")
     assert "3 trainings" in " ".join(note) and "60 episodes" in " ".join(note) and "commit 0123456;" in " ".join(note)
     budget = {"samples": 9000, "demonstrations": 240, "chunk": 8, "executed": 4}
     (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": [{"head": "flow", **rate}]}))
