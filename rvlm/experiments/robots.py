@@ -64,7 +64,7 @@ ROBOT_RECIPES: dict[str, RobotRecipe] = {
     ),
     "so101": RobotRecipe("tabletop/so101", _SLIDER_AND_LIGHT, 180, 9000, RELATIVE),
     "two_arms": RobotRecipe("tabletop/two_arms", ("lift_left", "lift_right", "lift_both"), n_samples=20_000),
-    "planar": RobotRecipe("tabletop/planar", n_samples=10_000),
+    "planar": RobotRecipe("tabletop/planar", n_samples=20_000),
 }
 
 
