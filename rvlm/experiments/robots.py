@@ -62,7 +62,7 @@ ROBOT_RECIPES: dict[str, RobotRecipe] = {
     "franka7_joint": RobotRecipe(
         "tabletop/franka7_joint", (*_SLIDER_AND_LIGHT, "open_drawer", "close_drawer"), 200, 9000, RELATIVE
     ),
-    "so101": RobotRecipe("tabletop/so101", _SLIDER_AND_LIGHT, 180, 9000, RELATIVE),
+    "so101": RobotRecipe("tabletop/so101", _SLIDER_AND_LIGHT, 240, 18_000, RELATIVE),
     "two_arms": RobotRecipe("tabletop/two_arms", ("lift_left", "lift_right", "lift_both"), n_samples=20_000),
     "planar": RobotRecipe("tabletop/planar", n_samples=20_000),
 }
