@@ -47,9 +47,9 @@ def _actions(robot: str) -> str:
 
 
 def _above(robot: str, record: dict[str, Any]) -> str:
-    verdicts = {gain["control"]: gain["verdict"] for gain in record["gains"] if gain["robot"] == robot}
+    verdicts = {gain["control"]: gain["verdict"] for gain in record.get("gains", ()) if gain["robot"] == robot}
     unclear = [f"{control}: {verdict}" for control, verdict in verdicts.items() if verdict != "supported"]
-    return "; ".join(unclear) or "all controls"
+    return "; ".join(unclear) or ("all controls" if verdicts else "not tested")
 
 
 def _rate(row: dict[str, Any]) -> str:
@@ -59,7 +59,8 @@ def _rate(row: dict[str, Any]) -> str:
 def _note(record: dict[str, Any]) -> str:
     if not record:
         return ""
+    hardware = record["hardware"]
     return (
         f"{record['trainings']} trainings of each policy, {record['episodes']} episodes in new scenes of each training; 95 % "
-        f"intervals over trainings and episodes (commit {record['commit'][:7]}; {record['hardware']})."
+        f"intervals over trainings and episodes (commit {record['commit'][:7]}, {hardware['cores']} cores of {hardware['cpu']})."
     )

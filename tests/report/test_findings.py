@@ -329,7 +329,7 @@ def test_readme_without_markers_is_one_clear_error(tmp_path, notebooks, results)
 
 def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
     assert PARTS["robots"](tmp_path) == PARTS["heads"](tmp_path) == "Not measured.\n"
-    run = {"trainings": 3, "episodes": 60, "commit": "0123456789", "hardware": "2 CPU cores"}
+    run = {"trainings": 3, "episodes": 60, "commit": "0123456789", "hardware": {"cpu": "AMD EPYC", "cores": 2}}
     rate = {"rate": 0.934, "low": 0.8, "high": 0.989}
     chance = {"rate": 0.0, "low": 0.0, "high": 0.061}
     rows = [
@@ -346,7 +346,11 @@ def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
     gains[0]["verdict"] = "undecided"
     (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows, "gains": gains}))
     assert PARTS["robots"](tmp_path).splitlines()[2].endswith("| black images: undecided |")
-    assert "3 trainings" in " ".join(note) and "60 episodes" in " ".join(note) and "commit 0123456;" in " ".join(note)
+    assert (
+        "3 trainings" in " ".join(note)
+        and "60 episodes" in " ".join(note)
+        and "commit 0123456, 2 cores of AMD EPYC" in " ".join(note)
+    )
     budget = {"samples": 9000, "demonstrations": 240, "chunk": 8, "executed": 4}
     (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": [{"head": "flow", **rate}]}))
     lines = PARTS["heads"](tmp_path).splitlines()
