@@ -31,7 +31,7 @@ def check_suite(suite: Any, env: gymnasium.Env) -> None:
         raise _error(
             suite, f"the same start after two resets with seed {SEEDS[0]}", f"others in {difference}", "seed all randomness"
         )
-    if suite.n_starts != 1 and not _difference(begin, _first_observation(suite, env, SEEDS[1], task, 1)):
+    if suite.n_starts != 1 and not _difference(begin, _first_observation(suite, env, SEEDS[1], task, (suite.n_starts or 1) - 1)):
         what = "seeds" if suite.n_starts is None else "initial states 'start'"
         raise _error(suite, f"two {what} that start differently", "the same images and state", "read them in reset()")
     _check_unknown_task_is_refused(suite, env)
@@ -66,7 +66,13 @@ def _check_spec(suite: Any, env: gymnasium.Env) -> None:
 
 def _first_observation(suite: Any, env: gymnasium.Env, seed: int, task: str, start: int) -> dict[str, Any]:
     options = {"task": task} if suite.n_starts is None else {"task": task, "start": start}
-    observation, info = env.reset(seed=seed, options=options)
+    try:
+        observation, info = env.reset(seed=seed, options=options)
+    except (IndexError, KeyError, ValueError) as error:
+        came = f"{type(error).__name__}: {error}"
+        raise _error(
+            suite, f"a reset with {options}", came, "correct n_starts or tasks of the suite, or the environment"
+        ) from error
     if info.get("task", task) != task:
         raise _error(suite, f"task {task!r}, which reset() was asked for", f"info['task'] {info['task']!r}", "obey the option")
     check_observation(suite, observation)

@@ -12,6 +12,7 @@ Some users need more, and ask for it by name: `expert_action()`, `other_instruct
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,8 +79,11 @@ class Suite:
             raise SuiteError(f"{self.name}: expected max_steps as whole numbers above 0 [control steps], got {self.max_steps!r}")
         if self.n_starts is not None and (type(self.n_starts) is not int or self.n_starts < 1):
             raise SuiteError(f"{self.name}: expected n_starts as a whole number above 0, or None; got {self.n_starts!r}")
-        if self.noise_scale and len(self.noise_scale) != self.spec.n_dims:
-            raise SuiteError(f"{self.name}: expected noise_scale of {self.spec.n_dims} dimensions, got {self.noise_scale}")
+        is_finite = all(math.isfinite(scale) and scale >= 0 for scale in self.noise_scale)
+        if self.noise_scale and (len(self.noise_scale) != self.spec.n_dims or not is_finite):
+            raise SuiteError(
+                f"{self.name}: expected noise_scale as {self.spec.n_dims} finite numbers from 0 on, got {self.noise_scale}"
+            )
         require_importable(self.make_env, f"{self.name}: make_env")
 
     def _as_names(self, attribute: str) -> tuple[str, ...]:

@@ -78,9 +78,9 @@ class Evaluation:
             raise ValueError(f"expected a trained policy to delay, got {self.policy!r}, which has no chunks; leave the delay out")
         if self.ablation not in INPUT_ABLATIONS:
             raise ValueError(f"no input ablation {self.ablation!r}; there are {', '.join(INPUT_ABLATIONS)}")
-        if self.first_seed < FIRST_HELD_OUT_SEED:
+        if type(self.first_seed) is not int or self.first_seed < FIRST_HELD_OUT_SEED:
             raise ValueError(
-                f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are for training; got {self.first_seed}"
+                f"whole-numbered evaluation seeds start at {FIRST_HELD_OUT_SEED}, lower ones are for training; got {self.first_seed!r}"
             )
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
             raise ValueError(f"expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got {self.device!r}")

@@ -189,8 +189,8 @@ def _check_layers(config: VLAConfig) -> None:
     if layers is None:
         return
     indices = layers if isinstance(layers, list | tuple) else range(layers) if type(layers) is int else ()
-    if not indices or not all(type(i) is int for i in indices):
-        raise ValueError(f"vlm_layers is expected as a number from 1 on or as indices of layers; got {layers!r}")
+    if not indices or not all(type(i) is int for i in indices) or len(set(indices)) < len(indices):
+        raise ValueError(f"vlm_layers is expected as a number from 1 on or as indices of different layers; got {layers!r}")
     n_expert = (config.head_options or {}).get("n_layers", EXPERT_LAYERS)
     if config.head == "expert" and len(indices) > n_expert:
         raise ValueError(

@@ -30,7 +30,7 @@ def check_execution(execution: str, delay_steps: int = 0) -> None:
     """
     if execution not in EXECUTIONS:
         raise ValueError(f"no execution {execution!r}; there are {', '.join(EXECUTIONS)}")
-    if not isinstance(delay_steps, int | np.integer) or delay_steps < 0:
+    if not isinstance(delay_steps, int | np.integer) or isinstance(delay_steps, bool) or delay_steps < 0:
         raise ValueError(f"expected delay_steps as a number of control steps from 0 on, got {delay_steps!r}")
 
 

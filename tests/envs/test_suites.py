@@ -70,6 +70,7 @@ def nested():
         ({"max_steps": {TASKS[0]: 3}}, r"expected max_steps of each task \['push the block', 'open the box'\], got \['push the"),
         ({"max_steps": 2.5}, r"expected max_steps as whole numbers above 0 \[control steps\], got 2.5"),
         ({"n_starts": 0}, "expected n_starts as a whole number above 0, or None; got 0"),
+        ({"noise_scale": (1.0,) * 6 + (float("nan"),)}, "expected noise_scale as 7 finite numbers from 0 on"),
         ({"make_env": nested()}, "make_env: expected a function or class at the top of a module"),
     ],
 )

@@ -75,6 +75,7 @@ def test_every_episode_has_a_held_out_seed_of_its_own():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"first_seed": FIRST_HELD_OUT_SEED + 0.5}, "evaluation seeds start at 900000.*got 900000.5"),
         ({"first_seed": FIRST_HELD_OUT_SEED - 1}, "evaluation seeds start at 900000.*got 899999"),
         ({"device": "gpu"}, "expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got 'gpu'"),
         ({"ablation": "blindfold"}, "no input ablation 'blindfold'; there are none, no_language, shuffled_language, blank_image"),

@@ -61,8 +61,9 @@ THERE_ARE = (
         ({"chunk_size": 0}, "chunk_size is expected to be at least 1; got 0"),
         ({"cameras": ["static", "side"]}, "expected cameras of card 'tabletop_franka7', static, wrist; got .*side"),
         ({"head_options": {"arm_loss": "mae"}}, "no arm loss 'mae'; there are mse, huber, l1"),
-        ({"vlm_layers": []}, r"vlm_layers is expected as a number from 1 on or as indices of layers; got \[\]"),
-        ({"vlm_layers": 0}, "vlm_layers is expected as a number from 1 on or as indices of layers; got 0"),
+        ({"vlm_layers": [0, 0]}, "as indices of different layers; got"),
+        ({"vlm_layers": []}, r"vlm_layers is expected as a number from 1 on or as indices of different layers; got \[\]"),
+        ({"vlm_layers": 0}, "vlm_layers is expected as a number from 1 on or as indices of different layers; got 0"),
         ({"vlm_layers": [9]}, r"expected hidden layers from 0 \(embeddings\) to 1, or from -1 .* down to -2, got \[9\]"),
         ({**EXPERT, "vlm_layers": [0, 1, 2]}, r"at most 2 layers, one for each of the action expert's; got \[0, 1, 2\]"),
         (
