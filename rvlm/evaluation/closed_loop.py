@@ -80,7 +80,7 @@ class Evaluation:
             raise ValueError(f"no input ablation {self.ablation!r}; there are {', '.join(INPUT_ABLATIONS)}")
         if type(self.first_seed) is not int or self.first_seed < FIRST_HELD_OUT_SEED:
             raise ValueError(
-                f"whole-numbered evaluation seeds start at {FIRST_HELD_OUT_SEED}, lower ones are for training; got {self.first_seed!r}"
+                f"evaluation seeds start at {FIRST_HELD_OUT_SEED}, since lower ones are for training; got {self.first_seed!r}"
             )
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
             raise ValueError(f"expected device 'cpu', 'cuda' or one of several such as 'cuda:1', got {self.device!r}")
