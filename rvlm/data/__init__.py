@@ -11,6 +11,7 @@ Modules:
     cards: data cards, and the values that each field allows.
     groups: groups of dimensions of actions and states, and their conventions.
     spec_dimensions: dimensions of all groups as one vector.
+    pairing: which dimension of the state shows one of the action, in which units.
     rotations: layouts of rotations, and conversion.
     normalization: statistics of actions and states; normalise and unnormalise.
     augmentation: random shift, crop and light of images.

@@ -66,9 +66,10 @@ def _flat(stored: Any) -> list[str]:
 
 
 def place_of(name: str) -> str:
-    """A dimension's place, which several names share: "dx" and "x"; "roll", "rx" and "qx"; "main_gripper" and "gripper"."""
+    """A dimension's place, which several names share: "dx", "delta_x" and "x"; "roll" and "qx"; "main_gripper" and "gripper"."""
     name = unicodedata.normalize("NFKC", name).strip().casefold().removesuffix(SUFFIX)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     arm, _, last = name.strip().rpartition("_")
+    arm = "_".join(part for part in arm.split("_") if part not in ("d", "delta"))
     return f"{arm}_{SAME_PLACE.get(last, last)}".removeprefix("_")

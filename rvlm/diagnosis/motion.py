@@ -13,14 +13,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.dimensions import place_of
 from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.pairing import SI, same_places
 from rvlm.data.rotations import to_rotation
 
 SHOWN_BY = {"pose": "pose", "pose_delta": "pose", "joint": "joint", "joint_delta": "joint", "gripper": "gripper"}  # of the state
 ALL = (-np.inf, np.inf)
 SERIES = ("commanded", "moved", "before", "after")
-SI = {"deg": np.pi / 180, "cm": 0.01, "mm": 0.001}  # unit -> the SI unit's share of it; others are taken as they are
 Placed = tuple[slice, Group]
 
 
@@ -97,8 +96,8 @@ def paired_groups(spec: ActionSpec) -> list[tuple[Placed, Placed, list[tuple[int
         shown = [other for other in spec.placed_state if other[1].kind == kind]
         if kind is None or not shown:
             continue
-        named = max(shown, key=lambda other: len(_same_places(placed[1], other[1])))
-        same = _same_places(placed[1], named[1])
+        named = max(shown, key=lambda other: len(same_places(placed[1], other[1])))
+        same = same_places(placed[1], named[1])
         other = named if same else shown[min(counts[kind], len(shown) - 1)]
         counts[kind] += 1
         n = placed[1].n_position
@@ -108,12 +107,6 @@ def paired_groups(spec: ActionSpec) -> list[tuple[Placed, Placed, list[tuple[int
         elif same and (kind == "joint" or placed[1].frame in ("ee", other[1].frame)):
             pairs.append((placed, other, same))
     return pairs
-
-
-def _same_places(action: Group, state: Group) -> list[tuple[int, int]]:
-    """Positions or joints of both groups whose names have the same place."""
-    ours, theirs = ([place_of(name) for name in group.names[: group.n_position]] for group in (action, state))
-    return [(i, theirs.index(place)) for i, place in enumerate(ours) if place in theirs]
 
 
 def invalid_rotations(spec: ActionSpec, actions: np.ndarray, states: np.ndarray) -> str | None:
@@ -152,7 +145,7 @@ def _described(pairs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _si_unit(unit: str) -> str:
-    return {"deg": "rad", "cm": "m", "mm": "m"}.get(unit, unit)
+    return SI.get(unit, (unit, 1.0))[0]
 
 
 def _has_rotation(action: Group, state: Group) -> bool:
@@ -197,7 +190,7 @@ def raw_to_units(group: Group) -> Float[np.ndarray, " d"]:
 
 
 def _to_si(group: Group) -> np.ndarray:
-    return raw_to_units(group) * [SI.get(unit, 1.0) for unit in group.units]
+    return raw_to_units(group) * [SI.get(unit, (unit, 1.0))[1] for unit in group.units]
 
 
 def _turns(commanded: Rotation, turned: Rotation, is_delta: bool, is_hand: bool) -> list[np.ndarray]:
