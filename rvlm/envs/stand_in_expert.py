@@ -71,13 +71,6 @@ def action_towards(spec: ActionSpec, state: Float[np.ndarray, " s"], shares: Flo
     return np.where(spec.present, action, 0).astype(np.float32)
 
 
-def _gripper_command(group: Group, is_open: bool) -> float:
-    """A raw value: all the way where the gripper is binary, else a tenth less."""
-    closed, opened = group.gripper_ends
-    share = float(is_open) if group.is_binary else 0.1 + 0.8 * is_open
-    return closed + share * (opened - closed)
-
-
 def _move_towards(group: Group, shown: tuple[slice, Group], state: np.ndarray, share: np.ndarray) -> np.ndarray:
     (dims, other), n = shown, group.n_position
     now, scale = state[dims], np.array(group.scale)
