@@ -37,7 +37,7 @@ class HardwareEnv(gymnasium.Env):
     Observation: `images`, (h, w, 3) uint8 RGB of each camera in the card, of any sizes; `state` (s,) float32; `instruction`.
     Action: (a,) raw, in the card's range.
     Reward 1.0 if the operator confirms success. The episode ends at the time limit, when the operator stops it, or when more than
-    `max_missed` deadlines in a row were missed; the last two, and every error, hold the robot.
+    `max_missed` deadlines in a row were missed. The robot is held at its end, before the operator is asked, and on every error.
 
     A control step lasts `1 / rate_hz` from one observation to the next, the policy's inference included (`DeadlineClock`).
 
@@ -80,8 +80,10 @@ class HardwareEnv(gymnasium.Env):
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if max_steps < 1 or not instructions:
-            raise ValueError(f"expected max_steps of at least 1 and an instruction, got {max_steps} and {dict(instructions)}")
+        if not isinstance(max_steps, int | np.integer) or max_steps < 1 or not instructions:
+            raise ValueError(
+                f"expected max_steps of at least 1, a whole number, and an instruction, got {max_steps} and {dict(instructions)}"
+            )
         self.robot, self.action_spec, self.instructions, self.max_steps = robot, spec, dict(instructions), max_steps
         self.commands = RobotCommands(spec, dict(keys or {}), limits, robot)
         observed = [key for key, feature in robot.observation_features.items() if not isinstance(feature, tuple)]
@@ -90,6 +92,7 @@ class HardwareEnv(gymnasium.Env):
         self.confirm, self.is_stopped, self.is_dry_run, self.max_missed = confirm, is_stopped, is_dry_run, max_missed
         self.deadlines = DeadlineClock(spec.rate_hz, sleep, clock)
         self._make_spaces()
+        self._is_moving = False  # whether an action was sent since it was held
         self._stop_reason = "reset() was not called; call it, and it connects the robot"
 
     def _make_spaces(self) -> None:
@@ -98,7 +101,7 @@ class HardwareEnv(gymnasium.Env):
         self.action_space = action_space(self.action_spec)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """Start an episode from where the robot is; nothing is sent. Connects the robot if necessary.
+        """Start an episode from where the robot is; nothing is sent but the hold of an episode that runs. Connects the robot.
 
         Args:
             seed: Samples the task if none is given; the operator arranges the scene.
@@ -118,6 +121,8 @@ class HardwareEnv(gymnasium.Env):
             )
         if not self.robot.is_connected:
             self.robot.connect()
+        if self._is_moving:
+            self._send_hold()
         self.task, self.n_steps = task, 0
         self._observation = self._observe()
         self.commands.start()
@@ -143,15 +148,17 @@ class HardwareEnv(gymnasium.Env):
         info = {"sent": {}, "was_clipped": not np.allclose(within, action), "was_limited": False}
         try:
             failure = self._reason_to_hold()
-            info |= {**self._hold(), "failure": failure} if failure else self._execute(within)
+            info |= {**self._send_hold(), "failure": failure} if failure else self._execute(within)
             is_over = bool(failure) or self.n_steps >= self.max_steps
             if is_over:
                 self._stop_reason = NEXT_EPISODE
+                if self._is_moving:
+                    self._send_hold()
             is_success = is_over and bool(self.confirm(f"Did it succeed? {self.instructions[self.task]}"))
         except BaseException as error:  # a keyboard interrupt too
             self._stop_reason = f"{error!r} stopped it; check the robot and fix the cause, then call reset()"
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                self._hold()
+                self._send_hold()
             raise
         info |= {"task": self.task, "is_success": is_success, "n_missed": self.deadlines.n_missed}
         return self._observation, float(is_success), is_success, is_over, info
@@ -175,6 +182,7 @@ class HardwareEnv(gymnasium.Env):
         if not self.robot.is_connected:
             raise ConnectionError("expected a connected robot, got one that is not; check power and cables")
         target, was_limited = self.commands.target(action)
+        self._is_moving = True
         sent = self._send(target)
         n_missed = self.deadlines.n_missed
         self.deadlines.wait()
@@ -189,14 +197,22 @@ class HardwareEnv(gymnasium.Env):
         self.n_steps += 1
         return {"sent": sent, "was_limited": was_limited}
 
-    def _hold(self) -> dict[str, Any]:
+    def hold(self) -> None:
+        """End the episode and hold the robot, if it was sent an action since it was held last."""
+        self._stop_reason = self._stop_reason or "it was held; arrange the scene, then call reset()"
+        if self._is_moving:
+            self._send_hold()
+
+    def _send_hold(self) -> dict[str, Any]:
         """Send the robot where it is, or was when it last told."""
         with contextlib.suppress(Exception):
             self.commands.observe(self.robot.get_observation())
-        return {"sent": self._send(self.commands.hold())}
+        sent = self._send(self.commands.hold())
+        self._is_moving = False
+        return {"sent": sent}
 
     def _send(self, target: dict[str, float]) -> dict[str, float]:
-        sent = target if self.is_dry_run else self.robot.send_action(target)
+        sent = target if self.is_dry_run else self.robot.send_action(target) or target  # some robots return nothing
         self.commands.last |= {key: sent.get(key, value) for key, value in target.items()}
         return sent
 
@@ -218,11 +234,14 @@ class HardwareEnv(gymnasium.Env):
         return {"images": images, "state": state.astype(np.float32), "instruction": self.instructions[self.task]}
 
     def close(self) -> None:
-        """Hold the robot if an episode is running, and disconnect it; `reset` connects it again."""
-        if not self._stop_reason:
-            self._hold()
-        self._stop_reason = "it was closed; call reset(), and it connects the robot"
-        if self.robot.is_connected:
+        """Hold the robot if it may move, and disconnect it; `reset` connects it again."""
+        is_running, self._stop_reason = not self._stop_reason, "it was closed; call reset(), and it connects the robot"
+        if not self.robot.is_connected:
+            return
+        try:
+            if is_running or self._is_moving:
+                self._send_hold()
+        finally:
             self.robot.disconnect()
 
 

@@ -11,7 +11,9 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
-from rvlm.envs.group_commands import TARGET_KINDS, GroupCommand, GroupLimits, require_layout, require_limits
+from rvlm.data.groups import Group
+from rvlm.data.pairing import gripper_command, gripper_in_state, same_places, unit_ratios
+from rvlm.envs.group_commands import TARGET_KINDS, GroupCommand, GroupLimits, displacement_shares, require_limits
 
 Values = dict[str, float]  # the robot's name -> value
 
@@ -34,20 +36,34 @@ def group_commands(
     if len(limits) != len(spec.placed_action):
         kinds = [f"{group.kind} {list(group.names)}" for _, group in spec.placed_action]
         raise SpecMismatch(f"expected limits of each action group, {'; '.join(kinds)}; got {len(limits)}")
-    targets = {kind: iter([group for _, group in spec.state_groups(kind)]) for kind in TARGET_KINDS.values()}
     commands = []
     for (at, group), own in zip(spec.placed_action, limits, strict=True):
-        kind = TARGET_KINDS.get(group.kind)
-        target = next(targets[kind], None) if kind else group
-        if target is None:
-            raise SpecMismatch(
-                f"{spec.dataset}: expected a {kind} group in the state for {list(group.names)} to be added to, got "
-                f"{[other.kind for other in spec.state]}; add the robot's {kind} to the card's state"
-            )
-        require_layout(group, target)
+        if set(group.absent) >= set(group.names):
+            continue
+        target = moved_group(spec, group) if group.kind in TARGET_KINDS else group
         require_limits(group, target, own)
-        commands.append(GroupCommand(group, at, target, robot_names(target.names, keys, robot_keys), own))
+        present = [name for name in target.names if name not in group.absent]
+        found = dict(zip(present, robot_names(present, keys, robot_keys), strict=True))
+        commands.append(GroupCommand(group, at, target, tuple(found.get(name, "") for name in target.names), own))
     return commands
+
+
+def moved_group(spec: ActionSpec, group: Group) -> Group:
+    """The group of the state that a displacement moves, which is named like it.
+
+    Raises:
+        SpecMismatch: There is none of its kind, or none that it can be added to.
+    """
+    kind = TARGET_KINDS[group.kind]
+    targets = [target for _, target in spec.state_groups(kind)]
+    if not targets:
+        raise SpecMismatch(
+            f"{spec.dataset}: expected a {kind} group in the state for {list(group.names)} to be added to, got "
+            f"{[other.kind for other in spec.state]}; add the robot's {kind} to the card's state"
+        )
+    target = max(targets, key=lambda target: len(same_places(group, target)))
+    displacement_shares(group, target)
+    return target
 
 
 def robot_names(names: Sequence[str], keys: Mapping[str, str], robot_keys: Sequence[str]) -> tuple[str, ...]:
@@ -86,21 +102,41 @@ class RobotCommands:
 
     def __init__(self, spec: ActionSpec, keys: Mapping[str, str], limits: Sequence[GroupLimits], robot: Any) -> None:
         self.groups = group_commands(spec, keys, limits, list(robot.action_features))
-        sent = [key for command in self.groups for key in command.keys]
+        sent = [key for command in self.groups for key in command.keys if key]
         told = [key for key, feature in robot.observation_features.items() if not isinstance(feature, tuple)]
-        untold = [key for command in self.groups if command.is_position for key in command.keys if key not in told]
+        untold = [key for command in self.groups if command.is_position for key in command.keys if key and key not in told]
         if untold or len(set(sent)) < len(sent):
             raise KeyError(
                 f"expected one dimension for each of the robot's numbers, and positions that it also tells, got {sent}; of these "
                 f"it does not tell {untold}; it tells {told}"
             )
+        unknown = sorted(set(keys) - {*spec.names, *spec.state_names})
+        if unknown:
+            raise KeyError(f"keys names {unknown}, which the card does not have; it has {[*spec.names, *spec.state_names]}")
+        self._ratios = self._read_ratios(dict(zip(robot_names(spec.state_names, keys, told), spec.state_units, strict=True)))
         self._told = [key for key in sent if key in told]
+        self._grippers = [
+            (command, shown[1], robot_names(shown[1].names, keys, told)[0])
+            for command in self.groups
+            if (shown := gripper_in_state(spec, command.group)) and command.group.kind == "gripper"
+        ]
         self.present: Values = {}
         self.last: Values = {}
 
+    def _read_ratios(self, units: Mapping[str, str]) -> Values:
+        """Key of a position -> what a told number is multiplied by to be in the unit of the target."""
+        ratios: Values = {}
+        for command in self.groups:
+            names = [(key, unit) for key, unit in zip(command.keys, command.target.units, strict=True) if key in units]
+            if command.is_position and names:
+                own, taken = [key for key, _ in names], [unit for _, unit in names]
+                ratios |= dict(zip(own, unit_ratios([units[key] for key in own], taken, own).tolist(), strict=True))
+        return ratios
+
     def start(self) -> None:
-        """Begin an episode."""
-        self.last = {}
+        """Begin an episode: grippers are as they were sent last, all else is where it is."""
+        grippers = [command.keys[0] for command in self.groups if command.group.kind == "gripper"]
+        self.last = {key: self.last[key] for key in grippers if key in self.last}
 
     def observe(self, observation: Mapping[str, Any]) -> None:
         """Take note of where the robot is.
@@ -108,7 +144,11 @@ class RobotCommands:
         Raises:
             ValueError: It tells a number that is not finite; where it was before is kept.
         """
-        present = {key: float(observation[key]) for key in self._told}
+        present = {key: float(observation[key]) * self._ratios.get(key, 1.0) for key in self._told}
+        for command, shown, key in self._grippers:
+            present.pop(command.keys[0], None)
+            raw = gripper_command(command.group, shown, float(observation[key]))
+            present |= {} if raw is None else {command.keys[0]: raw * command.group.scale[0]}
         if not np.isfinite(list(present.values())).all():
             raise ValueError(f"expected finite numbers of the robot, got {present}; check its sensors")
         self.present = present
@@ -129,19 +169,29 @@ class RobotCommands:
                     f"within a step of it, got {present[:n].tolist()}; nothing was sent; move the robot there by hand"
                 )
             last = np.array([self.last.get(key, at) for key, at in zip(command.keys, present, strict=True)])
-            wanted = command.values(action[command.at], present)
-            limited = command.limited(wanted, last)
+            wanted = command.values(action[command.at], present, last)
+            is_known = command.group.kind != "gripper" or command.keys[0] in {*self.present, *self.last}
+            limited = command.limited(wanted, last if is_known else wanted)
             was_limited |= not np.allclose(limited, wanted, rtol=0, atol=1e-12)
-            values |= dict(zip(command.keys, map(float, limited), strict=True))
+            values |= driven(command, limited)
         return values, was_limited
 
     def hold(self) -> Values:
-        """What holds the robot: positions where they are, grippers as they were sent, velocities 0."""
+        """What holds the robot: positions where they are, velocities 0, grippers as sent last, else as told, else opened."""
         values: Values = {}
         for command in self.groups:
-            if command.target.kind == "base_velocity":
-                values |= dict.fromkeys(command.keys, 0.0)
-                continue
-            known = self.present if command.is_position else {**self.present, **self.last}
-            values |= {key: known[key] for key in command.keys if key in known}
+            if command.group.kind == "base_velocity":
+                held = np.zeros(len(command.keys))
+            elif command.is_position:
+                held = np.array([self.present.get(key, np.nan) for key in command.keys])
+            else:
+                opened = np.multiply(command.group.gripper_ends[1], command.group.scale)
+                known = {command.keys[0]: float(np.clip(opened, command.low, command.high)[0]), **self.present, **self.last}
+                held = np.array([known[command.keys[0]]])
+            values |= {key: value for key, value in driven(command, held).items() if not np.isnan(value)}
         return values
+
+
+def driven(command: GroupCommand, target: Float[np.ndarray, " s"]) -> Values:
+    """The robot's names and values of a target, without absent dimensions."""
+    return {key: float(value) for key, value, sent in zip(command.keys, target, command.is_driven, strict=True) if sent and key}

@@ -1,7 +1,8 @@
 """Rollouts: episodes in step, input ablations of the policy, and a uniform random baseline."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,19 +157,20 @@ def rollout(
     observations, rows = _reset(policy, envs, episodes, keep_state)
     ablate, recorded = _input_ablation(ablation, envs, rows), [[] for _ in rows]
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
-    while running:
-        before = time.perf_counter()
-        actions = _actions(policy, envs, ablate(observations), running)
-        policy_s += time.perf_counter() - before
-        unfinished = []
-        for position, (i, action) in enumerate(zip(running, actions, strict=True)):
-            if keep_frames:
-                recorded[i].append((observations[i]["images"], action))
-            observations[i], is_done = _step(envs[i], action, rows[i])
-            unfinished += [] if is_done else [position]
-        if hasattr(policy, "keep") and 0 < len(unfinished) < len(running):
-            policy.keep(unfinished)
-        running = [running[position] for position in unfinished]
+    with _held_on_error(envs):
+        while running:
+            before = time.perf_counter()
+            actions = _actions(policy, envs, ablate(observations), running)
+            policy_s += time.perf_counter() - before
+            unfinished = []
+            for position, (i, action) in enumerate(zip(running, actions, strict=True)):
+                if keep_frames:
+                    recorded[i].append((observations[i]["images"], action))
+                observations[i], is_done = _step(envs[i], action, rows[i])
+                unfinished += [] if is_done else [position]
+            if hasattr(policy, "keep") and 0 < len(unfinished) < len(running):
+                policy.keep(unfinished)
+            running = [running[position] for position in unfinished]
     simulator_s = time.perf_counter() - started - policy_s
     for row, steps in zip(rows, recorded, strict=True):
         row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
@@ -176,6 +178,18 @@ def rollout(
             images, actions = zip(*steps, strict=True)
             row |= {"frames": stack_images(images), "actions": np.stack(actions)}
     return rows
+
+
+@contextlib.contextmanager
+def _held_on_error(envs: Sequence[Any]) -> Iterator[None]:
+    """Hold the robots of environments that have `hold`, if the policy or one of them fails."""
+    try:
+        yield
+    except BaseException:
+        for env in envs:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                env.unwrapped.hold()
+        raise
 
 
 def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple], keep_state: bool) -> tuple[list, list[dict]]:

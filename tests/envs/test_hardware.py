@@ -60,7 +60,8 @@ def an_env(robot=None, spec=SPEC, limits=BOX, operator=None, **changes):
     operator, fake = operator or Operator(), Time()
     named = {
         "instructions": {"lift": TEXTS[0]}, "max_steps": 50, "is_dry_run": False, "sleep": fake.sleep, "clock": fake.clock,
-        "confirm": operator.confirm, "is_stopped": operator.is_stopped, "keys": KEYS if spec.state_names[-1] in KEYS else {},
+        "confirm": operator.confirm, "is_stopped": operator.is_stopped,
+        "keys": KEYS if "gripper_opening" in spec.state_names else {},
     }  # fmt: skip
     return HardwareEnv(robot or pose_arm(), spec, limits=limits, **(named | changes))
 
@@ -232,6 +233,94 @@ def test_a_binary_gripper_is_sent_one_of_two_values_in_the_cards_sign():
         assert arm.sent[-1]["gripper"] == spec.action[1].open
 
 
+def sent_to(action, state, limits, present, raw, **robot):
+    """What a robot that is at `present` is sent for one action."""
+    spec = ActionSpec("d", "r", 10, ("front",), action, state)
+    arm = Robot(robot.get("takes", tuple(present)), {"front": (8, 8, 3)}, present)
+    started(arm, spec, limits).step(np.array(raw, float))
+    return arm.sent[0]
+
+
+def moves(names, units, **changes):
+    values = {"kind": "joint_delta", "low": (-1.0,) * len(names), "high": (1.0,) * len(names), **changes}
+    return Group(names=names, units=units, **values)
+
+
+def test_displacements_move_what_is_called_like_them_in_its_units():
+    wide = (GroupLimits((-999.0,) * 2, (999.0,) * 2),)
+    for names in (("b", "a"), ("delta_b", "delta_a")):
+        joints = Group("joint", ("a", "b"), ("deg", "rad"))
+        sent = sent_to((moves(names, ("rad", "deg")),), (joints,), wide, {"a": 10.0, "b": 0.0}, [0.9, 0.1])
+        assert sent == pytest.approx({"a": 10.1, "b": 0.9})
+    joints = Group("joint", ("a", "b"), ("deg", "deg"))
+    sent = sent_to((moves(("a", "b"), ("rad", "rad")),), (joints,), wide, {"a": 10.0, "b": 0.0}, [0.1, 0])
+    assert sent == pytest.approx({"a": 10 + np.degrees(0.1), "b": 0})
+
+
+def test_each_arm_gets_its_own_displacement_whatever_the_order_of_the_state():
+    def arms(kind, sides, letters, unit, **changes):
+        return tuple(Group(kind, tuple(f"{side}_{k}" for k in letters), (unit,) * 3, frame="base", **changes) for side in sides)
+
+    box = (GroupLimits((-500.0,) * 3, (500.0,) * 3),) * 2
+    action = arms("pose_delta", ("left", "right"), ("dx", "dy", "dz"), "m", low=(-1.0,) * 3, high=(1.0,) * 3)
+    state = arms("pose", ("right", "left"), "xyz", "mm")
+    present = {f"{side}_{k}": 0.0 for side in ("left", "right") for k in "xyz"}
+    sent = sent_to(action, state, box, present, [0.1, 0, 0, 0, 0.2, 0])
+    assert sent == pytest.approx({**present, "left_x": 100.0, "right_y": 200.0})
+
+
+def test_a_turn_in_radians_is_added_to_angles_in_degrees():
+    units = ("m",) * 3 + ("rad",) * 3
+    move = moves(POSE, units, kind="pose_delta", frame="base", rotation="euler_xyz")
+    pose = Group("pose", POSE, ("m",) * 3 + ("deg",) * 3, frame="base", rotation="euler_xyz")
+    sent = sent_to((move,), (pose,), BOX[:1], {**dict.fromkeys(POSE, 0.0), "yaw": 80.0}, [0, 0, 0, 0, 0, 0.1])
+    assert sent["yaw"] == pytest.approx(80 + np.degrees(0.1))
+
+
+def test_joints_that_are_told_in_degrees_are_held_in_the_radians_that_they_take():
+    joint = Group("joint", ("a",), ("rad",), low=(-3.0,), high=(3.0,))
+    spec = ActionSpec("d", "r", 10, ("front",), (joint,), (Group("joint", ("a",), ("deg",)),))
+    arm = Robot(("a",), {"front": (8, 8, 3)}, {"a": 90.0})
+    env = started(arm, spec, (GroupLimits(max_change=0.1),), Operator(stops_at=2))
+    env.step(np.array([2.0]))
+    arm.values["a"] = 90.0
+    env.step(np.array([2.0]))
+    assert [sent["a"] for sent in arm.sent] == pytest.approx([np.pi / 2 + 0.1, np.pi / 2])
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_a_scaled_gripper_is_sent_in_units_binary_or_not(is_binary):
+    gripper = Group("gripper", ("g",), ("1",), (1 / 255,), (0.0,), (255.0,), open=255.0, close=0.0, is_binary=is_binary)
+    for raw, expected in ((255, 1.0), (0, 0.0)):
+        assert sent_to((gripper,), (), (GroupLimits(),), {"g": 0.0}, [raw]) == {"g": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
+def test_quaternions_are_sent_with_length_one_and_on_the_half_sphere_of_the_last(layout):
+    names = ("x", "y", "z", "q0", "q1", "q2", "q3")
+    pose = Group("pose", names, ("m",) * 3 + ("1",) * 4, frame="base", rotation=layout)
+    target = dataclasses.replace(pose, low=(-1.0,) * 7, high=(1.0,) * 7)
+    last = np.roll([0.0, 0, 0, 1], layout == "quat_wxyz")
+    present = dict(zip(names, [0, 0, 0.2, *last.tolist()], strict=True))
+    limits = (GroupLimits(LOW, HIGH, max_change=0.5, max_turn_rad=1.0),)
+    for sign in (1, -1):
+        sent = sent_to((target,), (pose,), limits, present, [0, 0, 0.2, *(sign * (0.5 * last + 0.1 * (last == 0)))])
+        q = of(sent, names[3:])
+        assert np.linalg.norm(q) == pytest.approx(1) and q @ last > 0.9
+
+
+def test_absent_joints_are_not_driven_and_a_robot_may_lack_them():
+    names, wide = ("a", "b"), (GroupLimits((-3.0,) * 2, (3.0,) * 2, max_change=0.1),)
+    for kind in ("joint", "joint_delta"):
+        group = moves(names, ("rad",) * 2, kind=kind, absent=("b",))
+        both = Group("joint", names, ("rad",) * 2)
+        assert sent_to((group,), (both,), wide, {"a": 0.0, "b": 1.0}, [0.05, 0]) == {"a": 0.05}
+        one, limits = dataclasses.replace(both, names=("a",), units=("rad",)), wide
+        if kind == "joint_delta":  # limits are of the joints that the state has
+            limits = (GroupLimits((-3.0,), (3.0,)),)
+        assert sent_to((group,), (one,), limits, {"a": 0.0}, [0.05, 0]) == {"a": 0.05}
+
+
 # --- holding ------------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +368,71 @@ def test_closing_in_the_middle_of_an_episode_holds_the_robot_first():
     env = started(arm, ARM, SLOW)
     env.close()
     assert len(arm.sent) == 1 and not arm.is_connected
+
+
+WHEELS = ActionSpec(
+    "base", "kiwi", 30, ("front",),
+    (Group("base_velocity", ("vx", "wz"), ("m/s", "rad/s"), low=(-1.0,) * 2, high=(1.0,) * 2),), (),
+)  # fmt: skip
+
+
+def a_base(**changes):
+    base = Robot(("vx", "wz"), {"front": (8, 8, 3)})
+    return base, an_env(base, WHEELS, (GroupLimits(),), **changes)
+
+
+def test_a_base_rests_at_the_time_limit_before_the_operator_is_asked():
+    asked = []
+    base, env = a_base(max_steps=2, confirm=lambda question: asked.append(dict(base.values)) or True)
+    env.reset()
+    env.step(np.array([0.5, 0.1]))
+    env.step(np.array([0.5, 0.1]))
+    assert asked == [{"vx": 0.0, "wz": 0.0}] and len(base.sent) == 3
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "hold"])
+def test_a_base_rests_when_its_episode_is_left(end):
+    base, env = a_base()
+    env.reset()
+    env.step(np.array([0.5, 0.1]))
+    getattr(env, end)()
+    assert base.values == {"vx": 0.0, "wz": 0.0} and len(base.sent) == 2
+
+
+def test_a_base_rests_when_the_policy_fails():
+    class Failing(Expert):
+        def select_action(self, observations):
+            self.n_left -= 1
+            return np.array([[0.5, 0.1]]) / bool(self.n_left)
+
+    base, env = a_base()
+    policy = Failing(None)
+    policy.n_left = 3
+    with pytest.raises(FloatingPointError), np.errstate(divide="raise"):
+        rollout(policy, [env], [(FIRST_HELD_OUT_SEED, "lift")])
+    assert len(base.sent) == 3 and base.values == {"vx": 0.0, "wz": 0.0}
+
+
+def test_a_robot_that_reports_nothing_is_driven():
+    base, env = a_base()
+    send = base.send_action
+    base.send_action = lambda action: send(action) and None
+    env.reset()
+    assert env.step(np.array([0.5, 0.1]))[4]["sent"] == {"vx": 0.5, "wz": 0.1}
+
+
+def test_a_stop_at_the_first_step_sends_every_key():
+    """A gripper that is not told is held open at first, later as it was sent, and by the state's ends where it tells."""
+    joint = Group("joint", ("a",), ("rad",), low=(-3.0,), high=(3.0,))
+    gripper = Group("gripper", ("g",), ("1",), open=1.0, close=-1.0, is_binary=True)
+    for shown, told, expected in (((), {}, 1.0), ((Group("gripper", ("g",), ("m",), open=0.08, close=0.0),), {"g": 0.0}, -1.0)):
+        spec = ActionSpec("d", "r", 10, ("front",), (joint, gripper), (Group("joint", ("a",), ("rad",)), *shown))
+        arm = Robot(("a", "g"), {"front": (8, 8, 3)}, told)
+        if not told:
+            arm.observation_features.pop("g")
+        env = started(arm, spec, (GroupLimits(max_change=0.1), GroupLimits()), Operator(stops_at=1))
+        env.step(np.array([0.5, 1.0]))
+        assert arm.sent == [{"a": 0.0, "g": expected}]
 
 
 # --- time ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +509,18 @@ def test_an_invalid_action_is_refused_and_nothing_is_sent(action):
         ({"limits": (GroupLimits(LOW[:2], HIGH[:2]), GroupLimits())}, ValueError, r"limits of \['x', 'y', 'z'\]"),
         ({"limits": (GroupLimits(), GroupLimits())}, SpecMismatch, r"expected low and high, finite, in the limits of pose_delta"),
         ({"limits": BOX[:1]}, SpecMismatch, r"limits of each action group, pose_delta \['dx'.*; gripper \['gripper'\]; got 1"),
+        ({"keys": {**KEYS, "typo": "x"}}, KeyError, r"keys names \['typo'\], which the card does not have; it has \['dx'"),
+        ({"max_steps": 2.5}, ValueError, "a whole number, and an instruction, got 2.5"),
+        ({"limits": (GroupLimits(LOW, HIGH), GroupLimits(max_change=(1.0, 2.0)))}, SpecMismatch, "expected max_change, finite"),
+        ({"limits": (GroupLimits(LOW, HIGH), GroupLimits(low=(np.nan,)))}, SpecMismatch, "expected low, finite"),
+        *(
+            ({"limits": (GroupLimits(LOW, HIGH, max_change=wrong), GroupLimits())}, SpecMismatch, "max_change, finite.*above 0")
+            for wrong in (-0.1, 0, np.nan, np.inf, (0.1, np.nan, 0.1), (0.1,), True)
+        ),
+        *(
+            ({"limits": (GroupLimits(LOW, HIGH, max_turn_rad=wrong), GroupLimits())}, SpecMismatch, "max_turn_rad, finite")
+            for wrong in (-0.1, 0, np.nan, np.inf, (0.1,) * 3)
+        ),
         ({"max_steps": 0}, ValueError, "max_steps of at least 1"),
         ({"instructions": {}}, ValueError, "an instruction"),
     ],
@@ -370,13 +536,22 @@ def test_what_is_missing_is_named_before_the_robot_is_connected(changes, error, 
 def test_a_card_that_would_be_executed_wrongly_is_refused():
     flat = Group("pose", ("x", "y", "z"), ("m",) * 3, frame="world")
     joints = Group("joint", ("j1", "j2"), ("rad",) * 2)
+    five, units = ("x", "y", "rx", "ry", "rz"), ("m",) * 2 + ("rad",) * 3
+    hand = moves(("dx", "dy", *five[2:]), units, kind="pose_delta", frame="ee", rotation="axis_angle")
+    planar = dataclasses.replace(
+        SPEC, action=(hand, SPEC.action[1]), state=(Group("pose", five, units, frame="base", rotation="axis_angle"),)
+    )
     for spec, message in [
         (dataclasses.replace(SPEC, state=(joints,)), r"expected a pose group in the state for \['dx'.*got \['joint'\]"),
         (dataclasses.replace(SPEC, state=(flat,)), r"like the pose \['x', 'y', 'z'\] \(none\) of the state"),
+        (SPEC.replace_group("action", 0, frame="base"), r"in the frame of the state's pose.*'base' for \['x'.*in 'world'"),
+        (SPEC.replace_group("state", 0, units=("px",) * 3 + ("rad",) * 3), r"expected units that can be converted.*\['px', 'px'"),
+        (SPEC.replace_group("state", 0, names=("u", "v", "w", *POSE[3:])), r"of the state, named after it, such as dx for x"),
+        (planar, r"frame ee of a pose with three positions and a rotation, got \['dx', 'dy', 'rx'"),
         (dataclasses.replace(SPEC, image_rotation_deg=90.0), "upright or turned by 180 degrees, got 90"),
     ]:
         with pytest.raises(SpecMismatch, match=message):
-            an_env(Robot((*POSE, "gripper", "j1", "j2"), CAMERAS), spec)
+            an_env(Robot((*POSE, *"uvw", "gripper", "j1", "j2"), CAMERAS), spec)
     with pytest.raises(SpecMismatch, match=r"expected max_change, finite, in the limits of joint \['shoulder_pan'"):
         an_env(joint_arm(), ARM, (GroupLimits(), GroupLimits()))
 
@@ -398,7 +573,7 @@ def test_nothing_is_sent_outside_an_episode():
     with pytest.raises(RuntimeError, match=r"the episode is over; arrange the scene, then call reset\(\)"):
         env.step(STILL)
     env.close()
-    assert len(arm.sent) == 1 and not arm.is_connected
+    assert len(arm.sent) == 2 and not arm.is_connected  # the action, and its hold
     with pytest.raises(RuntimeError, match="it was closed"):
         env.step(STILL)
     env.reset()
@@ -439,7 +614,7 @@ def test_a_fault_leaves_it_stopped_and_says_what_to_do(break_it, error, message)
     assert len(arm.sent) == n_sent and not operator.questions
     env.reset()
     env.step(STILL)
-    assert len(arm.sent) == n_sent + 1
+    assert len(arm.sent) == n_sent + 1 + (error in (OSError, ConnectionError))  # whose hold is made up for
 
 
 def test_an_arm_far_outside_the_workspace_is_not_moved():
@@ -504,7 +679,7 @@ def test_the_operator_is_asked_once_and_decides(answer, stops_at):
         steps.append(info["is_success"])
     assert operator.questions == [f"Did it succeed? {TEXTS[0]}"]
     assert steps == [False] * (len(steps) - 1) + [answer] and is_success == answer and reward == answer
-    assert len(arm.sent) == (3 if stops_at else 5)
+    assert len(arm.sent) == (3 if stops_at else 6)  # the last one holds
 
 
 def test_a_policy_acts_on_it_unchanged(toy_vlm, toy_stats):
@@ -513,7 +688,7 @@ def test_a_policy_acts_on_it_unchanged(toy_vlm, toy_stats):
     envs = [an_env(arm, operator=operator, max_steps=n) for arm, n in zip(arms, (2, 4), strict=True)]
     policy = Policy(model, processor, n_action_steps=2, spec=envs[0].action_spec)
     rows = rollout(policy, envs, [(FIRST_HELD_OUT_SEED, "lift"), (FIRST_HELD_OUT_SEED + 1, "lift")], keep_frames=True)
-    assert [row["n_steps"] for row in rows] == [2, 4] == [len(arm.sent) for arm in arms]
+    assert [row["n_steps"] for row in rows] == [2, 4] == [len(arm.sent) - 1 for arm in arms]
     assert all(row["is_success"] and row["instruction"] == TEXTS[0] for row in rows) and len(operator.questions) == 2
     assert (rows[1]["frames"]["static"] == 10).all() and (rows[1]["frames"]["wrist"] == 20).all()
     moved = np.clip(rows[1]["actions"][:, :3], -1, 1).sum(0) * STEP
@@ -532,7 +707,7 @@ def test_a_policy_in_real_time_acts_on_it(toy_vlm, toy_stats):
     env = an_env(arm, max_steps=8, sleep=sleep, clock=fake.clock)
     row = rollout(policy, [env], [(FIRST_HELD_OUT_SEED, "lift")])[0]
     policy.close()
-    assert row["n_steps"] == 8 == len(arm.sent) and env.deadlines.n_missed == 0
+    assert row["n_steps"] == 8 == len(arm.sent) - 1 and env.deadlines.n_missed == 0
     assert set(policy.delays) == {1} and policy.n_held == 1
     assert np.array_equal(of(arm.sent[0]), [0, 0, 0.2, 0, 0, 0]) and not np.array_equal(of(arm.sent[1]), of(arm.sent[0]))
 
