@@ -6,6 +6,7 @@ previous chunk (*asynchronous* inference), of which the next one may be a contin
 Source: Black et al. 2025 (arXiv 2506.07339), section 3.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,13 +112,14 @@ class DelayedPolicy:
 
     def select_action(self, observations: Sequence[dict]) -> Float[np.ndarray, "n a"]:
         """The raw action (n, a) of each robot at this control step; arguments and errors as of `Policy.select_action`."""
-        self._unseen = [*(self._unseen if self.policy.model.config.n_obs_steps > 1 else ()), observations]
+        seen = copy.deepcopy(list(observations))  # the caller may fill the same arrays again
+        self._unseen = [*(self._unseen if self.policy.model.config.n_obs_steps > 1 else ()), seen]
         self._enter_finished()
         if self._inference is None and (self._chunk is None or self._position >= self.policy.n_action_steps):
             self._begin()
             self._enter_finished()
         self._last = self._next_action(observations)
-        return self._last
+        return self._last.copy()
 
     def _begin(self) -> None:
         """Begin a prediction from the observations so far."""
@@ -160,4 +162,4 @@ class DelayedPolicy:
             self.n_held += 1
             return hold_action(self.policy.robot.spec, self._last, [o["state"] for o in observations])
         self._position += 1
-        return self._chunk[:, self._position - 1]
+        return self._chunk[:, self._position - 1].copy()

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from rvlm.policy.delayed_policy import DelayedPolicy, Inference
 from rvlm.policy.policy import Policy
@@ -31,6 +32,7 @@ class RealTimePolicy(DelayedPolicy):
 
     def __init__(self, policy: Policy, execution: str = "asynchronous") -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self._is_closed = False
         self.delays: deque[int] = deque(maxlen=N_DELAYS)  # of the last predictions [control steps]
         super().__init__(policy, execution)
 
@@ -39,11 +41,26 @@ class RealTimePolicy(DelayedPolicy):
 
         Raises:
             ValueError: More than one robot, whose clocks differ.
+            RuntimeError: It was closed.
         """
+        self._require_open()
         if n_robots != 1:
             raise ValueError(f"expected one robot, got {n_robots}; robots in real time have a policy each")
         self._thread.submit(lambda: None).result()  # behind the prediction under way
         super().reset()
+
+    def select_action(self, observations: Sequence[dict]) -> Float[np.ndarray, "n a"]:
+        """As `DelayedPolicy.select_action`; never waits.
+
+        Raises:
+            RuntimeError: It was closed.
+        """
+        self._require_open()
+        return super().select_action(observations)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("expected a policy whose thread runs, got one that was closed; make another RealTimePolicy of it")
 
     def _compute(self, unseen: list[Sequence[dict]], previous: np.ndarray | None) -> Future:
         return self._thread.submit(super()._compute, unseen, previous)
@@ -59,5 +76,6 @@ class RealTimePolicy(DelayedPolicy):
         return inference.result.result()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; the policy that predicts may be used again."""
+        self._is_closed = True
         self._thread.shutdown()

@@ -1,19 +1,23 @@
 """Acting while computing: which chunk is executed when, against schedules written out by hand, in control steps."""
 
+import dataclasses
 import itertools
 import threading
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from toy_policies import ONE_STEP, SETTINGS, SPEC, build, observe
 
+from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.groups import Group
 from rvlm.data.holding import hold_action
 from rvlm.policy.delayed_policy import EXECUTIONS, DelayedPolicy
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_policy import RealTimePolicy
 
-ABSOLUTE = SPEC.replace_group("action", 0, kind="pose", scale=(0.5,) * 6)
+ABSOLUTE = SPEC.replace_group("action", 0, kind="pose", scale=(0.5,) * 6, low=(-99.0,) * 6, high=(99.0,) * 6)
 
 
 class Config:
@@ -124,6 +128,56 @@ def test_a_held_gripper_stays_as_it_was_sent():
     held = hold_action(SPEC, closed, [np.zeros(7)] * 2)
     assert (held[:, :6] == 0).all() and SPEC.is_open(held).tolist() == [[False], [True]]
     assert SPEC.is_open(hold_action(SPEC, None, [np.zeros(7)])).all()
+
+
+POSE = ("x", "y", "z", "roll", "pitch", "yaw")
+
+
+def only(action, *state):
+    return ActionSpec("d", "r", 10, ("c",), (action,), state)
+
+
+def test_the_first_hold_is_where_the_state_says_in_the_actions_units_and_layout():
+    joint = Group("joint", ("a", "b"), ("rad",) * 2, low=(-2.0,) * 2, high=(2.0,) * 2)
+    degrees = only(joint, Group("joint", ("a", "b"), ("deg",) * 2))
+    np.testing.assert_allclose(hold_action(degrees, None, [np.array([90.0, 180.0])]), [[np.pi / 2, 2.0]])  # within the range
+    lacking = only(dataclasses.replace(joint, absent=("b",)), Group("joint", ("a",), ("rad",)))
+    np.testing.assert_allclose(hold_action(lacking, None, [np.array([0.5])]), [[0.5, 0]])
+    units, turn = ("m",) * 3 + ("rad",) * 3, np.array([0.3, 0.2, -0.4])
+    pose = Group("pose", POSE, units, low=(-4.0,) * 6, high=(4.0,) * 6, frame="base", rotation="axis_angle")
+    shown = Group("pose", POSE, ("mm",) * 3 + ("deg",) * 3, frame="base", rotation="euler_xyz")
+    euler = Rotation.from_rotvec(turn).as_euler("xyz", degrees=True)
+    held = hold_action(only(pose, shown), None, [np.concatenate([[100.0, 200.0, 300.0], euler])])
+    np.testing.assert_allclose(held, [[0.1, 0.2, 0.3, *turn]], atol=1e-6)
+    for other in (dataclasses.replace(shown, frame="world"), dataclasses.replace(shown, kind="pose_delta")):
+        with pytest.raises(SpecMismatch, match=r"base axis_angle in the state to hold before the first action, got a state of"):
+            hold_action(only(pose, other), None, [np.zeros(6)])
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_the_first_hold_leaves_a_gripper_as_the_state_tells_it(is_binary):
+    gripper = Group("gripper", ("gripper",), ("1",), low=(0.0,), high=(1.0,), open=1.0, close=0.0, is_binary=is_binary)
+    for opened, closed in ((0.0, 1.0), (10.0, 0.0), (1.0, 0.0)):
+        spec = only(gripper, Group("gripper", ("gripper",), ("1",), open=opened, close=closed))
+        held = hold_action(spec, None, [np.array([opened]), np.array([closed])])
+        assert held.tolist() == [[1.0], [0.0]]
+    untold = only(gripper, Group("gripper", ("gripper_width",), ("m",)))
+    assert hold_action(untold, None, [np.array([0.0])]).tolist() == [[1.0]]
+
+
+def test_the_callers_arrays_are_neither_kept_nor_handed_out():
+    counting = Counting(n_obs_steps=3)
+    policy = DelayedPolicy(counting, "asynchronous", 2)
+    observation = {"step": np.array(0), "state": np.zeros(7, np.float32)}
+    for t in range(5):
+        observation["step"][...] = t
+        action = policy.select_action([observation])
+        expected = policy._last.copy()
+        action *= 0
+        np.testing.assert_array_equal(policy._last, expected)
+    assert [int(step) for step in counting.seen] == list(range(5)) and policy._chunk[0, 0, 0] == 1
+    action[...] = 7
+    assert (policy._chunk != 7).all()
 
 
 def test_robots_that_are_done_leave_the_others_chunk_and_prediction():
@@ -243,3 +297,12 @@ def test_a_prediction_of_the_last_episode_does_not_reach_the_next():
     with pytest.raises(ValueError, match="expected one robot, got 2"):
         policy.reset(2)
     policy.close()
+
+
+def test_a_closed_policy_says_so():
+    policy = RealTimePolicy(Counting())
+    policy.close()
+    policy.close()
+    for use in (policy.reset, lambda: step(policy, 0)):
+        with pytest.raises(RuntimeError, match="got one that was closed; make another RealTimePolicy"):
+            use()
