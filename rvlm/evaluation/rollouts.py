@@ -173,11 +173,14 @@ def rollout(
             running = [running[position] for position in unfinished]
     simulator_s = time.perf_counter() - started - policy_s
     for row, steps in zip(rows, recorded, strict=True):
-        row |= {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
-        if keep_frames:
-            images, actions = zip(*steps, strict=True)
-            row |= {"frames": stack_images(images), "actions": np.stack(actions)}
+        times = {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
+        row |= {**times, **(_frames_and_actions(steps) if keep_frames else {})}
     return rows
+
+
+def _frames_and_actions(steps: Sequence[tuple[dict, np.ndarray]]) -> dict[str, Any]:
+    images, actions = zip(*steps, strict=True)
+    return {"frames": stack_images(images), "actions": np.stack(actions)}
 
 
 @contextlib.contextmanager
