@@ -60,13 +60,24 @@ def _inputs(arguments: argparse.Namespace) -> Any:
     for name in ("episodes", "frames"):
         if getattr(arguments, name) < 1:
             raise InvalidRun(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.seed < 0:
+        raise InvalidRun(f"--seed: expected a whole number from 0 on, got {arguments.seed}")
     data, policy, env = EpisodeDataset(fetch_dataset(arguments.demonstrations, arguments.card)), None, None
     if arguments.policy:
-        from rvlm.policy.policy import load_policy
-
-        policy = load_policy(arguments.policy, spec=data.spec)
+        policy = _policy_of(arguments.policy, data.require_spec())
     if arguments.suite:
         from rvlm.envs.suites import load_suite
 
         env = load_suite(arguments.suite).make(policy and policy.image_size)
     return DiagnosisInputs(policy, data, env, arguments.episodes, arguments.frames, arguments.seed)
+
+
+def _policy_of(name: str, spec: Any) -> Any:
+    """A policy as it acts for a robot; as it is if it is of others, which the diagnosis then names."""
+    from rvlm.data.errors import SpecMismatch
+    from rvlm.policy.policy import load_policy
+
+    try:
+        return load_policy(name, spec=spec)
+    except SpecMismatch:
+        return load_policy(name)

@@ -25,6 +25,7 @@ from rvlm.data.tables import column_of, episode_indices, read_json, read_rows, r
 
 Index = int | np.integer | Any  # Any: other types are refused with a message
 EpisodeIndices = Iterable[int] | np.ndarray | Any
+VECTORS = ("action", "action_executed", "observation.state")  # columns that are (n, d) also where d is 1
 
 
 class EpisodeDataset:
@@ -140,7 +141,7 @@ class EpisodeDataset:
     def column(self, name: str) -> np.ndarray:
         """A column over all episodes, ``(n_frames, d)``, or ``(n_frames,)`` if it is scalar; read-only and cached.
 
-        Rows are in the order of episodes and frames.
+        Rows are in the order of episodes and frames. Actions and states are never scalar.
         """
         if name not in self.features or is_image(self.features[name]):
             plain = sorted(k for k, f in self.features.items() if not is_image(f))
@@ -156,7 +157,10 @@ class EpisodeDataset:
         rows = np.concatenate(list(files.values()))
         values = np.empty((self.n_frames, parts[0].shape[1]), np.result_type(*{p.dtype for p in parts}))
         values[rows] = np.concatenate(parts)
-        return values if self.features[name]["shape"] != [1] else values[:, 0]
+        return values[:, 0] if self._is_scalar(name) else values
+
+    def _is_scalar(self, name: str) -> bool:
+        return self.features[name]["shape"] == [1] and name not in VECTORS
 
     @property
     def episode_of_frame(self) -> np.ndarray:
@@ -189,7 +193,7 @@ class EpisodeDataset:
         if feature["dtype"] == "language":
             return table[key].to_pylist()
         values = column_of(table, key, path, feature)
-        return values[:, 0] if feature["shape"] == [1] else values
+        return values[:, 0] if self._is_scalar(key) else values
 
     def locate_episode(self, i: Index) -> tuple[Path, np.ndarray]:
         """Data file of an episode, and its rows there in the order of frames ``(n,)``; all files are searched if need be."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rvlm.data.actions import NormStats
+from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.data.dataset import EpisodeDataset, EpisodeIndices, Index
 from rvlm.data.errors import EpisodeError, SpecMismatch
 from rvlm.data.representations import canonical_quaternions, relative_actions
@@ -39,6 +39,15 @@ def split(dataset: EpisodeDataset, fraction: float = 0.1, seed: int = 0) -> tupl
     n_held_out = min(max(round(dataset.n_episodes * fraction), 1), dataset.n_episodes - 1)
     order = np.random.default_rng(seed).permutation(dataset.n_episodes)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+
+
+def check_finite_state(spec: ActionSpec, state: np.ndarray, where: str) -> None:
+    """Raise `EpisodeError` with dimension and row of the first number of states ``(n, s)`` that is not finite."""
+    for row, i in np.argwhere(~np.isfinite(state))[:1]:
+        raise EpisodeError(
+            f"{where}: expected finite numbers, got {state[row, i]} for {spec.state_names[i]!r} in row {row} "
+            f"({(~np.isfinite(state)).any(1).sum()} of {len(state)} rows); drop or repair the frame"
+        )
 
 
 class Windows:
@@ -101,12 +110,7 @@ class Windows:
         if not self.is_relative:
             self._action = self._normalized(self._action)
         state = self.dataset.column("observation.state")
-        if not np.isfinite(state).all():
-            row, i = np.argwhere(~np.isfinite(state))[0]
-            raise EpisodeError(
-                f"{self.dataset.root}, observation.state: expected finite numbers, got {state[row, i]} for "
-                f"{self.spec.state_names[i]!r} in row {row}; drop or repair the frame"
-            )
+        check_finite_state(self.spec, state, f"{self.dataset.root}, observation.state")
         self._raw_state = canonical_quaternions(state, self.spec.placed_state)
         self._state = self.stats["observation.state"].normalize(self._raw_state).astype(np.float32)
         self._task = self.dataset.task_of_frame

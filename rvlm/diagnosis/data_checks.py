@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from rvlm.data.errors import SpecMismatch
+from rvlm.data.errors import EpisodeError, SpecMismatch
+from rvlm.data.windows import check_finite_state
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.motion import invalid_rotations
 from rvlm.diagnosis.motion_faults import explain_motion
@@ -15,6 +16,10 @@ def check_demonstrations(inputs: DiagnosisInputs) -> CheckResult:
     """Do the demonstrations follow their data card: range, rate, rotations?"""
     dataset, spec = inputs.dataset, inputs.dataset.require_spec()
     actions, states = dataset.column("action"), dataset.column("observation.state")
+    try:
+        check_finite_state(spec, states, "state")
+    except EpisodeError as error:
+        return CheckResult("data card", str(error), "numbers that are not finite")
     try:
         spec.check(actions)
     except SpecMismatch as error:

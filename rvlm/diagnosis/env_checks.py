@@ -1,10 +1,11 @@
 """Checks of the environment against the recording: initial states, images, and the effect of the recorded actions."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import linear_sum_assignment
 
 from rvlm.data.actions import ActionSpec
 from rvlm.diagnosis.inputs import DiagnosisInputs
@@ -12,6 +13,7 @@ from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
 from rvlm.diagnosis.motion_faults import explain_motion, gain
 from rvlm.diagnosis.results import CheckResult
 
+UNLIKE = 8  # difference of a camera's images that no compression makes, which is about 1 [gray levels]
 NO_ENV = "skipped: no environment was given"
 NO_SEEDS = "skipped: seeds of the data's episodes were not recorded"
 
@@ -63,8 +65,7 @@ def _compare_images(recorded: dict[str, list[np.ndarray]], shown: dict[str, list
     cameras = list(recorded)
     candidates = {"as they are": shown}
     candidates |= {name: {c: [change(i) for i in shown[c]] for c in cameras} for name, change in IMAGE_ERRORS.items()}
-    if len(cameras) > 1:
-        candidates["cameras swapped"] = dict(zip(cameras, reversed(list(shown.values())), strict=True))
+    candidates["cameras swapped"] = _assigned(recorded, shown)
     differences = {name: _difference(recorded, images) for name, images in candidates.items()}
     best, own = min(differences, key=differences.__getitem__), differences["as they are"]
     evidence = pd.DataFrame({"candidate": list(differences), "difference [gray levels]": list(differences.values())})
@@ -72,7 +73,21 @@ def _compare_images(recorded: dict[str, list[np.ndarray]], shown: dict[str, list
         sizes = [f"{c} {recorded[c][0].shape[:2]} in the data, {shown[c][0].shape[:2]} in the environment" for c in cameras]
         return CheckResult("images", f"sizes differ: {'; '.join(sizes)}", "image size" if np.isinf(differences[best]) else best)
     measured = f"difference {own:.1f} gray levels as they are; least {differences[best]:.1f}, {best}"
-    return CheckResult("images", measured, None if best == "as they are" else best, evidence)
+    if differences[best] < 0.9 * own:
+        return CheckResult("images", measured, best, evidence)
+    of_camera = {camera: _difference({camera: recorded[camera]}, {camera: shown[camera]}) for camera in cameras}
+    worst = max(of_camera, key=of_camera.__getitem__)
+    if of_camera[worst] > UNLIKE:
+        return CheckResult("images", f"{measured}; {worst}: {of_camera[worst]:.1f}", "image unlike the recording", evidence)
+    return CheckResult("images", measured, evidence=evidence)
+
+
+def _assigned(recorded: dict[str, list[np.ndarray]], shown: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """Shown images under the names of those cameras whose recorded images they are like."""
+    cameras = list(recorded)
+    off = [[_difference({"": recorded[camera]}, {"": shown[other]}) for other in cameras] for camera in cameras]
+    best = linear_sum_assignment(np.minimum(off, 1e6))[1]
+    return {camera: shown[cameras[i]] for camera, i in zip(cameras, best, strict=True)}
 
 
 def _difference(recorded: dict[str, list[np.ndarray]], images: dict[str, list[np.ndarray]]) -> float:
@@ -87,12 +102,14 @@ def check_replay(inputs: DiagnosisInputs) -> CheckResult:
     """Do the recorded actions lead to the recorded states?"""
     if inputs.reset_to_recorded(inputs.sampled_episodes()[0]) is None:
         return CheckResult("replay", NO_ENV if inputs.env is None else NO_SEEDS)
-    error, episodes = _replay(inputs, lambda spec, actions: actions)
+    error, episodes, ends = _replay(inputs, lambda spec, actions: actions)
     column = "distance from the recorded states [spread of the state]"
     if error <= 0.01:
         evidence = pd.DataFrame({"candidate": ["as recorded"], column: [error]})
-        measured = f"recorded actions lead to the recorded states (off by {error:.4f} of the state's spread)"
-        return CheckResult("replay", measured, evidence=evidence)
+        measured = f"recorded actions lead to the recorded states (off by {error:.4f} of the state's spread) {ends.measured}"
+        return CheckResult("replay", measured, "environment ends early" if ends.n_early else None, evidence)
+    if not np.isfinite(error):
+        return CheckResult("replay", "the environment's state is NaN or infinite", "numbers that are not finite")
     found = explain_motion(inputs.dataset.require_spec(), episodes)
     if found is not None and found.fault:
         measured = f"off by {error:.2f} of the state's spread; {found.measured}"
@@ -106,8 +123,23 @@ def check_replay(inputs: DiagnosisInputs) -> CheckResult:
     evidence = pd.DataFrame({"candidate": list(errors), column: list(errors.values())})
     best = min(errors, key=errors.__getitem__)
     is_explained = best != "as recorded" and errors[best] < 0.7 * error
-    measured = f"off by {error:.2f} of the state's spread; {best}: {errors[best]:.2f}"
-    return CheckResult("replay", measured, best.split(":")[0] if is_explained else "environment unlike the recording", evidence)
+    measured = f"off by {error:.2f} of the state's spread {ends.measured}; {best}: {errors[best]:.2f}"
+    unexplained = "environment ends early" if ends.n_early else "environment unlike the recording"
+    return CheckResult("replay", measured, best.split(":")[0] if is_explained else unexplained, evidence)
+
+
+class Ends(NamedTuple):
+    """Ends of replayed episodes: recorded steps, those of them that were replayed, episodes that ended early without success."""
+
+    n_recorded: int
+    n_replayed: int
+    n_early: int
+
+    @property
+    def measured(self) -> str:
+        """In words."""
+        early = f", {self.n_early} episodes ended early by themselves" if self.n_early else ""
+        return f"in {self.n_replayed} of {self.n_recorded} recorded steps{early}"
 
 
 def _recorded(inputs: DiagnosisInputs) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -118,24 +150,26 @@ def _recorded(inputs: DiagnosisInputs) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _replay(
     inputs: DiagnosisInputs, change: Callable[[ActionSpec, np.ndarray], np.ndarray]
-) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:
+) -> tuple[float, list[tuple[np.ndarray, np.ndarray]], Ends]:
     """Replay recorded actions, changed.
 
     Returns:
-        Root mean square distance of replayed from recorded states, in units of each dimension's spread in the data; and for each
-        episode the recorded actions (n, a), unchanged, and the states (n + 1, s) in the environment.
+        Root mean square distance of replayed from recorded states, in units of each dimension's spread in the data; for each
+        episode the recorded actions (n, a), unchanged, and the states (n + 1, s) in the environment; and how they ended.
     """
     spec, state = inputs.dataset.require_spec(), inputs.dataset.column("observation.state")
-    spread, errors, episodes = np.maximum(state.std(0), 1e-6), [], []
+    spread, errors, episodes, ends = np.maximum(state.std(0), 1e-6), [], [], []
     for episode in inputs.sampled_episodes():
         observation = inputs.reset_to_recorded(episode) or {}
         actions, recorded = inputs.executed_actions(episode), state[inputs.frame_slice(episode)]
         states = [observation["state"]]
+        is_over, is_success = False, False
         for action, next_state in zip(np.clip(change(spec, actions), spec.low, spec.high)[:-1], recorded[1:], strict=True):
-            observation, _, is_terminated, is_truncated, _ = inputs.env.step(action.astype(actions.dtype))
+            observation, is_over, is_success = inputs.step(action.astype(actions.dtype))
             states.append(observation["state"])
             errors.append((states[-1] - next_state) / spread)
-            if is_terminated or is_truncated:
+            if is_over:
                 break
         episodes.append((actions[: len(states) - 1], np.array(states)))
-    return float(np.sqrt(np.mean(np.square(errors)))), episodes
+        ends.append((len(actions) - 1, len(states) - 1, len(states) < len(actions) and not is_success))
+    return float(np.sqrt(np.mean(np.square(errors)))), episodes, Ends(*(int(sum(values)) for values in zip(*ends, strict=True)))

@@ -1,12 +1,15 @@
 """What a diagnosis examines: a policy, its training data, and the environment in which it fails; or less."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from rvlm.data.windows import EpisodeDataset, split
+from rvlm.envs.suite_checks import SuiteError
 from rvlm.policy.policy import Policy
 
 
@@ -74,18 +77,52 @@ class DiagnosisInputs:
         return self._all_executed_actions[self.frame_slice(episode)]
 
     def reset_to_recorded(self, episode: int) -> dict | None:
-        """Reset the environment to a recorded episode: its first observation; None without environment or recorded seed."""
+        """Reset the environment to a recorded episode: its first observation; None without environment or recorded seed.
+
+        Raises:
+            SuiteError: The environment raises an error of its own.
+        """
         row = self.dataset.episodes.iloc[episode]
         if self.env is None or "seed" not in row:
             return None
-        options: dict[str, Any] = {"task": str(row["task"])} if "task" in row else {}
+        options: dict[str, Any] = {"task": str(row["task"])} if "task" in row else self._only_task()
         options |= {"start": int(row["start"])} if "start" in row else {}
-        return self.env.reset(seed=int(row["seed"]), options=options or None)[0]
+        return self._reset(int(row["seed"]), options)
+
+    def _only_task(self) -> dict[str, Any]:
+        """The suite's task as an option, if it has one alone."""
+        tasks = getattr(getattr(self.env, "suite", None), "tasks", ())
+        return {"task": tasks[0]} if len(tasks) == 1 else {}
+
+    def _reset(self, seed: int, options: dict[str, Any]) -> dict:
+        with _in_words(f"reset with seed {seed} and options {options}", "do the data's tasks and seeds belong to it?"):
+            return self.env.reset(seed=seed, options=options or None)[0]
+
+    def step(self, action: np.ndarray) -> tuple[dict, bool, bool]:
+        """One step of the environment: its observation, whether the episode is over, and whether it is a success.
+
+        Raises:
+            SuiteError: The environment raises an error of its own.
+        """
+        with _in_words(f"step with action {np.round(action, 3).tolist()}", "does it take the card's raw actions?"):
+            observation, _, is_terminated, is_truncated, info = self.env.step(action)
+        return observation, bool(is_terminated or is_truncated), bool(info.get("is_success", False))
 
     def reset_three_times(self) -> list[dict]:
         """First observations of three seeds, or of three of the environment's fixed initial states."""
         suite = getattr(self.env, "suite", None)
-        if suite is None or suite.n_starts is None:
-            return [self.env.reset(seed=seed)[0] for seed in (1, 2, 3)]
-        starts = [{"task": suite.default_tasks[0], "start": i} for i in range(min(3, suite.n_starts))]
-        return [self.env.reset(seed=0, options=options)[0] for options in starts]
+        if suite is None:
+            return [self._reset(seed, {}) for seed in (1, 2, 3)]
+        task = {"task": suite.default_tasks[0]}
+        if suite.n_starts is None:
+            return [self._reset(seed, task) for seed in (1, 2, 3)]
+        return [self._reset(0, task | {"start": i}) for i in range(min(3, suite.n_starts))]
+
+
+@contextlib.contextmanager
+def _in_words(what: str, mend: str) -> Iterator[None]:
+    """Any error of the environment as a `SuiteError`, as environments are others'."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteError(f"the environment refuses a {what}: {type(error).__name__}: {error}; {mend}") from error

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from rvlm.data.actions import ActionSpec
 from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.pairing import SI, same_places
-from rvlm.data.rotations import to_rotation
+from rvlm.data.rotations import from_rotation, to_rotation
 
 SHOWN_BY = {"pose": "pose", "pose_delta": "pose", "joint": "joint", "joint_delta": "joint", "gripper": "gripper"}  # of the state
 ALL = (-np.inf, np.inf)
@@ -107,6 +107,21 @@ def paired_groups(spec: ActionSpec) -> list[tuple[Placed, Placed, list[tuple[int
         elif same and (kind == "joint" or placed[1].frame in ("ee", other[1].frame)):
             pairs.append((placed, other, same))
     return pairs
+
+
+def held_targets(spec: ActionSpec, states: Float[np.ndarray, "n s"]) -> Float[np.ndarray, "n a"]:
+    """Raw actions (n, a) whose targets are where the states are; NaN in dimensions that have none, or that no state shows."""
+    held = np.full((len(states), spec.n_dims), np.nan)
+    for (at, group), (shown, other), same in paired_groups(spec):
+        if group.kind not in ("pose", "joint") or group.frame == "ee":
+            continue
+        own, others = (np.array(columns) for columns in zip(*same, strict=True))
+        held[:, at.start + own] = states[:, shown.start + others] * (_to_si(other)[others] / _to_si(group)[own])
+        if _has_rotation(group, other):
+            turned = to_rotation(states[:, shown.start + other.n_position : shown.stop] * other.radians, other.rotation)
+            rotation = slice(at.start + group.n_position, at.stop)
+            held[:, rotation] = from_rotation(turned, group.rotation) / _to_si(group)[group.n_position :]
+    return held
 
 
 def invalid_rotations(spec: ActionSpec, actions: np.ndarray, states: np.ndarray) -> str | None:

@@ -43,6 +43,8 @@ def explain_motion(spec: ActionSpec, episodes: Episodes) -> Explanation | None:
     if motion is None or len(motion.commanded) < 2:
         return None
     errors = _rotation_errors(spec, episodes, motion)
+    if still := _still(motion):
+        return still
     found = _other_layout(errors, 0.5) or _misread(motion, 0.8) or _swapped(motion) or _opposite(motion)
     found = found or _misread(motion, 0.3) or _of_other_units(motion) or _of_other_zero(motion) or _other_layout(errors, 0.8)
     if found is not None:
@@ -104,6 +106,18 @@ def _moves(motion: Motion) -> np.ndarray:
         largest = np.array([size[[other == unit for other in motion.units]].max() for unit in motion.units])
         out.append(size > np.maximum(HARDLY_MOVES * largest, 1e-9))
     return np.array(out)
+
+
+def _still(motion: Motion) -> Explanation | None:
+    """Dimensions whose state is constant though they are commanded to move; or all, where nothing is commanded either."""
+    moved = np.ptp(motion.after, axis=0) + np.abs(motion.moved).max(0)
+    is_still = moved < 1e-6
+    is_dead = is_still if is_still.all() else is_still & _moves(motion)[0]
+    if not is_dead.any():
+        return None
+    evidence = pd.DataFrame({"candidate": motion.names, "largest motion": moved})
+    how = "though their commands change" if _moves(motion)[0][is_dead].any() else "and their commands too"
+    return Explanation("state does not move", f"constant in all frames, {how}: {', '.join(motion.of(is_dead).names)}", evidence)
 
 
 def _swapped(motion: Motion) -> Explanation | None:
@@ -190,13 +204,25 @@ def _of_other_units(motion: Motion) -> Explanation | None:
 
 
 def _of_other_zero(motion: Motion) -> Explanation | None:
-    """Targets that the robot follows at a distance of more than a tenth of the card's range."""
+    """Targets at a distance from which the robot does not come nearer: a tenth of its largest motion, or of its range.
+
+    A robot that follows its targets late is far from them while it moves, and reaches them where it stands: what is left at
+    speed 0 of a line through distance and displacement.
+    """
     chosen = motion.of(~motion.is_delta & ~motion.is_rotation & ~motion.is_gripper)
-    off = np.abs((chosen.commanded - chosen.after).mean(0)) / chosen.spans
-    if not len(off) or off.max() < 0.1:
+    if not chosen.names:
         return None
-    evidence = pd.DataFrame({"candidate": chosen.names, "distance from its target [range of the card]": off})
-    measured = f"{chosen.names[off.argmax()]} stays {off.max():.0%} of its range from its targets"
+    distance, speed = chosen.commanded - chosen.after, chosen.moved - chosen.moved.mean(0)
+    slope = (distance * speed).sum(0) / np.maximum((speed**2).sum(0), 1e-12)
+    off = np.abs(distance.mean(0) - slope * chosen.moved.mean(0))
+    reach = np.ptp(chosen.after, axis=0)
+    reach = np.array([reach[[other == unit for other in chosen.units]].max() for unit in chosen.units])
+    share = off / np.maximum(0.1 * np.minimum(reach, chosen.spans), 1e-9)
+    if share.max() < 1:
+        return None
+    i, column = share.argmax(), "distance from its target [motion of the robot]"
+    evidence = pd.DataFrame({"candidate": chosen.names, column: off / np.maximum(reach, 1e-9)})
+    measured = f"{chosen.names[i]} stays {off[i]:.3g} {chosen.units[i]} from its targets, of {reach[i]:.3g} that the robot moves"
     return Explanation("zero of a dimension", measured, evidence)
 
 

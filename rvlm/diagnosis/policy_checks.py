@@ -1,29 +1,38 @@
 """Checks of the policy: its statistics, its conventions, and its predictions on frames that it was trained on."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import linear_sum_assignment
 from torch.utils.data import Subset
 
-from rvlm.data.actions import NormStats, StatsAccumulator
+from rvlm.data.actions import ActionSpec, NormStats, StatsAccumulator
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.pooled_statistics import training_values
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS
+from rvlm.diagnosis.motion import held_targets
 from rvlm.diagnosis.motion_faults import explain_predictions
 from rvlm.diagnosis.results import CheckResult
-from rvlm.evaluation.open_loop import policy_windows, predict_chunks
+from rvlm.evaluation.open_loop import action_errors, policy_windows, predict_chunks
+from rvlm.policy.embodiments import Embodiment
 
 NO_POLICY = "skipped: no policy was given"
 NO_MODEL = "skipped: the policy does not show its statistics"
+NO_IMAGES = "staying, or the mean action,"
+KINDS = ("q01_q99", "min_max", "mean_std")
 
 
 def check_statistics(inputs: DiagnosisInputs) -> CheckResult:
     """Are the policy's statistics those of the training episodes of this dataset?"""
     if inputs.trained is None:
         return CheckResult("statistics", NO_MODEL if inputs.policy is not None else NO_POLICY)
+    if _difference(inputs.trained.robot.spec, inputs.dataset.require_spec(), ""):
+        return CheckResult("statistics", "skipped: the policy is of another robot than the data")
     used = inputs.trained.robot.stats["action"]
     expected, of_all = (
         StatsAccumulator().update(_normalized_actions(inputs, episodes)).finish(used.kind, used.passthrough, used.floor)
@@ -67,16 +76,22 @@ def check_interface(inputs: DiagnosisInputs) -> CheckResult:
     policy = inputs.trained.robot.spec if inputs.trained else getattr(inputs.policy, "action_spec", None)
     env = inputs.env.unwrapped.action_spec if inputs.env is not None else None
     for one, other, what in ((policy, data, "policy vs data"), (policy or data, env, "policy or data vs environment")):
-        try:
-            if one is not None and other is not None:
-                one.require_same(other, what)
-        except SpecMismatch as error:
-            return CheckResult("interface", str(error), "conventions differ")
+        if difference := one and other and _difference(one, other, what):
+            return CheckResult("interface", difference, "conventions differ")
     if inputs.trained and inputs.trained.n_action_steps != (config := inputs.trained.model.config).n_action_steps:
         steps = inputs.trained.n_action_steps
         measured = f"executes {steps} of {config.chunk_size} actions, made to execute {config.n_action_steps}"
         return CheckResult("interface", measured, "chunk execution")
     return _check_time_limit(inputs)
+
+
+def _difference(one: ActionSpec, other: ActionSpec, what: str) -> str:
+    """Conventions that differ, in words; empty if none do."""
+    try:
+        one.require_same(other, what)
+    except SpecMismatch as error:
+        return str(error)
+    return ""
 
 
 def _check_time_limit(inputs: DiagnosisInputs) -> CheckResult:
@@ -98,71 +113,119 @@ def check_open_loop(inputs: DiagnosisInputs) -> CheckResult:
     if inputs.policy is None:
         return CheckResult("open loop", NO_POLICY)
     predict = _from_model(inputs) if inputs.trained else _from_observations(inputs)
-    errors, (predicted, recorded) = _open_loop_errors(inputs, predict)
-    column = "error of the first action [spread of the actions]"
-    evidence = pd.DataFrame({"candidate": list(errors), column: list(errors.values())})
-    mean_action, current = errors.pop("always the mean action"), errors["as it is"]
+    chosen = predict(dict, None)
+    errors = _open_loop_errors(inputs, predict)
+    evidence = pd.DataFrame({"candidate": list(errors), "error of the first action [spread of the actions]": errors.values()})
+    without_images, current = errors.pop(NO_IMAGES), errors["as it is"]
     best = min(errors, key=errors.__getitem__)
-    measured = f"first action off by {current:.2f} of the actions' spread, always the mean action by {mean_action:.2f}"
-    if current > 0.5 * mean_action and (found := explain_predictions(inputs.dataset.require_spec(), predicted, recorded)):
-        return CheckResult("open loop", f"{measured}; {found.measured}", found.fault, found.evidence)
+    measured = f"first action off by {current:.2f} of the actions' spread, {NO_IMAGES} by {without_images:.2f}"
+    if current > 0.5 * without_images and _fitted_error(inputs, chosen) < 0.5 * without_images:
+        if found := explain_predictions(inputs.dataset.require_spec(), chosen.predicted, chosen.recorded):
+            return CheckResult("open loop", f"{measured}; {found.measured}", found.fault, found.evidence)
     if best != "as it is" and errors[best] < 0.9 * current:
         return CheckResult("open loop", f"{measured}; {best}: {errors[best]:.2f}", best.split(":")[0], evidence)
-    return CheckResult("open loop", measured, None if current < 0.9 * mean_action else "not learned", evidence)
+    return CheckResult("open loop", measured, None if current < 0.9 * without_images else "not learned", evidence)
+
+
+class FirstActions(NamedTuple):
+    """First actions of predicted chunks, at `n` recorded frames.
+
+    Attributes:
+        predicted: (n, a) Raw.
+        recorded: (n, a) Raw.
+        rows: (n,) Of the dataset.
+    """
+
+    predicted: np.ndarray
+    recorded: np.ndarray
+    rows: np.ndarray
 
 
 ChangeImages = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]  # camera -> images (..., h, w, 3)
-Predict = Callable[[ChangeImages, str | None], tuple[np.ndarray, np.ndarray]]  # first actions (n, a): predicted, recorded
+Predict = Callable[[ChangeImages, str | None], FirstActions]  # by images that are changed, and by statistics of another kind
 
 
-def _open_loop_errors(inputs: DiagnosisInputs, predict: Predict) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
-    """Mean error of the first action, in spreads of the actions, for each way to read images and statistics; and the actions."""
-    spec = inputs.dataset.require_spec()
-    spread = np.maximum(inputs.dataset.column("action").std(0), 1e-6)
-    is_continuous = spec.present & ~np.asarray(spec.is_binary)
-
-    def error(predicted: np.ndarray, recorded: np.ndarray) -> float:
-        return float((np.abs(predicted - recorded)[:, is_continuous] / spread[is_continuous]).mean())
-
+def _open_loop_errors(inputs: DiagnosisInputs, predict: Predict) -> dict[str, float]:
+    """Mean error of the first action, in spreads of the actions, for each way to read images and statistics."""
     plain = predict(dict, None)
-    errors = {"as it is": error(*plain)}
+    errors = {"as it is": _mean_error(inputs, plain.predicted, plain.recorded)}
+    readings: dict[str, tuple[ChangeImages, str | None]] = {}
     if inputs.trained:
         used = inputs.trained.robot.stats["action"].kind
-        kinds = [kind for kind in ("q01_q99", "min_max", "mean_std") if kind != used]
-        errors |= {f"statistics kind: {kind}": error(*predict(dict, kind)) for kind in kinds}
-    errors |= {name: error(*predict(_each_image(change), None)) for name, change in IMAGE_ERRORS.items()}
-    if len(inputs.cameras) > 1:
-        errors["cameras swapped"] = error(*predict(_swap_images, None))
-    recorded = plain[1]
-    return errors | {"always the mean action": error(np.broadcast_to(recorded.mean(0), recorded.shape), recorded)}, plain
+        readings |= {f"statistics kind: {kind}": (dict, kind) for kind in KINDS if kind != used}
+    readings |= {name: (_each_image(change), None) for name, change in IMAGE_ERRORS.items()}
+    for one, other in itertools.combinations(inputs.cameras, 2):
+        readings[f"cameras swapped: {one} and {other}"] = _swapped_images(one, other), None
+    errors |= {name: _mean_error(inputs, *predict(*reading)[:2]) for name, reading in readings.items()}
+    return errors | {NO_IMAGES: _error_without_images(inputs, plain)}
+
+
+def _errors(inputs: DiagnosisInputs, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Mean error of each dimension that is neither absent nor binary, in spreads of the actions."""
+    spec = inputs.dataset.require_spec()
+    chosen = spec.present & ~np.asarray(spec.is_binary)
+    spread = spec.to_si(np.maximum(inputs.dataset.column("action").std(0), 1e-6))
+    return (action_errors(spec, predicted, recorded).mean(0) / spread)[chosen]
+
+
+def _mean_error(inputs: DiagnosisInputs, predicted: np.ndarray, recorded: np.ndarray) -> float:
+    return float(_errors(inputs, predicted, recorded).mean())
+
+
+def _error_without_images(inputs: DiagnosisInputs, actions: FirstActions) -> float:
+    """Error of who stays where it is, or always takes the mean action, whichever is nearer in a dimension."""
+    spec, state = inputs.dataset.require_spec(), inputs.dataset.column("observation.state")[actions.rows]
+    mean = np.broadcast_to(actions.recorded.mean(0), actions.recorded.shape)
+    stay = held_targets(spec, state)
+    stay = np.where(np.isfinite(stay), stay, mean)
+    return float(np.minimum(*(_errors(inputs, values, actions.recorded) for values in (mean, stay))).mean())
+
+
+def _fitted_error(inputs: DiagnosisInputs, actions: FirstActions) -> float:
+    """Error of predictions whose dimensions are swapped, turned and scaled as it fits the recorded ones best."""
+    x, y = (values - values.mean(0) for values in actions[:2])
+    covariance = x.T @ y
+    squares = np.maximum((x**2).sum(0), 1e-12)
+    likeness = np.abs(covariance) / np.sqrt(squares[:, None] * np.maximum((y**2).sum(0), 1e-12))
+    rows, columns = linear_sum_assignment(-likeness)
+    fitted = np.zeros_like(y)
+    fitted[:, columns] = x[:, rows] * (covariance / squares[:, None])[rows, columns]
+    return _mean_error(inputs, fitted + actions.recorded.mean(0), actions.recorded)
 
 
 def _each_image(change: Callable[[np.ndarray], np.ndarray]) -> ChangeImages:
     return lambda images: {camera: np.ascontiguousarray(change(image)) for camera, image in images.items()}
 
 
-def _swap_images(images: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Images of the first camera under the name of the last, and so on."""
-    return dict(zip(images, reversed(list(images.values())), strict=True))
+def _swapped_images(one: str, other: str) -> ChangeImages:
+    """Images of each of two cameras under the name of the other."""
+    return lambda images: {**images, one: images[other], other: images[one]}
 
 
 def _from_model(inputs: DiagnosisInputs) -> Predict:
     """First actions of chunks that the policy's model predicts for recorded windows."""
-    policy, cameras = inputs.trained, inputs.cameras
+    policy, cameras, dataset = inputs.trained, inputs.cameras, inputs.dataset
     assert policy is not None
-    stats = policy.robot.stats["action"]
-    windows = policy_windows(policy, inputs.dataset, inputs.sampled_episodes())
+    conditioning, robot = policy.model.conditioning, policy.robot
+    windows = policy_windows(policy, dataset, inputs.sampled_episodes())
     windows, cache = Subset(windows, range(min(len(windows), inputs.n_frames))), {}
+    first = dataset.episodes["dataset_from_index"].to_numpy()
 
-    def predict(change: ChangeImages, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def predict(change: ChangeImages, kind: str | None) -> FirstActions:
         def with_images(samples: Sequence[dict]) -> list[dict]:
             return [sample | {"images": _stacked(change, sample["images"], cameras)} for sample in samples]
 
         if change not in cache:
             chunks = predict_chunks(policy, windows, with_images)
-            cache[change] = stats.normalize(chunks["predicted"][:, 0]), chunks["recorded"][:, 0]
-        normalized, recorded = cache[change]
-        return dataclasses.replace(stats, kind=kind or stats.kind).unnormalize(normalized), recorded
+            rows = first[chunks["episode_index"]] + chunks["frame_index"]
+            cache[change] = FirstActions(chunks["predicted"][:, 0], chunks["recorded"][:, 0], rows)
+        found = cache[change]
+        if kind is None:
+            return found
+        state, stats = dataset.column("observation.state")[found.rows], robot.stats
+        normalized = conditioning.normalized_actions(robot, found.predicted[:, None], state)
+        read = Embodiment(robot.spec, {**stats, "action": dataclasses.replace(stats["action"], kind=kind)})
+        return found._replace(predicted=conditioning.raw_actions(read, normalized, state)[:, 0])
 
     return predict
 
@@ -181,13 +244,13 @@ def _from_observations(inputs: DiagnosisInputs) -> Predict:
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, inputs.n_frames).astype(int))]
     state, recorded, episode = dataset.column("observation.state"), dataset.column("action")[rows], dataset.episode_of_frame
 
-    def predict(change: ChangeImages, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def predict(change: ChangeImages, kind: str | None) -> FirstActions:
         actions = []
         for row in rows:
             images = change({camera: np.asarray(frames[camera][row]) for camera in inputs.cameras})
             observation = {"images": images, "state": state[row], "instruction": dataset.instruction(int(episode[row]))}
             policy.reset(n_robots=1)
             actions.append(np.asarray(policy.select_action([observation]))[0])
-        return np.array(actions), recorded
+        return FirstActions(np.array(actions), recorded, rows)
 
     return predict

@@ -32,10 +32,14 @@ FIXES = {  # fault -> how to fix it
     "channels reversed": "read images as RGB, not BGR",
     "cameras swapped": "pass the images in the card's order of cameras",
     "image size": "render or record at the same height and width",
+    "image unlike the recording": "look at this camera's images beside the recorded ones: do scene, view, light and focus agree?",
     "image missing": "find out why this camera's image is constant",
     "rotation layout": "read rotations in the layout in which they were stored (rotation of the card)",
     "statistics kind": "un-normalise by the kind of statistics that the policy was trained with",
     "not learned": "train longer or on more data: the loss has not converged on these demonstrations",
+    "numbers that are not finite": "drop or repair the frames, or mend the environment, in which the state is NaN or infinite",
+    "state does not move": "read the encoders at every step: these numbers of the state are the same in all frames",
+    "environment ends early": "let the environment run as long as the recording: its own time limit, or what ends an episode",
     "environment unlike the recording": "the same actions have another effect in this environment: compare simulator versions",
 }
 

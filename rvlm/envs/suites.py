@@ -152,9 +152,19 @@ class TaskTimeLimit(gymnasium.Wrapper):
         self.max_steps = max(map(suite.limit, suite.tasks))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """As the environment's; a task that the environment chooses itself is taken from `info["task"]`."""
+        """As the environment's; a task that the environment chooses itself is taken from `info["task"]`.
+
+        Raises:
+            SuiteError: It does not say which one it chose, and time limits of the suite's tasks differ.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
-        self.n_steps, self.max_steps = 0, self.suite.limit((options or {}).get("task") or info["task"])
+        task, limits = (options or {}).get("task") or info.get("task"), {self.suite.limit(task) for task in self.suite.tasks}
+        if task is None and len(limits) > 1:
+            raise SuiteError(
+                f"{self.suite.name}: expected the task that reset() chose as info['task'], got {sorted(info)}; add it, or give the "
+                f"option 'task', one of {', '.join(self.suite.tasks)}"
+            )
+        self.n_steps, self.max_steps = 0, limits.pop() if task is None else self.suite.limit(task)
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:

@@ -126,7 +126,7 @@ def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int
 def _error_rows(
     spec: Any, predicted: np.ndarray, recorded: np.ndarray, mask: np.ndarray, episode_index: np.ndarray, frame_index: np.ndarray
 ) -> pd.DataFrame:
-    error, mask = _action_error(spec, predicted, recorded)[..., spec.present], mask[..., spec.present]
+    error, mask = action_errors(spec, predicted, recorded)[..., spec.present], mask[..., spec.present]
     names, units = np.array(spec.names)[spec.present], np.array(spec.units)[spec.present]
     n, _, a = error.shape
     return pd.DataFrame(
@@ -141,13 +141,21 @@ def _error_rows(
     )
 
 
-def _action_error(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
-    """Absolute errors (n, k, a) in the card's units; 1 or 0 for a binary gripper. Euler angles differ by half a turn at most."""
+def action_errors(spec: Any, predicted: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Absolute errors (..., a) of raw actions (..., a) in the card's units; 1 or 0 for a binary gripper.
+
+    Euler angles differ by half a turn at most, and a quaternion is compared with the nearer of q and -q.
+    """
     error = np.abs(spec.to_si(predicted - recorded))
     for at, group in spec.placed_action:
+        turned = slice(at.start + group.n_position, at.stop)
         if group.rotation == "euler_xyz":
-            turned = np.arange(at.start, at.stop)[-3:]
-            error[..., turned] = np.abs((error[..., turned] + np.pi) % (2 * np.pi) - np.pi)
+            half = np.pi / group.radians
+            error[..., turned] = np.abs((error[..., turned] + half) % (2 * half) - half)
+        elif group.rotation.startswith("quat"):
+            is_far = (predicted[..., turned] * recorded[..., turned]).sum(-1, keepdims=True) < 0
+            opposite = np.abs(spec.to_si(predicted + recorded))[..., turned]
+            error[..., turned] = np.where(is_far, opposite, error[..., turned])
     wrong = spec.is_open(predicted) != spec.is_open(recorded)
     for k, i in enumerate(spec.gripper_indices):
         if spec.is_binary[i]:
