@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
+from rvlm.envs.stand_in import StandIn
 from rvlm.envs.suites import Suite, load_suite
 
 TASKS = ("push the block", "open the box")  # of stub suites; each is its own instruction
@@ -95,3 +96,52 @@ def tabletop(max_steps, robot="franka7"):
 def libero_stub():
     """A suite by name: `toy_suites:libero_stub`."""
     return stub_suite("libero")
+
+
+class NeedsTask(StandIn):
+    """PushT's stand-in, which must be told its task."""
+
+    def reset(self, *, seed=None, options=None):
+        if "task" not in (options or {}):
+            raise KeyError("task")
+        return super().reset(seed=seed, options=options)
+
+
+class SaysNoTask(StandIn):
+    """PushT's stand-in, whose info is empty at a reset."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed, options=options)[0], {}
+
+
+class OtherTasks(StandIn):
+    """PushT's stand-in, of which no recorded task is known."""
+
+    def reset(self, *, seed=None, options=None):
+        task = (options or {}).get("task") or "push"
+        if task != "push":
+            raise KeyError(f"no task {task!r}")
+        return super().reset(seed=seed)[0], {"task": "push"}
+
+
+def of_pusht(cls, tasks=("near", "far")):
+    """A suite of a stand-in of PushT's robot, with images as its recordings have."""
+    spec = ActionSpec.from_card("pusht")
+    return Suite(f"pusht_{cls.__name__}", spec, tasks, functools.partial(of_size, cls), max_steps=40)
+
+
+def of_size(cls, image_size=None):
+    """An environment of PushT's image size."""
+    return cls(ActionSpec.from_card("pusht"), sizes={"image": (96, 96)})
+
+
+def needs_its_task():
+    return of_pusht(NeedsTask)
+
+
+def says_no_task():
+    return of_pusht(SaysNoTask)
+
+
+def other_tasks():
+    return of_pusht(OtherTasks, ("push",))

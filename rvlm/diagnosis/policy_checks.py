@@ -31,8 +31,8 @@ def check_statistics(inputs: DiagnosisInputs) -> CheckResult:
     """Are the policy's statistics those of the training episodes of this dataset?"""
     if inputs.trained is None:
         return CheckResult("statistics", NO_MODEL if inputs.policy is not None else NO_POLICY)
-    if _difference(inputs.trained.robot.spec, inputs.dataset.require_spec(), ""):
-        return CheckResult("statistics", "skipped: the policy is of another robot than the data")
+    if difference := _difference(inputs.trained.robot.spec, inputs.dataset.require_spec(), "policy vs data"):
+        return CheckResult("statistics", difference, "conventions differ")
     used = inputs.trained.robot.stats["action"]
     expected, of_all = (
         StatsAccumulator().update(_normalized_actions(inputs, episodes)).finish(used.kind, used.passthrough, used.floor)

@@ -161,8 +161,8 @@ class TaskTimeLimit(gymnasium.Wrapper):
         task, limits = (options or {}).get("task") or info.get("task"), {self.suite.limit(task) for task in self.suite.tasks}
         if task is None and len(limits) > 1:
             raise SuiteError(
-                f"{self.suite.name}: expected the task that reset() chose as info['task'], got {sorted(info)}; add it, or give the "
-                f"option 'task', one of {', '.join(self.suite.tasks)}"
+                f"{self.suite.name}: expected the task that reset() chose as info['task'], got {sorted(info)}; add it, or "
+                f"give the option 'task', one of {', '.join(self.suite.tasks)}"
             )
         self.n_steps, self.max_steps = 0, limits.pop() if task is None else self.suite.limit(task)
         return observation, info

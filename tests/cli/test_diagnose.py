@@ -70,9 +70,25 @@ def test_a_policy_that_has_not_learned_is_named_so(recorded, toy_vlm, tmp_path, 
         (["{}", "--card", "libero"], "libero"),
         (["{}", "--card", "pusht", "--suite", "tabletop/franka8"], "no robot 'franka8'"),
         (["{}", "--card", "pusht", "--policy", "no_policy_here"], "no_policy_here"),
+        (["{}", "--card", "pusht", "--seed", "-1"], "--seed: expected a whole number from 0 on, got -1"),
+        (["{}", "--card", "pusht", "--suite", "toy_suites:other_tasks"], "options {'task': 'near'}: KeyError: 'no task"),
         (["{}", "--card", "pusht", "--episodes", "0"], "--episodes: expected at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(recorded, words, message, capsys):
     assert main(["diagnose", *(word.format(recorded) for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["needs_its_task", "says_no_task"])
+def test_suites_whose_environment_needs_or_says_no_task(recorded, name):
+    assert diagnose(recorded, "--card", "pusht", "--suite", f"toy_suites:{name}") == 0
+
+
+def test_a_policy_of_another_robot_is_named_so(recorded, toy_vlm, home, tmp_path, capsys):
+    other = EpisodeDataset(record_public("so101", home / "so101"), "so101")
+    model, processor = make_policy(toy_vlm, other.spec, other.stats(), cameras=other.cameras[:1], chunk_size=3)
+    model.save_pretrained(tmp_path / "policy", processor=processor)
+    assert diagnose(recorded, "--card", "pusht", "--policy", tmp_path / "policy") == 1
+    printed = capsys.readouterr().out
+    assert "fault: conventions differ" in printed and "policy vs data: " in printed and "environment:" not in printed

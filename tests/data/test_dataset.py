@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rvlm.data.actions import ActionSpec
+from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import EpisodeError
 from rvlm.data.lerobot_format import ImageHistogram
 from rvlm.data.resizing import resize
@@ -402,6 +402,19 @@ def test_card_that_does_not_fit_the_data(data):
         EpisodeError, match=r"card 'tabletop_franka7' expects 7 dimensions of action \['dx'.*got 8 \(\['a', .*use the card"
     ):
         EpisodeDataset(data)
+
+
+def test_one_action_and_one_state_number_are_read_as_rows(tmp_path):
+    jaw = Group("gripper", ("jaw",), ("1",), low=(0.0,), high=(1.0,), open=1.0, close=0.0)
+    spec = ActionSpec("jaw", "jaw", 10.0, ("front",), (jaw,), (Group("gripper", ("jaw",), ("1",)),))
+    values = np.linspace(0, 1, 6, dtype=np.float32)[:, None]
+    images = np.zeros((6, 32, 32, 3), np.uint8)
+    with EpisodeWriter(tmp_path / "one", spec) as writer:
+        writer.add_episode({"observation.images.front": images, "action": values, "observation.state": values}, "open")
+    data = EpisodeDataset(tmp_path / "one")
+    for column in ("action", "observation.state"):
+        assert data.features[column]["shape"] == [1] and data.column(column).shape == data.episode(0)[column].shape == (6, 1)
+    assert data.stats()["observation.state"].q99.shape == (1,) and Windows(data, stats=data.stats())[0]["state"].shape == (1, 1)
 
 
 def test_unknown_camera_column_and_episode(data):

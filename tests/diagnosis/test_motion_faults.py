@@ -162,3 +162,22 @@ def test_predictions_are_compared_by_dimension(robot):
 def test_every_layout_of_which_another_has_as_many_numbers_is_tried():
     assert all(LAYOUTS[a] == LAYOUTS[b] for a, b in OTHER_LAYOUT.items())
     assert ActionSpec.from_card("bridge").action[0].rotation in OTHER_LAYOUT
+
+
+def test_a_state_that_does_not_move_is_named(robot):
+    """A dead encoder, and a recording of zeros."""
+    spec, episodes = robot
+    name = motion_of(spec, episodes).names[0]
+    i = spec.state_names.index(name.removeprefix("d")) if name.removeprefix("d") in spec.state_names else 0
+    dead = explain_motion(spec, change(episodes, state=lambda s: np.where(np.arange(s.shape[1]) == i, s[0, i], s)))
+    assert dead.fault == "state does not move" and dead.measured.endswith(f"though their commands change: {name}")
+    nothing = explain_motion(spec, change(episodes, lambda a: 0 * a, lambda s: 0 * s + s[0]))
+    assert nothing.fault == "state does not move" and "and their commands too" in nothing.measured
+
+
+def test_a_zero_is_compared_with_the_motion_of_the_robot():
+    """Twelve degrees, in a card of hundreds and a recording of eighty; a robot that follows late has its own zero."""
+    env = stand_in("so101", image_size=2)
+    spec, episodes = env.action_spec, roll_out(env, range(8))
+    assert named(spec, change(episodes, lambda a: a + 12 * (np.arange(6) == 2))) == "zero of a dimension"
+    assert named(spec, roll_out(stand_in("so101", image_size=2, lag=0.85), range(8))) is None

@@ -12,13 +12,17 @@ from public_datasets import PUBLIC, record_public, stand_in
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import EpisodeError
-from rvlm.data.windows import EpisodeDataset, Windows
+from rvlm.data.windows import EpisodeDataset, Windows, split
+from rvlm.diagnosis import policy_checks
 from rvlm.diagnosis.checklist import diagnose, first_fault
-from rvlm.diagnosis.env_checks import check_images
-from rvlm.diagnosis.faults import faults_of, with_data
+from rvlm.diagnosis.env_checks import check_images, check_replay
+from rvlm.diagnosis.faults import faults_of, with_data, with_env
 from rvlm.diagnosis.inputs import DiagnosisInputs
+from rvlm.diagnosis.policy_checks import check_open_loop
+from rvlm.envs.stand_in import StandIn, record_stand_in
 from rvlm.envs.stand_in_expert import StandInExpert
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.embodiments import Embodiment
 from rvlm.policy.factory import make_policy
 from rvlm.policy.policy import Policy
 
@@ -146,3 +150,105 @@ def test_a_public_cards_policy_is_refused_by_another_robot():
     for one, other in itertools.pairwise(names):
         with pytest.raises(Exception, match="convention"):
             ActionSpec.from_card(one).require_same(ActionSpec.from_card(other))
+
+
+TARGETS = ["so101", "aloha"]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def targets(request, home):
+    """Demonstrations whose actions are targets."""
+    folder = home / f"targets_{request.param}"
+    return EpisodeDataset(record_stand_in(StandIn(ActionSpec.from_card(request.param)), folder, range(8)))
+
+
+@pytest.mark.parametrize("representation", ["recorded", "relative"])
+def test_an_untrained_policy_of_targets_has_not_learned(targets, toy_vlm, representation):
+    """It must be nearer than the state itself; a correlation by chance explains nothing."""
+    torch.manual_seed(0)
+    stats = targets.stats(episodes=split(targets)[0], relative_chunk=3 if representation == "relative" else None)
+    made = make_policy(toy_vlm, targets.spec, stats, action_representation=representation, **SETTINGS)
+    assert check_open_loop(DiagnosisInputs(Policy(*made), targets)).fault == "not learned"
+
+
+@pytest.mark.parametrize("representation", ["recorded", "relative"])
+def test_statistics_of_another_kind_are_named_in_any_representation(targets, toy_vlm, representation, monkeypatch):
+    """A policy that predicts what was recorded, but un-normalises its predictions by another kind of statistics."""
+    stats = targets.stats(episodes=split(targets)[0], relative_chunk=3 if representation == "relative" else None)
+    policy = Policy(*make_policy(toy_vlm, targets.spec, stats, action_representation=representation, **SETTINGS))
+    true, conditioning = policy.robot, policy.model.conditioning
+    wrong = Embodiment(true.spec, {**stats, "action": dataclasses.replace(stats["action"], kind="mean_std")})
+
+    def predicted(policy, windows, *_):
+        samples = windows.__getitems__(range(len(windows)))
+        numbers = {key: np.array([sample[key] for sample in samples]) for key in ("episode_index", "frame_index")}
+        state = stats["observation.state"].unnormalize(np.stack([sample["state"][-1] for sample in samples]))
+        chunks = np.stack([sample["action"][-1] for sample in samples])
+        raw = {name: conditioning.raw_actions(by, chunks, state) for name, by in (("predicted", wrong), ("recorded", true))}
+        return raw | numbers
+
+    inputs = DiagnosisInputs(policy, targets, n_frames=40)
+    monkeypatch.setattr(policy_checks, "predict_chunks", predicted)
+    samples = policy_checks.policy_windows(policy, targets, inputs.sampled_episodes())
+    monkeypatch.setattr(policy_checks, "policy_windows", lambda *_: samples)
+    policy.robot = wrong
+    result = check_open_loop(inputs)
+    assert result.fault == "statistics kind" and result.measured.endswith("statistics kind: q01_q99: 0.00")
+
+
+def test_a_state_that_is_not_finite_is_said_with_dimension_and_row(targets):
+    for value in (np.nan, np.inf):
+
+        def change(state, value=value):
+            state = np.array(state)
+            state[7, 1] = value
+            return state
+
+        result = diagnose(with_data(DiagnosisInputs(None, targets), columns={"observation.state": change}))[-1]
+        assert result.fault == "numbers that are not finite"
+        assert f"got {value} for {targets.spec.state_names[1]!r} in row 7" in result.measured
+
+
+def test_any_two_cameras_that_are_swapped_are_named(home):
+    spec = ActionSpec.from_card("aloha")
+    data = EpisodeDataset(record_stand_in(StandIn(spec), home / "four_cameras", range(4)))
+    inputs = DiagnosisInputs(None, data, StandIn(spec), n_episodes=2)
+    for one, other in itertools.combinations(spec.cameras, 2):
+
+        def observe(seen, one=one, other=other):
+            images = seen["images"]
+            return seen | {"images": images | {one: images[other], other: images[one]}}
+
+        assert check_images(with_env(inputs, observe=observe)).fault == "cameras swapped", (one, other)
+
+
+def test_a_camera_that_shows_something_else_is_named(public):
+    name, root = public
+    inputs = DiagnosisInputs(None, EpisodeDataset(root, name), stand_in(name), n_episodes=3)
+    camera = inputs.cameras[-1]
+
+    def observe(seen):
+        noise = np.random.default_rng(0).integers(0, 255, seen["images"][camera].shape, dtype=np.uint8)
+        return seen | {"images": seen["images"] | {camera: noise}}
+
+    result = check_images(with_env(inputs, observe=observe))
+    assert result.fault == "image unlike the recording" and f"; {camera}: " in result.measured
+    assert check_images(inputs).fault is None
+
+
+class EndsByItself(StandIn):
+    """Ends after five steps, without success."""
+
+    def step(self, action):
+        """As of the stand-in, but for the end."""
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, False, self._n_steps >= 5, info
+
+
+def test_an_environment_that_ends_before_the_recording_is_named(public):
+    name, root = public
+    env = EndsByItself(ActionSpec.from_card(name), sizes=stand_in(name).sizes)
+    result = check_replay(DiagnosisInputs(None, EpisodeDataset(root, name), env, n_episodes=2))
+    assert result.fault == "environment ends early" and "in 10 of 52 recorded steps, 2 episodes" in result.measured
+    whole = check_replay(DiagnosisInputs(None, EpisodeDataset(root, name), stand_in(name), n_episodes=2))
+    assert whole.fault is None and "in 52 of 52 recorded steps" in whole.measured

@@ -187,6 +187,24 @@ def test_a_dimension_that_a_robot_does_not_have_is_left_out(tmp_path, monkeypatc
     assert errors[errors["dimension"] == "dpitch"]["unit"].unique().tolist() == ["rad"]
 
 
+def test_rotations_are_compared_as_rotations():
+    """Euler angles by the unit of a turn; q and -q are one rotation."""
+    pose = dataclasses.replace(SPEC.action[0], kind="pose", frame="base")
+    names, units = ("x", "y", "z", "qx", "qy", "qz", "qw"), ("m",) * 3 + ("1",) * 4
+    bounds = {"low": (-180.0,) * 7, "high": (180.0,) * 7, "scale": (1.0,) * 7}
+    quaternion = dataclasses.replace(
+        SPEC, action=(dataclasses.replace(pose, names=names, units=units, rotation="quat_xyzw", **bounds),)
+    )
+    q = np.array([[0, 0, 0, 0.6, 0, 0, 0.8]])
+    assert open_loop.action_errors(quaternion, q, q * [1, 1, 1, -1, -1, -1, -1]).max() == 0
+    bounds = {key: values[:6] for key, values in bounds.items()}
+    angles = dataclasses.replace(pose, units=("m",) * 3 + ("deg",) * 3, rotation="euler_xyz", **bounds)
+    spec = dataclasses.replace(SPEC, action=(angles,))
+    yaw = np.array([[0, 0, 0, 0, 0, 1.0]])
+    assert open_loop.action_errors(spec, 45 * yaw, 0 * yaw)[0, 5] == 45
+    assert open_loop.action_errors(spec, 179 * yaw, -179 * yaw)[0, 5] == pytest.approx(2)
+
+
 def test_recordings_of_another_size_are_refused(policy, dataset):
     expected = dataclasses.replace(policy.expected, sizes=dict.fromkeys(policy.expected.sizes, (48, 48)))
     other = Policy(policy.model, policy.prompt_builder.processor)
