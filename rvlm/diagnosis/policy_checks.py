@@ -119,9 +119,9 @@ def check_open_loop(inputs: DiagnosisInputs) -> CheckResult:
     without_images, current = errors.pop(NO_IMAGES), errors["as it is"]
     best = min(errors, key=errors.__getitem__)
     measured = f"first action off by {current:.2f} of the actions' spread, {NO_IMAGES} by {without_images:.2f}"
-    if current > 0.5 * without_images and _fitted_error(inputs, chosen) < 0.5 * without_images:
-        if found := explain_predictions(inputs.dataset.require_spec(), chosen.predicted, chosen.recorded):
-            return CheckResult("open loop", f"{measured}; {found.measured}", found.fault, found.evidence)
+    is_explained = _fitted_error(inputs, chosen) < 0.5 * without_images < current
+    if is_explained and (found := explain_predictions(inputs.dataset.require_spec(), chosen.predicted, chosen.recorded)):
+        return CheckResult("open loop", f"{measured}; {found.measured}", found.fault, found.evidence)
     if best != "as it is" and errors[best] < 0.9 * current:
         return CheckResult("open loop", f"{measured}; {best}: {errors[best]:.2f}", best.split(":")[0], evidence)
     return CheckResult("open loop", measured, None if current < 0.9 * without_images else "not learned", evidence)
