@@ -24,7 +24,7 @@ from rvlm.policy.embodiments import Embodiment
 NO_POLICY = "skipped: no policy was given"
 NO_MODEL = "skipped: the policy does not show its statistics"
 NO_IMAGES = "staying, or the mean action,"
-KINDS = ("q01_q99", "min_max", "mean_std")
+STATISTICS_KINDS = ("q01_q99", "min_max", "mean_std")
 
 
 def check_statistics(inputs: DiagnosisInputs) -> CheckResult:
@@ -152,7 +152,7 @@ def _open_loop_errors(inputs: DiagnosisInputs, predict: Predict) -> dict[str, fl
     readings: dict[str, tuple[ChangeImages, str | None]] = {}
     if inputs.trained:
         used = inputs.trained.robot.stats["action"].kind
-        readings |= {f"statistics kind: {kind}": (dict, kind) for kind in KINDS if kind != used}
+        readings |= {f"statistics kind: {kind}": (dict, kind) for kind in STATISTICS_KINDS if kind != used}
     readings |= {name: (_each_image(change), None) for name, change in IMAGE_ERRORS.items()}
     for one, other in itertools.combinations(inputs.cameras, 2):
         readings[f"cameras swapped: {one} and {other}"] = _swapped_images(one, other), None
