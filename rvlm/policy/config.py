@@ -131,15 +131,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise TypeError(f"unknown settings {unknown}; there are {', '.join(POLICY_FIELDS)}")
 
 
-def check_tokens(config: VLAConfig) -> None:
-    """Refuse tokens of actions that normalisation leaves outside of [-1, 1], to which they are clipped.
-
-    Raises:
-        ValueError: Such statistics, with what to take.
-    """
-    if config.head not in ("tokens", "fast") or not (config.stats or {}).get("action"):
+def _check_tokens(config: VLAConfig) -> None:
+    """Refuse tokens of actions that normalisation leaves outside of [-1, 1], to which they are clipped."""
+    action = (config.stats or {}).get("action")
+    if config.head not in ("tokens", "fast") or not action:
         return
-    stats = NormStats.from_dict(config.stats["action"])
+    stats = NormStats.from_dict(action)
     reach = np.abs([stats.normalize(stats.q01), stats.normalize(stats.q99)]).max(0)
     if (furthest := np.delete(reach, stats.passthrough).max(initial=0)) > 1.01:
         raise ValueError(
@@ -152,7 +149,7 @@ def check_structure(config: VLAConfig) -> None:
     """Refuse unsupported combinations.
 
     Raises:
-        ValueError: Unknown or contradicting structure, head, history, window or embodiment, with what is possible.
+        ValueError: Unknown or contradicting structure, head, history, window, embodiment or statistics, with what is possible.
     """
     histories = (None, *HISTORIES)
     for name, table in (
@@ -175,6 +172,7 @@ def check_structure(config: VLAConfig) -> None:
             f"got {config.n_action_steps}"
         )
     _check_layers(config)
+    _check_tokens(config)
     heads, histories = STRUCTURES[config.structure]
     is_window_right = (config.n_obs_steps == 1) == (config.structure == "one_step")
     if config.head not in heads or config.history not in histories or not is_window_right:

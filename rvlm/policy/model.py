@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from rvlm.data.actions import ActionSpec
 from rvlm.policy.action_expert import ActionExpert
-from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure, check_tokens
+from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
@@ -45,7 +45,6 @@ class VLA(SavedPolicy):
     def __init__(self, config: VLAConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_structure(config)
-        check_tokens(config)
         own, self.embodiments = embodiments_of(config)
         self.spec, self.stats = own.spec, own.stats
         if backbone is None and config.base_model is not None:
