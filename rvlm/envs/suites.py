@@ -212,13 +212,16 @@ def _load(name: str) -> Suite:
             "'package.module:function'"
         )
     made = import_by_name(name if ":" in name else SUITES[first])
-    arguments = () if ":" in name else parts
-    try:
-        inspect.signature(made).bind(*arguments) if callable(made) else None
-    except TypeError as error:
-        expected = "a function without arguments" if ":" in name else f"{first}/ROBOT or {first}/ROBOT/SETTING"
-        raise SuiteError(f"no suite {name!r}: expected {expected} ({error})") from error
-    suite = made(*arguments) if callable(made) else made
+    suite = _called(made, name, () if ":" in name else parts) if callable(made) else made
     if not isinstance(suite, Suite):
         raise SuiteError(f"{name}: expected a Suite, or a function that returns one; got {suite!r}")
     return suite
+
+
+def _called(function: Callable[..., Any], name: str, arguments: Sequence[str]) -> Any:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        expected = "a function without arguments" if ":" in name else "tabletop/ROBOT or tabletop/ROBOT/SETTING"
+        raise SuiteError(f"no suite {name!r}: expected {expected} ({error})") from error
+    return function(*arguments)

@@ -38,7 +38,7 @@ def success_table(episodes: pd.DataFrame, by: Sequence[str] = ("name",)) -> pd.D
     for key, group in episodes.groupby(columns, sort=False):
         n_trainings = len(set(group["training"])) if "training" in group else 1
         if n_trainings > 1:
-            rate = success_rate(_outcomes(group, ["training"]))
+            rate = success_rate(outcome_table(group, ["training"]))
         else:
             rate = wilson(int(group["is_success"].to_numpy().sum()), len(group))
         counts = {"successes": rate.successes, "n": rate.n, "rate": rate.rate, "low": rate.low, "high": rate.high}
@@ -71,7 +71,7 @@ def success_differences(episodes: pd.DataFrame, contrasts: Mapping[str, tuple[st
     compared = episodes.loc[episodes["name"].isin(names)]
     if {"training", "policy"} <= set(compared):
         _check_trainings(compared)
-    outcomes = _outcomes(compared if "training" in compared else compared.assign(training=0), ["name", "training"])
+    outcomes = outcome_table(compared if "training" in compared else compared.assign(training=0), ["name", "training"])
     sides = {name: outcomes.loc[name].to_numpy() for name in names}
     weights = {name: _policies(compared, name) for name in names}
     return {
@@ -107,8 +107,12 @@ def _refuse_duplicates(episodes: pd.DataFrame, keys: Sequence[str]) -> None:
         )
 
 
-def _outcomes(episodes: pd.DataFrame, trained: Sequence[str]) -> pd.DataFrame:
-    """Success in {0, 1} of each training (a row) in each episode (a column)."""
+def outcome_table(episodes: pd.DataFrame, trained: Sequence[str]) -> pd.DataFrame:
+    """Success in {0, 1} of each training (a row, by the columns `trained`) in each episode (a column).
+
+    Raises:
+        ValueError: The same episode twice, or not the same episodes for each.
+    """
     _refuse_duplicates(episodes, [*trained, "seed"])
     episode = ["seed", "task"] if "task" in episodes else ["seed"]
     outcomes = episodes.astype({"is_success": float}).pivot(index=list(trained), columns=episode, values="is_success")

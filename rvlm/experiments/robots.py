@@ -11,7 +11,7 @@ import pandas as pd
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.suites import Suite, load_suite
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
-from rvlm.evaluation.success import success_table
+from rvlm.evaluation.success import outcome_table, success_table
 from rvlm.experiments.recipes import ONE_STEP
 from rvlm.statistics import Difference, holm, paired_difference
 from rvlm.training.launch import train_parallel
@@ -134,8 +134,7 @@ def gains_over_controls(episodes: pd.DataFrame) -> dict[str, dict[str, Differenc
     gains = {}
     for robot, rows in episodes.groupby("robot", sort=False):
         outcomes = {
-            str(control): group.pivot(index="training", columns="seed", values="is_success").to_numpy(float)
-            for control, group in rows.groupby("control", sort=False)
+            str(control): outcome_table(group, ["training"]).to_numpy() for control, group in rows.groupby("control", sort=False)
         }
         trained, _ = outcomes.pop("trained"), outcomes.pop("expert", None)
         controls = {control: np.broadcast_to(outcome, trained.shape) for control, outcome in outcomes.items()}
