@@ -29,7 +29,7 @@ class ActionExpert(FlowMatchingHead):
 
     Args:
         width, chunk_size, is_binary, n_euler_steps, n_noise_samples, gripper_weight: As of `rvlm.policy.heads.FlowHead`.
-        hidden: Width of the expert.
+        hidden: Width of the expert; about three quarters of the backbone's by default, as SmolVLA's.
         n_layers: Of the expert; of the v layers of the backbone each attends to one, in their order.
         n_heads: Of its attention.
 
@@ -42,7 +42,7 @@ class ActionExpert(FlowMatchingHead):
         width: int,
         chunk_size: int,
         is_binary: Sequence[bool],
-        hidden: int = 256,
+        hidden: int | None = None,
         n_layers: int = EXPERT_LAYERS,
         n_heads: int = 4,
         n_euler_steps: int = 5,
@@ -50,11 +50,13 @@ class ActionExpert(FlowMatchingHead):
         gripper_weight: float = 0.1,
     ) -> None:
         super().__init__(chunk_size, is_binary, n_euler_steps, n_noise_samples, gripper_weight)
-        if n_layers < 1 or n_heads < 1 or hidden % n_heads:
+        if n_layers < 1 or n_heads < 1 or (hidden is not None and (hidden < 1 or hidden % n_heads)):
             raise ValueError(
                 f"expected an action expert of at least one layer, and a width that its heads share evenly; got "
                 f"n_layers={n_layers}, hidden={hidden}, n_heads={n_heads}"
             )
+        if hidden is None:
+            hidden = n_heads * max(3 * width // (4 * n_heads), 1)
         self.n_layers = n_layers
         self.embed = nn.Sequential(nn.Linear(self.shape[1] + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.positions = nn.Parameter(torch.randn(chunk_size, hidden) * hidden**-0.5)

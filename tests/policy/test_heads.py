@@ -6,6 +6,7 @@ import torch
 from toy_policies import FAST, SPEC, TOKENS, a_batch, build, fused, inputs
 
 from rvlm.data.windows import EpisodeDataset
+from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.action_losses import join_dims, split_dims
 from rvlm.policy.factory import make_policy
 from rvlm.policy.heads import FlowHead, MLPHead
@@ -174,3 +175,16 @@ def test_loss_is_the_published_formula(name):
     rows = torch.tensor([7 * step + i for step in range(2) for i in order])
     other.layers[-1].weight.data, other.layers[-1].bias.data = (w.data[rows] for w in head.layers[-1].parameters())
     torch.testing.assert_close(other.loss(features, action[..., order], mask[..., order])["loss"], published)
+
+
+@pytest.mark.parametrize(("width", "n_heads", "expected"), [(128, 4, 96), (2048, 8, 1536), (50, 4, 36), (3, 4, 4)])
+def test_an_action_expert_is_three_quarters_as_wide_as_the_backbone(width, n_heads, expected):
+    head = ActionExpert(width, 2, [False] * 6 + [True], n_heads=n_heads)
+    assert head.out[1].in_features == expected
+    assert ActionExpert(width, 2, [False] * 6 + [True], hidden=8, n_heads=n_heads).out[1].in_features == 8
+
+
+@pytest.mark.parametrize("hidden", [0, -4, 6])
+def test_a_width_that_the_experts_heads_cannot_share_is_refused(hidden):
+    with pytest.raises(ValueError, match=f"a width that its heads share evenly; .* hidden={hidden}, n_heads=4"):
+        ActionExpert(16, 2, [False], hidden=hidden)
