@@ -37,9 +37,9 @@ def check_arrays(frames: Any) -> None:
 def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: EpisodeFrames) -> int:
     """Raise `EpisodeError` unless the frames of one episode match the card and the features; returns their number."""
     _check_cameras(spec, frames)
-    missing = {"action", "observation.state"} - set(frames)
-    if missing or set(frames) != set(features):
-        expected = sorted({*features, "action", "observation.state"})
+    needed = {"action"} | ({"observation.state"} if spec.state_names else set())
+    if needed - set(frames) or set(frames) != set(features):
+        expected = sorted({*features, *needed})
         raise EpisodeError(f"expected the features {expected}, got {sorted(frames)}; record the same ones in every episode")
     lengths = {key: len(values) for key, values in frames.items()}
     if len(set(lengths.values())) != 1 or not lengths["action"]:
@@ -50,7 +50,7 @@ def check_frames(spec: ActionSpec, features: dict[str, dict[str, Any]], frames: 
         spec.check(frames["action"])
     except SpecMismatch as error:
         raise EpisodeError(f"action: {error}") from error
-    width = frames["observation.state"].shape[-1]
+    width = frames["observation.state"].shape[-1] if "observation.state" in frames else 0
     if width != len(spec.state_names):
         raise EpisodeError(
             f"observation.state: card {spec.dataset!r} expects {len(spec.state_names)} dimensions {list(spec.state_names)}, "

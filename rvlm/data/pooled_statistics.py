@@ -32,7 +32,7 @@ def pooled_stats(
         spec.require_same(data.require_spec(), f"{parts[0][0].root} vs {data.root}")
     sides = {"action": (spec.names, spec.scale_floor), "observation.state": (spec.state_names, spec.state_scale_floor)}
     out = {}
-    for key, (names, floor) in ((k, v) for k, v in sides.items() if k in parts[0][0].features):
+    for key, (names, floor) in sides.items():
         accumulator = StatsAccumulator()
         for data, episodes in parts:
             try:

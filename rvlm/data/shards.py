@@ -62,6 +62,8 @@ class Shard:
 
     def add(self, frames: EpisodeFrames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode; see `EpisodeWriter.add_episode`."""
+        if not self.spec.state_names and frames.get("observation.state", np.empty(1)).size == 0:
+            frames = {key: values for key, values in frames.items() if key != "observation.state"}
         check_arrays(frames)
         features = self.features or infer_features(self.spec, frames)
         n = check_frames(self.spec, features, frames)
@@ -218,7 +220,7 @@ def _merge(group: Sequence[Path], target: Path) -> None:
 
 
 def _digest(frames: EpisodeFrames) -> str:
-    return hashlib.sha256(frames["action"].tobytes() + frames["observation.state"].tobytes()).hexdigest()
+    return hashlib.sha256(b"".join(frames[key].tobytes() for key in ("action", "observation.state") if key in frames)).hexdigest()
 
 
 def _table(columns: EpisodeFrames) -> pa.Table:

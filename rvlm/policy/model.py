@@ -66,7 +66,7 @@ class VLA(SavedPolicy):
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
         s = len(config.state_slots)
         self.state_projector = (
-            nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state else None
+            nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state and s else None
         )
         self.embodiment_embedding = (
             nn.Parameter(torch.zeros(MAX_EMBODIMENTS, width)) if config.embodiment_conditioning == "token" else None

@@ -1,5 +1,6 @@
 """Episodes: recording, reading, windows, and the errors of broken data."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -415,6 +416,23 @@ def test_one_action_and_one_state_number_are_read_as_rows(tmp_path):
     for column in ("action", "observation.state"):
         assert data.features[column]["shape"] == [1] and data.column(column).shape == data.episode(0)[column].shape == (6, 1)
     assert data.stats()["observation.state"].q99.shape == (1,) and Windows(data, stats=data.stats())[0]["state"].shape == (1, 1)
+
+
+def test_a_robot_without_a_state_is_recorded_and_read(tmp_path):
+    spec, episode = dataclasses.replace(SPEC, state=()), fake_episode(5, 0)
+    state = episode.pop("observation.state")
+    for name, column in {"left out": {}, "empty": {"observation.state": state[:, :0]}}.items():
+        with EpisodeWriter(tmp_path / name, spec) as writer:
+            writer.add_episode({**episode, **column}, "lift the red cube")
+        dataset = EpisodeDataset(tmp_path / name)
+        assert "observation.state" not in dataset.features and dataset.column("observation.state").shape == (5, 0)
+        assert dataset.stats()["observation.state"].count == 5 and Windows(dataset).batch([0, 4])["state"].shape == (2, 1, 0)
+    writer = EpisodeWriter(tmp_path / "another", spec)
+    with pytest.raises(EpisodeError, match=r"expects 0 dimensions .* got 7"):
+        writer.add_episode({**episode, "observation.state": state}, "lift the red cube")
+    writer.close()
+    with pytest.raises(EpisodeError, match=r"differ: state group 0 kind: None against pose"):
+        EpisodeDataset(tmp_path / "empty", dataclasses.replace(SPEC, dataset="another")).n_frames
 
 
 def test_unknown_camera_column_and_episode(data):

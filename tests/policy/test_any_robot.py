@@ -1,5 +1,7 @@
 """Robots of other dimensions and cameras: alone, in a mixture, relative to the state, with images of several sizes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ PLANAR = ActionSpec(
     (Group("pose", ("x", "y"), ("px", "px"), frame="world"),),
 )
 JOINTS = joint_robot()
+STATELESS = replace(PLANAR, dataset="blind", state=())
 RELATIVE = {"action_representation": "relative", "has_state": False}
 
 
@@ -51,6 +54,8 @@ def record(folder, spec, n_episodes=6, n=8):
         state = np.add(spec.low, span * rng.uniform(0.3, 0.6, (n, spec.n_dims)))
         action = state + 0.1 * span * rng.uniform(0.5, 1, (n, spec.n_dims))
         columns = {"action": action.astype(np.float32), "observation.state": state.astype(np.float32)}
+        if not spec.state_names:
+            del columns["observation.state"]
         writer.add_episode({**images, **columns}, "push the block")
     return str(writer.finalize())
 
@@ -74,7 +79,8 @@ def observe(spec, seed=0, sizes=SIZES):
     return {"images": images, "state": state.astype(np.float32), "instruction": "push the block"}
 
 
-@pytest.mark.parametrize("spec", [JOINTS, PLANAR], ids=["joints", "planar"])
+@pytest.mark.filterwarnings("error:Initializing zero-element tensors")
+@pytest.mark.parametrize("spec", [JOINTS, PLANAR, STATELESS], ids=["joints", "planar", "no state"])
 def test_a_robot_of_any_dimensions_is_trained_and_acts(spec, toy_vlm, tmp_path):
     folder = trained([record(tmp_path / "d", spec)], toy_vlm, tmp_path / "out")
     policy = load_policy(folder)
