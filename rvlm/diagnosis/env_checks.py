@@ -15,7 +15,7 @@ from rvlm.diagnosis.results import CheckResult
 
 UNLIKE = 8  # difference of a camera's images that no compression makes, which is about 1 [gray levels]
 NO_ENV = "skipped: no environment was given"
-NO_SEEDS = "skipped: seeds of the data's episodes were not recorded"
+NO_SEEDS = "skipped: seeds of the data's episodes, or the suite's tasks, were not recorded"
 
 
 def check_resets(inputs: DiagnosisInputs) -> CheckResult:
@@ -102,6 +102,8 @@ def check_replay(inputs: DiagnosisInputs) -> CheckResult:
     """Do the recorded actions lead to the recorded states?"""
     if inputs.reset_to_recorded(inputs.sampled_episodes()[0]) is None:
         return CheckResult("replay", NO_ENV if inputs.env is None else NO_SEEDS)
+    if not inputs.dataset.require_spec().state_names:
+        return CheckResult("replay", "skipped: the robot tells no state")
     error, episodes, ends = _replay(inputs, lambda spec, actions: actions)
     column = "distance from the recorded states [spread of the state]"
     if error <= 0.01:

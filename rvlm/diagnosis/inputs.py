@@ -77,7 +77,7 @@ class DiagnosisInputs:
         return self._all_executed_actions[self.frame_slice(episode)]
 
     def reset_to_recorded(self, episode: int) -> dict | None:
-        """Reset the environment to a recorded episode: its first observation; None without environment or recorded seed.
+        """Reset the environment to a recorded episode: its first observation; None without environment, seed or task.
 
         Raises:
             SuiteError: The environment raises an error of its own.
@@ -85,14 +85,12 @@ class DiagnosisInputs:
         row = self.dataset.episodes.iloc[episode]
         if self.env is None or "seed" not in row:
             return None
-        options: dict[str, Any] = {"task": str(row["task"])} if "task" in row else self._only_task()
+        tasks = [row["task"]] if "task" in row else getattr(getattr(self.env, "suite", None), "tasks", ())
+        if len(tasks) > 1:
+            return None
+        options: dict[str, Any] = {"task": str(task) for task in tasks}
         options |= {"start": int(row["start"])} if "start" in row else {}
         return self._reset(int(row["seed"]), options)
-
-    def _only_task(self) -> dict[str, Any]:
-        """The suite's task as an option, if it has one alone."""
-        tasks = getattr(getattr(self.env, "suite", None), "tasks", ())
-        return {"task": tasks[0]} if len(tasks) == 1 else {}
 
     def _reset(self, seed: int, options: dict[str, Any]) -> dict:
         with _in_words(f"reset with seed {seed} and options {options}", "do the data's tasks and seeds belong to it?"):

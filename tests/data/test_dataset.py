@@ -432,7 +432,7 @@ def test_a_robot_without_a_state_is_recorded_and_read(tmp_path):
         writer.add_episode({**episode, "observation.state": state}, "lift the red cube")
     writer.close()
     with pytest.raises(EpisodeError, match=r"differ: state group 0 kind: None against pose"):
-        EpisodeDataset(tmp_path / "empty", dataclasses.replace(SPEC, dataset="another")).n_frames
+        EpisodeDataset(tmp_path / "empty", dataclasses.replace(SPEC, dataset="another"))
 
 
 def test_unknown_camera_column_and_episode(data):

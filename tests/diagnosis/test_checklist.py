@@ -3,6 +3,7 @@
 On the real simulator, with demonstrations recorded in it and the policy that ships.
 """
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -13,13 +14,14 @@ from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis.checklist import CHECKS, diagnose, first_fault
 from rvlm.diagnosis.data_checks import check_motion
 from rvlm.diagnosis.env_checks import check_replay
-from rvlm.diagnosis.faults import FAULTS, faults_of
+from rvlm.diagnosis.faults import FAULTS, faults_of, with_data
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import ACTION_MISREADINGS, IMAGE_ERRORS
 from rvlm.diagnosis.perturbed import PerturbedDataset
 from rvlm.diagnosis.policy_checks import check_interface
 from rvlm.diagnosis.results import FIXES
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
+from rvlm.envs.suites import load_suite
 from rvlm.envs.tabletop.env import Tabletop
 from rvlm.experiments.recipes import POLICY
 from rvlm.policy.policy import Policy, load_policy
@@ -62,11 +64,18 @@ def test_the_recorded_actions_reproduce_the_recording(inputs):
     assert evidence["candidate"].tolist() == ["as recorded"] and evidence.iloc[0, 1] < 1e-3
 
 
-def test_without_recorded_seeds_the_checks_that_need_them_say_so(inputs):
-    bare = inputs.dataset.episodes.drop(columns=["seed", "task"])
-    results = diagnose(dataclasses.replace(inputs, dataset=PerturbedDataset(inputs.dataset, episodes=bare)))
+@pytest.mark.parametrize("missing", [["seed"], ["task"], ["seed", "task"]])
+def test_without_recorded_seeds_or_tasks_the_checks_that_need_them_say_so(inputs, missing):
+    bare = PerturbedDataset(inputs.dataset, episodes=inputs.dataset.episodes.drop(columns=missing))
+    with contextlib.closing(load_suite("tabletop/franka7").make()) as env:
+        results = diagnose(dataclasses.replace(inputs, dataset=bare, env=env))
     assert first_fault(results) is None
     assert {r.name for r in results if "not recorded" in r.measured} == {"resets", "images", "replay"}
+
+
+def test_without_a_state_the_replay_is_left_out(inputs):
+    blind = with_data(inputs, spec=dataclasses.replace(SPEC, state=()), columns={"observation.state": lambda old: old[:, :0]})
+    assert check_replay(blind).measured == "skipped: the robot tells no state"
 
 
 def test_a_policy_that_has_learned_nothing_is_named_so(inputs):
