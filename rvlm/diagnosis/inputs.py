@@ -88,7 +88,7 @@ class DiagnosisInputs:
         tasks = [row["task"]] if "task" in row else getattr(getattr(self.env, "suite", None), "tasks", ())
         if len(tasks) > 1:
             return None
-        options: dict[str, Any] = {"task": str(task) for task in tasks}
+        options: dict[str, Any] = {"task": str(tasks[0])} if tasks else {}
         options |= {"start": int(row["start"])} if "start" in row else {}
         return self._reset(int(row["seed"]), options)
 

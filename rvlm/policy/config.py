@@ -132,17 +132,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _check_tokens(config: VLAConfig) -> None:
-    """Refuse tokens of actions that normalisation leaves outside of [-1, 1], to which they are clipped."""
-    action = (config.stats or {}).get("action")
-    if config.head not in ("tokens", "fast") or not action:
-        return
-    stats = NormStats.from_dict(action)
-    reach = np.abs([stats.normalize(stats.q01), stats.normalize(stats.q99)]).max(0)
-    if (furthest := np.delete(reach, stats.passthrough).max(initial=0)) > 1.01:
-        raise ValueError(
-            f"head {config.head!r}: expected statistics that bring 98 % of each action into [-1, 1], where tokens end, got "
-            f"{furthest:.2g} by kind {stats.kind!r}; take stats(kind='q01_q99')"
-        )
+    """Refuse tokens of actions that normalisation leaves outside of [-1, 1], to which they are clipped, of any robot."""
+    robots = [config.stats, *(robot["stats"] for robot in (config.embodiments or {}).values())]
+    for action in (stats["action"] for stats in robots if stats and config.head in ("tokens", "fast")):
+        stats = NormStats.from_dict(action)
+        reach = np.abs([stats.normalize(stats.q01), stats.normalize(stats.q99)]).max(0)
+        if (furthest := np.delete(reach, stats.passthrough).max(initial=0)) > 1.01:
+            raise ValueError(
+                f"head {config.head!r}: expected statistics that bring 98 % of each action into [-1, 1], where tokens end, got "
+                f"{furthest:.2g} by kind {stats.kind!r}; take stats(kind='q01_q99')"
+            )
 
 
 def check_structure(config: VLAConfig) -> None:

@@ -64,10 +64,8 @@ class VLA(SavedPolicy):
         self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **config.head_arguments)
         self.layer_mix = None if config.vlm_layers is None or self.is_expert else LayerMix(cast(Any, config.vlm_layers))
         self.history = HISTORIES[config.history](width) if config.history else nn.Identity()
-        s = len(config.state_slots)
-        self.state_projector = (
-            nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if config.has_state and s else None
-        )
+        s = len(config.state_slots) if config.has_state else 0
+        self.state_projector = nn.Sequential(nn.Linear(s, width), nn.GELU(), nn.Linear(width, width)) if s else None
         self.embodiment_embedding = (
             nn.Parameter(torch.zeros(MAX_EMBODIMENTS, width)) if config.embodiment_conditioning == "token" else None
         )
@@ -77,7 +75,7 @@ class VLA(SavedPolicy):
     def register_embodiments(self, robots: Sequence[Embodiment]) -> None:
         """Add embodiments to the policy; the first becomes its target robot.
 
-        Statistics of known robots are kept: the policy was trained with them.
+        Statistics of known robots are kept: the policy was trained with them. Those that the head cannot use are refused.
         """
         known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
         ids = list(dict.fromkeys([*self.conditioning.ids, *(robot.spec.dataset for robot in robots)]))
@@ -98,6 +96,7 @@ class VLA(SavedPolicy):
         self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, ids
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
+        check_structure(self.config)
 
     @property
     def conditioning(self) -> EmbodimentConditioning:

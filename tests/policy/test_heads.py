@@ -1,5 +1,7 @@
 """Action heads: the published losses, tokens that come back, flows that learn two modes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from toy_policies import FAST, SPEC, TOKENS, a_batch, build, fused, inputs
 from rvlm.data.windows import EpisodeDataset
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.action_losses import join_dims, split_dims
+from rvlm.policy.embodiments import Embodiment
 from rvlm.policy.factory import make_policy
 from rvlm.policy.heads import FlowHead, MLPHead
 from rvlm.policy.token_decoding import generate_tokens
@@ -143,7 +146,10 @@ def test_statistics_beyond_the_tokens_are_refused(head, toy_vlm, toy_demos):
     with pytest.raises(ValueError, match=rf"head '{head}': expected statistics that bring 98 % of each action into"):
         make_policy(toy_vlm, data.spec, data.stats("mean_std"), head=head)
     for kind in ("min_max", "identity"):
-        make_policy(toy_vlm, data.spec, data.stats(kind), head=head)
+        model, _ = make_policy(toy_vlm, data.spec, data.stats(kind), head=head)
+    others = [Embodiment(data.spec, data.stats()), Embodiment(replace(data.spec, dataset="other"), data.stats("mean_std"))]
+    with pytest.raises(ValueError, match=rf"head '{head}': expected statistics that bring 98 % of each action into"):
+        model.register_embodiments(others)
 
 
 def test_action_tokens_are_causal(toy_vlm, toy_stats):
