@@ -42,6 +42,7 @@ def arguments():
     parser.add_argument("--episodes", type=int, default=60)
     parser.add_argument("--demonstrations", type=int, default=240)
     parser.add_argument("--samples", type=int, default=6_000)
+    parser.add_argument("--batch", type=int, default=8, help="samples per optimizer step")
     parser.add_argument("--chunk", type=int, default=8, help="actions predicted")
     parser.add_argument("--executed", type=int, default=4, help="actions executed of a chunk")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -53,7 +54,7 @@ def stages(options):
     recipe = RobotRecipe(SUITE, TASKS, n_demonstrations=options.demonstrations, n_samples=options.samples)
     base = {**ONE_STEP, "chunk_size": options.chunk, "n_action_steps": options.executed}
     return {
-        (head, seed): recipe.stage(seed, policy={**base, **HEADS[head]})
+        (head, seed): recipe.stage(seed, policy={**base, **HEADS[head]}, batch_size=options.batch)
         for head in options.heads
         for seed in range(options.trainings)
     }
