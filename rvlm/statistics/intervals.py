@@ -220,9 +220,8 @@ def paired_difference(
     """Mean improvement of a over b on the same episodes, with its interval.
 
     Outcomes of 0 and 1: Newcombe's paired interval, from each side's `success_rate` interval and their correlation over
-    episodes; it has a width at rates of 0 and 1 too. Over trainings that both sides have in common, the spread of the differences
-    takes the place of each side's. Other numbers: `mean_interval` of the differences, training by training and episode by
-    episode.
+    episodes; it has a width at rates of 0 and 1 too. Other numbers, and outcomes over trainings that both sides have in common:
+    `mean_interval` of the differences, training by training and episode by episode.
 
     Args:
         a: one number per episode, ``(n,)``, or ``(m, n)`` for m trainings on the same episodes.
@@ -242,12 +241,12 @@ def paired_difference(
     a, b = (_matrix(side) for side in paired(a, b, n_axes=(1, 2)))
     gain = b - a if lower_is_better else a - b
     estimate = float(gain.mean())
-    if _is_binary(a) and _is_binary(b):
-        better, worse = (b, a) if lower_is_better else (a, b)
-        low, high = newcombe_paired(better, worse, level, same_trainings)
+    is_binary = _is_binary(a) and _is_binary(b)
+    if is_binary and not (same_trainings and len(a) > 1):
+        low, high = newcombe_paired(*((b, a) if lower_is_better else (a, b)), level)
     else:
-        half = _half_width(gain, level)
-        low, high = estimate - half, estimate + half
+        mean = mean_interval(gain, level, (-1, 1) if is_binary else None)
+        low, high = mean.low, mean.high
     return Difference(estimate, low, high, len(a), level, None, (a, b), lower_is_better, same_trainings)
 
 

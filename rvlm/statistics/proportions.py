@@ -13,14 +13,14 @@ class EffectiveRate:
     ``of_episodes`` is the share of the half-width that is due to the sample of episodes, which both sides have in common.
     """
 
-    def __init__(self, outcomes: np.ndarray, level: float, of_episodes_alone: bool = False) -> None:
+    def __init__(self, outcomes: np.ndarray, level: float) -> None:
         from scipy.special import ndtri, stdtrit
 
         m, n = outcomes.shape
         self.p, self.z = float(outcomes.mean()), float(ndtri(0.5 + level / 2))
         by_episode = self.z**2 * float(outcomes.mean(0).var()) / n  # squared half-width over episodes
         variance, most, squared = self.p * (1 - self.p), float(n), by_episode
-        if m > 1 and not of_episodes_alone:
+        if m > 1:
             student = float(stdtrit(m - 1, 0.5 + level / 2))
             squared += student**2 * float(outcomes.mean(1).var(ddof=1)) / m
             most = m * n * (self.z / student) ** 2
@@ -41,18 +41,13 @@ def wilson_ends(p: ArrayLike, n: ArrayLike, z: float) -> tuple[Any, Any]:
     return np.maximum(0.0, np.minimum(middle - half, p)), np.minimum(1.0, np.maximum(middle + half, p))
 
 
-def newcombe_paired(a: np.ndarray, b: np.ndarray, level: float, same_trainings: bool = False) -> tuple[float, float]:
-    """Ends of the interval of ``mean(a) - mean(b)`` for ``(m, n)`` outcomes of 0 and 1, of the same m trainings or of others."""
-    one, other = EffectiveRate(a, level, same_trainings), EffectiveRate(b, level, same_trainings)
+def newcombe_paired(a: np.ndarray, b: np.ndarray, level: float) -> tuple[float, float]:
+    """Ends of the interval of ``mean(a) - mean(b)`` for ``(m, n)`` outcomes of 0 and 1."""
+    one, other = EffectiveRate(a, level), EffectiveRate(b, level)
     (low_a, high_a), (low_b, high_b) = one.ends(), other.ends()
     common = _correlation(a.mean(0), b.mean(0)) * one.of_episodes * other.of_episodes
     down, up = (one.p - low_a, high_b - other.p), (high_a - one.p, other.p - low_b)
     below, above = (math.sqrt(max(x * x + y * y - 2 * common * x * y, 0.0)) for x, y in (down, up))
-    if same_trainings and len(a) > 1:
-        from scipy.special import stdtrit
-
-        spread = float(stdtrit(len(a) - 1, 0.5 + level / 2) * (a - b).mean(1).std(ddof=1) / math.sqrt(len(a)))
-        below, above = math.hypot(below, spread), math.hypot(above, spread)
     return max(one.p - other.p - below, -1.0), min(one.p - other.p + above, 1.0)
 
 
