@@ -351,10 +351,18 @@ def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
         and "60 episodes" in " ".join(note)
         and "commit 0123456, 2 cores of AMD EPYC" in " ".join(note)
     )
-    budget = {"samples": 9000, "demonstrations": 240, "chunk": 8, "executed": 4}
-    (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": [{"head": "flow", **rate}]}))
+    budget = {"samples": 9000, "batch": 8, "demonstrations": 240, "chunk": 8, "executed": 4}
+    random = {"head": "random actions", "rate": 0.05, "low": 0.02, "high": 0.14, "head weights": None, "samples/s": None}
+    cost = {"head weights": 358_000, "samples/s": 99.6}
+    measured = [{"head": "flow", **rate, **cost}, {"head": "fast", "rate": 0.08, "low": 0.03, "high": 0.2, **cost}, random]
+    (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": measured}))
     lines = PARTS["heads"](tmp_path).splitlines()
-    assert lines[2] == "| flow | 93 % (80 to 99) |" and "9,000 samples of 240 demonstrations" in lines[4]
+    assert lines[2:5] == [
+        "| flow | 358,000 | 100 | 93 % (80 to 99) | yes |",
+        "| fast | 358,000 | 100 | 8 % (3 to 20) | no |",
+        "| random actions | – | – | 5 % (2 to 14) | – |",
+    ]
+    assert "9,000 samples in batches of 8 of 240 demonstrations" in lines[6]
 
 
 def test_the_repositorys_readme_is_up_to_date():
