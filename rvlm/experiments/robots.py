@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.demonstrations import Collection, collect_demonstrations
 from rvlm.envs.suites import Suite, load_suite
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
@@ -96,7 +97,11 @@ def train_on_robot(robot: str | RobotRecipe, seeds: Sequence[int] = (0,), **chan
 
 
 def evaluate_on_robot(
-    robot: str | RobotRecipe, models: Mapping[int, str | Path], n_episodes: int = 60, n_workers: int = 2
+    robot: str | RobotRecipe,
+    models: Mapping[int, str | Path],
+    n_episodes: int = 60,
+    n_workers: int = 2,
+    first_seed: int = FIRST_HELD_OUT_SEED,
 ) -> pd.DataFrame:
     """Evaluate a robot's trained policies and their controls in the same new scenes.
 
@@ -105,24 +110,25 @@ def evaluate_on_robot(
         models: Seed -> the policy's folder.
         n_episodes: Of each policy.
         n_workers: Processes.
+        first_seed: Of the scenes.
 
     Returns:
         Episodes as `evaluate` gives them, with columns `robot`, `control` (a key of `CONTROLS`) and `training` (the seed).
     """
     recipe = robot if isinstance(robot, RobotRecipe) else robot_recipe(robot)
-    evaluations = {}
+    evaluations, common = {}, {"n_episodes": n_episodes, "first_seed": first_seed}
     for control, changes in CONTROLS.items():
         for seed, model in list(models.items())[: 1 if "policy" in changes else None]:
             fields = {"policy": str(model), "suite": recipe.suite, "tasks": recipe.tasks, "n_action_steps": recipe.n_action_steps}
-            evaluations[f"{control}|{seed}"] = Evaluation(n_episodes=n_episodes, **{**fields, **changes})
+            evaluations[f"{control}|{seed}"] = Evaluation(**{**common, **fields, **changes})
     episodes = evaluate(evaluations, n_workers)
     episodes[["control", "training"]] = episodes["name"].str.split("|", expand=True).to_numpy()
     return episodes.assign(robot=load_suite(recipe.suite).name)
 
 
-def robots_table(episodes: pd.DataFrame) -> pd.DataFrame:
+def robots_table(episodes: pd.DataFrame, by: Sequence[str] = ("robot", "control")) -> pd.DataFrame:
     """Success of each robot's policy and of its controls, with 95 % intervals over trainings and episodes."""
-    tables = [success_table(group, ("robot", "control")) for _, group in episodes.groupby(["robot", "control"], sort=False)]
+    tables = [success_table(group, by) for _, group in episodes.groupby(list(by), sort=False)]
     return pd.concat([table.assign(trainings=table.get("trainings", 1)) for table in tables], ignore_index=True)
 
 

@@ -28,6 +28,19 @@ def robots_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     return ["Robot", "Actions", *(name.capitalize() for name in SHOWN_CONTROLS), "Above"], rows, _note(record) + note
 
 
+def robot_tasks_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
+    """Head, rows and note of the table of robots' tasks (`benchmarks/robots.py`); no rows where it was not measured."""
+    of_task: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in _record(results / "robots.json").get("tasks", ()):
+        of_task.setdefault((row["robot"], row["task"]), {})[row["control"]] = row
+    shown = ("trained", "black images", "random actions")
+    rows = [
+        [robot.removeprefix("tabletop/"), f"`{task}`", *(f"{cells[c]['successes']}/{cells[c]['n']}" for c in shown)]
+        for (robot, task), cells in of_task.items()
+    ]
+    return ["Robot", "Task", *(name.capitalize() for name in shown)], rows, "Successes of episodes, task by task."
+
+
 def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     """Head, rows and note of the table of action heads (`benchmarks/heads.py`); no rows where it was not measured."""
     record = _record(results / "heads.json")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rvlm.files import PACKAGE, ROOT, atomic_write
 from rvlm.report.findings import as_markdown, load_findings, published
 from rvlm.report.gpu_rows import measured_steps
-from rvlm.report.measured_tables import heads_rows, robots_rows
+from rvlm.report.measured_tables import heads_rows, robot_tasks_rows, robots_rows
 from rvlm.report.page import FULL, list_notebooks
 from rvlm.report.withdrawn import trainings_of
 from rvlm.statistics.verdicts import VERDICT_PATTERN
@@ -210,8 +210,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def robots(results: Path, notebooks: Path | None = None) -> str:
-    """Success of each kind of robot beside its controls: a table."""
-    return _with_note(*robots_rows(results))
+    """Success of each kind of robot beside its controls, and task by task: two tables."""
+    of_tasks = robot_tasks_rows(results)
+    return _with_note(*robots_rows(results)) + ("\n" + _with_note(*of_tasks) if of_tasks[1] else "")
 
 
 def heads(results: Path, notebooks: Path | None = None) -> str:

@@ -32,14 +32,16 @@ def test_a_robot_is_recorded_trained_and_judged_beside_its_controls(tmp_path, mo
     short = dataclasses.replace(suite, max_steps=4, demonstration_steps=suite.demonstration_steps or suite.limit(tasks[0]))
     recipe = RobotRecipe(short, tasks, n_demonstrations=4, n_samples=8)
     models = train_on_robot(recipe, (0,), batch_size=4)
-    episodes = evaluate_on_robot(recipe, models, n_episodes=2, n_workers=1)
+    episodes = evaluate_on_robot(recipe, models, n_episodes=2, n_workers=1, first_seed=910_000)
     table = robots_table(episodes)
     assert table["control"].tolist() == list(CONTROLS) and table["n"].tolist() == [2] * len(CONTROLS)
     assert set(table["robot"]) == {f"tabletop/{robot}"}
+    of_tasks = robots_table(episodes, ("robot", "task", "control"))
+    assert set(of_tasks["task"]) <= set(tasks) and of_tasks.groupby("control")["n"].sum().eq(2).all()
     ablations = dict(zip(episodes["control"], episodes["ablation"], strict=True))
     assert ablations == {name: changes.get("ablation", "none") for name, changes in CONTROLS.items()}
     assert set(gains_over_controls(episodes)[f"tabletop/{robot}"]) == set(CONTROLS) - {"trained", "expert"}
-    assert {tuple(group["seed"]) for _, group in episodes.groupby("control")} == {(900_000, 900_001)}, "the same scenes"
+    assert {tuple(group["seed"]) for _, group in episodes.groupby("control")} == {(910_000, 910_001)}, "the same scenes"
 
 
 def test_gains_over_controls_are_paired_by_scene_and_by_training():

@@ -344,8 +344,12 @@ def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
     assert head == "| Robot | Actions | Trained | Shuffled language | Black images | Random actions | Expert | Above |"
     assert row == "| so101 | 6: joint, gripper | 93 % (80 to 99) |" + " 0 % (0 to 6) |" * 3 + " 93 % (80 to 99) | all controls |"
     gains[0]["verdict"] = "undecided"
-    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows, "gains": gains}))
+    counts = {"trained": 9, "black images": 2, "random actions": 1, "expert": 10}
+    tasks = [{"robot": "tabletop/so101", "task": "push", "control": c, "successes": n, "n": 10} for c, n in counts.items()]
+    (tmp_path / "robots.json").write_text(json.dumps({**run, "rows": rows, "gains": gains, "tasks": tasks}))
     assert PARTS["robots"](tmp_path).splitlines()[2].endswith("| black images: undecided |")
+    assert "| Robot | Task | Trained | Black images | Random actions |" in PARTS["robots"](tmp_path)
+    assert "| so101 | `push` | 9/10 | 2/10 | 1/10 |" in PARTS["robots"](tmp_path)
     assert (
         "3 trainings" in " ".join(note)
         and "60 episodes" in " ".join(note)
