@@ -1,7 +1,8 @@
 """Acting while computing: a policy whose chunks arrive some control steps after their observations, as on a robot in real time.
 
 The clock does not wait for the policy: while it computes, the robot holds still (*synchronous* inference), or goes on with its
-previous chunk (*asynchronous* inference), of which the next one may be a continuation (*real-time chunking*).
+previous chunk (*asynchronous* inference), of which the next one may be a continuation (*real-time chunking*). What waiting
+costs depends on the scene: only time where it stands still meanwhile, more where it moves.
 
 Source: Black et al. 2025 (arXiv 2506.07339), section 3.
 """
@@ -51,11 +52,12 @@ class Inference:
 
 
 class DelayedPolicy:
-    """A policy in a simulator whose clock does not wait: chunks arrive `delay_steps` control steps after their observation.
+    """A policy whose chunks arrive `delay_steps` control steps after their observation, in a simulator that itself waits.
 
     A prediction begins when `n_action_steps` actions of a chunk were executed and none is under way. Meanwhile, "synchronous"
-    holds the robot (`rvlm.data.holding`); the others go on with the previous chunk, and hold the robot where it has ended. The
-    new chunk is entered behind as many actions as were executed meanwhile. Each episode begins with a held robot.
+    holds the robot (`rvlm.data.holding`); the others go on with the previous chunk, and hold the robot where it has ended, as
+    chunks shorter than `max(delay_steps, n_action_steps) + delay_steps` do. The new chunk is entered behind as many actions as
+    were executed meanwhile. Each episode begins with a held robot; on a robot a delay is at least one step.
 
     Without delay, "synchronous" and "asynchronous" are `Policy` itself.
 

@@ -86,6 +86,21 @@ def test_a_chunk_that_ends_before_the_next_one_comes_leaves_the_robot_held():
     assert acted(policy, 10) == [0, 0, 0, 1, 2, 3, 0, 0, 502, 503] and policy.n_held == 5
 
 
+@pytest.mark.parametrize(("chunk_size", "delay", "n_held"), [(12, 4, 0), (12, 6, 0), (12, 8, 4), (16, 8, 0), (8, 8, 8)])
+def test_a_chunk_lasts_where_the_delay_fits_twice_or_behind_the_executed_actions(chunk_size, delay, n_held):
+    """Held steps of every 16, as the docstring and notebook 12 tell."""
+    policy = DelayedPolicy(Counting(chunk_size, n_action_steps=4), "asynchronous", delay)
+    acted(policy, 64)
+    before = policy.n_held
+    acted(policy, 16)
+    assert policy.n_held - before == n_held and (n_held == 0) == (max(delay, 4) + delay <= chunk_size)
+
+
+def test_a_delay_of_all_executed_actions_executes_the_tails_of_chunks_alone():
+    executed = acted(DelayedPolicy(Counting(12, n_action_steps=4), "asynchronous", 4), 40)
+    assert {action % 100 for action in executed[8:]} == {5, 6, 7, 8}
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_without_delay_chunks_are_executed_as_far_as_was_asked(execution):
     assert acted(DelayedPolicy(Counting(), execution), 5) == [1, 2, 201, 202, 401]
