@@ -1,4 +1,7 @@
-"""How many faults the diagnosis names, one at a time and in pairs, and how often it names one where there is none."""
+"""How many faults the diagnosis names, one at a time and in pairs, and how often it names one where there is none.
+
+Counts without intervals: the faults are chosen, and diagnoses that draw from the same episodes are no sample.
+"""
 
 import dataclasses
 import itertools
@@ -32,7 +35,7 @@ def named_faults(inputs: DiagnosisInputs, faults: Iterable[Fault]) -> pd.DataFra
 
 
 def false_alarms(inputs: DiagnosisInputs, n: int) -> list[str | None]:
-    """What is named where nothing was injected, in n diagnoses that draw different episodes; None is right."""
+    """What is named where nothing was injected, in n diagnoses that draw from the same episodes; None is right."""
     return [first_fault(diagnose(dataclasses.replace(inputs, seed=inputs.seed + i))) for i in range(n)]
 
 
