@@ -4,7 +4,7 @@
 
 Every head is trained from the shipped vision-language model on the same demonstrations, with the same samples, batches, seeds,
 chunk size, executed actions and learning rate, at its default settings but for the vocabulary of "fast", and evaluated in the
-same scenes, which no setting was chosen on. Heads differ in weights and time too, which the table tells. No contrast between
+same scenes, which no setting was chosen on. Heads differ in weights too, which the table tells, and in time. No contrast between
 heads is stated before the run, so there is no verdict. Trains and evaluates what is not cached, so a run that was stopped goes
 on; writes `results/tables/heads.csv` and `.tex`, and the setup with commit and hardware to `results/heads.json`.
 """
@@ -16,8 +16,6 @@ import os
 import time
 from pathlib import Path
 
-import pandas as pd
-
 from rvlm import load_policy
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.evaluation.success import success_table
@@ -27,7 +25,6 @@ from rvlm.files import atomic_write, results_dir
 from rvlm.provenance import provenance
 from rvlm.report.findings import save_table
 from rvlm.training.launch import train_parallel
-from rvlm.training.trainer import log_history
 
 HEADS = {  # row of the table -> fields of `VLAConfig`
     "mlp": {"head": "mlp"},
@@ -68,10 +65,9 @@ def stages(options):
     }
 
 
-def cost(model: Path) -> dict[str, float]:
-    """Weights of a policy's head, and the speed of its training."""
-    n_weights = sum(weight.numel() for weight in load_policy(model).model.head.parameters())
-    return {"head weights": n_weights, "samples/s": log_history(model.parent)[-1]["train_samples_per_second"]}
+def n_weights(model: Path) -> int:
+    """Weights of a policy's head."""
+    return sum(weight.numel() for weight in load_policy(model).model.head.parameters())
 
 
 def main():
@@ -85,9 +81,9 @@ def main():
     episodes = evaluate(evaluations, options.workers)
     episodes[["name", "training"]] = episodes["name"].str.split("|", expand=True).to_numpy()
     table = success_table(episodes).rename(columns={"name": "head"})
-    costs = {head: cost(models[f"{head}|{options.first_training}"]) for head in options.heads}
-    table = table.join(pd.DataFrame.from_dict(costs, orient="index"), on="head")
-    table = table.fillna({"trainings": 1}).astype({"trainings": int, "head weights": "Int64"})
+    weights = {head: n_weights(models[f"{head}|{options.first_training}"]) for head in options.heads}
+    table["head weights"] = table["head"].map(weights).astype("Int64")
+    table["trainings"] = table["trainings"].fillna(1).astype(int)
     setup = {**vars(options), "suite": SUITE, "tasks": TASKS, "policies": HEADS}
     setup |= {"stage": dataclasses.asdict(next(iter(wanted.values()))), "trained_s": round(trained_s)}
     setup["stage"] = {k: v for k, v in setup["stage"].items() if k not in ("policy", "data", "init", "seed")}

@@ -46,20 +46,17 @@ def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     record = _record(results / "heads.json")
     chance = next((row["rate"] for row in record.get("rows", ()) if row["head"] == "random actions"), 0)
     rows = [
-        [row["head"], *_cost(row), _rate(row), "–" if row["head"] == "random actions" else "yes" if row["low"] > chance else "no"]
+        [row["head"], f"{row['head weights']:,}", _rate(row), "yes" if row["low"] > chance else "no"]
+        if row["head weights"]
+        else [row["head"], "–", _rate(row), "–"]
         for row in record.get("rows", ())
     ]
     budget = (
         "{samples:,} samples in batches of {batch} of {demonstrations} demonstrations, chunks of {chunk} of which {executed} are "
         "executed. Above chance: the interval lies above the rate of random actions. No contrast between heads was stated. "
     )
-    head = ["Action head", "Weights", "Samples/s", "Success", "Above chance"]
+    head = ["Action head", "Its weights", "Success", "Above chance"]
     return head, rows, (budget.format(**record) if record else "") + _note(record)
-
-
-def _cost(row: dict[str, Any]) -> tuple[str, str]:
-    n_weights, speed = row.get("head weights"), row.get("samples/s")
-    return "–" if n_weights is None else f"{n_weights:,}", "–" if speed is None else f"{speed:.0f}"
 
 
 def _record(path: Path) -> dict[str, Any]:
