@@ -4,8 +4,10 @@ A network predicts the clean action (x1) of a noised chunk, which gives the velo
 Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,11 +56,28 @@ def integrate(denoise: Denoiser, noise: Float[Tensor, "*n k c"], n_steps: int) -
     return chunk
 
 
+@contextlib.contextmanager
+def drawn_noise(head: Any, index: int) -> Iterator[None]:
+    """Let a `FlowMatchingHead` begin with sample `index` of a fixed sequence of noise meanwhile; no effect on other heads.
+
+    A policy takes another one for each chunk: what a sample of noise does to the actions would otherwise add up over an episode.
+    """
+    if not isinstance(head, FlowMatchingHead):
+        yield
+        return
+    stored = head.initial_noise
+    head.initial_noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(index)).to(stored)
+    try:
+        yield
+    finally:
+        head.initial_noise = stored
+
+
 class FlowMatchingHead(nn.Module):
     """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones.
 
-    A subclass gives the network: `predict_clean_action` and `binary_logits`. Inference takes a few Euler steps from one noise
-    sample, which the subclass stores with its weights as `initial_noise` (k, c), so the policy is deterministic.
+    A subclass gives the network: `predict_clean_action` and `binary_logits`. Inference takes a few Euler steps from a sample of
+    noise, `initial_noise` (k, c), which the subclass stores with its weights; a policy that acts draws its own (`drawn_noise`).
 
     Args:
         chunk_size: Actions predicted (k).

@@ -80,8 +80,7 @@ class MLPHead(nn.Module):
 class FlowHead(FlowMatchingHead):
     """Conditional flow matching (`rvlm.policy.flow_matching`) of the continuous dimensions' chunk; binary ones are classified.
 
-    A small denoiser is conditioned on the feature and the flow time. Inference takes a few Euler steps from one noise sample that
-    is stored with the weights, so the policy is deterministic.
+    A small denoiser is conditioned on the feature and the flow time.
 
     Args:
         width, chunk_size, is_binary, hidden, gripper_weight: As of `MLPHead`.

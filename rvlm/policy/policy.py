@@ -18,6 +18,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.representations import canonical_quaternions
 from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
+from rvlm.policy.flow_matching import drawn_noise
 from rvlm.policy.model import VLA, Decode
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
@@ -116,7 +117,7 @@ class Policy:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
         self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompt_builder)
         self._sizes: dict[str, tuple[int, int]] | None = None  # of the images since the reset
-        self._has_warned = False
+        self._has_warned, self._n_chunks = False, 0
         self._state = np.zeros((n_robots, len(self.robot.spec.state_names)))  # raw, of the last observation
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
@@ -214,8 +215,10 @@ class Policy:
 
     @torch.inference_mode()
     def _predict(self, decode: Decode | None = None) -> torch.Tensor:
-        """Normalised chunks (n, k, a) from the history."""
-        return self.history.predict(decode)
+        """Normalised chunks (n, k, a) from the history; a flow begins each with other noise, the same in every episode."""
+        with drawn_noise(self.model.head, self._n_chunks):
+            self._n_chunks += 1
+            return self.history.predict(decode)
 
     def _next_chunk(self) -> torch.Tensor:
         """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""

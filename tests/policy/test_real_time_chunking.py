@@ -111,3 +111,16 @@ def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, struct
     continued = policy.predict_action_chunk(observations, previous, 1)
     assert continued.shape == first.shape and not np.allclose(continued, first, atol=1e-4)
     assert SPEC.is_open(continued)[:, 0].all()
+
+
+@pytest.mark.parametrize("structure", ["one_step-flow", "one_step-expert", "one_step-mlp"])
+def test_each_chunk_begins_with_other_noise_the_same_in_every_episode(toy_vlm, toy_stats, structure):
+    policy, observation = Policy(*build(toy_vlm, toy_stats, SETTINGS[structure])), observe(np.random.default_rng(0))
+    stored = {name: value.clone() for name, value in policy.model.head.state_dict().items()}
+    episodes = []
+    for _ in range(2):
+        policy.reset()
+        episodes.append([policy.predict_action_chunk([observation]) for _ in range(2)])
+    assert np.array_equal(*episodes), "it can be repeated"
+    assert np.allclose(*episodes[0], atol=1e-5) == structure.endswith("mlp")
+    assert all(torch.equal(value, stored[name]) for name, value in policy.model.head.state_dict().items())
