@@ -12,6 +12,7 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_b
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.policy.factory import load_vla, make_policy
+from rvlm.policy.flow_matching import drawn_noise
 from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
@@ -107,7 +108,8 @@ def test_the_closed_loop_equals_a_full_recomputation(toy_vlm, toy_stats, setting
                 "action": np.zeros((t, k, 7), np.float32), "action_mask": np.ones((t, k, 7), bool),
                 "obs_mask": np.ones(t, bool), "dataset_index": 0,
             })  # fmt: skip
-        chunk = model.predict(**inputs(collate(model, processor, samples)))
+        with drawn_noise(model.head, now):
+            chunk = model.predict(**inputs(collate(model, processor, samples)))
         raw = SPEC.unnormalize(chunk.numpy(), model.stats["action"])[:, 0]
         np.testing.assert_allclose(action, raw, atol=1e-4)
 
