@@ -96,7 +96,7 @@ class VLA(SavedPolicy):
         self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, ids
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
-        check_structure(self.config)
+        check_structure(cast(VLAConfig, self.config))
 
     @property
     def conditioning(self) -> EmbodimentConditioning:
