@@ -62,8 +62,8 @@ class Shard:
 
     def add(self, frames: EpisodeFrames, instruction: str, extra: dict[Any, Any] | None = None) -> None:
         """Append one episode; see `EpisodeWriter.add_episode`."""
-        if not self.spec.state_names and frames.get("observation.state", np.empty(1)).size == 0:
-            frames = {key: values for key, values in frames.items() if key != "observation.state"}
+        if not self.spec.state_names:  # an empty one is none
+            frames = {key: values for key, values in frames.items() if key != "observation.state" or np.size(values)}
         check_arrays(frames)
         features = self.features or infer_features(self.spec, frames)
         n = check_frames(self.spec, features, frames)
