@@ -250,6 +250,8 @@ def _from_observations(inputs: DiagnosisInputs) -> Predict:
             images = change({camera: np.asarray(frames[camera][row]) for camera in inputs.cameras})
             observation = {"images": images, "state": state[row], "instruction": dataset.instruction(int(episode[row]))}
             policy.reset(n_robots=1)
+            if hasattr(policy, "seed_episodes"):  # of noise, as each frame is an episode of its own
+                policy.seed_episodes([int(row)])
             actions.append(np.asarray(policy.select_action([observation]))[0])
         return FirstActions(np.array(actions), recorded, rows)
 

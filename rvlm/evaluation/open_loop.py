@@ -13,6 +13,7 @@ from rvlm.data.dimensions import place_of
 from rvlm.data.windows import Windows
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, permute_instructions, replace_instructions
 from rvlm.policy.collation import RobotCollator
+from rvlm.policy.flow_matching import decoding_from
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.statistics import mean_interval
 
@@ -42,7 +43,8 @@ def predict_chunks(
         batch = collate([conditioning(robot, sample) for sample in ablate(samples)])
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
-        chunks = model.predict(**{name: value.to(model.device) for name, value in batch.items()})
+        decode = decoding_from(model.head, [(int(s["episode_index"]), int(s["frame_index"])) for s in samples])
+        chunks = model.predict(decode=decode, **{name: value.to(model.device) for name, value in batch.items()})
         present = stats["observation.state"].unnormalize(np.stack([sample["state"][-1] for sample in samples]))
         raw = [conditioning.raw_actions(robot, values, present) for values in (chunks.float().cpu().numpy(), action)]
         mask = conditioning.robot_dims(robot, mask)

@@ -42,6 +42,7 @@ def record_rollout(policy: Any, env: Any, seed: int, task: str | None = None) ->
     """
     observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
     policy.reset()
+    policy.seed_episodes([seed])
     images: list[dict[str, np.ndarray]] = []
     steps: list[dict[str, np.ndarray]] = []
     info, is_over = {}, False

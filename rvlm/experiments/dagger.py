@@ -54,6 +54,7 @@ def rollout_with_expert_labels(policy: Policy, env: gymnasium.Env, seed: int, ta
         As `labelled_rollout`, failed episodes too.
     """
     policy.reset()
+    policy.seed_episodes([seed])
     return labelled_rollout(env, seed, task, lambda observation, _: policy.select_action([observation])[0])
 
 

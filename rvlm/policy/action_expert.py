@@ -65,7 +65,6 @@ class ActionExpert(FlowMatchingHead):
         block: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(hidden, n_heads, 4 * hidden, **block) for _ in range(n_layers))
         self.out = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, len(is_binary)))
-        self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def attend(
         self, tokens: Float[Tensor, "n q h"], features: Float[Tensor, "n v l d"]

@@ -8,7 +8,7 @@ Source: Black et al. 2025 (arXiv 2506.07339), section 3.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,10 @@ class DelayedPolicy:
         self._inference: Inference | None = None
         self._unseen: list[Sequence[dict]] = []  # since the last prediction began
         self.n_held = 0  # control steps at which the robot was held
+
+    def seed_episodes(self, seeds: Iterable[int]) -> None:
+        """As `Policy.seed_episodes`."""
+        self.policy.seed_episodes(seeds)
 
     def keep(self, rows: Sequence[int] | np.ndarray) -> None:
         """As `Policy.keep`."""

@@ -4,11 +4,11 @@ A network predicts the clean action (x1) of a noised chunk, which gives the velo
 Source: Lipman et al. 2023 (arXiv 2210.02747), section 4; for actions, Black et al. 2024 (arXiv 2410.24164), section IV.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -56,28 +56,23 @@ def integrate(denoise: Denoiser, noise: Float[Tensor, "*n k c"], n_steps: int) -
     return chunk
 
 
-@contextlib.contextmanager
-def drawn_noise(head: Any, index: int) -> Iterator[None]:
-    """Let a `FlowMatchingHead` begin with sample `index` of a fixed sequence of noise meanwhile; no effect on other heads.
+def draw_noise(shape: Sequence[int], seeds: Iterable[int | tuple[int, ...]]) -> Float[Tensor, "n *shape"]:
+    """Noise (n, k, c) that chunks begin with: one sample of this shape (k, c) for each seed, such as (episode, chunk).
 
-    A policy takes another one for each chunk: what a sample of noise does to the actions would otherwise add up over an episode.
+    Each chunk takes a seed of its own: what one sample does to the actions would add up over an episode and between episodes.
     """
-    if not isinstance(head, FlowMatchingHead):
-        yield
-        return
-    stored = head.initial_noise
-    head.initial_noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(index)).to(stored)
-    try:
-        yield
-    finally:
-        head.initial_noise = stored
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).standard_normal(tuple(shape), np.float32) for seed in seeds]))
+
+
+def decoding_from(head: Any, seeds: Iterable[int | tuple[int, ...]]) -> Callable[[Any], Tensor] | None:
+    """A flow head's `predict` of n observations from the noise of n seeds; none for heads that begin with no noise."""
+    return partial(head.predict, noise=draw_noise(head.shape, seeds)) if isinstance(head, FlowMatchingHead) else None
 
 
 class FlowMatchingHead(nn.Module):
     """Conditional flow matching of the continuous dimensions' chunk, and classification of binary ones.
 
-    A subclass gives the network: `predict_clean_action` and `binary_logits`. Inference takes a few Euler steps from a sample of
-    noise, `initial_noise` (k, c), which the subclass stores with its weights; a policy that acts draws its own (`drawn_noise`).
+    A subclass gives the network: `predict_clean_action` and `binary_logits`. Inference takes a few Euler steps from noise.
 
     Args:
         chunk_size: Actions predicted (k).
@@ -91,7 +86,6 @@ class FlowMatchingHead(nn.Module):
     """
 
     n_queries = 1
-    initial_noise: Tensor
 
     def __init__(
         self, chunk_size: int, is_binary: Sequence[bool], n_euler_steps: int, n_noise_samples: int, gripper_weight: float
@@ -118,9 +112,15 @@ class FlowMatchingHead(nn.Module):
         error = flow_matching_error(partial(self.predict_clean_action, features), clean, self.n_noise_samples)
         return continuous_action_loss(error, self.binary_logits(features), action, mask, self.is_binary, self.gripper_weight)
 
-    def predict(self, features: Tensor) -> Float[Tensor, "*n k a"]:
-        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open."""
+    def predict(self, features: Tensor, noise: Float[Tensor, "*n k c"] | None = None) -> Float[Tensor, "*n k a"]:
+        """Normalised actions (..., k, a); binary dimensions are probabilities, of a gripper that it is open.
+
+        Args:
+            features: Of the observations.
+            noise: (..., k, c) that the chunks begin with; always the same if left out, another one for each chunk.
+        """
         logits = self.binary_logits(features)
-        noise = self.initial_noise.expand(*logits.shape[:-2], *self.shape)
-        chunk = integrate(partial(self.predict_clean_action, features), noise, self.n_euler_steps)
+        if noise is None:
+            (noise,) = draw_noise((*logits.shape[:-2], *self.shape), [0])
+        chunk = integrate(partial(self.predict_clean_action, features), noise.to(logits), self.n_euler_steps)
         return join_dims(chunk, logits.sigmoid(), self.is_binary)

@@ -106,7 +106,6 @@ class FlowHead(FlowMatchingHead):
         self.norm = nn.LayerNorm(width)
         self.expert = mlp(width + n_values + 2, hidden, n_values)
         self.gripper = mlp(width, hidden, chunk_size * self.n_binary) if self.n_binary else None
-        self.register_buffer("initial_noise", torch.randn(self.shape))
 
     def predict_clean_action(
         self, features: Float[Tensor, "*n d"], chunk: Float[Tensor, "*s k c"], time: Float[Tensor, "*s 1"]

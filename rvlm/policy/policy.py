@@ -5,7 +5,7 @@ The verbs are LeRobot's: `reset`, `select_action`, `predict_action_chunk`.
 
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.representations import canonical_quaternions
 from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
-from rvlm.policy.flow_matching import drawn_noise
+from rvlm.policy.flow_matching import decoding_from, draw_noise
 from rvlm.policy.model import VLA, Decode
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
@@ -117,10 +117,21 @@ class Policy:
             raise ValueError(f"expected n_robots of at least 1, got {n_robots}")
         self.n_robots, self.history = n_robots, self._history_cls(self.model, self.prompt_builder)
         self._sizes: dict[str, tuple[int, int]] | None = None  # of the images since the reset
-        self._has_warned, self._n_chunks = False, 0
+        self._has_warned, self._n_chunks, self._seeds = False, 0, list(range(n_robots))
         self._state = np.zeros((n_robots, len(self.robot.spec.state_names)))  # raw, of the last observation
         self._queue: deque[np.ndarray] = deque()  # raw actions (n, a) to come
         self._chunks: deque[torch.Tensor] = deque(maxlen=self.model.config.chunk_size)
+
+    def seed_episodes(self, seeds: Iterable[int]) -> None:
+        """Seed the noise that a flow's chunks begin with, of each robot's episode; after a reset it is that of 0, 1, ...
+
+        Raises:
+            ValueError: More or fewer seeds than robots.
+        """
+        seeds = list(seeds)
+        if len(seeds) != self.n_robots:
+            raise ValueError(f"expected a seed of each of {self.n_robots} robots, got {len(seeds)}")
+        self._seeds = seeds
 
     def select_action(self, observations: Observations) -> Float[np.ndarray, "n a"]:
         """The next raw action (n, a) of each robot; predicts a new chunk when the queue is empty.
@@ -154,7 +165,7 @@ class Policy:
             raise ValueError(f"expected places of some of {self.n_robots} robots to keep, got {given}{hint}")
         self.n_robots = len(rows)
         self.history.keep(rows)
-        self._state = self._state[rows]
+        self._state, self._seeds = self._state[rows], [self._seeds[row] for row in rows]
         self._queue = deque(actions[rows] for actions in self._queue)
         self._chunks = deque((chunk[rows] for chunk in self._chunks), self._chunks.maxlen)
 
@@ -183,8 +194,13 @@ class Policy:
             return self._unnormalized(self._predict())
         conditioning = self.model.conditioning
         normalized = torch.as_tensor(conditioning.normalized_actions(self.robot, previous, self._state), dtype=torch.float32)
-        decode = partial(continue_chunk, self.model.head, previous=normalized.to(self.model.device), n_frozen=n_frozen)
-        return self._unnormalized(self._predict(decode))
+        head, previous = self.model.head, normalized.to(self.model.device)
+        noise = draw_noise(head.shape, self._noise_seeds())
+        return self._unnormalized(self._predict(partial(continue_chunk, head, previous=previous, n_frozen=n_frozen, noise=noise)))
+
+    def _noise_seeds(self) -> list[tuple[int, int]]:
+        """Episode and chunk, of each robot."""
+        return [(seed, self._n_chunks) for seed in self._seeds]
 
     def _check(self, observations: Observations) -> None:
         sizes = self.expected.check(observations, self.n_robots)
@@ -215,10 +231,10 @@ class Policy:
 
     @torch.inference_mode()
     def _predict(self, decode: Decode | None = None) -> torch.Tensor:
-        """Normalised chunks (n, k, a) from the history; a flow begins each with other noise, the same in every episode."""
-        with drawn_noise(self.model.head, self._n_chunks):
-            self._n_chunks += 1
-            return self.history.predict(decode)
+        """Normalised chunks (n, k, a) from the history; a flow begins each with noise of its own."""
+        decode = decode or decoding_from(self.model.head, self._noise_seeds())
+        self._n_chunks += 1
+        return self.history.predict(decode)
 
     def _next_chunk(self) -> torch.Tensor:
         """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""

@@ -41,7 +41,12 @@ def guidance_weight(time: float, maximum: float = MAX_GUIDANCE) -> float:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def continue_chunk(
-    head: Any, features: Any, previous: Float[Tensor, "n m a"], n_frozen: int, maximum: float = MAX_GUIDANCE
+    head: Any,
+    features: Any,
+    previous: Float[Tensor, "n m a"],
+    n_frozen: int,
+    noise: Float[Tensor, "n k c"],
+    maximum: float = MAX_GUIDANCE,
 ) -> Float[Tensor, "n k a"]:
     """Normalised actions (n, k, a) that continue the previous chunk; binary dimensions are its own in the frozen prefix.
 
@@ -50,6 +55,7 @@ def continue_chunk(
         features: Of n observations, as the head takes them.
         previous: What is left of the previous chunk (n, m, a), from the observation's step on, normalised.
         n_frozen: How many of these are executed while the chunk is computed (d).
+        noise: (n, k, c) that each chunk begins with.
         maximum: Of the guidance's weight.
     """
     features = features.clone()  # a copy can be differentiated, unlike inference's
@@ -57,7 +63,7 @@ def continue_chunk(
     padded = torch.cat([previous.clone(), previous.new_zeros(len(previous), k - n_overlap, previous.shape[2])], dim=1)
     target, binary = split_dims(padded, head.is_binary)
     weights = soft_mask(k, n_frozen, n_overlap).to(target)[:, None]
-    chunk = head.initial_noise.expand(len(padded), *head.shape).clone()
+    chunk = noise.to(target)
     for step in range(head.n_euler_steps):
         time = step / head.n_euler_steps
         chunk.requires_grad_()

@@ -147,9 +147,9 @@ def test_the_chunk_that_is_continued_is_relative_to_the_newest_state(toy_vlm, tm
     now["state"] = before["state"] + np.float32([0.5, -0.25, 3])
     old = policy.predict_action_chunk([before])[:, 2:]
 
-    def spy(head, features, previous, n_frozen):
+    def spy(head, features, previous, **options):
         given.append(previous)
-        return continue_chunk(head, features, previous, n_frozen)
+        return continue_chunk(head, features, previous, **options)
 
     monkeypatch.setattr("rvlm.policy.policy.continue_chunk", spy)
     assert policy.predict_action_chunk([now], old, n_frozen=2).shape == (1, 8, 3)

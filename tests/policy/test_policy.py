@@ -12,7 +12,7 @@ from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_b
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.policy.factory import load_vla, make_policy
-from rvlm.policy.flow_matching import drawn_noise
+from rvlm.policy.flow_matching import decoding_from
 from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.observation_history import KVCachedSequence, UncachedSequence
 from rvlm.policy.policy import Policy, load_policy
@@ -108,8 +108,8 @@ def test_the_closed_loop_equals_a_full_recomputation(toy_vlm, toy_stats, setting
                 "action": np.zeros((t, k, 7), np.float32), "action_mask": np.ones((t, k, 7), bool),
                 "obs_mask": np.ones(t, bool), "dataset_index": 0,
             })  # fmt: skip
-        with drawn_noise(model.head, now):
-            chunk = model.predict(**inputs(collate(model, processor, samples)))
+        noise = decoding_from(model.head, [(robot, now) for robot in range(2)])
+        chunk = model.predict(decode=noise, **inputs(collate(model, processor, samples)))
         raw = SPEC.unnormalize(chunk.numpy(), model.stats["action"])[:, 0]
         np.testing.assert_allclose(action, raw, atol=1e-4)
 
@@ -166,6 +166,7 @@ def test_robots_beside_each_other_do_not_mix_and_reset_forgets(toy_vlm, toy_stat
     ours, others = [observe(rng) for _ in range(5)], [observe(rng, TEXTS[1]) for _ in range(5)]
     alone = [policy.select_action([o])[0] for o in ours]
     policy.reset(2)
+    policy.seed_episodes([1, 0])  # the noise of a flow
     np.testing.assert_allclose([policy.select_action(list(pair))[1] for pair in zip(others, ours, strict=True)], alone, atol=1e-4)
     policy.reset()
     np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from toy_policies import SETTINGS, SPEC, build, observe
 
+from rvlm.policy.delayed_policy import DelayedPolicy
+from rvlm.policy.flow_matching import draw_noise
 from rvlm.policy.heads import FlowHead
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_chunking import continue_chunk, guidance_weight, soft_mask
@@ -43,7 +45,8 @@ def test_a_step_is_the_euler_step_with_the_vector_jacobian_product():
     torch.manual_seed(0)
     head, features, previous = FlowHead(4, 5, IS_BINARY, hidden=8, n_euler_steps=2), torch.randn(1, 4), torch.randn(1, 3, 3)
     target = torch.cat([previous[0][:, ARM], torch.zeros(2, 2)])
-    chunk = head.initial_noise
+    noise = torch.randn(1, 5, 2)
+    chunk = noise[0]
     for time in (0.0, 0.5):
 
         def clean(x, time=time):
@@ -53,13 +56,14 @@ def test_a_step_is_the_euler_step_with_the_vector_jacobian_product():
         error = soft_mask(5, 2, 3)[:, None] * (target - clean(chunk))
         pull = (error.reshape(10) @ jacobian).reshape(5, 2)
         chunk = chunk + 0.5 * ((clean(chunk) - chunk) / (1 - time) + guidance_weight(time) * pull)
-    torch.testing.assert_close(continue_chunk(head, features, previous, 2)[0][:, ARM], chunk.detach())
+    torch.testing.assert_close(continue_chunk(head, features, previous, 2, noise)[0][:, ARM], chunk.detach())
 
 
 def test_without_weight_it_is_the_heads_prediction():
     torch.manual_seed(0)
-    head, features = FlowHead(4, 5, IS_BINARY, hidden=8), torch.randn(2, 4)
-    torch.testing.assert_close(continue_chunk(head, features, torch.randn(2, 4, 3), 0, maximum=0.0), head.predict(features))
+    head, features, noise = FlowHead(4, 5, IS_BINARY, hidden=8), torch.randn(2, 4), torch.randn(2, 5, 2)
+    unguided = continue_chunk(head, features, torch.randn(2, 4, 3), 0, noise, maximum=0.0)
+    torch.testing.assert_close(unguided, head.predict(features, noise))
 
 
 def trained_on_two_modes():
@@ -84,17 +88,17 @@ def two_modes():
 
 @pytest.mark.parametrize("side", [-1.0, 1.0])
 def test_it_stays_in_the_mode_of_the_previous_chunk(two_modes, side):
-    """Unguided, the prediction is the same whatever was executed before."""
-    previous = torch.full((1, 5, 3), side)
-    chunk = continue_chunk(two_modes, torch.zeros(1, 4), previous, 3)[0, :, ARM]
-    unguided = two_modes.predict(torch.zeros(1, 4))[0, :, ARM]
-    assert (chunk - side).abs().max() < 0.3 < (unguided - side).abs().max()
+    """Unguided, about half of the noise leads to the other mode, whatever was executed before."""
+    features, noise = torch.zeros(64, 4), draw_noise((8, 2), range(64))
+    guided = continue_chunk(two_modes, features, torch.full((64, 5, 3), side), 3, noise)[..., ARM]
+    is_other = (two_modes.predict(features, noise)[..., ARM].mean((1, 2)) - side).abs() > 1
+    assert (guided * side > 0).all() and (guided - side).abs().mean() < 0.2 and 0.25 < is_other.float().mean() < 0.75
 
 
 def test_binary_dimensions_are_the_previous_chunks_where_frozen(two_modes):
     previous = torch.ones(2, 4, 3)
     for n_frozen, n_kept in ((2, 2), (6, 4)):
-        opened = continue_chunk(two_modes, torch.zeros(2, 4), previous, n_frozen)[..., 2]
+        opened = continue_chunk(two_modes, torch.zeros(2, 4), previous, n_frozen, torch.randn(2, 8, 2))[..., 2]
         assert (opened[:, :n_kept] == 1).all() and (opened[:, n_kept:] < 0.5).all()
 
 
@@ -114,13 +118,23 @@ def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, struct
 
 
 @pytest.mark.parametrize("structure", ["one_step-flow", "one_step-expert", "one_step-mlp"])
-def test_each_chunk_begins_with_other_noise_the_same_in_every_episode(toy_vlm, toy_stats, structure):
+def test_each_chunk_of_each_episode_begins_with_noise_of_its_own(toy_vlm, toy_stats, structure):
     policy, observation = Policy(*build(toy_vlm, toy_stats, SETTINGS[structure])), observe(np.random.default_rng(0))
-    stored = {name: value.clone() for name, value in policy.model.head.state_dict().items()}
-    episodes = []
-    for _ in range(2):
-        policy.reset()
-        episodes.append([policy.predict_action_chunk([observation]) for _ in range(2)])
-    assert np.array_equal(*episodes), "it can be repeated"
-    assert np.allclose(*episodes[0], atol=1e-5) == structure.endswith("mlp")
-    assert all(torch.equal(value, stored[name]) for name, value in policy.model.head.state_dict().items())
+
+    def chunks(seeds, kept=(0, 1)):
+        """(2 chunks, robots, k, a) of robots that see the same."""
+        delayed = DelayedPolicy(policy)  # hands seeds and rows on
+        delayed.reset(2)
+        delayed.seed_episodes(seeds)
+        first = policy.predict_action_chunk([observation] * 2)[list(kept)]
+        delayed.keep(kept)
+        return np.stack([first, policy.predict_action_chunk([observation] * len(kept))])
+
+    once = chunks([7, 8])
+    assert np.array_equal(once, chunks([7, 8])), "it can be repeated"
+    assert np.allclose(once[:, ::-1], chunks([8, 7]), atol=1e-5), "whichever robot it is"
+    assert np.allclose(once[:, 1:], chunks([7, 8], kept=[1]), atol=1e-5), "whatever became of the others"
+    pairs = [(once[0, 0], once[1, 0]), (once[0, 0], once[0, 1]), (once[0, 0], chunks([9, 8])[0, 0])]
+    assert [np.allclose(*pair, atol=1e-5) for pair in pairs] == [structure.endswith("mlp")] * 3
+    with pytest.raises(ValueError, match="a seed of each of 2 robots, got 3"):
+        chunks([1, 2, 3])
