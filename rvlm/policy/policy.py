@@ -192,11 +192,11 @@ class Policy:
         self.observe(observations)
         if previous is None:
             return self._unnormalized(self._predict())
-        conditioning = self.model.conditioning
-        normalized = torch.as_tensor(conditioning.normalized_actions(self.robot, previous, self._state), dtype=torch.float32)
-        head, previous = self.model.head, normalized.to(self.model.device)
+        head, device = self.model.head, self.model.device
+        normalized = self.model.conditioning.normalized_actions(self.robot, previous, self._state)
+        left = torch.as_tensor(normalized, dtype=torch.float32, device=device)
         noise = draw_noise(head.shape, self._noise_seeds())
-        return self._unnormalized(self._predict(partial(continue_chunk, head, previous=previous, n_frozen=n_frozen, noise=noise)))
+        return self._unnormalized(self._predict(partial(continue_chunk, head, previous=left, n_frozen=n_frozen, noise=noise)))
 
     def _noise_seeds(self) -> list[tuple[int, int]]:
         """Episode and chunk, of each robot."""
