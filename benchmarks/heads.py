@@ -4,9 +4,10 @@
 
 Every head is trained from the shipped vision-language model on the same demonstrations, with the same samples, batches, seeds,
 chunk size, executed actions and learning rate, at its default settings but for the vocabulary of "fast", and evaluated in the
-same scenes, which no setting was chosen on. Heads differ in weights too, which the table tells, and in time. No contrast between
-heads is stated before the run, so there is no verdict. Trains and evaluates what is not cached, so a run that was stopped goes
-on; writes `results/tables/heads.csv` and `.tex`, and the setup with commit and hardware to `results/heads.json`.
+same scenes, which no setting was chosen on. Heads differ in weights too, which the table tells, and in time. Each is compared
+with random actions in the same scenes (Holm); no contrast between heads is stated before the run, so there is no verdict on
+them. Trains and evaluates what is not cached, so a run that was stopped goes on; writes `results/tables/heads.csv` and `.tex`,
+and the setup with commit and hardware to `results/heads.json`.
 """
 
 import argparse
@@ -16,14 +17,17 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 from rvlm import load_policy
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
-from rvlm.evaluation.success import success_table
+from rvlm.evaluation.success import outcome_table, success_table
 from rvlm.experiments.recipes import ONE_STEP
 from rvlm.experiments.robots import RobotRecipe
 from rvlm.files import atomic_write, results_dir
 from rvlm.provenance import provenance
 from rvlm.report.findings import save_table
+from rvlm.statistics import holm, paired_difference, verdict
 from rvlm.training.launch import train_parallel
 
 HEADS = {  # row of the table -> fields of `VLAConfig`
@@ -70,6 +74,15 @@ def n_weights(model: Path) -> int:
     return sum(weight.numel() for weight in load_policy(model).model.head.parameters())
 
 
+def gains_over_chance(episodes):
+    """Head -> success minus that of random actions in the same scenes, adjusted together (Holm)."""
+    outcomes = {head: outcome_table(rows, ["training"]).to_numpy() for head, rows in episodes.groupby("name", sort=False)}
+    chance = outcomes.pop("random actions")
+    return holm({
+        head: paired_difference(own, np.broadcast_to(chance, own.shape), same_trainings=True) for head, own in outcomes.items()
+    })  # fmt: skip
+
+
 def main():
     options = arguments()
     started, wanted = time.perf_counter(), stages(options)
@@ -87,7 +100,11 @@ def main():
     setup = {**vars(options), "suite": SUITE, "tasks": TASKS, "policies": HEADS}
     setup |= {"stage": dataclasses.asdict(next(iter(wanted.values()))), "trained_s": round(trained_s)}
     setup["stage"] = {k: v for k, v in setup["stage"].items() if k not in ("policy", "data", "init", "seed")}
-    record = {**setup, **provenance(), "rows": json.loads(table.to_json(orient="records"))}
+    gains = [
+        {"head": head, "gain": gain.estimate, "low": gain.low, "high": gain.high, "verdict": verdict(gain)}
+        for head, gain in gains_over_chance(episodes).items()
+    ]
+    record = {**setup, **provenance(), "gains": gains, "rows": json.loads(table.to_json(orient="records"))}
     atomic_write(results_dir() / "heads.json", json.dumps(record, indent=1))
     print(save_table(table, "heads").round(3).to_string(index=False))
     print(f"trained in {trained_s:.0f} s, evaluated in {time.perf_counter() - started - trained_s:.0f} s")

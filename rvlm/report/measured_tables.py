@@ -44,21 +44,21 @@ def robot_tasks_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
 def heads_rows(results: Path) -> tuple[list[str], list[list[str]], str]:
     """Head, rows and note of the table of action heads (`benchmarks/heads.py`); no rows where it was not measured."""
     record = _record(results / "heads.json")
-    measured = record.get("rows", ())
-    chance = next((row["rate"] for row in measured if row["head"] == "random actions"), 0)
-    rows = [[row["head"], *_weights_and_success(row, chance)] for row in measured]
+    rows = [_head_row(row, record) for row in record.get("rows", ())]
     budget = (
         "{samples:,} samples in batches of {batch} of {demonstrations} demonstrations, chunks of {chunk} of which {executed} are "
-        "executed. Above chance: the interval lies above the rate of random actions. No contrast between heads was stated. "
+        "executed. Above chance: the paired difference from random actions in the same scenes, adjusted for all heads (Holm). No "
+        "contrast between heads was stated. "
     )
     head = ["Action head", "Its weights", "Success", "Above chance"]
     return head, rows, (budget.format(**record) if record else "") + _note(record)
 
 
-def _weights_and_success(row: dict[str, Any], chance: float) -> tuple[str, str, str]:
+def _head_row(row: dict[str, Any], record: dict[str, Any]) -> list[str]:
     if row["head"] == "random actions":
-        return "–", _rate(row), "–"
-    return f"{row['head weights']:,}", _rate(row), "yes" if row["low"] > chance else "no"
+        return [row["head"], "–", _rate(row), "–"]
+    verdicts = {gain["head"]: gain["verdict"] for gain in record.get("gains", ())}
+    return [row["head"], f"{row['head weights']:,}", _rate(row), verdicts.get(row["head"], "not tested")]
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -359,11 +359,12 @@ def test_robots_and_heads_are_tables_of_what_was_measured(tmp_path):
     random = {"head": "random actions", "rate": 0.05, "low": 0.02, "high": 0.14, "head weights": None}
     few = {"head": "fast", "rate": 0.08, "low": 0.03, "high": 0.2, "head weights": 72_000}
     measured = [{"head": "flow", **rate, "head weights": 358_000}, few, random]
-    (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": measured}))
+    gains = [{"head": "flow", "verdict": "supported"}, {"head": "fast", "verdict": "undecided"}]
+    (tmp_path / "heads.json").write_text(json.dumps({**run, **budget, "rows": measured, "gains": gains}))
     lines = PARTS["heads"](tmp_path).splitlines()
     assert lines[2:5] == [
-        "| flow | 358,000 | 93 % (80 to 99) | yes |",
-        "| fast | 72,000 | 8 % (3 to 20) | no |",
+        "| flow | 358,000 | 93 % (80 to 99) | supported |",
+        "| fast | 72,000 | 8 % (3 to 20) | undecided |",
         "| random actions | – | 5 % (2 to 14) | – |",
     ]
     assert "9,000 samples in batches of 8 of 240 demonstrations" in lines[6]
