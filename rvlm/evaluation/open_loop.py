@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+import torch
 
 from rvlm.data.dimensions import place_of
 from rvlm.data.windows import Windows
@@ -37,10 +38,11 @@ def predict_chunks(
     model, robot, conditioning = policy.model, policy.robot, policy.model.conditioning
     ablate = _input_ablation(ablation, windows)
     collate, stats = RobotCollator(policy.prompt_builder), robot.stats
+    is_present = torch.from_numpy(conditioning.present_slots(robot))
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(windows), batch_size):
         samples = windows.__getitems__(range(start, min(start + batch_size, len(windows))))
-        batch = collate([conditioning(robot, sample) for sample in ablate(samples)])
+        batch = {**collate([conditioning(robot, sample) for sample in ablate(samples)]), "is_present": is_present}
         action, mask = (batch.pop(k)[:, -1].numpy() for k in ("action", "action_mask"))
         batch.pop("dataset_index")
         decode = decoding_from(model.head, [(int(s["episode_index"]), int(s["frame_index"])) for s in samples])

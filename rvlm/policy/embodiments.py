@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num, Shaped
+from jaxtyping import Bool, Num, Shaped
 
 from rvlm.data.actions import ActionSpec, Group, NormStats
 from rvlm.data.representations import absolute_actions, canonical_quaternions, relative_actions
@@ -119,6 +119,10 @@ class EmbodimentConditioning:
         out = np.zeros((*values.shape[:-1], len(self.action_slots)), values.dtype)
         out[..., places] = values
         return out
+
+    def present_slots(self, embodiment: Embodiment) -> Bool[np.ndarray, " A"]:
+        """Which of the policy's slots (A,) the robot has, as masks in training: not those that its card calls absent."""
+        return self.align_action(embodiment, embodiment.spec.present)
 
     def robot_dims(self, embodiment: Embodiment, values: Shaped[np.ndarray, "*n A"]) -> Shaped[np.ndarray, "*n a"]:
         """Inverse of `align_action`."""

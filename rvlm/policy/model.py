@@ -281,18 +281,22 @@ class VLA(SavedPolicy):
         state: Float[Tensor, "b t _"],
         obs_mask: Bool[Tensor, "b t"] | None = None,
         decode: Decode | None = None,
+        is_present: Bool[Tensor, " a"] | None = None,
         **inputs: Any,
     ) -> Float[Tensor, "b k a"]:
         """Normalised actions (b, k, a) from the last of t observation steps.
 
         Args:
-            state: As `history_features` takes it, like all that follows `decode`.
+            state: As `history_features` takes it.
             obs_mask: Likewise.
             decode: The head's features -> actions, in place of its `predict`; not for autoregressive heads.
+            is_present: Which action slots (a,) the robots have (`conditioning`); those of the target robot by default.
             inputs: As `history_features` takes them.
         """
         if self.is_autoregressive:
-            return self.head.decode(generate_tokens(self, state[:, -1], **inputs))
+            if is_present is None:
+                is_present = torch.from_numpy(self.conditioning.present_slots(self.embodiment(self.spec))).to(self.device)
+            return self.head.decode(generate_tokens(self, state[:, -1], is_present=is_present, **inputs))
         return (decode or self.head.predict)(self.history_features(state, obs_mask, **inputs)[:, -1])
 
 

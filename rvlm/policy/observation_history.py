@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from rvlm.policy.model import VLA, Decode
@@ -24,15 +24,23 @@ EXACT, EXACT_IN_16_BITS = 1e-3, 0.1
 
 
 class SingleObservation:
-    """One-step structure: the newest observation only."""
+    """One-step structure: the newest observation only.
 
-    def __init__(self, model: VLA, prompt_builder: PromptBuilder) -> None:
+    Args:
+        model: A policy's.
+        prompt_builder: Its own.
+        is_present: As `VLA.predict` takes it.
+    """
+
+    def __init__(self, model: VLA, prompt_builder: PromptBuilder, is_present: Bool[np.ndarray, " a"] | None = None) -> None:
         self.model, self.prompt_builder = model, prompt_builder
+        self._present = {} if is_present is None else {"is_present": torch.from_numpy(is_present).to(model.device)}
         self._inputs: dict[str, torch.Tensor] = {}
 
     def add(self, images: UInt8[np.ndarray, "n m h w 3"], state: Float[Tensor, "n _"], instructions: Sequence[str]) -> None:
         """Add one observation of n robots: images (n, cameras, h, w, 3) uint8, state (n, s) as `VLA.conditioning` gives it."""
-        self._inputs = {**_prompts(self.model, self.prompt_builder, images, instructions), "state": state[:, None]}
+        prompts = _prompts(self.model, self.prompt_builder, images, instructions)
+        self._inputs = {**prompts, **self._present, "state": state[:, None]}
 
     def predict(self, decode: Decode | None = None) -> Float[Tensor, "n k a"]:
         """Normalised chunks (n, k, a).

@@ -89,7 +89,8 @@ class Policy:
         sizes: Any = (model.config.camera_sizes or {}).get(self.robot.spec.dataset) or unknown
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected({camera: sizes[camera] and tuple(sizes[camera]) for camera in self._cameras}, self.robot, words)
-        self._history_cls: Any = {"one_step": SingleObservation, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
+        single = partial(SingleObservation, is_present=model.conditioning.present_slots(self.robot))
+        self._history_cls: Any = {"one_step": single, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
         ]
         can_append = not model.is_expert and self._history_cls is KVCachedSequence  # an expert reads all tokens, cached or not

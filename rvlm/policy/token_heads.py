@@ -60,6 +60,11 @@ class TokensHead(nn.Module):
         action = self.tokenizer.decode(ids.unflatten(-1, self.shape).cpu().numpy())
         return torch.from_numpy(action).to(ids.device, torch.float32)
 
+    def absent_tokens(self, is_present: Bool[Tensor, " a"]) -> Int[Tensor, " N"]:
+        """Tokens (N,) of a chunk in slots that a robot lacks, whose actions are 0 in training; -1 where it has the slot (a,)."""
+        zeros = self.encode(torch.zeros(self.shape, device=is_present.device))
+        return torch.where(is_present.expand(self.shape).flatten(), -1, zeros)
+
     def is_complete(self, ids: Int[Tensor, "*n N"]) -> bool:
         """Whether the first tokens (..., N) of some chunks are all that these have."""
         return ids.shape[-1] == self.n_queries
@@ -138,6 +143,10 @@ class FASTHead(TokensHead):
                 stacklevel=2,
             )
         return torch.from_numpy(self.fast.decode(tokens)).to(ids.device, torch.float32)
+
+    def absent_tokens(self, is_present: Bool[Tensor, " a"]) -> Int[Tensor, " N"]:
+        """-1 for all tokens (N,): each is trained, as dimensions share them."""
+        return torch.full((self.n_queries,), -1, device=is_present.device)
 
     def is_complete(self, ids: Int[Tensor, "*n N"]) -> bool:
         """Whether the first tokens (..., N) of some chunks have all coefficients of these."""

@@ -186,3 +186,22 @@ def test_a_trained_policy_learns_a_robot_of_new_dimensions(toy_vlm, tmp_path):
         folder = trained([second], first, tmp_path / "second", allow_new_embodiment=True, policy={})
     for spec in (JOINTS, PLANAR):
         assert load_policy(folder, spec=spec).predict_action_chunk([observe(spec)]).shape == (1, 3, spec.n_dims)
+
+
+def test_tokens_of_slots_that_a_robot_lacks_are_those_of_training(toy_vlm, tmp_path):
+    """Acting and open loop: dimensions of other robots, and such as the robot's card calls absent."""
+    line = replace(PLANAR.replace_group("action", 0, absent=("y",)), dataset="line")
+    specs = {JOINTS: [True, True, True, False, False], line: [False, False, False, True, False]}
+    folders = [record(tmp_path / spec.dataset, spec) for spec in specs]
+    tokens = {"head": "tokens", "head_options": {"n_bins": 16}}
+    model = trained(folders, toy_vlm, tmp_path / "out", policy=tokens)
+    for (spec, is_present), folder in zip(specs.items(), folders, strict=True):
+        policy, made = load_policy(model, spec=spec), []
+        decode = policy.model.head.decode
+        policy.model.head.decode = lambda ids, decode=decode, made=made: (made.append(ids), decode(ids))[1]
+        policy.predict_action_chunk([observe(spec)])
+        predict_chunks(policy, policy_windows(policy, EpisodeDataset(folder)))
+        assert len(made) == 2
+        for ids in made:
+            is_zero = (ids == policy.model.head.encode(torch.zeros(3, 5))).unflatten(1, (3, 5))
+            assert is_zero.all((0, 1))[~torch.tensor(is_present)].all() and not is_zero.all()

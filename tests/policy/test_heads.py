@@ -132,7 +132,7 @@ def test_the_chunk_that_is_trained_is_the_chunk_that_is_decoded(toy_vlm, toy_sta
     state, chunk = batch["state"], model.predict(**batch)
     del batch["state"]
     with torch.inference_mode():
-        tokens = generate_tokens(model, state[:, -1], **batch)
+        tokens = generate_tokens(model, state[:, -1], is_present=torch.ones(7, dtype=torch.bool), **batch)
         assert torch.equal(model.head.decode(tokens), chunk)
         rest = torch.zeros(3, model.head.n_queries - tokens.shape[1], dtype=torch.int64)  # once all chunks are complete
         again = model.head.greedy_tokens(model.history_features(state, tokens=torch.cat([tokens, rest], 1), **batch))
