@@ -14,6 +14,7 @@ Modules:
     embodiments: the robots of a policy, and how it is conditioned on them.
     model: the network `VLA`: backbone, hidden states at `<act>`, state (proprioception), history, head.
     token_decoding: greedy decoding of action tokens in the KV cache.
+    model_lock: policies of several threads over one model take turns.
     collation: windows as the batch of `VLA.forward`.
     hub: models by folder or Hub name, at a revision; upload of a policy.
     checkpoint_files: validation of a checkpoint's files.

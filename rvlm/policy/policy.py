@@ -20,6 +20,7 @@ from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
 from rvlm.policy.flow_matching import decoding_from, draw_noise
 from rvlm.policy.model import VLA, Decode
+from rvlm.policy.model_lock import one_at_a_time
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
 from rvlm.policy.real_time_chunking import continue_chunk
@@ -83,12 +84,19 @@ class Policy:
             )
         self.model, self.temporal_ensemble_coeff = model.eval(), temporal_ensemble_coeff
         self.n_action_steps = int(n_action_steps)
-        self.prompt_builder = model.prompt_builder(processor)
+        self._try_model(processor)
         self._cameras = tuple(model.config.cameras)
         unknown = dict.fromkeys(self._cameras, model.config.image_size)
         sizes: Any = (model.config.camera_sizes or {}).get(self.robot.spec.dataset) or unknown
         words = tuple({image_token(processor), *special_tokens(processor.tokenizer)})
         self.expected = Expected({camera: sizes[camera] and tuple(sizes[camera]) for camera in self._cameras}, self.robot, words)
+        self.reset()
+
+    @one_at_a_time
+    def _try_model(self, processor: Any) -> None:
+        """How prompts are built and histories are kept with this model, found by trying."""
+        model = self.model
+        self.prompt_builder = model.prompt_builder(processor)
         single = partial(SingleObservation, is_present=model.conditioning.present_slots(self.robot))
         self._history_cls: Any = {"one_step": single, "policy_head": FeatureHistory, "interleaved": KVCachedSequence}[
             model.config.structure
@@ -98,7 +106,6 @@ class Policy:
             can_append and KVCachedSequence.matches_uncached(model, self.prompt_builder)
         ):
             self._history_cls = UncachedSequence
-        self.reset()
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -215,6 +222,7 @@ class Policy:
             self._has_warned = True
             warnings.warn(warning, stacklevel=3)
 
+    @one_at_a_time
     @torch.inference_mode()
     def _observe(self, observations: Observations) -> None:
         """Add the newest observations to the history."""
@@ -230,6 +238,7 @@ class Policy:
         aligned = torch.as_tensor(np.stack([s["state"] for s in samples]), dtype=torch.float32, device=self.model.device)
         self.history.add(images, aligned, [s["instruction"] for s in samples])
 
+    @one_at_a_time
     @torch.inference_mode()
     def _predict(self, decode: Decode | None = None) -> torch.Tensor:
         """Normalised chunks (n, k, a) from the history; a flow begins each with noise of its own."""

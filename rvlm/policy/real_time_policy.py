@@ -21,7 +21,8 @@ class RealTimePolicy(DelayedPolicy):
     `N_DELAYS` is expected of the next. Call `select_action` once each control period; `n_held` counts those without an action.
 
     Args:
-        policy: That predicts; only this object may use it.
+        policy: That predicts; only this object may use it. Policies of several robots may share a model; their predictions wait
+            for each other.
         execution: One of `EXECUTIONS`. The default is no advice: in notebook 12, whose scene stands still, "synchronous" did
             better; measure on your robot.
 

@@ -1,7 +1,10 @@
 """The policy in the loop: how much of a chunk is executed, what the history holds, and what must not mix."""
 
+import copy
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -170,6 +173,25 @@ def test_robots_beside_each_other_do_not_mix_and_reset_forgets(toy_vlm, toy_stat
     np.testing.assert_allclose([policy.select_action(list(pair))[1] for pair in zip(others, ours, strict=True)], alone, atol=1e-4)
     policy.reset()
     np.testing.assert_allclose(policy.select_action([ours[0]])[0], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one_step-mlp", "one_step-tokens", "interleaved-mlp"])
+def test_policies_of_several_threads_may_share_a_model(toy_vlm, toy_stats, name):
+    """Each adds its own state at `<act>`; a forward pass is made longer here, so that without turns they would overlap."""
+    model, processor = build(toy_vlm, toy_stats, SETTINGS[name])
+    rng = np.random.default_rng(0)
+    seen = [[observe(rng) for _ in range(8)] for _ in range(2)]
+
+    def chunks(observations):
+        policy = Policy(model, processor)
+        return [policy.predict_action_chunk([observation]) for observation in observations]
+
+    alone = [chunks(observations) for observations in seen]
+    model.backbone.get_input_embeddings().register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(chunks, seen))
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert copy.deepcopy(model) is not model, "a lock is no part of it"
 
 
 WAYS = {
