@@ -80,11 +80,10 @@ class DelayedPolicy:
             raise ValueError(
                 "expected a policy that executes its newest chunk, got a temporal ensemble; leave the coefficient out"
             )
-        if execution == "real_time_chunking" and not hasattr(policy.model.head, "predict_clean_action"):
-            raise ValueError(
-                f"real-time chunking guides a flow: expected a head such as 'flow', got {policy.model.config.head!r}; train one, "
-                "or take execution='asynchronous'"
-            )
+        if execution == "real_time_chunking":
+            from rvlm.policy.real_time_chunking import require_flow  # and with it PyTorch
+
+            require_flow(policy.model)
         self.policy, self.execution, self.delay_steps = policy, execution, int(delay_steps)
         self.reset()
 

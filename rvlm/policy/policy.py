@@ -23,7 +23,7 @@ from rvlm.policy.model import VLA, Decode
 from rvlm.policy.model_lock import one_at_a_time
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
-from rvlm.policy.real_time_chunking import continue_chunk
+from rvlm.policy.real_time_chunking import check_previous, continue_chunk, require_flow
 from rvlm.vlm.backbones import set_attention
 from rvlm.vlm.quantization import compute_device
 from rvlm.vlm.templates import image_token, special_tokens
@@ -196,7 +196,14 @@ class Policy:
             previous: Raw actions (n, m, a) of the chunk in execution, from this step on, which the new one is to continue
                 (`rvlm.policy.real_time_chunking`); for flow heads.
             n_frozen: How many of these are executed while the new chunk is computed.
+
+        Raises:
+            ObservationError: As `select_action`.
+            ValueError: A chunk to continue whose head is not a flow, or that is none.
         """
+        if previous is not None:
+            require_flow(self.model)
+            check_previous(previous, n_frozen, self.n_robots, self.model.config.chunk_size, self.robot.spec.n_dims)
         self.observe(observations)
         if previous is None:
             return self._unnormalized(self._predict())

@@ -11,7 +11,7 @@ from rvlm.policy.delayed_policy import DelayedPolicy
 from rvlm.policy.flow_matching import draw_noise
 from rvlm.policy.heads import FlowHead
 from rvlm.policy.policy import Policy
-from rvlm.policy.real_time_chunking import continue_chunk, guidance_weight, soft_mask
+from rvlm.policy.real_time_chunking import check_previous, continue_chunk, guidance_weight, soft_mask
 
 IS_BINARY = (False, False, True)
 ARM = [0, 1]
@@ -115,6 +115,31 @@ def test_policies_of_every_structure_continue_a_chunk(toy_vlm, toy_stats, struct
     continued = policy.predict_action_chunk(observations, previous, 1)
     assert continued.shape == first.shape and not np.allclose(continued, first, atol=1e-4)
     assert SPEC.is_open(continued)[:, 0].all()
+
+
+@pytest.mark.parametrize("structure", ["one_step-mlp", "one_step-tokens", "one_step-tokens-parallel"])
+def test_heads_that_are_no_flow_continue_no_chunk(toy_vlm, toy_stats, structure):
+    policy = Policy(*build(toy_vlm, toy_stats, SETTINGS[structure]))
+    head = SETTINGS[structure]["head"]
+    with pytest.raises(ValueError, match=f"guides a flow: expected a head such as 'flow', got '{head}'"):
+        policy.predict_action_chunk([observe(np.random.default_rng(0))], np.zeros((1, 2, 7), np.float32), 1)
+
+
+def test_what_is_no_chunk_is_not_continued(toy_vlm, toy_stats):
+    """Before the observation enters the history."""
+    policy, observation = Policy(*build(toy_vlm, toy_stats, SETTINGS["policy_head-lstm-flow"])), observe(np.random.default_rng(0))
+    for shape in ((1, 4, 7), (1, 0, 7), (2, 2, 7), (1, 2, 6)):
+        with pytest.raises(ValueError, match=r"raw actions \(1, 1 to 3, 7\), got float32 of shape") as refused:
+            policy.predict_action_chunk([observation], np.zeros(shape, np.float32), 1)
+        assert str(shape) in str(refused.value)
+    with pytest.raises(ValueError, match="it holds NaN or infinity; without one leave `previous` out"):
+        policy.predict_action_chunk([observation], np.full((1, 2, 7), np.nan), 1)
+    for wrong in (-1, True):
+        with pytest.raises(ValueError, match=f"n_frozen as a number of control steps from 0 on, got {wrong}"):
+            policy.predict_action_chunk([observation], np.zeros((1, 2, 7)), wrong)
+    assert not policy.history._features
+    with pytest.raises(ValueError, match=r"got float64 of shape \(2, 7\)"):
+        check_previous(np.zeros((2, 7)), 1, 2, 3, 7)
 
 
 @pytest.mark.parametrize("structure", ["one_step-flow", "one_step-expert", "one_step-mlp"])
