@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ class Counting:
 
     def __init__(self, chunk_size=6, n_action_steps=2, spec=SPEC, n_obs_steps=1):
         self.chunk_size, self.n_action_steps, self.temporal_ensemble_coeff = chunk_size, n_action_steps, None
-        self.model = type("Model", (), {"config": type("C", (Config,), {"n_obs_steps": n_obs_steps})(), "head": Head()})()
+        config = {"n_obs_steps": n_obs_steps, "chunk_size": chunk_size}
+        self.model = type("Model", (), {"config": type("C", (Config,), config)(), "head": Head()})()
         self.robot = type("Robot", (), {"spec": spec})()
         self.asked, self.seen = [], []
 
@@ -115,10 +117,24 @@ def test_real_time_chunking_gets_what_is_left_of_the_chunk_and_how_much_of_it_is
     assert all(previous is None for _, previous, _ in counting.asked)
 
 
-def test_a_chunk_that_has_ended_is_not_continued():
-    counting = Counting(chunk_size=2)
-    acted(DelayedPolicy(counting, "real_time_chunking", 1), 4)
-    assert counting.asked == [(0, None, 1), (3, None, 1)]
+def test_real_time_chunking_that_would_continue_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"d <= s <= H - d, got a delay d of 1, s = n_action_steps = 2 and H = chunk_size = 2"):
+        DelayedPolicy(Counting(chunk_size=2), "real_time_chunking", 1)
+    assert acted(DelayedPolicy(Counting(chunk_size=2), "asynchronous", 1), 4) == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "delay", "is_held"), [(6, 2, False), (4, 2, False), (8, 4, False), (5, 3, True), (3, 2, True)]
+)
+def test_real_time_chunking_warns_where_chunks_end_before_the_next_one(chunk_size, delay, is_held):
+    """As the robot does: it is held then, and only then."""
+    with warnings.catch_warnings(record=True) as warned:
+        policy = DelayedPolicy(Counting(chunk_size), "real_time_chunking", delay)
+    assert [f"a delay d of {delay}, s = n_action_steps = 2 and H" in str(warning.message) for warning in warned] == [
+        True
+    ] * is_held
+    acted(policy, 20)
+    assert (policy.n_held > delay) == is_held
 
 
 def test_a_history_gets_every_observation_once_and_in_order():
