@@ -177,7 +177,8 @@ class DelayedPolicy:
         """Go over to the chunk that was computed, if one is finished, behind the actions that were executed meanwhile."""
         inference = self._inference
         if inference is not None and self._is_finished(inference):
-            self._chunk, self._position, self._inference = self._result(inference), inference.n_executed, None
+            self._inference = None  # also where the computation failed, which `_result` raises
+            self._chunk, self._position = self._result(inference), inference.n_executed
 
     def _result(self, inference: Inference) -> np.ndarray:
         return inference.result

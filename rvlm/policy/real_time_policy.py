@@ -74,8 +74,9 @@ class RealTimePolicy(DelayedPolicy):
         return inference.result.done()
 
     def _result(self, inference: Inference) -> Any:
+        chunk = inference.result.result()
         self.delays.append(inference.n_steps)
-        return inference.result.result()
+        return chunk
 
     def close(self) -> None:
         """End the thread; the policy that predicts may be used again."""

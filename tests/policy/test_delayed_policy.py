@@ -313,6 +313,29 @@ def test_an_error_of_the_network_reaches_the_robots_loop():
     finish(gated, policy)
     with pytest.raises(ValueError, match="weights overflow"):
         step(policy, 1)
+    assert not policy.delays
+    policy.close()
+
+
+def test_after_an_error_of_the_network_the_robot_goes_on():
+    """With the chunk in execution and a new prediction; one that has ended meanwhile is not continued."""
+    gated = Gated(chunk_size=3)
+    policy = RealTimePolicy(gated, "real_time_chunking")
+    step(policy, 0)
+    finish(gated, policy)
+    assert [step(policy, t) for t in (1, 2, 3, 4)] == [1, 2, 3, 0]
+    gated.error = ValueError("weights overflow")
+    finish(gated, policy)
+    with pytest.raises(ValueError, match="weights overflow"):
+        step(policy, 5)
+    gated.error = None
+    assert step(policy, 6) == 0
+    finish(gated, policy)
+    assert (
+        step(policy, 7) == 601
+        and list(policy.delays) == [1, 1]
+        and [(t, left) for t, left, _ in gated.asked] == [(0, None), (6, None)]
+    )
     policy.close()
 
 
