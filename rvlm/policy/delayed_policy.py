@@ -142,6 +142,7 @@ class DelayedPolicy:
 
     def select_action(self, observations: Sequence[dict]) -> Float[np.ndarray, "n a"]:
         """The raw action (n, a) of each robot at this control step; arguments and errors as of `Policy.select_action`."""
+        self.policy.check(observations)  # at each step, also where they begin no prediction
         seen = copy.deepcopy(list(observations))  # the caller may fill the same arrays again
         self._unseen = [*(self._unseen if self.policy.model.config.n_obs_steps > 1 else ()), seen]
         self._enter_finished()

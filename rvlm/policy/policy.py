@@ -152,7 +152,7 @@ class Policy:
             ObservationError: Number, images, state or instruction differ in kind from training.
             ValueError: The model's action is not finite.
         """
-        self._check(observations)
+        self.check(observations)
         if not self._queue or self.model.config.n_obs_steps > 1:
             self._observe(observations)
         if not self._queue:
@@ -183,7 +183,7 @@ class Policy:
         Raises:
             ObservationError: As `select_action`.
         """
-        self._check(observations)
+        self.check(observations)
         self._observe(observations)
 
     def predict_action_chunk(
@@ -217,7 +217,12 @@ class Policy:
         """Episode and chunk, of each robot."""
         return [(seed, self._n_chunks) for seed in self._seeds]
 
-    def _check(self, observations: Observations) -> None:
+    def check(self, observations: Observations) -> None:
+        """Refuse observations that differ in kind from training; warn once of a state far outside its range.
+
+        Raises:
+            ObservationError: As `select_action`.
+        """
         sizes = self.expected.check(observations, self.n_robots)
         if self._sizes not in (None, sizes):
             raise ObservationError(

@@ -15,6 +15,7 @@ from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import Group
 from rvlm.data.holding import hold_action
 from rvlm.policy.delayed_policy import EXECUTIONS, DelayedPolicy
+from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_policy import RealTimePolicy
 
@@ -44,6 +45,9 @@ class Counting:
 
     def keep(self, rows):
         self.n_robots = len(rows)
+
+    def check(self, observations):
+        pass
 
     def observe(self, observations):
         self.seen.append(observations[0]["step"])
@@ -249,6 +253,24 @@ def test_what_cannot_be_delayed_is_refused(toy_vlm, toy_stats):
         DelayedPolicy(policy, "real_time_chunking", 1)
     with pytest.raises(ValueError, match="got a temporal ensemble"):
         DelayedPolicy(Policy(model, processor, temporal_ensemble_coeff=0.1), "asynchronous", 1)
+
+
+@pytest.mark.parametrize("execution", ["synchronous", "asynchronous"])
+def test_observations_are_checked_at_each_step(toy_vlm, toy_stats, execution):
+    """In mid-chunk, and while the robot is held; a refused one changes nothing."""
+    model, processor = build(toy_vlm, toy_stats, SETTINGS["policy_head-lstm-mlp"])
+    policies = [DelayedPolicy(Policy(model, processor, n_action_steps=2), execution, 1) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    for policy in policies:
+        policy.reset(2)
+    for _ in range(5):
+        observations = [observe(rng), observe(rng)]
+        with pytest.raises(ObservationError, match="expected an observation of each of 2 robots, got 1"):
+            policies[0].select_action(observations[:1])
+        with pytest.raises(ObservationError, match=r"robot 1: .*add \['state'\]"):
+            policies[0].select_action([observations[0], {k: v for k, v in observations[1].items() if k != "state"}])
+        first, second = (policy.select_action(observations) for policy in policies)
+        np.testing.assert_array_equal(first, second)
 
 
 # --- in a thread ----------------------------------------------------------------------------------------------------------
