@@ -51,6 +51,16 @@ class RealTimePolicy(DelayedPolicy):
         self._thread.submit(lambda: None).result()  # behind the prediction under way
         super().reset()
 
+    def keep(self, rows: Sequence[int] | np.ndarray) -> None:
+        """As `Policy.keep`: of one robot there is none to drop.
+
+        Raises:
+            ValueError: Other places than [0].
+        """
+        places = np.asarray(rows)
+        if places.dtype.kind not in "iu" or places.tolist() != [0]:
+            raise ValueError(f"expected [0], the place of the one robot, to keep, got {rows}; end its episode by reset()")
+
     def select_action(self, observations: Sequence[dict]) -> Float[np.ndarray, "n a"]:
         """As `DelayedPolicy.select_action`; never waits.
 

@@ -375,6 +375,20 @@ def test_a_prediction_of_the_last_episode_does_not_reach_the_next():
     policy.close()
 
 
+def test_the_one_robot_is_kept_during_a_prediction():
+    gated = Gated()
+    policy = RealTimePolicy(gated)
+    step(policy, 0)
+    policy.keep([0])
+    policy.keep(np.array([0]))
+    finish(gated, policy)
+    assert step(policy, 1) == 1
+    for wrong in ([], [1], [0, 0], [True], [False]):
+        with pytest.raises(ValueError, match=r"expected \[0\], the place of the one robot, to keep, got"):
+            policy.keep(wrong)
+    policy.close()
+
+
 def test_a_closed_policy_says_so():
     policy = RealTimePolicy(Counting())
     policy.close()
