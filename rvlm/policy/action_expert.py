@@ -34,7 +34,7 @@ class ActionExpert(FlowMatchingHead):
         n_heads: Of its attention.
 
     Raises:
-        ValueError: Every dimension is binary, or the heads cannot share the width evenly.
+        ValueError: As of `FlowMatchingHead`, or the heads cannot share the width evenly.
     """
 
     def __init__(

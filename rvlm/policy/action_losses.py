@@ -1,11 +1,22 @@
 """The masked loss of continuous actions, by dimension: regression where continuous, cross entropy where binary."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def require_gripper_weight(weight: float) -> None:
+    """Refuse a weight that a loss cannot have.
+
+    Raises:
+        ValueError: Below 0, or not finite.
+    """
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"expected gripper_weight as a finite number from 0 on, got {weight}")
 
 
 def masked_mean(values: Float[Tensor, "*n"], mask: Bool[Tensor, "*n"]) -> Float[Tensor, ""]:

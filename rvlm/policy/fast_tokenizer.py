@@ -43,6 +43,9 @@ class FASTTokenizer:
         scale: Coefficients are multiplied by it before they are rounded.
         merges: Byte pairs in the order of learning, each the ids of two tokens, as "3 17"; as `learn` finds them.
         max_tokens: Of a chunk; what is beyond, the highest frequencies, is left out. All are kept by default.
+
+    Raises:
+        ValueError: A scale that is not above 0, or not finite.
     """
 
     chunk_size: int
@@ -50,6 +53,10 @@ class FASTTokenizer:
     scale: float = 10.0
     merges: Sequence[str] = ()
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"expected scale as a finite number above 0, got {self.scale}")
 
     @property
     def n_coefficients(self) -> int:

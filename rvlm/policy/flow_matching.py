@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
+from rvlm.policy.action_losses import continuous_action_loss, join_dims, require_gripper_weight, split_dims
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # noised chunks (..., k, c) and flow times (..., 1) to clean chunks (..., k, c)
 
@@ -82,7 +82,7 @@ class FlowMatchingHead(nn.Module):
         gripper_weight: Weight of the cross entropy.
 
     Raises:
-        ValueError: Every dimension is binary.
+        ValueError: Every dimension is binary, fewer than one step or sample, or a negative weight.
     """
 
     n_queries = 1
@@ -92,6 +92,10 @@ class FlowMatchingHead(nn.Module):
     ) -> None:
         super().__init__()
         require_continuous(is_binary)
+        require_gripper_weight(gripper_weight)
+        for name, n in (("n_euler_steps", n_euler_steps), ("n_noise_samples", n_noise_samples)):
+            if type(n) is not int or n < 1:
+                raise ValueError(f"expected {name} as a whole number from 1 on, got {n!r}")
         self.is_binary, self.n_binary, self.gripper_weight = tuple(is_binary), sum(is_binary), gripper_weight
         self.shape = (chunk_size, len(is_binary) - self.n_binary)
         self.n_euler_steps, self.n_noise_samples = n_euler_steps, n_noise_samples

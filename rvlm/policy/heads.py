@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvlm.policy.action_expert import ActionExpert
-from rvlm.policy.action_losses import continuous_action_loss, join_dims, split_dims
+from rvlm.policy.action_losses import continuous_action_loss, join_dims, require_gripper_weight, split_dims
 from rvlm.policy.flow_matching import FlowMatchingHead, time_waves
 from rvlm.policy.token_heads import FASTHead, TokensHead
 
@@ -39,6 +39,9 @@ class MLPHead(nn.Module):
         hidden: Size of the hidden layers.
         arm_loss: "mse" (as in the paper), "huber" (as in its released code) or "l1".
         gripper_weight: Weight of the binary cross entropy (the paper's lambda).
+
+    Raises:
+        ValueError: An unknown loss, or a negative weight.
     """
 
     n_queries = 1
@@ -55,6 +58,7 @@ class MLPHead(nn.Module):
         super().__init__()
         if arm_loss not in ARM_LOSSES:
             raise ValueError(f"no arm loss {arm_loss!r}; there are {', '.join(ARM_LOSSES)}")
+        require_gripper_weight(gripper_weight)
         self.shape, self.is_binary = (chunk_size, len(is_binary)), tuple(is_binary)
         self.arm_loss, self.gripper_weight = ARM_LOSSES[arm_loss], gripper_weight
         self.layers = nn.Sequential(nn.LayerNorm(width), *mlp(width, hidden, chunk_size * len(is_binary)))
@@ -88,7 +92,7 @@ class FlowHead(FlowMatchingHead):
         n_noise_samples: Noise and time samples for each feature and update; the backbone runs once for all of them.
 
     Raises:
-        ValueError: Every dimension is binary.
+        ValueError: As of `FlowMatchingHead`.
     """
 
     def __init__(

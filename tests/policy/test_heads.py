@@ -12,7 +12,7 @@ from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.action_losses import join_dims, split_dims
 from rvlm.policy.embodiments import Embodiment
 from rvlm.policy.factory import make_policy
-from rvlm.policy.heads import FlowHead, MLPHead
+from rvlm.policy.heads import HEADS, FlowHead, MLPHead
 from rvlm.policy.token_decoding import generate_tokens
 from rvlm.policy.token_heads import FASTHead, TokensHead
 
@@ -29,6 +29,24 @@ ROBOTS = {
 def test_an_unknown_option_of_the_head_is_an_error(toy_vlm, toy_stats):
     with pytest.raises(TypeError, match="depth"):
         make_policy(toy_vlm, SPEC, toy_stats, head_options={"depth": 3})
+
+
+@pytest.mark.parametrize(
+    ("head", "option", "wrong"),
+    [
+        *((head, "gripper_weight", wrong) for head in ("mlp", "flow", "expert") for wrong in (-1, float("nan"), float("inf"))),
+        *(
+            (head, f"n_{what}", n)
+            for head in ("flow", "expert")
+            for what in ("euler_steps", "noise_samples")
+            for n in (0, -1, True)
+        ),
+        *(("fast", "scale", wrong) for wrong in (0, -1.0, float("nan"), float("inf"))),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(head, option, wrong):
+    with pytest.raises(ValueError, match=rf"expected {option} as a (whole|finite) number (from|above) [01]( on)?, got {wrong}"):
+        HEADS[head](16, 2, SEVEN, **{option: wrong})
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4)])
