@@ -144,7 +144,7 @@ def modify_policy(
         precision: As `make_policy` takes it.
         attn_implementation: As `make_policy` takes it.
         specs: Of robots that it will be trained on; with dimensions that it lacks, its output layers begin anew.
-        settings: Fields of `VLAConfig` to change.
+        settings: Fields of `VLAConfig` to change; with another `head` its options are the default ones unless given.
 
     Returns:
         The policy's model, with the old one's spec and statistics, and its processor.
@@ -167,6 +167,8 @@ def modify_policy(
             "leave it out, or make a policy of the vision-language model"
         )
     _refuse_other_representation(folder, model.config, settings)
+    if settings.get("head", model.config.head) != model.config.head:
+        settings = {"head_options": None, **settings}  # the old ones are of the old head
     config = model.config.with_stored_backbone(**settings, **_grown_slots(model.config, specs))
     if any(getattr(config, name) != getattr(model.config, name) for name in TOKENIZED_BY):
         config.action_vocabulary = None

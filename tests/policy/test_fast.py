@@ -10,6 +10,7 @@ from rvlm.data.errors import SpecMismatch
 from rvlm.policy.action_tokenizer import ActionTokenizer
 from rvlm.policy.factory import load_vla, modify_policy
 from rvlm.policy.fast_tokenizer import FASTTokenizer, cosine_matrix
+from rvlm.policy.heads import HEADS
 from rvlm.policy.token_heads import FASTHead, hold_masked, learn_vocabulary
 
 SEVEN = [False] * 6 + [True]
@@ -129,6 +130,11 @@ def test_a_learned_vocabulary_is_saved_and_acts(toy_vlm, toy_stats, tmp_path):
     again, same = load_vla(tmp_path)
     assert again.head.fast == model.head.fast
     assert torch.equal(again.predict(**inputs(a_batch(again, same, b=3))), expected)
+    for head in ("mlp", "tokens", "flow", "expert"):
+        other = modify_policy(tmp_path, head=head)[0]  # the old head's options are not the new one's
+        assert other.config.head_options is None and type(other.head) is HEADS[head]
+    given = modify_policy(tmp_path, head="mlp", head_options={"hidden": 16})[0]
+    assert given.config.head_options == {"hidden": 16}
     kept, changed = (modify_policy(tmp_path, **settings)[0] for settings in (FAST, {"chunk_size": 2}))
     assert kept.head.fast == model.head.fast and torch.equal(kept.head.out[1].weight, model.head.out[1].weight)
     assert changed.config.action_vocabulary is None and changed.head.fast.merges == ()
