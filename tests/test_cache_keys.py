@@ -89,9 +89,11 @@ ROBOT_STAGES, VLM_STAGES = {"robot", "varied"}, {"questions", "detection"}
 ACTED = {"policy", "expert", "chains"}
 CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its code has changed
     "policy/heads.py": {*ROBOT_STAGES, "policy", "corrections"},
+    "policy/fast_tokenizer.py": {*ROBOT_STAGES, "policy", "corrections"},
     "training/trainer.py": {*ROBOT_STAGES, *VLM_STAGES},
     "training/feature_cache.py": {*ROBOT_STAGES, "questions"},
     "training/frozen_backbone.py": ROBOT_STAGES,
+    "training/action_vocabulary.py": ROBOT_STAGES,
     "training/detection.py": {"detection"},
     "evaluation/rollouts.py": ACTED,
     "evaluation/chains.py": {"chains"},

@@ -51,6 +51,7 @@ _POLICIES = (
         for name in ("factory", "model", "config", "heads", "history_modules", "embodiments", "collation", "inspection")
     ),
     *(f"rvlm.data.{name}" for name in ("windows", "dataset", "video", "augmentation")),
+    "rvlm.training.action_vocabulary",
 )
 UNUSED_MODULES = {
     DETECTION: (*_RECORDING, *_RENDERING, *_POLICIES, "rvlm.training.feature_cache", "rvlm.training.frozen_backbone"),
