@@ -22,6 +22,7 @@ SETTINGS = {
     "one_step-mlp-layers": {**ONE_STEP, "vlm_layers": [0, -1]},
     "one_step-expert": {**ONE_STEP, **EXPERT},
     "one_step-tokens": TOKENS,
+    "one_step-fast": {**FAST, "head_options": {"scale": 20.0}},  # rounds finely enough for a chunk of noise
     "one_step-tokens-parallel": {**TOKENS, "head_options": {"n_bins": 32, "decoding": "parallel"}},
     "interleaved-mlp": INTERLEAVED,
     "interleaved-flow": {**INTERLEAVED, **FLOW},

@@ -8,14 +8,16 @@ import torch
 
 from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.resizing import resize
-from rvlm.data.windows import EpisodeDataset, EpisodeWriter
+from rvlm.data.windows import EpisodeDataset, EpisodeWriter, split
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.policy_checks import check_statistics
 from rvlm.evaluation.open_loop import policy_windows, predict_chunks
 from rvlm.policy.factory import load_vla, make_policy, modify_policy
+from rvlm.policy.fast_tokenizer import FASTTokenizer
 from rvlm.policy.observation_checks import ObservationError
 from rvlm.policy.policy import Policy, load_policy
 from rvlm.policy.real_time_chunking import continue_chunk
+from rvlm.policy.token_heads import hold_masked
 from rvlm.training.stage_data import STAGE_BUILDERS
 from rvlm.training.stages import ROBOT, Stage
 from rvlm.training.trainer import train_stage_in_process
@@ -155,6 +157,19 @@ def test_the_chunk_that_is_continued_is_relative_to_the_newest_state(toy_vlm, tm
     assert policy.predict_action_chunk([now], old, n_frozen=2).shape == (1, 8, 3)
     raw = policy.model.conditioning.raw_actions(policy.robot, given[0].numpy(), now["state"][None])
     assert np.allclose(raw, old, atol=1e-4), "targets stay where they were"
+
+
+def test_tokens_of_relative_targets_are_learned_from_relative_targets(toy_vlm, tmp_path):
+    policy = {"head": "fast", "chunk_size": 3, "head_options": {"scale": 4.0}, **RELATIVE}
+    folder = record(tmp_path / "d", JOINTS)
+    stage = Stage("fast", ROBOT, (folder,), str(toy_vlm), 24, policy=policy, batch_size=8, n_processes=1)
+    model, processor, *_ = STAGE_BUILDERS[ROBOT](stage)
+    data = EpisodeDataset(folder)
+    windows = policy_windows(Policy(model, processor), data, split(data)[0])
+    chunks = windows.batch(range(len(windows)))
+    held = hold_masked(*(torch.from_numpy(chunks[name][:, 0]) for name in ("action", "action_mask")))
+    learned = FASTTokenizer(3, JOINTS.is_binary, 4.0).learn(held.numpy(), model.head.max_vocab)
+    assert windows.is_relative and model.config.action_vocabulary["merges"] == list(learned.merges)
 
 
 def test_robots_of_different_dimensions_share_a_policy(toy_vlm, tmp_path):

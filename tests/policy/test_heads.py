@@ -208,6 +208,23 @@ def test_an_action_expert_is_three_quarters_as_wide_as_the_backbone(width, n_hea
     assert ActionExpert(width, 2, [False] * 6 + [True], hidden=8, n_heads=n_heads).out[1].in_features == 8
 
 
+def test_noised_chunks_of_an_action_expert_do_not_see_each_other():
+    torch.manual_seed(0)
+    head, features = ActionExpert(16, 3, SEVEN, hidden=8, n_layers=2), torch.randn(2, 2, 5, 16)
+    chunks, time = torch.randn(4, 2, 3, 6), torch.rand(4, 2, 1)
+    together = head.predict_clean_action(features, chunks, time)
+    alone = torch.stack([head.predict_clean_action(features, *one) for one in zip(chunks, time, strict=True)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_layers_of_an_action_expert_read_those_of_the_backbone_in_their_order():
+    head, features, read = ActionExpert(16, 3, SEVEN, hidden=8, n_layers=4), torch.randn(1, 2, 5, 16), []
+    for project in head.context:
+        project.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    head.predict_clean_action(features, torch.randn(1, 3, 6), torch.rand(1, 1))
+    assert [torch.equal(layer, features[:, i]) for layer, i in zip(read, (0, 0, 1, 1), strict=True)] == [True] * 4
+
+
 @pytest.mark.parametrize("hidden", [0, -4, 6])
 def test_a_width_that_the_experts_heads_cannot_share_is_refused(hidden):
     with pytest.raises(ValueError, match=f"a width that its heads share evenly; .* hidden={hidden}, n_heads=4"):

@@ -385,9 +385,15 @@ def test_a_stage_with_adapters_and_an_average_resumes(stage, tmp_path):
     train_stage_in_process(adapted, tmp_path / "uninterrupted")
     shutil.copytree(tmp_path / "uninterrupted" / "trainer" / "checkpoint-20", tmp_path / "resumed" / "trainer" / "checkpoint-20")
     train_stage_in_process(adapted, tmp_path / "resumed")
+    weights = []
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         uninterrupted, resumed = (load_file(tmp_path / name / "model" / file) for name in ("uninterrupted", "resumed"))
         assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
+        weights += uninterrupted.values()
+    average = load_file(tmp_path / "uninterrupted" / "trainer" / "checkpoint-40" / AVERAGE)
+    assert average.pop("n_averaged") == 40
+    missing = {k for k, value in average.items() if not any(torch.equal(value, saved) for saved in weights)}
+    assert not missing, "the average is saved, not the weights of the last step"
 
 
 def test_the_average_is_exponential_and_holds_the_trained_weights_only(tmp_path):
