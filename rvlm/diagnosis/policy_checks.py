@@ -73,7 +73,7 @@ def _distance(a: NormStats, b: NormStats) -> float:
 def check_interface(inputs: DiagnosisInputs) -> CheckResult:
     """Do policy, data and environment use the same conventions, and does the policy run with its own configuration?"""
     data = inputs.dataset.require_spec()
-    policy = inputs.trained.robot.spec if inputs.trained else getattr(inputs.policy, "action_spec", None)
+    policy = getattr(inputs.policy, "action_spec", None)
     env = inputs.env.unwrapped.action_spec if inputs.env is not None else None
     for one, other, what in ((policy, data, "policy vs data"), (policy or data, env, "policy or data vs environment")):
         if difference := one and other and _difference(one, other, what):

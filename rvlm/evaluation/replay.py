@@ -8,6 +8,7 @@ import numpy as np
 
 from rvlm.data.observations import stack_images
 from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, run_batch, single_thread
+from rvlm.evaluation.rollouts import require_same_specs
 
 
 def replay_episode(evaluation: Evaluation, seed: int) -> dict:
@@ -39,7 +40,11 @@ def record_rollout(policy: Any, env: Any, seed: int, task: str | None = None) ->
     Returns:
         "images", camera -> (n, h, w, 3); per step "state" (n, s), "action" (n, a) and "chunk" (n, k, a), both raw;
         and "instruction", "seed", "is_success".
+
+    Raises:
+        SpecMismatch: As `rollout`.
     """
+    require_same_specs(policy, [env])
     observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
     policy.reset()
     policy.seed_episodes([seed])

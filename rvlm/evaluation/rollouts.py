@@ -143,7 +143,8 @@ def rollout(
 
     Args:
         policy: Has `reset` and `select_action`, and `keep` if it can go on with fewer robots (else it also gets the last
-            observations of finished episodes); None for the environment's expert.
+            observations of finished episodes); if it has an `action_spec`, it is compared with the environments'. None for the
+            environment's expert.
         envs: One per episode.
         episodes: One each, as `EpisodeStart` or (seed, task).
         ablation: Input ablation, a name in `INPUT_ABLATIONS`.
@@ -153,7 +154,11 @@ def rollout(
     Returns:
         Per episode: seed, task, start (where given), instruction, is_success, failure (as the environment calls it, else "timed
         out"), n_steps, and its share of the time of policy and simulator [s]: policy_s, simulator_s.
+
+    Raises:
+        SpecMismatch: The policy acts by other conventions than an environment; nothing is reset.
     """
+    require_same_specs(policy, envs)
     observations, rows = _reset(policy, envs, episodes, keep_state)
     ablate, recorded = _input_ablation(ablation, envs, rows), [[] for _ in rows]
     running, policy_s, started = list(range(len(envs))), 0.0, time.perf_counter()
@@ -176,6 +181,15 @@ def rollout(
         times = {"policy_s": policy_s / len(rows), "simulator_s": simulator_s / len(rows)}
         row |= {**times, **(_frames_and_actions(steps) if keep_frames else {})}
     return rows
+
+
+def require_same_specs(policy: Any, envs: Sequence[Any]) -> None:
+    """Raise `SpecMismatch` where a policy's `action_spec` differs from an environment's, also in rate; each may have none."""
+    own = getattr(policy, "action_spec", None)
+    for env in envs:
+        other = getattr(env.unwrapped, "action_spec", None)
+        if own is not None and other is not None:
+            own.require_same(other)
 
 
 def _frames_and_actions(steps: Sequence[tuple[dict, np.ndarray]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from rvlm.data.actions import ActionSpec
 from rvlm.data.holding import hold_action
 
 if TYPE_CHECKING:  # it loads PyTorch
@@ -116,6 +117,11 @@ class DelayedPolicy:
     def image_size(self) -> tuple[int, int] | None:
         """As `Policy.image_size`."""
         return self.policy.image_size
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        """As `Policy.action_spec`."""
+        return self.policy.action_spec
 
     def reset(self, n_robots: int = 1) -> None:
         """Begin new episodes."""

@@ -115,6 +115,11 @@ class Policy:
             return None
         return first or (self.prompt_builder.image_size, self.prompt_builder.image_size)
 
+    @property
+    def action_spec(self) -> ActionSpec:
+        """Conventions of the robot that it acts for."""
+        return self.robot.spec
+
     def reset(self, n_robots: int = 1) -> None:
         """Clear queued actions, chunks of the ensemble and the observation history.
 

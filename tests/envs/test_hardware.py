@@ -21,6 +21,7 @@ from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.group_commands import GroupLimits
 from rvlm.envs.hardware import HardwareEnv
 from rvlm.envs.tabletop.env import Tabletop
+from rvlm.evaluation.replay import record_rollout
 from rvlm.evaluation.rollouts import rollout
 from rvlm.policy.policy import Policy
 from rvlm.policy.real_time_policy import RealTimePolicy
@@ -693,6 +694,31 @@ def test_a_policy_acts_on_it_unchanged(toy_vlm, toy_stats):
     assert (rows[1]["frames"]["static"] == 10).all() and (rows[1]["frames"]["wrist"] == 20).all()
     moved = np.clip(rows[1]["actions"][:, :3], -1, 1).sum(0) * STEP
     np.testing.assert_allclose(where(arms[1])[:3], np.array([0, 0, 0.2]) + moved, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: dataclasses.replace(spec, rate_hz=30.0), "rate_hz: 10.0 against 30.0"),
+        (lambda spec: spec.replace_group("action", 1, open=-1.0, close=1.0), "action group 1 open: 1.0 against -1.0"),
+        (lambda spec: spec.replace_group("action", 0, names=("dy", "dx", "dz", "droll", "dpitch", "dyaw")), "group 0 names"),
+        (lambda spec: spec.replace_group("action", 0, units=("mm", *spec.action[0].units[1:])), "action group 0 units"),
+    ],
+    ids=["rate", "gripper", "order", "units"],
+)
+def test_a_robot_of_other_conventions_than_its_policys_is_sent_nothing(toy_vlm, toy_stats, change, message):
+    """Bare or behind a delay, alone or as one of a batch."""
+    policy = Policy(*build(toy_vlm, toy_stats, ONE_STEP))
+    in_real_time = RealTimePolicy(policy)
+    arms, episode = [pose_arm(), pose_arm()], (FIRST_HELD_OUT_SEED, "lift")
+    alike, other = an_env(arms[0]), an_env(arms[1], change(SPEC))
+    for acting, envs in ((policy, [other]), (policy, [alike, other]), (in_real_time, [other])):
+        with pytest.raises(SpecMismatch, match=f"policy vs environment: .*{message}"):
+            rollout(acting, envs, [episode] * len(envs))
+    with pytest.raises(SpecMismatch, match=message):
+        record_rollout(policy, other, *episode)
+    in_real_time.close()
+    assert not any(arm.sent or arm.is_connected for arm in arms)
 
 
 def test_a_policy_in_real_time_acts_on_it(toy_vlm, toy_stats):
