@@ -191,6 +191,10 @@ class ActionSpec(Dimensions):
                 f"({bad.any(axis=1).sum()} of {len(rows)} rows; {self.dataset}); {fix}"
             )
 
+    def has_same_conventions(self, other: ActionSpec) -> bool:
+        """Whether nothing differs but the dataset's name."""
+        return _conventions(self) == _conventions(other)
+
     def require_same(self, other: ActionSpec, what: str = "policy vs environment") -> None:
         """Raise `SpecMismatch` with every convention that differs; the dataset's name may differ."""
         own, others = _conventions(self), _conventions(other)

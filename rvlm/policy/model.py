@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
-from rvlm.data.actions import ActionSpec
+from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
@@ -112,14 +112,21 @@ class VLA(SavedPolicy):
         )
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:
-        """The robot of this spec, with the statistics of training.
+        """The robot of this spec, with the statistics of training: that of its dataset, else the only one of its conventions.
 
         Raises:
-            SpecMismatch: The policy was not trained on this robot, or with other conventions.
+            SpecMismatch: The policy was not trained on this robot, or with other conventions, or on several of these.
         """
-        known = self.embodiments.get(spec.dataset, Embodiment(self.spec, self.stats))
-        known.spec.require_same(spec)
-        return known
+        known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
+        alike = [name for name, robot in known.items() if robot.spec.has_same_conventions(spec)]
+        if spec.dataset not in known and len(alike) > 1:
+            raise SpecMismatch(
+                f"expected the dataset of one of this policy's robots of these conventions, {alike}, as each has its own "
+                f"statistics, got {spec.dataset!r}; name the one that acts: dataclasses.replace(spec, dataset=...)"
+            )
+        name = spec.dataset if spec.dataset in known else [*alike, self.spec.dataset][0]
+        known[name].spec.require_same(spec)
+        return known[name]
 
     def _init_weights(self, module: nn.Module) -> None:
         """New parts keep PyTorch's own initialisation; the backbone draws or loads its own."""

@@ -162,12 +162,30 @@ def test_a_policy_acts_on_each_robot_that_it_was_trained_on(trained):
         chunk = policy.predict_action_chunk([observation])[0]
         spec.check(np.clip(chunk, spec.low, spec.high))
         assert set(chunk[:, 6]) <= {spec.action[1].open, spec.action[1].close}
-    stranger = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), dataset="stranger")
+    second = ActionSpec.from_card(ROBOTS[1])
+    stranger = dataclasses.replace(second, dataset="stranger").replace_group("state", 0, frame="ee")
     with pytest.raises(SpecMismatch, match="group 1 open"):
         load_policy(trained, spec=stranger)
-    other = dataclasses.replace(ActionSpec.from_card(ROBOTS[1]), rate_hz=5.0)
+    other = dataclasses.replace(second, rate_hz=5.0)
     with pytest.raises(SpecMismatch, match="rate_hz"):
         load_policy(trained, spec=other)
+    assert load_policy(trained, spec=dataclasses.replace(second, dataset="a set of mine")).robot.spec == second
+
+
+def test_two_robots_of_one_kind_are_told_apart_by_their_datasets(trained):
+    """Each acts by statistics of its own; another name chooses none of them, unless one alone has these conventions."""
+    model, processor = load_vla(trained)
+    (first, own), *_ = model.embodiments.items()
+    other = Embodiment(model.spec, model.stats)
+    shifted = {name: dataclasses.replace(stats, q01=stats.q01 + 5, q99=stats.q99 + 5) for name, stats in own.stats.items()}
+    twin = Embodiment(dataclasses.replace(own.spec, dataset="twin"), shifted)
+    model.register_embodiments([other, own, twin])
+    for robot in (own, twin):
+        assert Policy(model, processor, spec=robot.spec).robot.to_dict() == robot.to_dict()
+    for name in ("Twin", own.spec.robot):
+        with pytest.raises(SpecMismatch, match=rf"these conventions, \['{first}', 'twin'\], .* got '{name}'; name the one that"):
+            Policy(model, processor, spec=dataclasses.replace(own.spec, dataset=name))
+    assert Policy(model, processor, spec=dataclasses.replace(other.spec, dataset="Twin")).robot.spec == other.spec
 
 
 def test_swapped_statistics_are_refused(trained, tmp_path):
