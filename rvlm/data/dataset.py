@@ -7,12 +7,14 @@ by `rvlm.data.frame_alignment`. A contradiction is an `EpisodeError` that names 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.data.camera_names import camera_names, find_camera, is_image
@@ -38,7 +40,7 @@ class EpisodeDataset:
     Attributes:
         info: content of info.json.
         spec: the action spec, or None for an external dataset that was opened without a card.
-        tasks: instructions, in the order of ``task_index``.
+        tasks: instructions, in the order of ``task_index``; '' of episodes that have none, which a warning counts.
         episodes: one row per episode: length, tasks, first and last row, files, and extra columns.
         cameras: names of the colour cameras, in the order of the card.
         camera_keys: camera name -> feature key.
@@ -64,6 +66,7 @@ class EpisodeDataset:
             _refuse_contradiction(self.root, self.info, given)
         self._task_names = read_tasks(self.root, self.info)
         self.tasks, self.episodes = list(self._task_names.values()), read_episodes(self.root, self.info)
+        _warn_of_no_instruction(self.root, self.episodes)
         self.camera_keys = camera_names(self.features)
         if self.spec is not None:
             check_card(self.root, self.info, self.spec)
@@ -247,6 +250,16 @@ class EpisodeDataset:
             size: Height and width to resize all of them to [px]; their own if left out.
         """
         return {camera: self._camera(self.camera_key(camera)).frames(size) for camera in cameras or self.cameras}
+
+
+def _warn_of_no_instruction(root: Path, episodes: pd.DataFrame) -> None:
+    n_without = sum("" in names for names in episodes["tasks"])
+    if n_without:
+        warnings.warn(
+            f"{root}: {n_without} of {len(episodes)} episodes have no instruction and are read with ''; to write instructions, "
+            "or to leave these episodes out: lerobot-edit-dataset --operation.type modify_tasks, or delete_episodes",
+            stacklevel=3,
+        )
 
 
 def _spec_of(spec: Any) -> ActionSpec | None:

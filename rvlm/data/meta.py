@@ -149,7 +149,7 @@ def stored_spec(root: Path, info: dict[str, Any]) -> ActionSpec | None:
 
 
 def read_tasks(root: Path, info: dict[str, Any]) -> dict[int, str]:
-    """``task_index`` -> instruction, sorted by index."""
+    """``task_index`` -> instruction, '' for none, sorted by index."""
     if info["codebase_version"] == "v2.1":
         path = root / "meta/tasks.jsonl"
         named: list[tuple[Any, Any]] = [(line.get("task_index"), line.get("task")) for line in read_json_lines(path)]
@@ -160,8 +160,11 @@ def read_tasks(root: Path, info: dict[str, Any]) -> dict[int, str]:
     for number, name in named:
         if type(number) is not int or not isinstance(name, str):
             raise EpisodeError(f"{path}: expected a number and words as task_index and task, got {number!r}, {name!r}")
-        if error := instruction_error(name):
-            raise EpisodeError(f"{path}: expected an instruction in words for task {number}, got {error}; write one there")
+        if name and (error := instruction_error(name)):  # '' stands for none
+            raise EpisodeError(
+                f"{path}: expected an instruction in words for task {number}, got {error}; write one, or '' for none, there and "
+                "in the tasks of meta/episodes"
+            )
     tasks = dict(sorted(named))
     if len(tasks) != len(named) or not tasks:
         raise EpisodeError(f"{path}: expected tasks with a task_index of their own, got {sorted(named)[:20]}; number them again")

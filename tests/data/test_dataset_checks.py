@@ -413,7 +413,7 @@ V3 = {
     "a task twice": (table(TASK_TABLE, lambda f: f.assign(task_index=[0, 1, 1, 3])), "tasks with a task_index of their own"),
     "a task without a word": (
         table(TASK_TABLE, lambda f: f.set_index(pd.Index([" ", *TASKS[1:]], name="task"))),
-        r"tasks\.parquet: expected an instruction in words for task 0, got ' ', which holds no word",
+        r"tasks\.parquet: expected an instruction in words for task 0, got ' ', which holds no word; write one, .* meta/episodes",
     ),
     "tasks without words": (
         table(TASK_TABLE, lambda f: f.reset_index(drop=True)),
@@ -780,6 +780,23 @@ def test_whatever_is_wrong_with_a_dataset_samples_are_right_or_it_is_named(name,
 def test_whatever_is_wrong_with_an_older_dataset_samples_are_right_or_it_is_named(name, sound, right, tmp_path, monkeypatch):
     root = Path(shutil.copytree(sound[1], tmp_path / "old"))
     check(root, *V21[name], right, monkeypatch)
+
+
+@pytest.mark.parametrize("version", [0, 1], ids=["v3.0", "v2.1"])
+def test_episodes_without_instruction_are_read_with_none_and_counted_once(version, sound, tmp_path):
+    """As many of DROID: their task is '' in both tables."""
+    root = Path(shutil.copytree(sound[version], tmp_path / "demos"))
+    if version:
+        for name in ("meta/tasks.jsonl", "meta/episodes.jsonl"):
+            text(name, lambda b: b.replace(b'"place"', b'""'))(root)
+    else:
+        edit_table(root / TASK_TABLE, lambda f: f.rename({"place": ""}))
+        edit_table(root / EPISODES, lambda f: f.assign(tasks=[["pick"], [""], ["wipe"], ["open"]]))
+    with pytest.warns(UserWarning, match=r"1 of 4 episodes have no instruction .*modify_tasks, or delete_episodes") as told:
+        data = EpisodeDataset(root, SPEC)
+    assert len(told) == 1
+    assert [data.instruction(i) for i in range(4)] == ["pick", "", "wipe", "open"]
+    assert Windows(data, 1, 2, [1])[0]["instruction"] == "" and data.episode(1)["instruction"] == ""
 
 
 MOVED = [SPEC.names[-1], *SPEC.names[:-1]]
