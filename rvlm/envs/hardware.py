@@ -96,7 +96,7 @@ class HardwareEnv(gymnasium.Env):
         self._stop_reason = "reset() was not called; call it, and it connects the robot"
 
     def _make_spaces(self) -> None:
-        shapes = {camera: tuple(self.robot.observation_features[key]) for camera, key in self._cameras.items()}
+        shapes = _camera_shapes(self.robot, self._cameras)
         self.observation_space = observation_space(self.action_spec, shapes, self.instructions.values())
         self.action_space = action_space(self.action_spec)
 
@@ -259,3 +259,15 @@ def _camera_names(robot: Any, spec: ActionSpec, cameras: Mapping[str, str]) -> d
             f"has {available}; name them by cameras={{camera of the card: of the robot}}, or add them to the robot"
         )
     return names
+
+
+def _camera_shapes(robot: Any, names: Mapping[str, str]) -> dict[str, tuple[int, int, int]]:
+    """Camera of the card -> shape of its images, from the robot's names."""
+    shapes = {key: tuple(robot.observation_features[key]) for key in names.values()}
+    wrong = {key: shape for key, shape in shapes.items() if shape[2] != 3 or None in shape}
+    if wrong:
+        raise ValueError(
+            f"expected (height, width, 3) of each camera in the robot's observation_features, got {wrong}; set height and width "
+            f"of {', '.join(wrong)} in the robot's configuration"
+        )
+    return {camera: shapes[key] for camera, key in names.items()}

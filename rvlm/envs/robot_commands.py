@@ -33,9 +33,12 @@ def group_commands(
         SpecMismatch: A displacement without a pose or joints in the state to add it to, or a limit that safety needs is missing.
         KeyError: The robot takes no value of a dimension.
     """
-    if len(limits) != len(spec.placed_action):
+    if len(limits) != len(spec.placed_action) or not all(isinstance(own, GroupLimits) for own in limits):
         kinds = [f"{group.kind} {list(group.names)}" for _, group in spec.placed_action]
-        raise SpecMismatch(f"expected limits of each action group, {'; '.join(kinds)}; got {len(limits)}")
+        types = [type(own).__name__ for own in limits]
+        raise SpecMismatch(
+            f"expected limits of each action group, {'; '.join(kinds)}; got {len(limits)}, {types}; give a GroupLimits for each"
+        )
     commands = []
     for (at, group), own in zip(spec.placed_action, limits, strict=True):
         if set(group.absent) >= set(group.names):

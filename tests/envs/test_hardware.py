@@ -1,6 +1,7 @@
 """A real robot as an environment: nothing is sent that should not be, and what is sent is what the action means."""
 
 import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -477,6 +478,16 @@ def test_a_policy_that_is_always_late_is_held():
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(None, None, 3), (3, 48, 48), (48, 48, 4)], ids=str)
+def test_a_camera_needs_a_size_height_before_width_before_colours(shape):
+    """LeRobot's cameras have none unless their configuration gives one."""
+    arm = pose_arm()
+    arm.observation_features["wrist"] = shape
+    got = re.escape(str({"wrist": shape}))
+    with pytest.raises(ValueError, match=rf"expected \(height, width, 3\) .* got {got}; set .* of wrist in the robot's"):
+        an_env(arm)
+
+
 @pytest.mark.parametrize(
     "action", [np.full(7, np.nan), np.append(np.zeros(6), np.inf), np.zeros(6), np.zeros((1, 7)), np.zeros(8)], ids=str
 )
@@ -510,6 +521,7 @@ def test_an_invalid_action_is_refused_and_nothing_is_sent(action):
         ({"limits": (GroupLimits(LOW[:2], HIGH[:2]), GroupLimits())}, ValueError, r"limits of \['x', 'y', 'z'\]"),
         ({"limits": (GroupLimits(), GroupLimits())}, SpecMismatch, r"expected low and high, finite, in the limits of pose_delta"),
         ({"limits": BOX[:1]}, SpecMismatch, r"limits of each action group, pose_delta \['dx'.*; gripper \['gripper'\]; got 1"),
+        ({"limits": (0.1, {"max_change": 1})}, SpecMismatch, r"got 2, \['float', 'dict'\]; give a GroupLimits for each"),
         ({"keys": {**KEYS, "typo": "x"}}, KeyError, r"keys names \['typo'\], which the card does not have; it has \['dx'"),
         ({"max_steps": 2.5}, ValueError, "a whole number, and an instruction, got 2.5"),
         ({"limits": (GroupLimits(LOW, HIGH), GroupLimits(max_change=(1.0, 2.0)))}, SpecMismatch, "expected max_change, finite"),
