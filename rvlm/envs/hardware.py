@@ -216,8 +216,21 @@ class HardwareEnv(gymnasium.Env):
         self.commands.last |= {key: sent.get(key, value) for key, value in target.items()}
         return sent
 
-    def _observe(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
+        """What the robot tells: `KeyError` where a number or an image is absent, `ValueError` where it is none."""
         observation = self.robot.get_observation()
+        numbers = dict.fromkeys([*self._state_keys, *self.commands.told])
+        wrong = {key: observation.get(key) for key in numbers if not _is_number(observation.get(key))}
+        wrong |= {key: None for key in self._cameras.values() if observation.get(key) is None}
+        if wrong:
+            raise (ValueError if wrong.keys() <= observation.keys() else KeyError)(
+                f"expected a number for each of {list(numbers)} and an image for each of {list(self._cameras.values())}, got "
+                f"{wrong}; the robot's observation has {list(observation)}; check its sensors and cameras"
+            )
+        return observation
+
+    def _observe(self) -> dict[str, Any]:
+        observation = self._read()
         self.commands.observe(observation)
         state = np.array([observation[key] for key in self._state_keys], np.float64)
         images = {name: np.array(observation[key]) for name, key in self._cameras.items()}
@@ -243,6 +256,10 @@ class HardwareEnv(gymnasium.Env):
                 self._send_hold()
         finally:
             self.robot.disconnect()
+
+
+def _is_number(value: Any) -> bool:
+    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iufb"
 
 
 def _camera_names(robot: Any, spec: ActionSpec, cameras: Mapping[str, str]) -> dict[str, str]:

@@ -126,6 +126,11 @@ class RobotCommands:
         self.present: Values = {}
         self.last: Values = {}
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The robot's names of the numbers that `observe` reads."""
+        return (*self._told, *(key for *_, key in self._grippers))
+
     def _read_ratios(self, units: Mapping[str, str]) -> Values:
         """Key of a position -> what a told number is multiplied by to be in the unit of the target."""
         ratios: Values = {}

@@ -489,6 +489,23 @@ def test_a_camera_needs_a_size_height_before_width_before_colours(shape):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("elbow_flex.pos", ...), ("elbow_flex.pos", None), ("gripper.pos", np.zeros(2)), ("wrist_roll.pos", "3"), ("side", None)],
+    ids=str,
+)
+def test_what_a_robot_does_not_tell_is_named_and_it_is_held(key, value):
+    """A frame without a number or an image, or with something else there."""
+    arm = joint_arm()
+    env = started(arm, ARM, SLOW)
+    tell = arm.get_observation
+    arm.get_observation = lambda: {k: v for k, v in (tell() | {key: value}).items() if v is not ...}
+    error, told = (KeyError, None) if value is ... else (ValueError, value)
+    with pytest.raises(error, match=rf"a number for each of .*, got {re.escape(str({key: told}))}; the robot's observation has"):
+        env.step(np.array([4.0, 0, 0, 0, 0, 0]))
+    assert len(arm.sent) == 2, "the action, and a hold"
+
+
+@pytest.mark.parametrize(
     "action", [np.full(7, np.nan), np.append(np.zeros(6), np.inf), np.zeros(6), np.zeros((1, 7)), np.zeros(8)], ids=str
 )
 def test_an_invalid_action_is_refused_and_nothing_is_sent(action):
