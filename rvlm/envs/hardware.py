@@ -90,7 +90,7 @@ class HardwareEnv(gymnasium.Env):
         self._state_keys = robot_names(spec.state_names, dict(keys or {}), observed)
         self._cameras = _camera_names(robot, spec, dict(cameras or {}))
         self.confirm, self.is_stopped, self.is_dry_run, self.max_missed = confirm, is_stopped, is_dry_run, max_missed
-        self.deadlines = DeadlineClock(spec.rate_hz, sleep, clock)
+        self.deadlines, self._clock = DeadlineClock(spec.rate_hz, sleep, clock), clock
         self._make_spaces()
         self._is_moving = False  # whether an action was sent since it was held
         self._stop_reason = "reset() was not called; call it, and it connects the robot"
@@ -181,21 +181,31 @@ class HardwareEnv(gymnasium.Env):
     def _execute(self, action: np.ndarray) -> dict[str, Any]:
         if not self.robot.is_connected:
             raise ConnectionError("expected a connected robot, got one that is not; check power and cables")
+        started = self._clock()
         target, was_limited = self.commands.target(action)
         self._is_moving = True
         sent = self._send(target)
-        n_missed = self.deadlines.n_missed
+        robot_s, n_missed = self._reading_s + self._clock() - started, self.deadlines.n_missed
         self.deadlines.wait()
         if n_missed == 0 < self.deadlines.n_missed:
-            warnings.warn(
-                f"expected each control step within {self.deadlines.period_s:.3f} s, got one that took "
-                f"{self.deadlines.latest_s:.3f} s more; act with RealTimePolicy, which does not wait for the network, or record "
-                "and train at a lower rate",
-                stacklevel=3,
-            )
+            warnings.warn(self._too_late(robot_s), stacklevel=3)
         self._observation = self._observe()
         self.n_steps += 1
         return {"sent": sent, "was_limited": was_limited}
+
+    def _too_late(self, robot_s: float) -> str:
+        """The first missed deadline in words, where the robot alone, without a policy, took `robot_s` of the step [s]."""
+        late = self.deadlines
+        mend = "act with RealTimePolicy, which does not wait for the network"
+        if robot_s > late.period_s:
+            mend = (
+                f"the robot alone took {robot_s:.3f} s, {self._reading_s:.3f} s of it get_observation, whatever the policy: give "
+                f"its cameras {1 / late.period_s:g} frames a second and smaller images"
+            )
+        return (
+            f"expected each control step within {late.period_s:.3f} s, got one that took {late.latest_s:.3f} s more; {mend}, or "
+            "record and train at a lower rate"
+        )
 
     def hold(self) -> None:
         """End the episode and hold the robot, if it was sent an action since it was held last."""
@@ -218,7 +228,9 @@ class HardwareEnv(gymnasium.Env):
 
     def _read(self) -> dict[str, Any]:
         """What the robot tells: `KeyError` where a number or an image is absent, `ValueError` where it is none."""
+        started = self._clock()
         observation = self.robot.get_observation()
+        self._reading_s = self._clock() - started
         numbers = dict.fromkeys([*self._state_keys, *self.commands.told])
         wrong = {key: observation.get(key) for key in numbers if not _is_number(observation.get(key))}
         wrong |= {key: None for key in self._cameras.values() if observation.get(key) is None}

@@ -465,6 +465,19 @@ def test_a_missed_deadline_is_counted_told_once_and_does_not_shift_the_others():
     assert fake.now - 100 == pytest.approx(0.4) and info["n_missed"] == 2
 
 
+def test_a_robot_that_is_slow_by_itself_is_not_blamed_on_the_network():
+    """With a policy that takes no time, and one that takes a little."""
+    for reading_s, thinking_s, mend in ((0.14, 0.0, "robot alone took 0.140 s, 0.140 s of it get_obs"), (0.06, 0.06, "act with")):
+        fake, arm = Time(), pose_arm()
+        tell = arm.get_observation
+        arm.get_observation = lambda tell=tell, fake=fake, s=reading_s: fake.sleep(s) or tell()
+        env = started(arm, sleep=fake.sleep, clock=fake.clock)
+        env.step(STILL)
+        fake.now += thinking_s
+        with pytest.warns(UserWarning, match=rf"within 0.100 s, got one that took 0.0[24]0 s more; (the )?{mend}"):
+            env.step(STILL)
+
+
 @pytest.mark.filterwarnings("ignore:expected each control step")
 def test_a_policy_that_is_always_late_is_held():
     fake, arm = Time(), joint_arm()
