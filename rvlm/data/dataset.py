@@ -113,7 +113,8 @@ class EpisodeDataset:
         """The action spec; `EpisodeError` if there is none."""
         if self.spec is None:
             raise EpisodeError(
-                f"{self.root} does not say what its actions mean; open it with EpisodeDataset(root, ActionSpec.from_card(...))"
+                f"{self.root} does not say what its actions mean; open it with EpisodeDataset(root, ActionSpec.from_card(...)), "
+                "or give a stage the folder that rvlm.data.hub_datasets.fetch_dataset(root, card) makes, which stores the card"
             )
         return self.spec
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import EpisodeError
+from rvlm.data.hub_datasets import fetch_dataset
 from rvlm.data.lerobot_format import ImageHistogram
 from rvlm.data.resizing import resize
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows, record_dataset, split
@@ -472,6 +473,9 @@ def test_foreign_dataset_needs_a_card(data):
     assert dataset.cameras == ("static", "wrist") and dataset.column("action").shape == (31, 7)
     with pytest.raises(EpisodeError, match=r"does not say what its actions mean; open it with EpisodeDataset\(root, ActionSpec"):
         Windows(dataset)
+    with pytest.raises(EpisodeError, match=r"or give a stage the folder that rvlm.data.hub_datasets.fetch_dataset\(root, card\)"):
+        dataset.require_spec()
+    assert EpisodeDataset(fetch_dataset(data, "tabletop_franka7")).spec == SPEC
     assert len(Windows(EpisodeDataset(data, SPEC))) == 31
 
 
