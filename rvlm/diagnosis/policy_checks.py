@@ -122,7 +122,7 @@ def check_open_loop(inputs: DiagnosisInputs) -> CheckResult:
     is_explained = _fitted_error(inputs, chosen) < 0.5 * without_images < current
     if is_explained and (found := explain_predictions(inputs.dataset.require_spec(), chosen.predicted, chosen.recorded)):
         return CheckResult("open loop", f"{measured}; {found.measured}", found.fault, found.evidence)
-    if best != "as it is" and errors[best] < 0.9 * current:
+    if best != "as it is" and errors[best] < min(0.9 * current, without_images):
         return CheckResult("open loop", f"{measured}; {best}: {errors[best]:.2f}", best.split(":")[0], evidence)
     return CheckResult("open loop", measured, None if current < 0.9 * without_images else "not learned", evidence)
 

@@ -171,6 +171,18 @@ def test_an_untrained_policy_of_targets_has_not_learned(targets, toy_vlm, repres
     assert check_open_loop(DiagnosisInputs(Policy(*made), targets)).fault == "not learned"
 
 
+def test_what_is_worse_than_to_stay_explains_nothing(toy_vlm, home):
+    """Where a policy is far off, predictions by some other kind of statistics are always a little less so."""
+    spec = ActionSpec.from_card("pusht")
+    data = EpisodeDataset(record_stand_in(StandIn(spec), home / "pusht_targets", range(8)))
+    model, processor = make_policy(toy_vlm, spec, data.stats(episodes=split(data)[0]), cameras=spec.cameras, **SETTINGS)
+    [part for part in model.head.modules() if isinstance(part, torch.nn.Linear)][-1].bias.data += 1.0  # as far as q99
+    result = check_open_loop(DiagnosisInputs(Policy(model, processor), data, n_frames=40))
+    errors = result.evidence.set_index("candidate").iloc[:, 0]
+    kinds = errors[errors.index.str.startswith("statistics kind")]
+    assert errors[policy_checks.NO_IMAGES] < kinds.min() < 0.9 * errors["as it is"] and result.fault == "not learned"
+
+
 @pytest.mark.parametrize("representation", ["recorded", "relative"])
 def test_statistics_of_another_kind_are_named_in_any_representation(targets, toy_vlm, representation, monkeypatch):
     """A policy that predicts what was recorded, but un-normalises its predictions by another kind of statistics."""
