@@ -1,7 +1,8 @@
 """A stand-in of any card's robot: no physics, but its conventions. It records, drives and diagnoses before the robot is there.
 
 The state follows the actions as the card says: displacements and targets, frames, rotation layouts, grippers. Cameras show, as
-red blocks, the point to go to next; each camera some of its coordinates.
+red blocks, the point to go to next; each camera some of its coordinates. An episode has three points of nine steps each. It is a
+success if, when the steps of each are over, the robot is as near to it as the expert comes, within `TOLERANCE`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from rvlm.envs.suites import Suite
 TASKS = {"near": 0.5, "far": 1.0}  # task -> how far the points are, as a share of `REACH`
 START_M = (0.4, 0.0, 0.3)
 N_POINTS, STEPS_PER_POINT = 3, 9
+TOLERANCE = 0.25  # in each coordinate of a point, as a share of how far the task's points are from the start
 FINGER_M = 0.04  # of a finger whose state has no open and closed value
 
 
@@ -84,18 +86,23 @@ class StandIn(gymnasium.Env):
         self._origins = [dataclasses.replace(part) for part in self._parts]
         n = sum(n_coordinates(group) for group in self.action_spec.action)
         self._points = self.np_random.uniform(-1, 1, (N_POINTS, n))
-        self._n_steps = self._at = 0
+        self._n_steps, self._at, self._is_near = 0, 0, True
+        self._nearest = self._expert_distances()
         return self._observation(), {"task": self.task, "is_success": False}
 
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[dict, float, bool, bool, dict]:
         """Move by one raw action."""
         self.action_spec.check(np.asarray(action)[None])
-        for part, (dims, group) in zip(self._parts, self.action_spec.placed_action, strict=True):
-            self._move(part, group, np.asarray(action, float)[dims])
+        self._move_all(action)
         self._n_steps += 1
+        if self._n_steps % STEPS_PER_POINT == 0 and self._at < N_POINTS:
+            limit = self._nearest[self._at] + TOLERANCE * TASKS[self.task]
+            self._is_near &= bool((np.abs(self._way()) <= limit).all())
         self._at = self._n_steps // STEPS_PER_POINT
-        is_success = self._at >= N_POINTS
-        return self._observation(), float(is_success), is_success, self._n_steps >= self.max_steps, {"is_success": is_success}
+        is_over = self._at >= N_POINTS
+        is_success = is_over and self._is_near
+        info = {"is_success": is_success, **({"failure": "missed a point"} if is_over and not is_success else {})}
+        return self._observation(), float(is_success), is_over, self._n_steps >= self.max_steps, info
 
     def expert_action(self) -> Float[np.ndarray, " a"]:
         """The raw action towards the point."""
@@ -109,6 +116,25 @@ class StandIn(gymnasium.Env):
         middle = np.zeros(n) if group.kind == "joint_delta" else middle
         rotation = Rotation.from_euler("xyz", (np.pi, 0, self.np_random.uniform(-1, 1)))
         return Part(middle + 0.2 * noise * of_units(REACH, group)[:n], rotation if LAYOUTS[group.rotation] else None)
+
+    def _expert_distances(self) -> list[np.ndarray]:
+        """From each point, when its steps are over, of the expert: not all are within its steps' reach. Ends at the start.
+
+        No distance is near enough where the state does not show all that moves, as the expert leaves that where it is.
+        """
+        shown, distances = {group.kind for group in self.action_spec.state}, []
+        if not {group.kind.split("_")[0] for group in self.action_spec.action if group.kind in MOVING} <= shown:
+            return [np.array(-np.inf)] * N_POINTS
+        for self._at in range(N_POINTS):
+            for _ in range(STEPS_PER_POINT):
+                self._move_all(self.expert_action())
+            distances.append(np.abs(self._way()))
+        self._parts, self._at = [dataclasses.replace(part) for part in self._origins], 0
+        return distances
+
+    def _move_all(self, action: np.ndarray) -> None:
+        for part, (dims, group) in zip(self._parts, self.action_spec.placed_action, strict=True):
+            self._move(part, group, np.asarray(action, float)[dims])
 
     def _move(self, part: Part, group: Group, action: np.ndarray) -> None:
         if group.kind == "gripper":
@@ -131,19 +157,25 @@ class StandIn(gymnasium.Env):
 
     def _coordinates(self) -> np.ndarray:
         """Where the next point lies: way to go as a share of `REACH`, openings -1 (closed) or 1 (open); clipped to [-1, 1]."""
+        kinds = [group.kind for group in self.action_spec.action for _ in range(n_coordinates(group))]
+        point = self._points[min(self._at, N_POINTS - 1)]
+        return np.clip(np.where(np.array(kinds) == "gripper", np.sign(point), self._way()), -1, 1)
+
+    def _way(self) -> np.ndarray:
+        """Way to the next point as a share of `REACH`; of openings, from -1 (closed) or 1 (open)."""
         ways, at = [], 0
         point = self._points[min(self._at, N_POINTS - 1)]
         for part, origin, group in zip(self._parts, self._origins, self.action_spec.action, strict=True):
             share = point[at : at + n_coordinates(group)]
             at += len(share)
-            ways.append(np.sign(share) if group.kind == "gripper" else TASKS[self.task] * share)
+            ways.append(np.sign(share) + 1 - 2 * part.opening if group.kind == "gripper" else TASKS[self.task] * share)
             if group.kind in MOVING:
                 n, reach = group.n_position, of_units(REACH, group)
                 ways[-1][:n] += (origin.position - part.position) / reach[:n]
             if part.rotation is not None and origin.rotation is not None:
                 goal = Rotation.from_rotvec(REACH["rad"] * ways[-1][-3:]) * origin.rotation
                 ways[-1][-3:] = (goal * part.rotation.inv()).as_rotvec() / REACH["rad"]
-        return np.clip(np.concatenate(ways), -1, 1)
+        return np.concatenate(ways)
 
     def _state(self) -> np.ndarray:
         kinds, values = {}, []
