@@ -143,7 +143,7 @@ class StandIn(gymnasium.Env):
         if group.kind not in MOVING:
             return
         command, n, rotation = action * np.array(group.scale), group.n_position, part.rotation
-        turn = to_rotation(command[n:], group.rotation)[0] if rotation is not None else Rotation.identity()
+        turn = to_rotation(command[n:] * group.radians, group.rotation)[0] if rotation is not None else Rotation.identity()
         if "delta" not in group.kind:
             part.position = part.position + (1 - self.lag) * (command[:n] - part.position)
             if rotation is not None:
@@ -215,7 +215,7 @@ def _shown(group: Group, part: Part | None, hand: np.ndarray) -> np.ndarray:
         return np.resize(hand, n) * np.linspace(1, -1, n)
     if part is None or group.kind not in MOVING:
         return np.zeros(n)
-    rotation = from_rotation(part.rotation, group.rotation) if part.rotation is not None else np.zeros(0)
+    rotation = from_rotation(part.rotation, group.rotation) / group.radians if part.rotation is not None else np.zeros(0)
     return np.concatenate([part.position, rotation])
 
 

@@ -76,13 +76,14 @@ def _move_towards(group: Group, shown: tuple[slice, Group], state: np.ndarray, s
     now, scale = state[dims], np.array(group.scale)
     step = np.clip(share[:n] * of_units(REACH, group)[:n], -of_units(STEP, group)[:n], of_units(STEP, group)[:n])
     is_delta, has_rotation = "delta" in group.kind, LAYOUTS[group.rotation] > 0
-    turned = to_rotation(now[other.n_position :], other.rotation)[0] if has_rotation else Rotation.identity()
+    turned = to_rotation(now[other.n_position :] * other.radians, other.rotation)[0] if has_rotation else Rotation.identity()
     turn = Rotation.from_rotvec(np.clip(share[-3:] * REACH["rad"], -STEP["rad"], STEP["rad"])) if has_rotation else None
     if is_delta and group.frame == "ee":
         step, turn = (turned.inv().apply(step) if n == 3 else step), turn and turned.inv() * turn * turned
     if not is_delta:
         step, turn = now[:n] + step, turn and turn * turned
-    raw = np.concatenate([step, from_rotation(turn, group.rotation) if turn is not None else np.zeros(0)]) / scale
+    rotation = from_rotation(turn, group.rotation) / group.radians if turn is not None else np.zeros(0)
+    raw = np.concatenate([step, rotation]) / scale
     return np.clip(raw, group.low, group.high) if group.low else raw
 
 
