@@ -22,7 +22,8 @@ def check_suite(suite: Any, env: gymnasium.Env) -> None:
 
     Raises:
         SuiteError: Another spec, action space, camera, image, state or instruction; a task that does not exist is accepted; the
-            same seed starts differently; or all seeds, or all fixed initial states, start alike.
+            same seed starts differently; all seeds, or all fixed initial states, start alike; or one of these starts otherwise
+            with another seed.
     """
     _check_spec(suite, env)
     task = suite.default_tasks[0]
@@ -31,10 +32,21 @@ def check_suite(suite: Any, env: gymnasium.Env) -> None:
         raise _error(
             suite, f"the same start after two resets with seed {SEEDS[0]}", f"others in {difference}", "seed all randomness"
         )
-    if suite.n_starts != 1 and not _difference(begin, _first_observation(suite, env, SEEDS[1], task, (suite.n_starts or 1) - 1)):
-        what = "seeds" if suite.n_starts is None else "initial states 'start'"
-        raise _error(suite, f"two {what} that start differently", "the same images and state", "read them in reset()")
+    other_seed = _first_observation(suite, env, SEEDS[1], task, 0)
+    if suite.n_starts is None:
+        _require_other_start(suite, "seeds", begin, other_seed)
+    elif difference := _difference(begin, other_seed):
+        expected = f"the initial state 'start' 0 alike with seeds {SEEDS[0]} and {SEEDS[1]}"
+        raise _error(suite, expected, f"others in {difference}", "read the option 'start' in reset(), or leave n_starts out")
+    elif suite.n_starts > 1:
+        last = _first_observation(suite, env, SEEDS[0], task, suite.n_starts - 1)
+        _require_other_start(suite, "initial states 'start'", begin, last)
     _check_unknown_task_is_refused(suite, env)
+
+
+def _require_other_start(suite: Any, what: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+    if not _difference(one, other):
+        raise _error(suite, f"two {what} that start differently", "the same images and state", "read them in reset()")
 
 
 def _error(suite: Any, expected: str, came: str, mend: str) -> SuiteError:

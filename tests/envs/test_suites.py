@@ -99,6 +99,10 @@ class Faulty(StubEnv):
             options = {**options, "task": TASKS[0]}
         if self.fault == "other task":
             options = {**options, "task": TASKS[1]}
+        if self.fault == "start unread":
+            options = {"task": options["task"]}
+        if self.fault == "one start of several":
+            options = {**options, "start": 0}
         observation, info = super().reset(seed=0 if self.fault == "one start" else seed, options=options)
         images = observation["images"]
         if self.fault == "unseeded":
@@ -143,6 +147,19 @@ def test_an_environment_unlike_its_suite_is_refused_with_both(fault, message):
     faulty = dataclasses.replace(suite, make_env=functools.partial(Faulty, SPEC, fault=fault, tasks=TASKS))
     with pytest.raises(SuiteError, match=message):
         faulty.make()
+
+
+@pytest.mark.parametrize(
+    ("fault", "n_starts", "message"),
+    [
+        ("start unread", 2, r"'start' 0 alike with seeds 900000 and 900001, got others in image, wrist_image, state; read the"),
+        ("start unread", 1, r"expected the initial state 'start' 0 alike with seeds"),
+        ("one start of several", 2, r"expected two initial states 'start' that start differently, got the same images and state"),
+    ],
+)
+def test_fixed_initial_states_are_the_starts_and_not_the_seeds(fault, n_starts, message):
+    with pytest.raises(SuiteError, match=message):
+        check_suite(stub_suite("libero", n_starts=n_starts), Faulty(SPEC, fault=fault))
 
 
 def test_the_stub_and_the_tabletop_are_as_their_suites_say():
