@@ -45,7 +45,8 @@ class ActionSpec(Dimensions):
         cameras: Names, in the order of the model's input images; the same in dataset, observation and environment.
         action: Groups of the action's dimensions, in order.
         state: Groups of the proprioceptive vector's dimensions, in order.
-        image_rotation_deg: Rotation of stored images against what the environment renders (LIBERO's public sets: 180).
+        image_rotation_deg: Rotation of stored images against what simulator or camera show (LIBERO's public sets: 180).
+            Observations have images as they are stored: `rvlm.envs.stored_images.StoredImages` turns an environment's.
 
     Example:
         >>> spec = rvlm.ActionSpec.from_card("libero")

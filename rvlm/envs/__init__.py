@@ -3,6 +3,7 @@
 Modules:
     suites: an environment with its tasks and time limits, by name: the tabletop's or your own.
     spaces: observation and action space, from a spec.
+    stored_images: images turned as a recording stores them, for environments that render upright.
     suite_checks: checks that an environment is as its suite says.
     demonstrations: demonstrations of a suite's expert, with injected noise and the expert's labels.
     gl: choice of a headless OpenGL platform.

@@ -22,6 +22,7 @@ from rvlm.envs.deadline_clock import DeadlineClock
 from rvlm.envs.group_commands import GroupLimits
 from rvlm.envs.robot_commands import RobotCommands, robot_names
 from rvlm.envs.spaces import action_space, observation_space
+from rvlm.envs.stored_images import require_half_turns, turned_as_stored
 
 NEXT_EPISODE = "the episode is over; arrange the scene, then call reset()"
 
@@ -34,7 +35,8 @@ class HardwareEnv(gymnasium.Env):
     others. A displacement is added to the pose or the joints that were observed last; rotations add up as rotations. Everything
     that is sent is a target, within the limits of its group; to hold, the robot is sent where it is, and velocities 0.
 
-    Observation: `images`, (h, w, 3) uint8 RGB of each camera in the card, of any sizes; `state` (s,) float32; `instruction`.
+    Observation: `images`, (h, w, 3) uint8 RGB of each camera in the card, of any sizes, turned as the recording's;
+    `state` (s,) float32; `instruction`.
     Action: (a,) raw, in the card's range.
     Reward 1.0 if the operator confirms success. The episode ends at the time limit, when the operator stops it, or when more than
     `max_missed` deadlines in a row were missed. The robot is held at its end, before the operator is asked, and on every error.
@@ -254,8 +256,7 @@ class HardwareEnv(gymnasium.Env):
                 f"expected finite numbers for {list(self._state_keys)} and images {expected}; got {state.tolist()} and "
                 f"{formats}; check the robot's sensors and cameras"
             )
-        if self.action_spec.image_rotation_deg:
-            images = {name: np.rot90(image, 2).copy() for name, image in images.items()}
+        images = turned_as_stored(images, self.action_spec)
         return {"images": images, "state": state.astype(np.float32), "instruction": self.instructions[self.task]}
 
     def close(self) -> None:
@@ -276,8 +277,7 @@ def _is_number(value: Any) -> bool:
 
 def _camera_names(robot: Any, spec: ActionSpec, cameras: Mapping[str, str]) -> dict[str, str]:
     """Camera of the card -> the robot's name."""
-    if spec.image_rotation_deg not in (0, 180):
-        raise SpecMismatch(f"{spec.dataset}: expected images upright or turned by 180 degrees, got {spec.image_rotation_deg}")
+    require_half_turns(spec)
     names = {camera: cameras.get(camera, camera) for camera in spec.cameras}
     available = [key for key, feature in robot.observation_features.items() if isinstance(feature, tuple) and len(feature) == 3]
     missing = [key for key in names.values() if key not in available]

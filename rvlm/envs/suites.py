@@ -4,7 +4,9 @@ Evaluation, chains, diagnosis, DAgger and recording take a suite. The environmen
 
 - `action_spec`, an `ActionSpec`, on `env.unwrapped`;
 - `reset(seed=, options={"task": name})`, which refuses unknown tasks; with fixed initial states also the option "start";
-- observations `{"images": {camera: (h, w, 3) uint8}, "state": (s,) float32, "instruction": str}`;
+- observations `{"images": {camera: (h, w, 3) uint8}, "state": (s,) float32, "instruction": str}`; images as the recording
+  stores them, since the policy takes them as they come: where the spec has an `image_rotation_deg`, an environment that renders
+  upright is wrapped (`rvlm.envs.stored_images.StoredImages(env)`), and one that turns them itself is not;
 - `info["is_success"]` after each step; `info["failure"]`, a word or two, where it is known why an episode failed.
 
 Some users need more, and ask for it by name: `expert_action()`, `other_instruction(task)`, `feasible()`.
