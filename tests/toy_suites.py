@@ -124,6 +124,22 @@ class OtherTasks(StandIn):
         return super().reset(seed=seed)[0], {"task": "push"}
 
 
+class OldStep(StandIn):
+    """PushT's stand-in, whose step returns four values."""
+
+    def step(self, action):
+        observation, reward, is_terminated, is_truncated, info = super().step(action)
+        return observation, reward, is_terminated or is_truncated, info
+
+
+class LosesItsState(StandIn):
+    """PushT's stand-in, which has no state from an episode's second step on."""
+
+    def step(self, action):
+        observation, *others = super().step(action)
+        return {name: value for name, value in observation.items() if name != "state" or self._n_steps < 2}, *others
+
+
 def of_pusht(cls, tasks=("near", "far")):
     """A suite of a stand-in of PushT's robot, with images as its recordings have."""
     spec = ActionSpec.from_card("pusht")
@@ -145,3 +161,11 @@ def says_no_task():
 
 def other_tasks():
     return of_pusht(OtherTasks, ("push",))
+
+
+def old_step():
+    return of_pusht(OldStep)
+
+
+def loses_its_state():
+    return of_pusht(LosesItsState)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rvlm.report.notebooks import InvalidRun
 DIAGNOSE_ABOUT = "find the first fault in demonstrations, policy and environment, and its fix"
 DIAGNOSE_MORE = """DEMONSTRATIONS is the folder of a LeRobot dataset, or its name on the Hub; --card says what its numbers mean
 where it does not say so itself. Without --policy and --suite the data alone are checked; each of them adds checks. A check relies
-on those before it, so the first that fails ends the diagnosis. The status is 0 if no fault was found, else 1.
+on those before it, so the first that fails ends the diagnosis. The status is 0 if no fault was found, 1 if one was, and 2 if
+the diagnosis could not be made.
 
 examples:
   rvlm diagnose my_demonstrations
@@ -38,12 +40,16 @@ def add_diagnose(commands: Any) -> None:
 
 def _diagnose(arguments: argparse.Namespace) -> int:
     from rvlm.diagnosis.checklist import diagnose, first_fault
+    from rvlm.envs.gl import NoHeadlessOpenGL
 
     sys.path.insert(0, str(Path.cwd()))  # where "my_module:suite" is looked up
     try:
         results = diagnose(_inputs(arguments))
-    except (ValueError, FileNotFoundError) as error:  # data, cards, suites, policies: refused in words
+    except (ValueError, FileNotFoundError, NoHeadlessOpenGL) as error:  # data, cards, suites, policies: refused in words
         raise InvalidRun(str(error)) from error
+    except Exception:  # not of this package: status 1 says that a fault was found
+        traceback.print_exc()
+        return 2
     width = max(len(result.name) for result in results)
     for result in results:
         print(f"{result.name:<{width}}  {result.measured}")

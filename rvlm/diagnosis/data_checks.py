@@ -49,7 +49,7 @@ def check_motion(inputs: DiagnosisInputs) -> CheckResult:
     """Does the robot move as commanded, by the recorded states alone?"""
     found = explain_motion(inputs.dataset.require_spec(), _motions(inputs))
     if found is None:
-        return CheckResult("motion", "skipped: the state does not show what the actions move")
+        return CheckResult("motion", "skipped: the state does not show what the actions move, or episodes have a single step")
     return CheckResult("motion", found.measured, found.fault, found.evidence)
 
 

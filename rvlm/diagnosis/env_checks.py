@@ -102,6 +102,8 @@ def check_replay(inputs: DiagnosisInputs) -> CheckResult:
     """Do the recorded actions lead to the recorded states?"""
     if inputs.reset_to_recorded(inputs.sampled_episodes()[0]) is None:
         return CheckResult("replay", NO_ENV if inputs.env is None else NO_SEEDS)
+    if all(len(inputs.executed_actions(episode)) < 2 for episode in inputs.sampled_episodes()):
+        return CheckResult("replay", "skipped: recorded episodes have a single step, which leads to no recorded state")
     if not inputs.dataset.require_spec().state_names:
         return CheckResult("replay", "skipped: the robot tells no state")
     error, episodes, ends = _replay(inputs, lambda spec, actions: actions)

@@ -1,15 +1,13 @@
 """What a diagnosis examines: a policy, its training data, and the environment in which it fails; or less."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from rvlm.data.windows import EpisodeDataset, split
-from rvlm.envs.suite_checks import SuiteError
+from rvlm.envs.suite_checks import in_words
 from rvlm.policy.policy import Policy
 
 
@@ -93,7 +91,8 @@ class DiagnosisInputs:
         return self._reset(int(row["seed"]), options)
 
     def _reset(self, seed: int, options: dict[str, Any]) -> dict:
-        with _in_words(f"reset with seed {seed} and options {options}", "do the data's tasks and seeds belong to it?"):
+        asked = f"a reset with seed {seed} and options {options}"
+        with in_words(f"the environment refuses {asked}", "do the data's tasks and seeds belong to it?"):
             return self.env.reset(seed=seed, options=options or None)[0]
 
     def step(self, action: np.ndarray) -> tuple[dict, bool, bool]:
@@ -102,9 +101,10 @@ class DiagnosisInputs:
         Raises:
             SuiteError: The environment raises an error of its own.
         """
-        with _in_words(f"step with action {np.round(action, 3).tolist()}", "does it take the card's raw actions?"):
+        asked = f"a step with action {np.round(action, 3).tolist()}"
+        with in_words(f"the environment refuses {asked}", "does it take the card's raw actions?"):
             observation, _, is_terminated, is_truncated, info = self.env.step(action)
-        return observation, bool(is_terminated or is_truncated), bool(info.get("is_success", False))
+            return observation, bool(is_terminated or is_truncated), bool(info.get("is_success", False))
 
     def reset_three_times(self) -> list[dict]:
         """First observations of three seeds, or of three of the environment's fixed initial states."""
@@ -115,12 +115,3 @@ class DiagnosisInputs:
         if suite.n_starts is None:
             return [self._reset(seed, task) for seed in (1, 2, 3)]
         return [self._reset(0, task | {"start": i}) for i in range(min(3, suite.n_starts))]
-
-
-@contextlib.contextmanager
-def _in_words(what: str, mend: str) -> Iterator[None]:
-    """Any error of the environment as a `SuiteError`, as environments are others'."""
-    try:
-        yield
-    except Exception as error:
-        raise SuiteError(f"the environment refuses a {what}: {type(error).__name__}: {error}; {mend}") from error

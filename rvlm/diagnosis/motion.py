@@ -75,11 +75,11 @@ class Motion:
 
 
 def motion_of(spec: ActionSpec, episodes: Iterable[tuple[np.ndarray, np.ndarray]]) -> Motion | None:
-    """Motion in episodes of raw actions (n, a) and states (n + 1, s); None where the state shows no effect of any group."""
-    pairs = paired_groups(spec)
-    if not pairs:
+    """Motion in episodes of raw actions (n, a) and states (n + 1, s); None without steps, or where no group's effect is shown."""
+    pairs, episodes = paired_groups(spec), [episode for episode in episodes if len(episode[0])]
+    if not pairs or not episodes:
         return None
-    parts = [[_group_motion(action, state, *pair) for pair in pairs] for action, state in episodes if len(action)]
+    parts = [[_group_motion(action, state, *pair) for pair in pairs] for action, state in episodes]
     arrays = [np.concatenate([np.concatenate([group[k] for group in part], axis=1) for part in parts]) for k in range(4)]
     is_first = np.concatenate([np.arange(len(part[0][0])) == 0 for part in parts])
     return Motion(*_described(pairs), *arrays, is_first=is_first)

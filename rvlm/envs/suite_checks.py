@@ -1,6 +1,7 @@
 """Checks that an environment is as its suite says: what was expected, what came."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium
@@ -17,13 +18,23 @@ class SuiteError(ValueError):
     """No such suite or task, or an environment that is not as its suite says."""
 
 
+@contextlib.contextmanager
+def in_words(refused: str, mend: str) -> Iterator[None]:
+    """Any error of an environment as a `SuiteError`, as environments are others'."""
+    try:
+        yield
+    except Exception as error:
+        raise SuiteError(f"{refused}: {type(error).__name__}: {error}; {mend}") from error
+
+
 def check_suite(suite: Any, env: gymnasium.Env) -> None:
-    """Check an environment against its suite (`rvlm.envs.suites.Suite`), by its spaces and four resets; no step is made.
+    """Check an environment against its suite (`rvlm.envs.suites.Suite`), by its spaces, a few resets and one step.
 
     Raises:
-        SuiteError: Another spec, action space, camera, image, state or instruction; a task that does not exist is accepted; the
-            same seed starts differently; all seeds, or all fixed initial states, start alike; or one of these starts otherwise
-            with another seed.
+        SuiteError: Another spec, action space, camera, image, state or instruction; reset() or step() refuse what they are given,
+            or return something else than a `gymnasium.Env`'s, or no success; a task that does not exist is accepted; the same
+            seed starts differently; all seeds, or all fixed initial states, start alike; or one of these starts otherwise with
+            another seed.
     """
     _check_spec(suite, env)
     task = suite.default_tasks[0]
@@ -41,6 +52,7 @@ def check_suite(suite: Any, env: gymnasium.Env) -> None:
     elif suite.n_starts > 1:
         last = _first_observation(suite, env, SEEDS[0], task, suite.n_starts - 1)
         _require_other_start(suite, "initial states 'start'", begin, last)
+    _check_step(suite, env)
     _check_unknown_task_is_refused(suite, env)
 
 
@@ -54,15 +66,16 @@ def _error(suite: Any, expected: str, came: str, mend: str) -> SuiteError:
 
 
 def _check_spec(suite: Any, env: gymnasium.Env) -> None:
-    spec = getattr(env.unwrapped, "action_spec", None)
+    unwrapped = getattr(env, "unwrapped", env)
+    spec = getattr(unwrapped, "action_spec", None)
     if not isinstance(env, gymnasium.Env) or not isinstance(spec, ActionSpec):
-        came = f"{type(env.unwrapped).__name__} with {spec!r}"
+        came = f"{type(unwrapped).__name__} with {spec!r}"
         raise _error(suite, "a gymnasium.Env with an ActionSpec as action_spec", came, "set it in __init__")
     try:
         suite.spec.require_same(spec, "suite vs environment")
     except SpecMismatch as error:
         raise SuiteError(f"suite {suite.name}: {error}") from error
-    space = env.action_space
+    space = getattr(env, "action_space", None)
     if not isinstance(space, gymnasium.spaces.Box) or space.shape != (spec.n_dims,):
         dims = f"{spec.n_dims} dimensions {list(spec.names)}"
         raise _error(suite, f"an action space Box of {dims}", str(space), "make it of the spec's low and high")
@@ -78,17 +91,56 @@ def _check_spec(suite: Any, env: gymnasium.Env) -> None:
 
 def _first_observation(suite: Any, env: gymnasium.Env, seed: int, task: str, start: int) -> dict[str, Any]:
     options = {"task": task} if suite.n_starts is None else {"task": task, "start": start}
-    try:
-        observation, info = env.reset(seed=seed, options=options)
-    except (IndexError, KeyError, ValueError) as error:
-        came = f"{type(error).__name__}: {error}"
-        raise _error(
-            suite, f"a reset with {options}", came, "correct n_starts or tasks of the suite, or the environment"
-        ) from error
+    asked = f"reset(seed={seed}, options={options})"
+    with in_words(
+        f"suite {suite.name}: the environment refuses {asked}", "correct its reset(), or tasks or n_starts of the suite"
+    ):
+        came: Any = env.reset(seed=seed, options=options)
+    observation, info = _returned(suite, asked, came, ("observation", "info"))
     if info.get("task", task) != task:
         raise _error(suite, f"task {task!r}, which reset() was asked for", f"info['task'] {info['task']!r}", "obey the option")
     check_observation(suite, observation)
     return observation
+
+
+def _check_step(suite: Any, env: gymnasium.Env) -> None:
+    action = np.clip(np.zeros(suite.spec.n_dims, np.float32), suite.spec.low, suite.spec.high).astype(np.float32)
+    asked = f"step({action.round(3).tolist()})"
+    with in_words(f"suite {suite.name}: the environment refuses {asked}", "it must take the card's raw actions"):
+        came: Any = env.step(action)
+    observation, _, *ends, info = _returned(suite, asked, came, ("observation", "reward", "terminated", "truncated", "info"))
+    if not all(np.shape(end) == () and end in (True, False) for end in ends):
+        raise _error(suite, f"terminated and truncated of {asked} as True or False", str(ends), "say whether the episode is over")
+    success_of(env, info)
+    check_observation(suite, observation)
+
+
+def _returned(suite: Any, asked: str, came: Any, names: tuple[str, ...]) -> tuple:
+    """What an environment returned, if it is a tuple of these, the last a dict."""
+    expected = f"{asked} to return ({', '.join(names)})"
+    if not isinstance(came, tuple) or len(came) != len(names):
+        got = f"{len(came)} values" if isinstance(came, tuple) else type(came).__name__
+        raise _error(suite, expected, got, "return them as gymnasium does, since its version 0.26")
+    if not isinstance(came[-1], Mapping):
+        raise _error(suite, f"{expected}, info a dict", f"info {came[-1]!r}", "return one, if only {}")
+    return came
+
+
+def success_of(env: gymnasium.Env, info: Mapping[str, Any]) -> bool:
+    """What the info of a step says about success.
+
+    Raises:
+        SuiteError: It does not say, or something else than yes or no.
+    """
+    name = type(env.unwrapped).__name__
+    if "is_success" not in info:
+        raise SuiteError(f"expected info['is_success'] of {name} after each step, got {sorted(info)}; add it")
+    said = info["is_success"]
+    if np.shape(said) != () or said not in (True, False):
+        raise SuiteError(
+            f"expected info['is_success'] of {name} as True or False, got {said!r}; an episode's success is that of its last step"
+        )
+    return bool(said)
 
 
 def check_observation(suite: Any, observation: Any) -> None:

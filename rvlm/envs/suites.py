@@ -87,6 +87,13 @@ class Suite:
                 f"{self.name}: expected noise_scale as {self.spec.n_dims} finite numbers from 0 on, got {self.noise_scale}"
             )
         require_importable(self.make_env, f"{self.name}: make_env")
+        try:
+            inspect.signature(self.make_env).bind(image_size=None)
+        except TypeError as error:
+            raise SuiteError(
+                f"{self.name}: expected make_env(image_size=...), got one that refuses it ({error}); give it this parameter, and "
+                "values for its others by functools.partial"
+            ) from error
 
     def _as_names(self, attribute: str) -> tuple[str, ...]:
         names = getattr(self, attribute)
@@ -114,7 +121,7 @@ class Suite:
     def make(self, image_size: Any = None) -> gymnasium.Env:
         """An environment that ends episodes at the task's time limit.
 
-        The first one in a process is checked, with a few resets, by `check_suite`.
+        The first one in a process is checked, with a few resets and a step, by `check_suite`.
 
         Raises:
             SuiteError: The environment is not as the suite says.

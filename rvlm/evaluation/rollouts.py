@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rvlm.data.observations import stack_images
+from rvlm.envs.suite_checks import success_of
 
 InputAblation = Callable[[Sequence[dict]], list[dict]]  # observations of a batch -> the same with an input removed
 
@@ -228,17 +229,8 @@ def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple], keep_sta
 def _step(env: Any, action: np.ndarray, row: dict) -> tuple[dict, bool]:
     """Execute an action and update the episode's row: the next observation, and whether the episode has ended."""
     observation, _, is_terminated, is_truncated, info = env.step(action)
-    if "is_success" not in info:
-        raise KeyError(
-            f"expected info['is_success'] of {type(env.unwrapped).__name__} after each step, got {sorted(info)}; add it"
-        )
-    if info["is_success"] not in (True, False):
-        raise ValueError(
-            f"expected info['is_success'] of {type(env.unwrapped).__name__} as True or False, got {info['is_success']!r}; an "
-            "episode's success is that of its last step"
-        )
-    row |= {"n_steps": row["n_steps"] + 1, "is_success": bool(info["is_success"])}
-    row["failure"] = "" if info["is_success"] else info.get("failure", "timed out")
+    row |= {"n_steps": row["n_steps"] + 1, "is_success": success_of(env, info)}
+    row["failure"] = "" if row["is_success"] else info.get("failure", "timed out")
     return observation, is_terminated or is_truncated
 
 

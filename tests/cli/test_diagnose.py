@@ -7,9 +7,11 @@ import pytest
 from public_datasets import record_public
 
 from rvlm.cli.main import main
+from rvlm.data.actions import ActionSpec
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter
 from rvlm.diagnosis.checklist import CHECKS
 from rvlm.diagnosis.results import FIXES
+from rvlm.envs.stand_in import StandIn, record_stand_in
 from rvlm.policy.factory import make_policy
 
 
@@ -72,12 +74,21 @@ def test_a_policy_that_has_not_learned_is_named_so(recorded, toy_vlm, tmp_path, 
         (["{}", "--card", "pusht", "--policy", "no_policy_here"], "no_policy_here"),
         (["{}", "--card", "pusht", "--seed", "-1"], "--seed: expected a whole number from 0 on, got -1"),
         (["{}", "--card", "pusht", "--suite", "toy_suites:other_tasks"], "options {'task': 'far'}: KeyError: "),
+        (["{}", "--card", "pusht", "--suite", "toy_suites:old_step"], "to return (observation, reward, terminated, trunc"),
+        (["{}", "--card", "pusht", "--suite", "toy_suites:loses_its_state"], "KeyError: 'state'"),
         (["{}", "--card", "pusht", "--episodes", "0"], "--episodes: expected at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(recorded, words, message, capsys):
     assert main(["diagnose", *(word.format(recorded) for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_episodes_of_a_single_step_are_diagnosed(tmp_path, capsys):
+    env = StandIn(ActionSpec.from_card("pusht"), sizes={"image": (96, 96)}, max_steps=1)
+    data = record_stand_in(env, tmp_path / "single", range(4))
+    assert diagnose(data, "--suite", "public_datasets:pusht_suite") == 0
+    assert capsys.readouterr().out.count("single step") == 2
 
 
 @pytest.mark.parametrize("name", ["needs_its_task", "says_no_task"])

@@ -70,6 +70,7 @@ def test_a_stopped_run_resumes(tmp_path, monkeypatch):
         (["random", "toy_suites:libero_stub", "--tasks", TASKS[0], TASKS[0]], "expected each task once"),
         (["random", "tabletop/ur6", "--device", "gpu"], "expected device 'cpu', 'cuda'"),
         ([POLICY, "toy_suites:libero_stub", "--episodes", "2"], "policy vs environment"),
+        (["random", "toy_suites:old_step"], "to return (observation, reward, terminated, truncated, info), got 4 values; return"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_words(words, message, capsys):

@@ -91,6 +91,8 @@ class Faulty(StubEnv):
             self.action_space = gymnasium.spaces.Box(-1, 1, (6,), np.float32)
         if fault == "slow":
             self.action_spec = dataclasses.replace(self.action_spec, rate_hz=10.0)
+        if fault == "no space":
+            del self.action_space
         if fault == "no spec":
             self.action_spec = None
 
@@ -107,6 +109,8 @@ class Faulty(StubEnv):
         images = observation["images"]
         if self.fault == "unseeded":
             images["image"] = np.random.default_rng().integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        if self.fault in ("info none", "old reset"):
+            return (observation, None) if self.fault == "info none" else observation
         observation |= {
             "camera": {"images": {"front": images["image"]}},
             "float": {"images": {camera: image / 255 for camera, image in images.items()}},
@@ -117,6 +121,24 @@ class Faulty(StubEnv):
             "instruction": {"instruction": ""},
         }.get(self.fault, {})
         return observation, info
+
+    def step(self, action):
+        if self.fault == "step raises":
+            raise RuntimeError("diverged")
+        observation, reward, is_terminated, is_truncated, info = super().step(action)
+        changed = {"no success": {}, "two successes": {"is_success": np.zeros(2)}, "no info": None}
+        end = np.zeros(2) if self.fault == "two ends" else is_terminated
+        if self.fault == "state lost":
+            observation.pop("state")
+        values = observation, reward, end, is_truncated, changed.get(self.fault, info)
+        return values[:3] + values[4:] if self.fault == "old step" else values
+
+
+class WithoutSeed(StubEnv):
+    """A stub environment of an old reset()."""
+
+    def reset(self, options=None):
+        return super().reset(options=options)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +158,19 @@ class Faulty(StubEnv):
         ("unseeded", r"expected the same start after two resets with seed 900000, got others in image; seed all"),
         ("one start", r"expected two seeds that start differently, got the same images and state"),
         ("any task", r"expected a refusal of the unknown task 'no such task', got a reset"),
+        ("no space", r"expected an action space Box of 7 dimensions .*got None; make it"),
+        ("old reset", r"expected reset\(seed=900000, .*\) to return \(observation, info\), got dict; return them as gymnasium"),
+        ("info none", r"to return \(observation, info\), info a dict, got info None"),
+        ("step raises", r"the environment refuses step\(\[0.0, 0.0, .*\]\): RuntimeError: diverged; it must take the card's raw"),
+        ("old step", r"expected step\(.*\) to return \(observation, reward, terminated, truncated, info\), got 4 values"),
+        ("two ends", r"expected terminated and truncated of step\(.*\) as True or False, got \[array\(\[0., 0.\]\), False\]"),
+        ("no info", r"info a dict, got info None"),
+        ("no success", r"expected info\['is_success'\] of Faulty after each step, got \[\]; add it"),
+        ("two successes", r"expected info\['is_success'\] of Faulty as True or False, got array"),
+        (
+            "state lost",
+            r"expected observations with \['images', 'instruction', 'state'\], images by camera, got \['images', 'instr",
+        ),
         ("other task", r"expected task 'push the block', which reset\(\) was asked for, got info\['task'\] 'open the box'"),
     ],
 )
@@ -160,6 +195,15 @@ def test_an_environment_unlike_its_suite_is_refused_with_both(fault, message):
 def test_fixed_initial_states_are_the_starts_and_not_the_seeds(fault, n_starts, message):
     with pytest.raises(SuiteError, match=message):
         check_suite(stub_suite("libero", n_starts=n_starts), Faulty(SPEC, fault=fault))
+
+
+def test_an_environment_that_takes_no_seed_or_no_image_size_is_refused():
+    with pytest.raises(
+        SuiteError, match=r"refuses reset\(seed=900000, .*TypeError: .*unexpected keyword argument 'seed'; correct"
+    ):
+        check_suite(stub_suite("libero"), WithoutSeed(SPEC))
+    with pytest.raises(SuiteError, match=r"expected make_env\(image_size=...\), got one that refuses it \(.*'suite'\); give"):
+        stub_suite("libero", make_env=load_suite)
 
 
 def test_the_stub_and_the_tabletop_are_as_their_suites_say():
