@@ -13,12 +13,12 @@ Modules:
     spec_dimensions: dimensions of all groups as one vector.
     pairing: which dimension of the state shows one of the action, in which units.
     rotations: layouts of rotations, and conversion.
-    normalization: statistics of actions and states; normalise and unnormalise.
+    normalization: statistics of actions and states; half spheres of quaternions; normalise and unnormalise.
     augmentation: random shift, crop and light of images.
     sampling: fixed budgets and weighted mixtures, deterministic in the sample position.
     actions: `ActionSpec`: conventions of actions and state, from a data card.
     holding: the action that holds a robot still.
-    representations: canonical quaternions; chunks relative to the state.
+    representations: chunks relative to the state.
     dataset_statistics: statistics of a dataset in LeRobot's format.
     lerobot_format: LeRobotDataset v3.0 on disk: features, statistics, meta files.
     shards: groups of episodes that are written together, whole or not at all.

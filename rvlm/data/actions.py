@@ -19,7 +19,7 @@ import numpy as np
 from rvlm.data.cards import CARDS, check_cameras, check_fields, parse_field, read_card
 from rvlm.data.errors import CardError, SpecMismatch
 from rvlm.data.groups import Group, checked_groups
-from rvlm.data.normalization import QUANTILES, NormStats, StatsAccumulator, array_like
+from rvlm.data.normalization import QUANTILES, NormStats, StatsAccumulator, array_like, on_half_sphere
 from rvlm.data.spec_dimensions import Dimensions
 
 __all__ = [
@@ -145,10 +145,14 @@ class ActionSpec(Dimensions):
         return actions[..., index] * array_like(np.asarray(self.scale)[index], actions)
 
     def normalize(self, actions: Any, stats: NormStats) -> Any:
-        """Raw ``(..., a)`` -> training units: by ``stats``, a binary gripper 1 (open) or 0 (closed)."""
-        out = stats.normalize(actions)
+        """Raw ``(..., a)`` -> training units: by ``stats``, a binary gripper 1 (open) or 0 (closed), q and -q alike."""
+        out = stats.normalize(on_half_sphere(actions, self.placed_action, stats.reference))
         out[..., self._binary] = array_like(1.0, out) * self.is_open(actions)[..., self._is_binary_gripper]
         return out
+
+    def normalize_state(self, state: Any, stats: NormStats) -> Any:
+        """Raw states ``(..., s)`` -> training units: by ``stats``, q and -q alike."""
+        return stats.normalize(on_half_sphere(state, self.placed_state, stats.reference))
 
     def unnormalize(self, normalized: Any, stats: NormStats) -> Any:
         """Training units ``(..., a)`` -> raw: by ``stats``, 0 in absent dimensions, a binary gripper open where above 0.5."""

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.spec_dimensions import PlacedGroups
 
+_OPTIONAL = {"floor", "reference"}  # fields of statistics
 NORMALIZATIONS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
@@ -23,6 +25,46 @@ def array_like(constant: Any, x: Any) -> Any:
         return (x if x.is_floating_point() else x.float()).new_tensor(np.asarray(constant, dtype=np.float64).tolist())
     dtype = x.dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else np.float64
     return np.asarray(constant, dtype=dtype)
+
+
+def _quaternions(placed: PlacedGroups) -> list[slice]:
+    """Places of the quaternions among the dimensions of an action or a state."""
+    return [slice(at.start + group.n_position, at.stop) for at, group in placed if group.rotation.startswith("quat")]
+
+
+def mean_quaternions(values: np.ndarray, placed: PlacedGroups) -> np.ndarray | None:
+    """The mean rotation of raw values ``(n, d)`` in the place of each quaternion, 0 elsewhere ``(d,)``; None without quaternions.
+
+    Of q and -q the one whose largest number is positive. Source: Markley et al. 2007, Averaging Quaternions.
+    """
+    if not (places := _quaternions(placed)):
+        return None
+    reference = np.zeros(values.shape[-1])
+    for at in places:
+        q = values[:, at].astype(np.float64)
+        mean = np.linalg.eigh(q.T @ q)[1][:, -1]
+        reference[at] = mean * np.sign(mean[np.abs(mean).argmax()])
+    return reference
+
+
+def require_reference(placed: PlacedGroups, reference: np.ndarray | None) -> None:
+    """Raise `SpecMismatch` where statistics of quaternions do not say on which half sphere these are."""
+    if reference is None and (names := [group.names[group.n_position :] for _, group in placed if "quat" in group.rotation]):
+        raise SpecMismatch(
+            f"expected statistics with the reference of the quaternions {', '.join(map(str, names))}, got some of before it was "
+            "stored; compute them again by EpisodeDataset.stats(), and train again what was trained with them"
+        )
+
+
+def on_half_sphere(values: Any, placed: PlacedGroups, reference: np.ndarray | None) -> Any:
+    """Raw values ``(..., d)`` with, of q and -q, which are one rotation, the one nearer to the reference; numpy or torch."""
+    require_reference(placed, reference)
+    for at in _quaternions(placed):
+        q = values[..., at]
+        is_far = (q @ array_like(np.asarray(reference)[at], q) < 0)[..., None]
+        values = values.clone() if hasattr(values, "clone") else np.array(values)
+        values[..., at] = q * (1 - 2 * array_like(1.0, q) * is_far)
+    return values
 
 
 @dataclass(frozen=True)
@@ -37,6 +79,9 @@ class NormStats:
     lie within the sensor's noise: without a floor, noise would fill [-1, 1] and a real rotation reach thousands, and so the
     loss. With a floor in physical units (`ActionSpec.scale_floor`) noise stays small and a rotation at most a few dozens.
     None in statistics from before the floor was stored, which normalise without it.
+
+    ``reference`` ``(d,)`` is the data's mean rotation in the place of each quaternion, 0 elsewhere; None without quaternions.
+    What is normalised is `on_half_sphere` of it, so that q becomes -q only where a rotation is half a turn from the mean.
     """
 
     min: np.ndarray
@@ -52,6 +97,7 @@ class NormStats:
     kind: str
     passthrough: tuple[int, ...] = ()
     floor: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in NORMALIZATIONS:
@@ -62,7 +108,7 @@ class NormStats:
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("count", "kind", "passthrough")}
         shape = np.shape(self.mean)
         for name, values in arrays.items():
-            if name == "floor" and values is None:
+            if name in _OPTIONAL and values is None:
                 continue
             if np.shape(values) != shape or len(shape) != 1 or not np.isfinite(values).all():
                 raise SpecMismatch(f"statistics: expected {name!r} as {shape} finite numbers like 'mean', got {values}")
@@ -117,13 +163,13 @@ class NormStats:
         """Plain JSON values."""
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(self).items()}
         plain |= {"passthrough": list(self.passthrough)}
-        return {k: v for k, v in plain.items() if k != "floor" or v is not None}
+        return {k: v for k, v in plain.items() if k not in _OPTIONAL or v is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NormStats:
         """Inverse of `to_dict`; an unknown or missing field is an error."""
         known = {f.name for f in fields(cls)}
-        if set(values) | {"floor"} != known:
+        if set(values) | _OPTIONAL != known:
             raise SpecMismatch(f"statistics: expected fields {sorted(known)}, got {sorted(values)}")
         arrays = {k: np.asarray(v, dtype=np.float64) for k, v in values.items() if k not in ("count", "kind", "passthrough")}
         return cls(**arrays, count=values["count"], kind=values["kind"], passthrough=tuple(values["passthrough"]))
@@ -156,12 +202,24 @@ class StatsAccumulator:
             self.update(part)
         return self
 
-    def finish(self, kind: str = "q01_q99", passthrough: tuple[int, ...] = (), floor: np.ndarray | None = None) -> NormStats:
-        """Statistics of all values; quantiles are numpy's (linear interpolation)."""
+    def finish(
+        self,
+        kind: str = "q01_q99",
+        passthrough: tuple[int, ...] = (),
+        floor: np.ndarray | None = None,
+        placed: PlacedGroups = (),
+    ) -> NormStats:
+        """Statistics of all values, with quaternions of `placed` groups on the half sphere of their mean rotation.
+
+        Quantiles are numpy's (linear interpolation).
+        """
         count = sum(len(p) for p in self._parts)
         if not count:
             raise SpecMismatch("statistics: no rows came; expected at least one (do the episodes asked for exist?)")
         x = np.concatenate(self._parts).astype(np.float64)
+        reference = mean_quaternions(x, placed)
+        x = on_half_sphere(x, placed, reference)
         quantiles = dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0), strict=True))
         moments = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
-        return NormStats(**moments, **quantiles, count=count, kind=kind, passthrough=tuple(passthrough), floor=floor)
+        given = {"kind": kind, "passthrough": tuple(passthrough), "floor": floor, "reference": reference}
+        return NormStats(**moments, **quantiles, count=count, **given)

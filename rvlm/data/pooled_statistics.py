@@ -10,7 +10,7 @@ import numpy as np
 
 from rvlm.data.actions import NormStats, StatsAccumulator
 from rvlm.data.errors import EpisodeError, SpecMismatch
-from rvlm.data.representations import canonical_quaternions, relative_actions
+from rvlm.data.representations import relative_actions
 
 OUTLIER = 100  # warn of values beyond this [normalised units]
 
@@ -30,28 +30,31 @@ def pooled_stats(
     spec = parts[0][0].require_spec()
     for data, _ in parts[1:]:
         spec.require_same(data.require_spec(), f"{parts[0][0].root} vs {data.root}")
-    sides = {"action": (spec.names, spec.scale_floor), "observation.state": (spec.state_names, spec.state_scale_floor)}
+    sides = {
+        "action": (spec.names, spec.scale_floor, spec.placed_action),
+        "observation.state": (spec.state_names, spec.state_scale_floor, spec.placed_state),
+    }
     out = {}
-    for key, (names, floor) in sides.items():
+    for key, (names, floor, placed) in sides.items():
         accumulator = StatsAccumulator()
         for data, episodes in parts:
             try:
                 accumulator.update(training_values(data, key, episodes, relative_chunk))
             except SpecMismatch as error:
                 raise EpisodeError(f"{data.root}, {key}: {error}") from error
-        out[key] = accumulator.finish(kind, tuple(np.flatnonzero(spec.is_binary).tolist()) if key == "action" else (), floor)
+        binary = tuple(np.flatnonzero(spec.is_binary).tolist()) if key == "action" else ()
+        out[key] = accumulator.finish(kind, binary, floor, placed)
         _warn_of_outliers(f"{parts[0][0].root}, {key}", out[key], names)
     return out
 
 
 def training_values(data: Any, key: str, episodes: np.ndarray, relative_chunk: int | None = None) -> np.ndarray:
-    """Values ``(n, d)`` of a column over episodes, as they are normalised; arguments as of `pooled_stats`."""
+    """Raw values ``(n, d)`` of a column over episodes, in the representation of training; arguments as of `pooled_stats`."""
     spec, rows = data.require_spec(), np.flatnonzero(np.isin(data.episode_of_frame, episodes))
-    placed = spec.placed_action if key == "action" else spec.placed_state
-    values = canonical_quaternions(data.column(key), placed)
+    values = data.column(key)
     if key != "action" or relative_chunk is None:
         return values[rows]
-    state = canonical_quaternions(data.column("observation.state"), spec.placed_state)
+    state = data.column("observation.state")
     episode, n = data.episode_of_frame, len(values)
     starts = [rows[(rows + i < n) & (episode[np.minimum(rows + i, n - 1)] == episode[rows])] for i in range(relative_chunk)]
     return np.concatenate([relative_actions(spec, values[at + i], state[at]) for i, at in enumerate(starts)])

@@ -1,4 +1,4 @@
-"""Representations of raw values for training: canonical quaternions, and chunks relative to the present state.
+"""Chunks relative to the present state, as a representation of raw actions for training.
 
 Source: chunks relative to the state, as pi0 trains joints: Black et al. 2024 (arXiv 2410.24164), appendix; for poses, Chi et al.
 2024 (UMI, arXiv 2402.10329), section IV.
@@ -6,30 +6,14 @@ Source: chunks relative to the state, as pi0 trains joints: Black et al. 2024 (a
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS, Group
-from rvlm.data.normalization import array_like
-from rvlm.data.rotations import from_rotation, to_rotation
-from rvlm.data.spec_dimensions import PlacedGroups
+from rvlm.data.rotations import from_rotation, nearest_encoding, to_rotation
 
 REPRESENTATIONS = ("recorded", "relative")
-
-
-def canonical_quaternions(values: Any, placed: PlacedGroups) -> Any:
-    """Raw actions or states ``(..., d)`` with quaternions of w from 0 on, since q and -q are one rotation; numpy or torch."""
-    for place, group in placed:
-        if group.rotation.startswith("quat"):
-            start = place.start + group.n_position
-            q = values[..., start : place.stop]
-            w = q[..., :1] if group.rotation == "quat_wxyz" else q[..., 3:]
-            values = values.clone() if hasattr(values, "clone") else np.array(values)
-            values[..., start : place.stop] = q * (1 - 2 * array_like(1.0, q) * (w < 0))
-    return values
 
 
 def relative_groups(spec: ActionSpec) -> list[tuple[slice, slice, Group]]:
@@ -65,7 +49,7 @@ def relative_actions(spec: ActionSpec, actions: np.ndarray, state: np.ndarray) -
 
 
 def absolute_actions(spec: ActionSpec, relative: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Inverse of `relative_actions`."""
+    """Inverse of `relative_actions`, with quaternions on the half sphere of the state's."""
     return _converted(spec, relative, state, 1)
 
 
@@ -88,5 +72,5 @@ def _converted(spec: ActionSpec, actions: np.ndarray, state: np.ndarray, sign: i
 
 def _rotated(rotation: np.ndarray, present: np.ndarray, group: Group, sign: int) -> np.ndarray:
     turned, start = (to_rotation(numbers * group.radians, group.rotation) for numbers in (rotation, present))
-    relative = from_rotation(turned * (start.inv() if sign < 0 else start), group.rotation)
-    return relative.reshape(rotation.shape) / group.radians
+    out = from_rotation(turned * (start.inv() if sign < 0 else start), group.rotation).reshape(rotation.shape) / group.radians
+    return out if sign < 0 else nearest_encoding(out, present, group)

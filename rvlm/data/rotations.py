@@ -1,6 +1,6 @@
 """Layouts of rotations in actions and states, and conversion between them.
 
-Quaternions are canonical (w not negative), as q and -q are one rotation.
+q and -q are one rotation: `from_rotation` gives that with w not negative, `nearest_encoding` that beside another.
 Source: 6-D rotations, the first two columns of the matrix: Zhou et al. 2019 (arXiv 1812.07035), section 4.2.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rvlm.data.errors import SpecMismatch
-from rvlm.data.groups import LAYOUTS
+from rvlm.data.groups import LAYOUTS, Group
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
@@ -40,6 +40,13 @@ def to_rotation(values: np.ndarray, layout: str) -> Rotation:
 def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
     """Inverse of `to_rotation`: ``(n, d)``; one rotation gives ``(d,)``."""
     return _ENCODERS[layout](rotation)
+
+
+def nearest_encoding(numbers: np.ndarray, near: np.ndarray, group: Group) -> np.ndarray:
+    """Raw numbers ``(..., d)`` of a group's rotation, or others of the same rotation: of q and -q the one nearer to `near`."""
+    if group.rotation.startswith("quat"):
+        return np.where((numbers * near).sum(-1, keepdims=True) < 0, -numbers, numbers)
+    return numbers
 
 
 def _decoded(values: np.ndarray, layout: str) -> Rotation:

@@ -14,7 +14,7 @@ import numpy as np
 from rvlm.data.actions import ActionSpec, NormStats
 from rvlm.data.dataset import EpisodeDataset, EpisodeIndices, Index
 from rvlm.data.errors import EpisodeError, SpecMismatch
-from rvlm.data.representations import canonical_quaternions, relative_actions
+from rvlm.data.representations import relative_actions
 from rvlm.data.writer import EpisodeWriter, record_dataset
 
 __all__ = ["EpisodeDataset", "EpisodeError", "EpisodeWriter", "Windows", "record_dataset", "split"]
@@ -101,18 +101,16 @@ class Windows:
         self._frames = self._load_frames() if frames is None and features is None else list(frames or ())
 
     def _load_columns(self) -> None:
-        raw = self.dataset.column("action")
+        self._action = self.dataset.column("action")
         try:
-            self.spec.check(raw)
+            self.spec.check(self._action)
         except SpecMismatch as error:
             raise EpisodeError(f"{self.dataset.root}, action: {error}") from error
-        self._action = canonical_quaternions(raw, self.spec.placed_action)
         if not self.is_relative:
             self._action = self._normalized(self._action)
-        state = self.dataset.column("observation.state")
-        check_finite_state(self.spec, state, f"{self.dataset.root}, observation.state")
-        self._raw_state = canonical_quaternions(state, self.spec.placed_state)
-        self._state = self.stats["observation.state"].normalize(self._raw_state).astype(np.float32)
+        self._raw_state = self.dataset.column("observation.state")
+        check_finite_state(self.spec, self._raw_state, f"{self.dataset.root}, observation.state")
+        self._state = self.spec.normalize_state(self._raw_state, self.stats["observation.state"]).astype(np.float32)
         self._task = self.dataset.task_of_frame
         self._episode = self.dataset.episode_of_frame
         table = self.dataset.episodes

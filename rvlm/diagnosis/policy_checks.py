@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 
 from rvlm.data.actions import ActionSpec, NormStats, StatsAccumulator
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.normalization import on_half_sphere
 from rvlm.data.pooled_statistics import training_values
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS
@@ -61,7 +62,10 @@ def widest_quantiles(stats: NormStats, inputs: DiagnosisInputs) -> NormStats:
 
 def _normalized_actions(inputs: DiagnosisInputs, episodes: np.ndarray) -> np.ndarray:
     """Raw actions (n, a) of episodes as the policy predicts them: as recorded, or its chunks relative to the state."""
-    return training_values(inputs.dataset, "action", episodes, inputs.trained and inputs.trained.model.config.relative_chunk)
+    policy, spec = inputs.trained, inputs.dataset.require_spec()
+    assert policy is not None
+    values = training_values(inputs.dataset, "action", episodes, policy.model.config.relative_chunk)
+    return on_half_sphere(values, spec.placed_action, policy.robot.stats["action"].reference)
 
 
 def _distance(a: NormStats, b: NormStats) -> float:

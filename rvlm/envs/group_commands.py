@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS, Group
 from rvlm.data.pairing import same_places, unit_ratios
-from rvlm.data.rotations import from_rotation, to_rotation
+from rvlm.data.rotations import from_rotation, nearest_encoding, to_rotation
 
 TARGET_KINDS = {"pose_delta": "pose", "joint_delta": "joint"}  # kind of a displacement -> kind of the target
 
@@ -116,7 +116,7 @@ class GroupCommand:
     def _encoded(self, rotation: Rotation, last: np.ndarray) -> np.ndarray:
         """The rotation in the target's layout; of q and -q the one nearer to the last."""
         numbers = from_rotation(rotation, self.target.rotation).reshape(-1) / self.target.radians
-        return -numbers if "quat" in self.target.rotation and numbers @ last < 0 else numbers
+        return nearest_encoding(numbers, last, self.target)
 
     def _moved(self, si: np.ndarray, present: np.ndarray) -> np.ndarray:
         """The pose `present` moved by a displacement in the state's axes or, with frame "ee", in its own."""

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Num, Shaped
 
 from rvlm.data.actions import ActionSpec, Group, NormStats
-from rvlm.data.representations import absolute_actions, canonical_quaternions, relative_actions
+from rvlm.data.normalization import require_reference
+from rvlm.data.representations import absolute_actions, relative_actions
 from rvlm.files import config_hash
 
 
@@ -25,10 +26,18 @@ class Embodiment:
     Attributes:
         spec: What its actions mean.
         stats: Of "action" and "observation.state" over its training episodes.
+
+    Raises:
+        SpecMismatch: Statistics of quaternions without their reference.
     """
 
     spec: ActionSpec
     stats: dict[str, NormStats]
+
+    def __post_init__(self) -> None:
+        for column, placed in (("action", self.spec.placed_action), ("observation.state", self.spec.placed_state)):
+            if column in self.stats:
+                require_reference(placed, self.stats[column].reference)
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint, with a checksum over spec and statistics: `from_dict` refuses a mixture of two."""
@@ -134,18 +143,15 @@ class EmbodimentConditioning:
         """Raw actions (..., k, a) of predicted chunks (..., k, A), from raw states (..., s) at their beginning."""
         spec = embodiment.spec
         raw = spec.unnormalize(self.robot_dims(embodiment, chunks), embodiment.stats["action"])
-        return absolute_actions(spec, raw, self._present(spec, state)) if self.is_relative else raw
+        return absolute_actions(spec, raw, state[..., None, :]) if self.is_relative else raw
 
     def normalized_actions(
         self, embodiment: Embodiment, raw: Num[np.ndarray, "*n k a"], state: Num[np.ndarray, "*n s"]
     ) -> Num[np.ndarray, "*n k A"]:
         """Inverse of `raw_actions`, 0 in slots that the robot does not have."""
         spec = embodiment.spec
-        raw = relative_actions(spec, raw, self._present(spec, state)) if self.is_relative else raw
+        raw = relative_actions(spec, raw, state[..., None, :]) if self.is_relative else raw
         return self.align_action(embodiment, spec.normalize(raw, embodiment.stats["action"]))
-
-    def _present(self, spec: ActionSpec, state: np.ndarray) -> np.ndarray:
-        return canonical_quaternions(np.asarray(state), spec.placed_state)[..., None, :]
 
     def instruction(self, embodiment: Embodiment, instruction: str) -> str:
         """The instruction, by "name" after the robot's name."""

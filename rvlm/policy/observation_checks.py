@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rvlm.data.instruction_checks import instruction_error
+from rvlm.data.normalization import on_half_sphere
 from rvlm.policy.embodiments import Embodiment
 
 FAR = 10.0  # ranges of the training data beyond which a state is warned of
@@ -128,7 +129,7 @@ class Expected:
         margin = FAR * np.maximum(stats.max - stats.min, MIN_RANGE)
         margin = np.where(np.array(spec.state_units) == "rad", FULL_TURN, margin)
         for i, observation in enumerate(observations):
-            state = np.asarray(observation["state"], np.float64)
+            state = on_half_sphere(np.asarray(observation["state"], np.float64), spec.placed_state, stats.reference)
             beyond = np.flatnonzero((state < stats.min - margin) | (state > stats.max + margin))
             if len(beyond):
                 at = int(beyond[0])

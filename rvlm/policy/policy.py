@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
-from rvlm.data.representations import canonical_quaternions
 from rvlm.data.resizing import resize
 from rvlm.policy.factory import load_vla
 from rvlm.policy.flow_matching import decoding_from, draw_noise
@@ -246,8 +245,8 @@ class Policy:
         size = self.model.config.image_size
         images = np.stack([[resize(o["images"][camera], size) for camera in self._cameras] for o in observations])
         conditioning, spec = self.model.conditioning, self.robot.spec
-        self._state = canonical_quaternions(np.stack([o["state"] for o in observations]), spec.placed_state)
-        state = self.robot.stats["observation.state"].normalize(self._state)
+        self._state = np.stack([o["state"] for o in observations])
+        state = spec.normalize_state(self._state, self.robot.stats["observation.state"])
         samples = [
             conditioning(self.robot, {"state": s, "instruction": o["instruction"]})
             for s, o in zip(state, observations, strict=True)

@@ -1,4 +1,4 @@
-"""Representations for training: canonical quaternions, chunks relative to the state."""
+"""Representations for training: half spheres of quaternions, chunks relative to the state."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,11 @@ from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import SpecMismatch
-from rvlm.data.representations import absolute_actions, canonical_quaternions, relative_actions
-from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
+from rvlm.data.normalization import NormStats, mean_quaternions, on_half_sphere
+from rvlm.data.representations import absolute_actions, relative_actions
+from rvlm.data.rotations import LAYOUTS, from_rotation, nearest_encoding, to_rotation
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
+from rvlm.policy.embodiments import Embodiment
 
 ROTATIONS = [name for name, n in LAYOUTS.items() if n]
 
@@ -43,8 +45,9 @@ def values(spec, layout, n, seed):
 def test_relative_and_absolute_are_inverse(layout):
     spec = robot(layout)
     action, state = values(spec, layout, 50, 0)
-    relative = relative_actions(spec, action, state)
     n = LAYOUTS[layout]
+    action[:, 3 : 3 + n] = nearest_encoding(action[:, 3 : 3 + n], state[:, 5:], spec.action[0])
+    relative = relative_actions(spec, action, state)
     assert np.allclose(relative[:, :3], action[:, :3] - state[:, 2:5]), "by name, not by place"
     assert np.allclose(relative[:, 3 + n : 5 + n], action[:, 3 + n : 5 + n] - state[:, :2])
     assert (relative[:, -1] == action[:, -1]).all(), "grippers stay as they are"
@@ -106,8 +109,12 @@ def test_both_signs_of_a_quaternion_are_trained_alike(layout, tmp_path):
     flipped, turned = action.copy(), state.copy()
     flipped[::3, 3:7] *= -1
     turned[::2, 5:] *= -1
-    assert np.allclose(canonical_quaternions(flipped, spec.placed_action), action)
-    assert np.allclose(canonical_quaternions(torch.from_numpy(turned), spec.placed_state).numpy(), state)
+    for signs, others, placed in ((flipped, action, spec.placed_action), (turned, state, spec.placed_state)):
+        reference = mean_quaternions(signs, placed)
+        aligned = on_half_sphere(others, placed, reference)
+        assert np.allclose(mean_quaternions(others, placed), reference) and np.allclose(np.abs(aligned), np.abs(others))
+        for form in (signs, torch.from_numpy(signs)):
+            assert np.allclose(on_half_sphere(form, placed, reference), aligned)
     seen = []
     for name, a, s in (("one", action, state), ("other", flipped, turned)):
         writer = EpisodeWriter(tmp_path / name, spec)
@@ -116,6 +123,53 @@ def test_both_signs_of_a_quaternion_are_trained_alike(layout, tmp_path):
         seen.append(Windows(EpisodeDataset(writer.finalize()), chunk_size=2).batch(range(40)))
     for key in ("action", "state"):
         assert np.allclose(seen[0][key], seen[1][key], atol=1e-5), key
+
+
+def pointing_down(layout, folder):
+    """A tool that points down, tilted by at most 6 degrees: quaternions of w about 0, recorded without a jump."""
+    spec = robot(layout)
+    action, state = values(spec, layout, 60, 3)
+    tilts = np.radians(2 * np.random.default_rng(4).normal(size=(2, 60, 3))).clip(-0.1, 0.1)
+    for column, at, tilt in ((action, slice(3, 7), tilts[0]), (state, slice(5, 9), tilts[1])):
+        q = from_rotation(Rotation.from_euler("x", np.pi) * Rotation.from_rotvec(tilt), layout)
+        column[:, at] = q * np.sign(q[:, [int(layout == "quat_wxyz")]])
+    writer = EpisodeWriter(folder, spec)
+    images = {"observation.images.top": np.zeros((60, 16, 16, 3), np.uint8)}
+    columns = {"action": action.astype(np.float32), "observation.state": state.astype(np.float32)}
+    writer.add_episode({**images, **columns}, "lift it")
+    return EpisodeDataset(writer.finalize()), action, state
+
+
+@pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
+def test_quaternions_of_a_tool_that_points_down_do_not_jump(layout, tmp_path):
+    data, action, state = pointing_down(layout, tmp_path / "d")
+    windows = Windows(data, chunk_size=3)
+    batch, stats = windows.batch(range(60)), windows.stats
+    for key, column, at in (("action", batch["action"][:, 0, 0], slice(3, 7)), ("state", batch["state"][:, 0], slice(5, 9))):
+        own = stats["action" if key == "action" else "observation.state"]
+        q = own.unnormalize(column.astype(np.float64))[:, at]
+        assert (q @ q.T).min() > 0.9, f"one half sphere of the {key}"
+        assert np.allclose(q, (action if key == "action" else state)[:, at], atol=1e-5), "as recorded"
+        assert (NormStats.from_dict(own.to_dict()).reference == own.reference).all(), "it is stored"
+
+
+def test_absolute_quaternions_lie_on_the_half_sphere_of_the_state(tmp_path):
+    data, action, state = pointing_down("quat_xyzw", tmp_path / "d")
+    spec = data.require_spec()
+    relative = relative_actions(spec, action, state)
+    for sign in (1, -1):
+        held = state * np.where(np.arange(9) > 4, sign, 1)
+        assert np.allclose(absolute_actions(spec, relative, held)[:, 3:7], sign * action[:, 3:7], atol=1e-6)
+
+
+def test_statistics_of_quaternions_without_a_reference_are_refused(tmp_path):
+    data, action, _ = pointing_down("quat_xyzw", tmp_path / "d")
+    spec, stats = data.require_spec(), data.stats()
+    older = {key: value for key, value in stats["action"].to_dict().items() if key != "reference"}
+    message = r"the reference of the quaternions \('r0', 'r1', 'r2', 'r3'\), got some of before.*again by EpisodeDataset.stats"
+    for use in (lambda s: spec.normalize(action, s), lambda s: Embodiment(spec, {**stats, "action": s})):
+        with pytest.raises(SpecMismatch, match=message):
+            use(NormStats.from_dict(older))
 
 
 def test_windows_are_relative_to_the_state_at_their_own_observation(tmp_path):

@@ -220,3 +220,28 @@ def test_tokens_of_slots_that_a_robot_lacks_are_those_of_training(toy_vlm, tmp_p
         for ids in made:
             is_zero = (ids == policy.model.head.encode(torch.zeros(3, 5))).unflatten(1, (3, 5))
             assert is_zero.all((0, 1))[~torch.tensor(is_present)].all() and not is_zero.all()
+
+
+def test_the_half_sphere_of_quaternions_travels_with_the_policy(toy_vlm, tmp_path):
+    names, units = ("x", "y", "z", "qx", "qy", "qz", "qw"), ("m",) * 3 + ("1",) * 4
+    held = Group("pose", names, units, frame="base", rotation="quat_xyzw")
+    pose = replace(held, low=(-1.0,) * 7, high=(1.0,) * 7)
+    spec = ActionSpec("down", "arm", 10.0, tuple(SIZES), (pose,), (held,))
+    writer = EpisodeWriter(tmp_path / "d", spec)
+    for episode in range(4):
+        rng = np.random.default_rng(episode)
+        images = {f"observation.images.{c}": rng.integers(0, 255, (8, *size, 3), dtype=np.uint8) for c, size in SIZES.items()}
+        q = np.array([0.99, 0.1, 0, 0]) + rng.uniform(-0.1, 0.1, (8, 4)) * [0, 0, 1, 1]  # w about 0: the tool points down
+        values = np.concatenate([rng.uniform(-0.5, 0.5, (8, 3)), q / np.linalg.norm(q, axis=1, keepdims=True)], 1)
+        columns = dict.fromkeys(("action", "observation.state"), values.astype(np.float32))
+        writer.add_episode({**images, **columns}, "lift it")
+    policy = load_policy(trained([str(writer.finalize())], toy_vlm, tmp_path / "out"))
+    data, seen = EpisodeDataset(tmp_path / "d"), observe(spec)
+    seen["state"] = data.column("observation.state")[0]
+    assert check_statistics(DiagnosisInputs(policy, data)).fault is None
+    opposite = {**seen, "state": seen["state"] * np.float32([1, 1, 1, -1, -1, -1, -1])}
+    chunks = [(policy.reset(), policy.predict_action_chunk([one]))[1] for one in (seen, opposite)]
+    assert (chunks[0] == chunks[1]).all(), "q and -q are one state"
+    assert policy.expected.range_warning([opposite]) == ""
+    recorded = predict_chunks(policy, policy_windows(policy, data))["recorded"]
+    assert (recorded[..., 3] > 0.9).all(), "actions are learned as they were recorded, without a jump"
