@@ -13,6 +13,7 @@ import numpy as np
 
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import LAYOUTS, Group
+from rvlm.data.spec_dimensions import PlacedGroups
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
@@ -47,6 +48,20 @@ def nearest_encoding(numbers: np.ndarray, near: np.ndarray, group: Group) -> np.
     if group.rotation.startswith("quat"):
         return np.where((numbers * near).sum(-1, keepdims=True) < 0, -numbers, numbers)
     return numbers
+
+
+def average_rotations(placed: PlacedGroups, mean: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean ``(n, d)`` of raw values ``(n, c, d)``, with targets of rotations averaged as rotations, by weights ``(c,)``."""
+    out = np.array(mean)
+    for place, group in placed:
+        at = slice(place.start + group.n_position, place.stop)
+        is_absent = set(group.names[group.n_position :]) <= set(group.absent)  # also of a layout without numbers
+        if group.kind == "pose" and not is_absent and values.shape[1] > 1:
+            unit = np.asarray(group.scale)[group.n_position :] * group.radians
+            each = [to_rotation(rows * unit, group.rotation).mean(weights) for rows in values[..., at]]
+            numbers = np.stack([from_rotation(rotation, group.rotation) for rotation in each]) / unit
+            out[:, at] = nearest_encoding(numbers, values[:, -1, at], group)
+    return out
 
 
 def _decoded(values: np.ndarray, layout: str) -> Rotation:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.resizing import resize
+from rvlm.data.rotations import average_rotations
 from rvlm.policy.factory import load_vla
 from rvlm.policy.flow_matching import decoding_from, draw_noise
 from rvlm.policy.model import VLA, Decode
@@ -40,8 +41,8 @@ class Policy:
         n_action_steps: Actions executed of each predicted chunk before the next prediction: 1 re-plans at every step,
             `chunk_size` executes whole chunks. Default: the policy's own.
         temporal_ensemble_coeff: Execute the mean over all chunks that cover a step, weighted by exp(-coeff * i), i counted
-            from the oldest chunk; None executes the newest chunk only. Source: ACT (Zhao et al. 2023, arXiv 2304.13705),
-            section IV-B.
+            from the oldest chunk; None executes the newest chunk only. Rotations that are targets are averaged as rotations.
+            Source: ACT (Zhao et al. 2023, arXiv 2304.13705), section IV-B.
         spec: The environment's, which selects the embodiment; conventions that differ are refused. Default: the target robot.
 
     Raises:
@@ -160,7 +161,7 @@ class Policy:
         if not self._queue or self.model.config.n_obs_steps > 1:
             self._observe(observations)
         if not self._queue:
-            chunk = self._unnormalized(self._next_chunk())
+            chunk = self._next_chunk()
             self._queue.extend(chunk[:, i] for i in range(self.n_action_steps))
         return self._queue.popleft()
 
@@ -262,16 +263,18 @@ class Policy:
         self._n_chunks += 1
         return self.history.predict(decode)
 
-    def _next_chunk(self) -> torch.Tensor:
-        """The normalised chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""
+    def _next_chunk(self) -> np.ndarray:
+        """The raw chunk to execute: the newest one, or the ensemble's action for this step (n, 1, a)."""
         newest = self._predict()
         if self.temporal_ensemble_coeff is None:
-            return newest
+            return self._unnormalized(newest)
         self._chunks.append(newest)
         n = len(self._chunks)
         candidates = torch.stack([chunk[:, n - 1 - i] for i, chunk in enumerate(self._chunks)])  # for this step, oldest first
-        weights = torch.exp(-self.temporal_ensemble_coeff * torch.arange(n, device=candidates.device))[:, None, None]
-        return ((weights * candidates).sum(0) / weights.sum())[:, None]
+        weights = torch.exp(-self.temporal_ensemble_coeff * torch.arange(n, device=candidates.device))
+        mean = self._unnormalized(((weights[:, None, None] * candidates).sum(0) / weights.sum())[:, None])
+        each, placed = self._unnormalized(candidates.transpose(0, 1)), self.robot.spec.placed_action
+        return average_rotations(placed, mean[:, 0], each, weights.cpu().numpy())[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
         if not chunk.isfinite().all():

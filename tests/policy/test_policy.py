@@ -1,6 +1,7 @@
 """The policy in the loop: how much of a chunk is executed, what the history holds, and what must not mix."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from toy_data import TEXTS
 from toy_policies import INTERLEAVED, ONE_STEP, POLICY_HEAD, SETTINGS, SPEC, a_batch, build, collate, inputs, observe
 
-from rvlm.data.actions import ActionSpec
+from rvlm.data.actions import ActionSpec, Group, StatsAccumulator
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.rotations import LAYOUTS, from_rotation, to_rotation
 from rvlm.policy.factory import load_vla, make_policy
 from rvlm.policy.flow_matching import decoding_from
 from rvlm.policy.observation_checks import ObservationError
@@ -72,6 +75,36 @@ def test_an_ensemble_is_the_weighted_mean_of_what_reaches_the_step(toy_vlm, toy_
         mean = (weights[:, None] * predicted).sum(0) / weights.sum()
         acted = SPEC.normalize(policy.select_action([observation])[0], stats)
         np.testing.assert_allclose(acted[:6], mean[:6], atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [layout for layout, n in LAYOUTS.items() if n])
+def test_an_ensemble_averages_targets_of_rotations_as_rotations(toy_vlm, layout):
+    """Across the wrap of angles and the antipode of quaternions; positions and grippers are weighted means."""
+    n, high = LAYOUTS[layout], 181.0 if layout == "euler_xyz" else 4.0
+    names, units = ("x", *(f"r{i}" for i in range(n))), ("m", *("deg" if layout == "euler_xyz" else "1",) * n)
+    held = Group("pose", names, units, frame="base", rotation=layout)
+    pose = dataclasses.replace(held, low=(-high,) * (n + 1), high=(high,) * (n + 1))
+    jaw = Group("gripper", ("jaw",), ("1",), low=(0.0,), high=(1.0,), open=1.0, close=0.0)
+    spec = ActionSpec("arm", "arm", 10.0, ("static",), (pose, jaw), (held,))
+    turned = Rotation.from_rotvec(np.radians([[178, 0, 0], [-179, 1, 0], [179, 0, 2]]))
+    numbers = from_rotation(turned, layout) / pose.radians
+    raw = np.concatenate([[[0.1], [0.2], [0.6]], numbers, [[0.0], [0.5], [1.0]]], 1)
+    draws = np.random.default_rng(0).uniform(-1, 1, (99, n + 2))
+    sides = {"action": (draws, spec.placed_action), "observation.state": (draws[:, :-1], spec.placed_state)}
+    stats = {key: StatsAccumulator().update(x).finish("min_max", placed=placed) for key, (x, placed) in sides.items()}
+    policy = Policy(*make_policy(toy_vlm, spec, stats, **{**ONE_STEP, "has_state": False}), temporal_ensemble_coeff=0.5)
+    chunks = iter(raw)
+    policy._predict = lambda: torch.as_tensor(stats["action"].normalize(np.tile(next(chunks), (1, 3, 1))), dtype=torch.float32)
+    seen = {**observe(np.random.default_rng(0)), "state": np.ones(n + 1, np.float32)}
+    seen["images"] = {"static": seen["images"]["static"]}
+    acted = np.stack([policy.select_action([seen])[0] for _ in range(3)])
+    np.testing.assert_allclose(acted[0], raw[0], atol=1e-5)
+    for i in (1, 2):
+        weights = np.exp(-0.5 * np.arange(i + 1))
+        np.testing.assert_allclose(acted[i, [0, -1]], np.average(raw[: i + 1, [0, -1]], 0, weights), atol=1e-5)
+        found = to_rotation(acted[i : i + 1, 1:-1] * pose.radians, layout)
+        assert (found * turned[: i + 1].mean(weights).inv()).magnitude() < 1e-4
+        assert np.abs(acted[i, 1:-1]).max() <= high
 
 
 @pytest.mark.parametrize("wrong", [{"temporal_ensemble_coeff": 0.1, "n_action_steps": 2}, {"temporal_ensemble_coeff": -1.0}])
