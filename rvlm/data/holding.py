@@ -10,7 +10,7 @@ from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.groups import Group
 from rvlm.data.pairing import gripper_command, gripper_in_state, unit_ratios
-from rvlm.data.rotations import from_rotation, to_rotation
+from rvlm.data.rotations import from_rotation, in_turn, to_rotation
 
 MOTIONS = ("pose_delta", "joint_delta", "base_velocity")  # kinds of which 0 is no motion
 
@@ -36,6 +36,7 @@ def hold_action(spec: ActionSpec, last: np.ndarray | None, states: Sequence[np.n
             held[:, at] = _gripper(spec, group, states, held[:, at])
         elif last is None and not set(group.absent) >= set(group.names):
             target = _present(spec, group, np.stack(states)) / np.asarray(group.scale)
+            target[:, group.n_position :] = in_turn(target[:, group.n_position :], group)
             held[:, at] = np.where([name in group.absent for name in group.names], 0, np.clip(target, group.low, group.high))
     return held
 

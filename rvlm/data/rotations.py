@@ -44,10 +44,20 @@ def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
 
 
 def nearest_encoding(numbers: np.ndarray, near: np.ndarray, group: Group) -> np.ndarray:
-    """Raw numbers ``(..., d)`` of a group's rotation, or others of the same rotation: of q and -q the one nearer to `near`."""
+    """Raw numbers ``(..., d)`` of a group's rotation, or equal ones: q or -q, the nearer to `near`; angles by `in_turn`."""
     if group.rotation.startswith("quat"):
         return np.where((numbers * near).sum(-1, keepdims=True) < 0, -numbers, numbers)
-    return numbers
+    return in_turn(numbers, group)
+
+
+def in_turn(numbers: np.ndarray, group: Group) -> np.ndarray:
+    """Raw numbers ``(..., d)`` of a rotation; Euler angles of a target with whole turns that bring them within low and high."""
+    if group.rotation != "euler_xyz" or group.kind != "pose" or not group.low:
+        return numbers
+    low, high, scale = (np.asarray(values[group.n_position :]) for values in (group.low, group.high, group.scale))
+    turn = 2 * np.pi / (group.radians * scale)
+    nearest = numbers - turn * np.round((numbers - (low + high) / 2) / turn)
+    return np.where((numbers < low) | (numbers > high), nearest, numbers)
 
 
 def average_rotations(placed: PlacedGroups, mean: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

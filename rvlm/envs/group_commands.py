@@ -114,9 +114,10 @@ class GroupCommand:
         return to_rotation(numbers[self.target.n_position :] * self.target.radians, self.target.rotation)
 
     def _encoded(self, rotation: Rotation, last: np.ndarray) -> np.ndarray:
-        """The rotation in the target's layout; of q and -q the one nearer to the last."""
+        """The rotation in the target's layout; of q and -q the one nearer to the last, angles within the card's range."""
+        scale = np.asarray(self.target.scale or (1.0,) * len(self.target.names))[self.target.n_position :]
         numbers = from_rotation(rotation, self.target.rotation).reshape(-1) / self.target.radians
-        return nearest_encoding(numbers, last, self.target)
+        return nearest_encoding(numbers / scale, last / scale, self.target) * scale
 
     def _moved(self, si: np.ndarray, present: np.ndarray) -> np.ndarray:
         """The pose `present` moved by a displacement in the state's axes or, with frame "ee", in its own."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.rotations import in_turn
 from rvlm.envs.deadline_clock import DeadlineClock
 from rvlm.envs.group_commands import GroupLimits
 from rvlm.envs.robot_commands import RobotCommands, robot_names
@@ -146,8 +147,8 @@ class HardwareEnv(gymnasium.Env):
         """
         if self._stop_reason:
             raise RuntimeError(f"expected a running episode, got a step in none: {self._stop_reason}")
-        within = self._within_range(action)
-        info = {"sent": {}, "was_clipped": not np.allclose(within, action), "was_limited": False}
+        within, was_clipped = self._within_range(action)
+        info = {"sent": {}, "was_clipped": was_clipped, "was_limited": False}
         try:
             failure = self._reason_to_hold()
             info |= {**self._send_hold(), "failure": failure} if failure else self._execute(within)
@@ -165,14 +166,18 @@ class HardwareEnv(gymnasium.Env):
         info |= {"task": self.task, "is_success": is_success, "n_missed": self.deadlines.n_missed}
         return self._observation, float(is_success), is_success, is_over, info
 
-    def _within_range(self, action: np.ndarray) -> np.ndarray:
-        spec, got = self.action_spec, np.asarray(action, np.float64)
+    def _within_range(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        spec, got = self.action_spec, np.array(action, np.float64)
         if got.shape != (spec.n_dims,) or not np.isfinite(got).all():
             raise SpecMismatch(
                 f"expected {spec.n_dims} finite numbers {list(spec.names)} ({spec.dataset}), got {got.tolist()}; "
                 "nothing was sent; check what the policy predicts"
             )
-        return np.clip(got, spec.low, spec.high)
+        for at, group in spec.placed_action:
+            turned = slice(at.start + group.n_position, at.stop)
+            got[turned] = in_turn(got[turned], group)
+        within = np.clip(got, spec.low, spec.high)
+        return within, not np.allclose(within, got)
 
     def _reason_to_hold(self) -> str:
         if self.is_stopped():

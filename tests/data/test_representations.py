@@ -1,5 +1,7 @@
 """Representations for training: half spheres of quaternions, chunks relative to the state."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.normalization import NormStats, mean_quaternions, on_half_sphere
 from rvlm.data.representations import absolute_actions, relative_actions
-from rvlm.data.rotations import LAYOUTS, from_rotation, nearest_encoding, to_rotation
+from rvlm.data.rotations import LAYOUTS, from_rotation, in_turn, nearest_encoding, to_rotation
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.policy.embodiments import Embodiment
 
@@ -100,6 +102,21 @@ def test_degrees_and_absent_joints():
     spec = ActionSpec("arm", "arm", 10.0, ("top",), (lacking,), (Group("joint", JOINTS, ("rad", "rad")),))
     there = absolute_actions(spec, relative_actions(spec, np.array([1.5, 0]), np.array([1, 0.7])), np.array([1, 0.7]))
     assert there.tolist() == [1.5, 0]
+
+
+@pytest.mark.parametrize(("unit", "full"), [("deg", 360.0), ("rad", 2 * np.pi)])
+def test_absolute_angles_lie_in_the_range_of_the_card(unit, full):
+    """From 0 to a full turn, as some robots tell them, and never elsewhere than where they were recorded."""
+    names, units = ("x", "roll", "pitch", "yaw"), ("m",) + (unit,) * 3
+    held = Group("pose", names, units, frame="base", rotation="euler_xyz")
+    pose = replace(held, low=(-1.0, 0, -full, 0), high=(1.0, full, full, full))
+    spec = ActionSpec("arm", "arm", 10.0, ("top",), (pose,), (held,))
+    action = np.array([[0.1, 0.03, 0.05, 0.57], [0.1, 0.9, -0.05, 0.99]]) * [1, *(full,) * 3]
+    state = np.array([[0.0, 0.02, 0.05, 0.55], [0.1, 0.99, -0.05, 0.01]]) * [1, *(full,) * 3]
+    back = absolute_actions(spec, relative_actions(spec, action, state), state)
+    assert np.allclose(back, action)
+    spec.check(back)
+    assert (in_turn(action[:, 1:], spec.action[0]) == action[:, 1:]).all(), "what is within stays, bit by bit"
 
 
 @pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])

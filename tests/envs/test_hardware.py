@@ -205,6 +205,22 @@ def test_the_difference_of_two_poses_leads_from_one_to_the_other(layout, frame):
     assert float(np.linalg.norm((after.inv() * reached).as_rotvec())) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_angles_are_sent_within_the_range_of_the_card_and_not_clipped_to_another_direction(scale):
+    """A card of 0 to 360 degrees: -155 is 205, and what the limit of a turn makes of it stays there."""
+    units = ("m",) * 3 + ("deg",) * 3
+    bounds = {"low": (-1.0,) * 3 + (0.0,) * 3, "high": (1.0,) * 3 + (360 / scale,) * 3, "scale": (1.0,) * 3 + (scale,) * 3}
+    group = Group("pose", POSE, units, **bounds, frame="world", rotation="euler_xyz")
+    held = Group("pose", POSE, units, frame="world", rotation="euler_xyz")
+    spec = dataclasses.replace(SPEC, action=(group, SPEC.action[1]), state=(held, SPEC.state[-1]))
+    limits = (GroupLimits(LOW, HIGH, max_change=0.5, max_turn_rad=np.radians(10)), GroupLimits())
+    env = started(pose_arm((0, 0, 0.2, 10, 20, 200)), spec, limits)
+    for action, sent in ((-155, 205), (-100, 215), (205, 205)):
+        *_, info = env.step(np.array([0, 0, 0.2, 10 / scale, 20 / scale, action / scale, -1.0]))
+        np.testing.assert_allclose(of(info["sent"], POSE[3:]), [10, 20, sent], atol=1e-6)
+        assert not info["was_clipped"]
+
+
 def test_an_absolute_pose_is_sent_as_it_is_and_turned_by_no_more_than_the_limit():
     arm = pose_arm()
     group = Group("pose", POSE, ("m",) * 3 + ("rad",) * 3, low=(-4.0,) * 6, high=(4.0,) * 6, frame="world", rotation="axis_angle")

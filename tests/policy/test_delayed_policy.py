@@ -181,6 +181,9 @@ def test_the_first_hold_is_where_the_state_says_in_the_actions_units_and_layout(
     units, turn = ("m",) * 3 + ("rad",) * 3, np.array([0.3, 0.2, -0.4])
     pose = Group("pose", POSE, units, low=(-4.0,) * 6, high=(4.0,) * 6, frame="base", rotation="axis_angle")
     shown = Group("pose", POSE, ("mm",) * 3 + ("deg",) * 3, frame="base", rotation="euler_xyz")
+    full = dataclasses.replace(pose, low=(0.0,) * 6, high=(7.0,) * 6, rotation="euler_xyz")
+    held = hold_action(only(full, dataclasses.replace(full, low=(), high=())), None, [np.array([0, 0, 0, 0.1, -0.2, -2.7])])
+    np.testing.assert_allclose(held, [[0, 0, 0, 0.1, 2 * np.pi - 0.2, 2 * np.pi - 2.7]], atol=1e-6)  # no other direction
     euler = Rotation.from_rotvec(turn).as_euler("xyz", degrees=True)
     held = hold_action(only(pose, shown), None, [np.concatenate([[100.0, 200.0, 300.0], euler])])
     np.testing.assert_allclose(held, [[0.1, 0.2, 0.3, *turn]], atol=1e-6)
