@@ -96,6 +96,21 @@ def _places(groups: tuple[Group, ...], slots: tuple[tuple[str, str, bool], ...])
     return [slots.index((group.kind, name, group.is_binary)) for group in groups for name in group.names]
 
 
+def _directions(groups: tuple[Group, ...]) -> list[int]:
+    """-1 for each action dimension (a) that is a continuous gripper which closes towards larger numbers, else 1."""
+    is_reversed = [not group.is_binary and group.gripper_ends[1] < group.gripper_ends[0] for group in groups]
+    return [-1 if flip else 1 for flip, group in zip(is_reversed, groups, strict=True) for _ in group.names]
+
+
+def slot_directions(specs: Sequence[ActionSpec], slots: Sequence[tuple[str, str, bool]]) -> tuple[int, ...]:
+    """1 or, of a gripper that closes towards larger numbers, -1 for each slot (A,), by the first robot that has it."""
+    first: dict[int, int] = {}
+    for spec in specs:
+        for place, sign in zip(_places(spec.action, tuple(slots)), _directions(spec.action), strict=True):
+            first.setdefault(place, sign)
+    return tuple(first.get(i, 1) for i in range(len(slots)))
+
+
 @dataclasses.dataclass(frozen=True)
 class EmbodimentConditioning:
     """Converts samples and actions of any robot for one policy; depends on its configuration, not on its network.
@@ -106,6 +121,7 @@ class EmbodimentConditioning:
         ids: Datasets of all robots that it was trained on; the position is the index of a robot's token.
         action_slots: Kind, name and whether it is binary, of each action dimension that the policy predicts.
         is_relative: Whether it predicts targets relative to the state (`rvlm.data.representations`).
+        directions: Of each action slot, as `slot_directions`: a gripper that counts the other way has its sign changed.
     """
 
     kind: str | None
@@ -113,6 +129,7 @@ class EmbodimentConditioning:
     ids: tuple[str, ...]
     action_slots: tuple[tuple[str, str, bool], ...]
     is_relative: bool = False
+    directions: tuple[int, ...] = ()
 
     def __call__(self, embodiment: Embodiment, sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with its state and actions aligned and, by "name", the robot before its instruction."""
@@ -123,6 +140,7 @@ class EmbodimentConditioning:
     def align_action(self, embodiment: Embodiment, values: Shaped[np.ndarray, "*n a"]) -> Shaped[np.ndarray, "*n A"]:
         """Values of the robot's dimensions (..., a) in the policy's slots (..., A); 0 or false where the robot has none."""
         places = _places(embodiment.spec.action, self.action_slots)
+        values = self._oriented(embodiment, values)
         if places == list(range(len(self.action_slots))):
             return values
         out = np.zeros((*values.shape[:-1], len(self.action_slots)), values.dtype)
@@ -133,9 +151,17 @@ class EmbodimentConditioning:
         """Which of the policy's slots (A,) the robot has, as masks in training: not those that its card calls absent."""
         return self.align_action(embodiment, embodiment.spec.present)
 
+    def _oriented(self, embodiment: Embodiment, values: np.ndarray) -> np.ndarray:
+        """Values (..., a) of the robot's dimensions with the sign that their slots have, or back; a mask as it is."""
+        if not self.directions or values.dtype == bool:
+            return values
+        groups = embodiment.spec.action
+        signs = np.array(_directions(groups)) * np.array(self.directions)[_places(groups, self.action_slots)]
+        return values if (signs == 1).all() else values * signs.astype(values.dtype)
+
     def robot_dims(self, embodiment: Embodiment, values: Shaped[np.ndarray, "*n A"]) -> Shaped[np.ndarray, "*n a"]:
         """Inverse of `align_action`."""
-        return values[..., _places(embodiment.spec.action, self.action_slots)]
+        return self._oriented(embodiment, values[..., _places(embodiment.spec.action, self.action_slots)])
 
     def raw_actions(
         self, embodiment: Embodiment, chunks: Num[np.ndarray, "*n k A"], state: Num[np.ndarray, "*n s"]

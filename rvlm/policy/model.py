@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
-from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slots_of
+from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slot_directions, slots_of
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.layer_mix import LayerMix
@@ -103,12 +103,14 @@ class VLA(SavedPolicy):
         """Conditions samples on their robot; holds nothing of the network, so a dataset can keep it."""
         ids = self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
         slots = tuple((str(kind), str(name), bool(is_binary)) for kind, name, is_binary in self.config.action_slots)
+        specs = {self.spec.dataset: self.spec, **{name: robot.spec for name, robot in self.embodiments.items()}}
         return EmbodimentConditioning(
             self.config.embodiment_conditioning,
             tuple(self.config.state_slots),
             tuple(ids),
             slots,
             self.config.relative_chunk is not None,
+            slot_directions([specs[name] for name in ids if name in specs], slots),
         )
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:

@@ -12,6 +12,7 @@ from rvlm.data.windows import EpisodeDataset, EpisodeWriter, split
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.policy_checks import check_statistics
 from rvlm.evaluation.open_loop import policy_windows, predict_chunks
+from rvlm.policy.embodiments import Embodiment
 from rvlm.policy.factory import load_vla, make_policy, modify_policy
 from rvlm.policy.fast_tokenizer import FASTTokenizer
 from rvlm.policy.observation_checks import ObservationError
@@ -245,3 +246,26 @@ def test_the_half_sphere_of_quaternions_travels_with_the_policy(toy_vlm, tmp_pat
     assert policy.expected.range_warning([opposite]) == ""
     recorded = predict_chunks(policy, policy_windows(policy, data))["recorded"]
     assert (recorded[..., 3] > 0.9).all(), "actions are learned as they were recorded, without a jump"
+
+
+def test_continuous_grippers_of_opposite_directions_share_one_meaning(toy_vlm, tmp_path):
+    """Open is the same side of a shared slot, that of the first robot; a robot alone keeps its numbers."""
+    closing = JOINTS.replace_group("action", 1, open=0.0, close=100.0)
+    closing = replace(closing, dataset="closing")
+    robots = {spec.dataset: Embodiment(spec, EpisodeDataset(record(tmp_path / spec.dataset, spec)).stats())
+              for spec in (JOINTS, closing)}  # fmt: skip
+    for order in ([JOINTS, closing], [closing, JOINTS]):
+        model, _ = make_policy(toy_vlm, order[0], robots[order[0].dataset].stats, specs=order, **POLICY)
+        model.register_embodiments([robots[spec.dataset] for spec in order])
+        opened = []
+        for spec in order:
+            robot, state = robots[spec.dataset], np.zeros(3)
+            raw = spec.set_grippers(np.full((1, 3), 1.0), True)
+            slots = model.conditioning.normalized_actions(robot, raw, state)
+            assert np.allclose(model.conditioning.raw_actions(robot, slots, state), raw)
+            assert model.conditioning.align_action(robot, np.ones((1, 3), bool)).all(), "masks stay masks"
+            opened.append(slots[0, 2])
+        first = order[0]
+        alone = first.normalize(first.set_grippers(np.full((1, 3), 1.0), True), robots[first.dataset].stats["action"])
+        assert opened[0] == alone[0, 2], "the first robot's numbers are as in a policy of its own"
+        assert np.sign(opened).tolist() == [np.sign(opened[0])] * 2 and abs(opened[0]) > 0.5
