@@ -120,6 +120,13 @@ def _check_kind(group: Group, at: str) -> None:
             f"({group.rotation}); got {list(group.names)}; reorder (or split) the column when you convert the data, and list "
             "the new order in the card"
         )
+    own, layout = [name[-1:] for name in group.names[group.n_position :]], group.rotation.removeprefix("quat_")
+    if sorted(own) == sorted("wxyz") and own != list(layout):
+        raise CardError(
+            f"{at}: expected the names of a quaternion in the order of its rotation, {group.rotation}, got "
+            f"{list(group.names[group.n_position :])}; write the rotation that the data is in, quat_xyzw or quat_wxyz, and the "
+            "names in its order"
+        )
 
 
 def _checked_state(group: Group, at: str) -> Group:

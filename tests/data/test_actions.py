@@ -497,3 +497,16 @@ def test_statistics_from_before_there_was_a_floor_load_and_normalise_as_they_did
     back = NormStats.from_dict(json.loads(json.dumps(new.to_dict())))
     assert back.to_dict() == new.to_dict() and (back.normalize(x) == new.normalize(x)).all()
     assert (NormStats.from_dict(old.to_dict()).normalize(x) == old.normalize(x)).all() and np.abs(old.normalize(x)).max() > 1
+
+
+def test_names_of_a_quaternion_in_another_order_than_its_layout_are_refused():
+    def card(names, layout):
+        pose = Group("pose", ("x", "y", "z", *names), ("m",) * 3 + ("1",) * 4, frame="base", rotation=layout)
+        speed = Group("base_velocity", ("v",), ("m/s",), low=(-1.0,), high=(1.0,))
+        return ActionSpec("arm", "arm", 10.0, ("top",), (speed,), (pose,))
+
+    for names, layout in (("qx qy qz qw", "quat_wxyz"), ("qw qx qy qz", "quat_xyzw"), ("rw rz ry rx", "quat_wxyz")):
+        with pytest.raises(CardError, match=rf"state group 0 \(pose\).*order of its rotation, {layout}, got \['{names[:2]}', .*"):
+            card(names.split(), layout)
+    for names, layout in (("qx qy qz qw", "quat_xyzw"), ("rw rx ry rz", "quat_wxyz"), ("a b c d", "quat_wxyz")):
+        card(names.split(), layout)
