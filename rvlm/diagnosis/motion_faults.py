@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
-from rvlm.data.actions import ActionSpec
+from rvlm.data.actions import ActionSpec, Group
 from rvlm.diagnosis.motion import Motion, motion_of
 
 CLEARLY = 0.1  # by how much another reading's correlation must be better to be named
@@ -234,10 +234,18 @@ def _rotation_errors(spec: ActionSpec, episodes: Episodes, motion: Motion) -> di
     for side, groups in (("action", spec.action), ("state", spec.state)):
         for i, group in enumerate(groups):
             if layout := OTHER_LAYOUT.get(group.rotation or ""):
-                read = (*groups[:i], dataclasses.replace(group, rotation=layout), *groups[i + 1 :])
+                read = (*groups[:i], _read_as(group, layout), *groups[i + 1 :])
                 other = motion_of(dataclasses.replace(spec, **{side: read}), episodes)
                 errors[f"{side} as {layout}"] = np.inf if other is None else _rotation_error(other)
     return errors
+
+
+def _read_as(group: Group, layout: str) -> Group:
+    """The group with the numbers of its rotation in another layout; names of a quaternion in that one's order."""
+    straight, turned = group.names[: group.n_position], group.names[group.n_position :]
+    if layout.startswith("quat"):
+        turned = (*turned[-1:], *turned[:-1]) if layout == "quat_wxyz" else (*turned[1:], *turned[:1])
+    return dataclasses.replace(group, rotation=layout, names=straight + turned)
 
 
 def _rotation_error(motion: Motion) -> float:
