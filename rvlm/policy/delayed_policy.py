@@ -38,19 +38,6 @@ def check_execution(execution: str, delay_steps: int = 0) -> None:
         raise ValueError(f"expected delay_steps as a number of control steps from 0 on, got {delay_steps!r}")
 
 
-def require_flow(model: Any) -> None:
-    """Refuse a policy's model whose head is not a flow.
-
-    Raises:
-        ValueError: With the head that it has.
-    """
-    if not hasattr(model.head, "predict_clean_action"):
-        raise ValueError(
-            f"real-time chunking guides a flow: expected a head such as 'flow', got {model.config.head!r}; train one, "
-            "or take execution='asynchronous'"
-        )
-
-
 def check_continuation(chunk_size: int, n_action_steps: int, delay_steps: int) -> None:
     """Refuse real-time chunking that leaves nothing of a chunk to continue; warn where the next one comes after its end.
 
@@ -119,6 +106,8 @@ class DelayedPolicy:
                 "expected a policy that executes its newest chunk, got a temporal ensemble; leave the coefficient out"
             )
         if execution == "real_time_chunking":
+            from rvlm.policy.real_time_chunking import require_flow  # and with it PyTorch
+
             require_flow(policy.model)
             check_continuation(policy.model.config.chunk_size, policy.n_action_steps, delay_steps)
         self.policy, self.execution, self.delay_steps = policy, execution, int(delay_steps)

@@ -21,6 +21,19 @@ from rvlm.policy.action_losses import join_dims, split_dims
 MAX_GUIDANCE = 5.0  # the paper's beta, for few Euler steps
 
 
+def require_flow(model: Any) -> None:
+    """Refuse a policy's model whose head is not a flow.
+
+    Raises:
+        ValueError: With the head that it has.
+    """
+    if not hasattr(model.head, "predict_clean_action"):
+        raise ValueError(
+            f"real-time chunking guides a flow: expected a head such as 'flow', got {model.config.head!r}; train one, "
+            "or take execution='asynchronous'"
+        )
+
+
 def check_previous(previous: Any, n_frozen: Any, n_robots: int, chunk_size: int, n_dims: int) -> None:
     """Refuse what is no rest of a chunk (n, m, a) to continue, or no number of frozen actions.
 
