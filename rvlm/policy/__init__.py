@@ -23,6 +23,7 @@ Modules:
     model_card: the model card of a policy.
     observation_history: past observations while acting: features, KV cache, or the whole window.
     observation_checks: validation of observations before a policy acts on them.
+    continuation_checks: validation of a chunk that real-time chunking is to continue.
     real_time_chunking: a flow head's next chunk that continues the one which is being executed.
     policy: closed-loop inference: `reset`, `select_action`, `predict_action_chunk`, unnormalised.
     delayed_policy: acting while computing: chunks that arrive some control steps late, in simulation.

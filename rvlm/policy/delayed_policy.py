@@ -8,7 +8,6 @@ Source: Black et al. 2025 (arXiv 2506.07339), section 3.
 """
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from jaxtyping import Float
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.holding import hold_action
+from rvlm.policy.continuation_checks import check_continuation, require_flow
 
 if TYPE_CHECKING:  # it loads PyTorch
     from rvlm.policy.policy import Policy
@@ -36,28 +36,6 @@ def check_execution(execution: str, delay_steps: int = 0) -> None:
         raise ValueError(f"no execution {execution!r}; there are {', '.join(EXECUTIONS)}")
     if not isinstance(delay_steps, int | np.integer) or isinstance(delay_steps, bool) or delay_steps < 0:
         raise ValueError(f"expected delay_steps as a number of control steps from 0 on, got {delay_steps!r}")
-
-
-def check_continuation(chunk_size: int, n_action_steps: int, delay_steps: int) -> None:
-    """Refuse real-time chunking that leaves nothing of a chunk to continue; warn where the next one comes after its end.
-
-    The paper's condition is d <= s <= H - d: of chunks of H actions, s executed ones and a delay d [control steps].
-
-    Raises:
-        ValueError: As many executed actions as a chunk has.
-    """
-    d, s, h = delay_steps, n_action_steps, chunk_size
-    if s >= h:
-        raise ValueError(
-            "real-time chunking continues what is left of a chunk: expected n_action_steps below the chunk_size, in the paper "
-            f"d <= s <= H - d, got a delay d of {d}, s = n_action_steps = {s} and H = chunk_size = {h}; lower n_action_steps"
-        )
-    if max(d, s) > h - d:
-        warnings.warn(
-            f"expected d <= s <= H - d for real-time chunking, got a delay d of {d}, s = n_action_steps = {s} and H = chunk_size "
-            f"= {h}: each chunk ends before the next one comes, and the robot is held meanwhile; take longer chunks",
-            stacklevel=3,
-        )
 
 
 @dataclass
@@ -106,8 +84,6 @@ class DelayedPolicy:
                 "expected a policy that executes its newest chunk, got a temporal ensemble; leave the coefficient out"
             )
         if execution == "real_time_chunking":
-            from rvlm.policy.real_time_chunking import require_flow  # and with it PyTorch
-
             require_flow(policy.model)
             check_continuation(policy.model.config.chunk_size, policy.n_action_steps, delay_steps)
         self.policy, self.execution, self.delay_steps = policy, execution, int(delay_steps)

@@ -17,13 +17,14 @@ from jaxtyping import Float
 from rvlm.data.actions import ActionSpec
 from rvlm.data.resizing import resize
 from rvlm.data.rotations import average_rotations
+from rvlm.policy.continuation_checks import check_previous, require_flow
 from rvlm.policy.factory import load_vla
 from rvlm.policy.flow_matching import decoding_from, draw_noise
 from rvlm.policy.model import VLA, Decode
 from rvlm.policy.model_lock import one_at_a_time
 from rvlm.policy.observation_checks import Expected, ObservationError
 from rvlm.policy.observation_history import FeatureHistory, KVCachedSequence, SingleObservation, UncachedSequence
-from rvlm.policy.real_time_chunking import check_previous, continue_chunk, require_flow
+from rvlm.policy.real_time_chunking import continue_chunk
 from rvlm.vlm.backbones import set_attention
 from rvlm.vlm.quantization import compute_device
 from rvlm.vlm.templates import image_token, special_tokens

@@ -11,7 +11,6 @@ Source: Black et al. 2025 (arXiv 2506.07339), equations 2 to 5 and algorithm 1.
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,37 +18,6 @@ from torch import Tensor
 from rvlm.policy.action_losses import join_dims, split_dims
 
 MAX_GUIDANCE = 5.0  # the paper's beta, for few Euler steps
-
-
-def require_flow(model: Any) -> None:
-    """Refuse a policy's model whose head is not a flow.
-
-    Raises:
-        ValueError: With the head that it has.
-    """
-    if not hasattr(model.head, "predict_clean_action"):
-        raise ValueError(
-            f"real-time chunking guides a flow: expected a head such as 'flow', got {model.config.head!r}; train one, "
-            "or take execution='asynchronous'"
-        )
-
-
-def check_previous(previous: Any, n_frozen: Any, n_robots: int, chunk_size: int, n_dims: int) -> None:
-    """Refuse what is no rest of a chunk (n, m, a) to continue, or no number of frozen actions.
-
-    Raises:
-        ValueError: With the shape that was expected.
-    """
-    values = np.asarray(previous)
-    is_rest = values.ndim == 3 and values.shape[::2] == (n_robots, n_dims) and 1 <= values.shape[1] <= chunk_size
-    if not is_rest or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-        hint = "; it holds NaN or infinity" * (values.dtype.kind == "f" and not np.isfinite(values).all())
-        raise ValueError(
-            f"expected the rest of the previous chunk as finite raw actions ({n_robots}, 1 to {chunk_size}, {n_dims}), got "
-            f"{values.dtype} of shape {values.shape}{hint}; without one leave `previous` out"
-        )
-    if not isinstance(n_frozen, int | np.integer) or isinstance(n_frozen, bool) or n_frozen < 0:
-        raise ValueError(f"expected n_frozen as a number of control steps from 0 on, got {n_frozen!r}")
 
 
 def soft_mask(chunk_size: int, n_frozen: int, n_overlap: int) -> Float[Tensor, " k"]:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from toy_policies import SETTINGS, SPEC, build, observe
 
+from rvlm.policy.continuation_checks import check_previous
 from rvlm.policy.delayed_policy import DelayedPolicy
 from rvlm.policy.flow_matching import draw_noise
 from rvlm.policy.heads import FlowHead
 from rvlm.policy.policy import Policy
-from rvlm.policy.real_time_chunking import check_previous, continue_chunk, guidance_weight, soft_mask
+from rvlm.policy.real_time_chunking import continue_chunk, guidance_weight, soft_mask
 
 IS_BINARY = (False, False, True)
 ARM = [0, 1]
