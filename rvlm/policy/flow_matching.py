@@ -121,10 +121,10 @@ class FlowMatchingHead(nn.Module):
 
         Args:
             features: Of the observations.
-            noise: (..., k, c) that the chunks begin with; always the same if left out, another one for each chunk.
+            noise: (..., k, c) that the chunks begin with; if left out all of them with the same, always.
         """
         logits = self.binary_logits(features)
         if noise is None:
-            (noise,) = draw_noise((*logits.shape[:-2], *self.shape), [0])
+            noise = draw_noise(self.shape, [0])[0].expand(*logits.shape[:-2], *self.shape)
         chunk = integrate(partial(self.predict_clean_action, features), noise.to(logits), self.n_euler_steps)
         return join_dims(chunk, logits.sigmoid(), self.is_binary)
