@@ -44,17 +44,25 @@ def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
 
 
 def nearest_encoding(numbers: np.ndarray, near: np.ndarray, group: Group) -> np.ndarray:
-    """Raw numbers ``(..., d)`` of a group's rotation, or equal ones: q or -q, the nearer to `near`; angles by `in_turn`."""
+    """Raw numbers ``(..., d)`` of a group's rotation, or equal ones: of q and -q the nearer to `near`; angles by `in_turn`."""
     if group.rotation.startswith("quat"):
         return np.where((numbers * near).sum(-1, keepdims=True) < 0, -numbers, numbers)
     return in_turn(numbers, group)
 
 
 def in_turn(numbers: np.ndarray, group: Group) -> np.ndarray:
-    """Raw numbers ``(..., d)`` of a rotation; Euler angles of a target with whole turns that bring them within low and high."""
-    if group.rotation != "euler_xyz" or group.kind != "pose" or not group.low:
+    """Raw numbers ``(..., d)`` of a rotation, or equal ones that lie within low and high, or nearer to them.
+
+    Of q and -q either, and Euler angles of a target with whole turns added; what is within stays as it is.
+    """
+    if not group.low:
         return numbers
     low, high, scale = (np.asarray(values[group.n_position :]) for values in (group.low, group.high, group.scale))
+    if group.rotation.startswith("quat"):
+        outside, opposite = (np.abs(q - q.clip(low, high)).sum(-1, keepdims=True) for q in (numbers, -numbers))
+        return np.where(opposite < outside, -numbers, numbers)
+    if group.rotation != "euler_xyz" or group.kind != "pose":
+        return numbers
     turn = 2 * np.pi / (group.radians * scale)
     nearest = numbers - turn * np.round((numbers - (low + high) / 2) / turn)
     return np.where((numbers < low) | (numbers > high), nearest, numbers)
@@ -70,7 +78,7 @@ def average_rotations(placed: PlacedGroups, mean: np.ndarray, values: np.ndarray
             unit = np.asarray(group.scale)[group.n_position :] * group.radians
             each = [to_rotation(rows * unit, group.rotation).mean(weights) for rows in values[..., at]]
             numbers = np.stack([from_rotation(rotation, group.rotation) for rotation in each]) / unit
-            out[:, at] = nearest_encoding(numbers, values[:, -1, at], group)
+            out[:, at] = in_turn(nearest_encoding(numbers, values[:, -1, at], group), group)
     return out
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Num, Shaped
 from rvlm.data.actions import ActionSpec, Group, NormStats
 from rvlm.data.normalization import require_reference
 from rvlm.data.representations import absolute_actions, relative_actions
+from rvlm.data.rotations import in_turn
 from rvlm.files import config_hash
 
 
@@ -166,10 +167,18 @@ class EmbodimentConditioning:
     def raw_actions(
         self, embodiment: Embodiment, chunks: Num[np.ndarray, "*n k A"], state: Num[np.ndarray, "*n s"]
     ) -> Num[np.ndarray, "*n k a"]:
-        """Raw actions (..., k, a) of predicted chunks (..., k, A), from raw states (..., s) at their beginning."""
+        """Raw actions (..., k, a) of predicted chunks (..., k, A), from raw states (..., s) at their beginning.
+
+        Of q and -q the one that lies within the card's range.
+        """
         spec = embodiment.spec
         raw = spec.unnormalize(self.robot_dims(embodiment, chunks), embodiment.stats["action"])
-        return absolute_actions(spec, raw, state[..., None, :]) if self.is_relative else raw
+        raw = absolute_actions(spec, raw, state[..., None, :]) if self.is_relative else raw
+        for at, group in spec.placed_action:
+            if group.rotation.startswith("quat"):
+                turned = slice(at.start + group.n_position, at.stop)
+                raw[..., turned] = in_turn(raw[..., turned], group)
+        return raw
 
     def normalized_actions(
         self, embodiment: Embodiment, raw: Num[np.ndarray, "*n k a"], state: Num[np.ndarray, "*n s"]

@@ -13,7 +13,7 @@ from rvlm.data.normalization import NormStats, mean_quaternions, on_half_sphere
 from rvlm.data.representations import absolute_actions, relative_actions
 from rvlm.data.rotations import LAYOUTS, from_rotation, in_turn, nearest_encoding, to_rotation
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
-from rvlm.policy.embodiments import Embodiment
+from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, slots_of
 
 ROTATIONS = [name for name, n in LAYOUTS.items() if n]
 
@@ -168,6 +168,26 @@ def test_quaternions_of_a_tool_that_points_down_do_not_jump(layout, tmp_path):
         assert (q @ q.T).min() > 0.9, f"one half sphere of the {key}"
         assert np.allclose(q, (action if key == "action" else state)[:, at], atol=1e-5), "as recorded"
         assert (NormStats.from_dict(own.to_dict()).reference == own.reference).all(), "it is stored"
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+@pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
+def test_a_policys_quaternions_lie_within_the_range_of_the_card(layout, is_relative, tmp_path):
+    """Recorded with w from 0 to 1, where the data's mean rotation is a tool that points down: trained are those of both signs."""
+    data, action, state = pointing_down(layout, tmp_path / "d")
+    w = 3 + (layout == "quat_xyzw") * 3
+    action[:, 3:7] *= np.where(action[:, w] < 0, -1, 1)[:, None]
+    low = np.where(np.arange(7) == w, 0, -10.0)
+    spec = data.require_spec().replace_group("action", 0, low=tuple(low.tolist()))
+    spec.check(action)
+    stats = data.stats(relative_chunk=1 if is_relative else None)
+    robot = Embodiment(spec, stats)
+    slots = tuple((kind, name, is_binary) for kind, name, is_binary in slots_of([spec])[0])
+    conditioning = EmbodimentConditioning(None, spec.state_names, ("arm",), slots, is_relative)
+    chunks = conditioning.normalized_actions(robot, action[:, None], state)
+    acted = conditioning.raw_actions(robot, chunks, state)[:, 0]
+    spec.check(acted)
+    assert np.allclose(acted[:, 3:7], action[:, 3:7], atol=1e-6)
 
 
 def test_absolute_quaternions_lie_on_the_half_sphere_of_the_state(tmp_path):

@@ -221,6 +221,20 @@ def test_angles_are_sent_within_the_range_of_the_card_and_not_clipped_to_another
         assert not info["was_clipped"]
 
 
+def test_a_quaternion_of_the_other_sign_than_the_cards_is_no_other_rotation():
+    """Recorded with w from 0 to 1: -q is sent as q, and no number of it is clipped."""
+    names = ("x", "y", "z", "qx", "qy", "qz", "qw")
+    held = Group("pose", names, ("m",) * 3 + ("1",) * 4, frame="base", rotation="quat_xyzw")
+    group = dataclasses.replace(held, low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7)
+    spec = dataclasses.replace(SPEC, action=(group,), state=(held,))
+    for sign in (1, -1):
+        q = np.array([-0.9, 0, 0, np.sqrt(0.19)])
+        arm = Robot(names, CAMERAS, dict(zip(names, [0, 0, 0.2, *q.tolist()], strict=True)))
+        *_, info = started(arm, spec, (GroupLimits(LOW, HIGH, max_change=0.5, max_turn_rad=1.0),)).step([0, 0, 0.2, *sign * q])
+        np.testing.assert_allclose(of(info["sent"], names[3:]), q, atol=1e-6)
+        assert not info["was_clipped"]
+
+
 def test_an_absolute_pose_is_sent_as_it_is_and_turned_by_no_more_than_the_limit():
     arm = pose_arm()
     group = Group("pose", POSE, ("m",) * 3 + ("rad",) * 3, low=(-4.0,) * 6, high=(4.0,) * 6, frame="world", rotation="axis_angle")

@@ -187,6 +187,13 @@ def test_the_first_hold_is_where_the_state_says_in_the_actions_units_and_layout(
     euler = Rotation.from_rotvec(turn).as_euler("xyz", degrees=True)
     held = hold_action(only(pose, shown), None, [np.concatenate([[100.0, 200.0, 300.0], euler])])
     np.testing.assert_allclose(held, [[0.1, 0.2, 0.3, *turn]], atol=1e-6)
+    down = Rotation.from_quat([0.9, 0, 0, -0.436])  # recorded with qx from 0 to 1
+    quaternion = Group(
+        "pose", ("x", "y", "z", "qx", "qy", "qz", "qw"), ("m",) * 3 + ("1",) * 4, low=(-1.0,) * 3 + (0.0,) + (-1.0,) * 3,
+        high=(1.0,) * 7, frame="base", rotation="quat_xyzw",
+    )  # fmt: skip
+    held = hold_action(only(quaternion, shown), None, [np.concatenate([np.zeros(3), down.as_euler("xyz", degrees=True)])])
+    np.testing.assert_allclose(held[0, 3:], down.as_quat(), atol=1e-6)
     for other in (dataclasses.replace(shown, frame="world"), dataclasses.replace(shown, kind="pose_delta")):
         with pytest.raises(SpecMismatch, match=r"base axis_angle in the state to hold before the first action, got a state of"):
             hold_action(only(pose, other), None, [np.zeros(6)])
