@@ -1,6 +1,7 @@
 """Layouts of rotations in actions and states, and conversion between them.
 
-q and -q are one rotation: `from_rotation` gives that with w not negative, `nearest_encoding` that beside another.
+q and -q are one rotation, as are rotation vectors a turn apart: `from_rotation` gives that with w not negative, or of half a turn
+at most; `nearest_encoding` that beside another, `in_turn` that within a card's range.
 Source: 6-D rotations, the first two columns of the matrix: Zhou et al. 2019 (arXiv 1812.07035), section 4.2.
 """
 
@@ -44,28 +45,43 @@ def from_rotation(rotation: Rotation, layout: str) -> np.ndarray:
 
 
 def nearest_encoding(numbers: np.ndarray, near: np.ndarray, group: Group) -> np.ndarray:
-    """Raw numbers ``(..., d)`` of a group's rotation, or equal ones: of q and -q the nearer to `near`; angles by `in_turn`."""
-    if group.rotation.startswith("quat"):
-        return np.where((numbers * near).sum(-1, keepdims=True) < 0, -numbers, numbers)
-    return in_turn(numbers, group)
+    """Raw numbers ``(..., d)`` of a group's rotation, or equal ones: those nearest to `near`, but angles also by `in_turn`."""
+    equal = _equal_numbers(numbers, group)
+    nearest = _of_least(equal, np.square(equal - near).sum(-1))
+    return nearest if group.rotation.startswith("quat") else in_turn(nearest, group)
 
 
 def in_turn(numbers: np.ndarray, group: Group) -> np.ndarray:
     """Raw numbers ``(..., d)`` of a rotation, or equal ones that lie within low and high, or nearer to them.
 
-    Of q and -q either, and Euler angles of a target with whole turns added; what is within stays as it is.
+    Of q and -q either, and angles of a target with whole turns added; what is within stays as it is.
     """
-    if not group.low:
+    if not group.low or (group.kind != "pose" and not group.rotation.startswith("quat")):
         return numbers
     low, high, scale = (np.asarray(values[group.n_position :]) for values in (group.low, group.high, group.scale))
+    if group.rotation == "euler_xyz":
+        turn = 2 * np.pi / (group.radians * scale)
+        nearest = numbers - turn * np.round((numbers - (low + high) / 2) / turn)
+        return np.where((numbers < low) | (numbers > high), nearest, numbers)
+    equal = _equal_numbers(numbers, group)
+    return _of_least(equal, np.abs(equal - equal.clip(low, high)).sum(-1))
+
+
+def _equal_numbers(numbers: np.ndarray, group: Group) -> np.ndarray:
+    """Numbers ``(m, ..., d)`` of the same rotation: as given, then -q, or the rotation vector a turn shorter and longer."""
     if group.rotation.startswith("quat"):
-        outside, opposite = (np.abs(q - q.clip(low, high)).sum(-1, keepdims=True) for q in (numbers, -numbers))
-        return np.where(opposite < outside, -numbers, numbers)
-    if group.rotation != "euler_xyz" or group.kind != "pose":
-        return numbers
-    turn = 2 * np.pi / (group.radians * scale)
-    nearest = numbers - turn * np.round((numbers - (low + high) / 2) / turn)
-    return np.where((numbers < low) | (numbers > high), nearest, numbers)
+        return np.stack([numbers, -numbers])
+    if group.rotation != "axis_angle":
+        return numbers[None]
+    scale = np.asarray(group.scale[group.n_position :] or 1.0)
+    angle = np.linalg.norm(numbers * scale * group.radians, axis=-1, keepdims=True)
+    turn = numbers * (2 * np.pi / np.where(angle > 0, angle, np.inf))
+    return np.stack([numbers, numbers - turn, numbers + turn])
+
+
+def _of_least(equal: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Of numbers ``(m, ..., d)`` those ``(..., d)`` of least cost ``(m, ...)``, the first where it is the same."""
+    return np.take_along_axis(equal, cost.argmin(0)[None, ..., None], 0)[0]
 
 
 def average_rotations(placed: PlacedGroups, mean: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -114,7 +114,7 @@ class GroupCommand:
         return to_rotation(numbers[self.target.n_position :] * self.target.radians, self.target.rotation)
 
     def _encoded(self, rotation: Rotation, last: np.ndarray) -> np.ndarray:
-        """The rotation in the target's layout; of q and -q the one nearer to the last, angles within the card's range."""
+        """The rotation in the target's layout; of equal numbers those nearest to the last, angles within the card's range."""
         scale = np.asarray(self.target.scale or (1.0,) * len(self.target.names))[self.target.n_position :]
         numbers = from_rotation(rotation, self.target.rotation).reshape(-1) / self.target.radians
         return nearest_encoding(numbers / scale, last / scale, self.target) * scale

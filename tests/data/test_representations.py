@@ -11,7 +11,7 @@ from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import SpecMismatch
 from rvlm.data.normalization import NormStats, mean_quaternions, on_half_sphere
 from rvlm.data.representations import absolute_actions, relative_actions
-from rvlm.data.rotations import LAYOUTS, from_rotation, in_turn, nearest_encoding, to_rotation
+from rvlm.data.rotations import LAYOUTS, average_rotations, from_rotation, in_turn, nearest_encoding, to_rotation
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, slots_of
 
@@ -117,6 +117,23 @@ def test_absolute_angles_lie_in_the_range_of_the_card(unit, full):
     assert np.allclose(back, action)
     spec.check(back)
     assert (in_turn(action[:, 1:], spec.action[0]) == action[:, 1:]).all(), "what is within stays, bit by bit"
+
+
+@pytest.mark.parametrize(("unit", "half"), [("deg", 180.0), ("rad", np.pi)])
+def test_rotation_vectors_of_a_tool_that_points_down_do_not_jump(unit, half):
+    """Recorded beyond half a turn, within 115 to 240 degrees: so is a mean, an absolute target, and the nearest within range."""
+    held = Group("pose", ("x", "rx", "ry", "rz"), ("m",) + (unit,) * 3, frame="base", rotation="axis_angle")
+    pose = replace(held, low=(-1.0, 0.64 * half, -half, -half), high=(1.0, 1.33 * half, half, half))
+    spec = ActionSpec("arm", "arm", 10.0, ("top",), (pose,), (held,))
+    action = np.array([[0.1, 1.006, 0.01, 0], [0.2, 0.99, 0, 0.02], [0.0, 1.3, 0, 0]]) * [1, half, half, half]
+    state = np.array([[0.0, 1.012, 0, 0], [0.1, 1.01, -0.01, 0.03], [0.0, 1.1, 0, 0]]) * [1, half, half, half]
+    assert np.allclose(absolute_actions(spec, relative_actions(spec, action, state), state), action)
+    candidates = np.stack([state, action], 1)
+    mean = average_rotations(spec.placed_action, candidates.mean(1), candidates, np.ones(2))
+    assert np.allclose(mean, candidates.mean(1), atol=0.01 * half)
+    canonical = from_rotation(to_rotation(action[:, 1:] * pose.radians, "axis_angle"), "axis_angle") / pose.radians
+    assert canonical[0, 0] < 0 and np.allclose(in_turn(canonical, pose), action[:, 1:])
+    assert (nearest_encoding(np.zeros(3), np.ones(3), held) == 0).all(), "no turn has no axis"
 
 
 @pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
