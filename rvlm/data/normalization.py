@@ -67,6 +67,11 @@ def on_half_sphere(values: Any, placed: PlacedGroups, reference: np.ndarray | No
     return values
 
 
+def as_one_half_sphere(values: np.ndarray, placed: PlacedGroups) -> np.ndarray:
+    """Raw values ``(n, d)`` with quaternions on the half sphere of their mean, where their spread is that of the rotations."""
+    return on_half_sphere(values, placed, mean_quaternions(values, placed))
+
+
 @dataclass(frozen=True)
 class NormStats:
     """Statistics of one column of one dataset, and its normalisation.

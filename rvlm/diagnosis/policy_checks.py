@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from rvlm.data.actions import ActionSpec, NormStats, StatsAccumulator
 from rvlm.data.errors import SpecMismatch
-from rvlm.data.normalization import on_half_sphere
+from rvlm.data.normalization import as_one_half_sphere, mean_quaternions, on_half_sphere
 from rvlm.data.pooled_statistics import training_values
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.diagnosis.misreadings import IMAGE_ERRORS
@@ -117,7 +117,7 @@ def check_open_loop(inputs: DiagnosisInputs) -> CheckResult:
     if inputs.policy is None:
         return CheckResult("open loop", NO_POLICY)
     predict = _from_model(inputs) if inputs.trained else _from_observations(inputs)
-    chosen = predict(dict, None)
+    chosen = _on_one_half_sphere(inputs, predict(dict, None))
     errors = _open_loop_errors(inputs, predict)
     evidence = pd.DataFrame({"candidate": list(errors), "error of the first action [spread of the actions]": errors.values()})
     without_images, current = errors.pop(NO_IMAGES), errors["as it is"]
@@ -145,6 +145,14 @@ class FirstActions(NamedTuple):
     rows: np.ndarray
 
 
+def _on_one_half_sphere(inputs: DiagnosisInputs, actions: FirstActions) -> FirstActions:
+    """The same with quaternions on the half sphere of the mean recorded one."""
+    placed = inputs.dataset.require_spec().placed_action
+    reference = mean_quaternions(actions.recorded, placed)
+    predicted, recorded = (on_half_sphere(values, placed, reference) for values in actions[:2])
+    return actions._replace(predicted=predicted, recorded=recorded)
+
+
 ChangeImages = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]  # camera -> images (..., h, w, 3)
 Predict = Callable[[ChangeImages, str | None], FirstActions]  # by images that are changed, and by statistics of another kind
 
@@ -168,7 +176,7 @@ def _errors(inputs: DiagnosisInputs, predicted: np.ndarray, recorded: np.ndarray
     """Mean error of each dimension that is neither absent nor binary, in spreads of the actions."""
     spec = inputs.dataset.require_spec()
     chosen = spec.present & ~np.asarray(spec.is_binary)
-    spread = spec.to_si(np.maximum(inputs.dataset.column("action").std(0), 1e-6))
+    spread = spec.to_si(np.maximum(as_one_half_sphere(inputs.dataset.column("action"), spec.placed_action).std(0), 1e-6))
     return (action_errors(spec, predicted, recorded).mean(0) / spread)[chosen]
 
 
@@ -179,7 +187,7 @@ def _mean_error(inputs: DiagnosisInputs, predicted: np.ndarray, recorded: np.nda
 def _error_without_images(inputs: DiagnosisInputs, actions: FirstActions) -> float:
     """Error of who stays where it is, or always takes the mean action, whichever is nearer in a dimension."""
     spec, state = inputs.dataset.require_spec(), inputs.dataset.column("observation.state")[actions.rows]
-    mean = np.broadcast_to(actions.recorded.mean(0), actions.recorded.shape)
+    mean = np.broadcast_to(as_one_half_sphere(actions.recorded, spec.placed_action).mean(0), actions.recorded.shape)
     stay = held_targets(spec, state)
     stay = np.where(np.isfinite(stay), stay, mean)
     return float(np.minimum(*(_errors(inputs, values, actions.recorded) for values in (mean, stay))).mean())

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from rvlm.data.dimensions import place_of
+from rvlm.data.normalization import as_one_half_sphere
 from rvlm.data.windows import Windows
 from rvlm.evaluation.rollouts import INPUT_ABLATIONS, InputAblation, permute_instructions, replace_instructions
 from rvlm.policy.collation import RobotCollator
@@ -119,7 +120,8 @@ def constant_baseline(dataset: Any, train: Iterable[int], episodes: Iterable[int
     """`open_loop_errors` of the mean training action, with the binary gripper commands that are more frequent in training."""
     spec, action, episode = dataset.require_spec(), dataset.column("action"), dataset.episode_of_frame
     is_train, is_test = np.isin(episode, list(train)), np.isin(episode, list(episodes))
-    mean, is_open = action[is_train].mean(0), spec.is_open(action[is_train]).mean(0) > 0.5
+    mean = as_one_half_sphere(action[is_train], spec.placed_action).mean(0)
+    is_open = spec.is_open(action[is_train]).mean(0) > 0.5
     constant = np.where(spec.is_binary, spec.set_grippers(mean, is_open), mean)
     recorded = action[is_test][:, None]
     frame = np.concatenate([np.arange(length) for length in dataset.episodes["length"]])

@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from pretended_card import CARD, PretendedCard
+from scipy.spatial.transform import Rotation
 
-from rvlm.data.actions import ActionSpec
+from rvlm.data.actions import ActionSpec, Group
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.rotations import from_rotation
 from rvlm.data.windows import EpisodeDataset, EpisodeWriter, Windows
 from rvlm.diagnosis import policy_checks
 from rvlm.diagnosis.inputs import DiagnosisInputs
@@ -235,3 +237,40 @@ def test_constant_baseline_predicts_the_training_mean(dataset):
         0.0,
         1.0,
     }
+
+
+class Known:
+    """A policy of known actions, by the row that the state tells."""
+
+    def __init__(self, actions):
+        self.actions = actions
+
+    def reset(self, n_robots=None):
+        pass
+
+    def select_action(self, observations):
+        return np.stack([self.actions[round(float(observation["state"][0]))] for observation in observations])
+
+
+@pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
+def test_the_mean_of_quaternions_is_that_of_rotations(layout, tmp_path):
+    """Of a tool that points down, recorded with w from 0 to 1: x jumps, and its plain mean and spread are those of no rotation."""
+    names = ("x", "y", "z", "q0", "q1", "q2", "q3")
+    pose = Group("pose", names, ("m",) * 3 + ("1",) * 4, low=(-1.0,) * 7, high=(1.0,) * 7, frame="base", rotation=layout)
+    spec = ActionSpec("down", "arm", 10.0, ("top",), (pose,), (Group("joint", ("a",), ("rad",)),))
+    rng = np.random.default_rng(0)
+    down = Rotation.from_euler("x", np.pi) * Rotation.from_rotvec(rng.normal(0, 0.15, (80, 3)))
+    action = np.concatenate([rng.uniform(-0.5, 0.5, (80, 3)), from_rotation(down, layout)], 1)
+    writer = EpisodeWriter(tmp_path / "down", spec)
+    for rows in np.arange(80).reshape(4, 20):
+        columns = {"action": action[rows].astype(np.float32), "observation.state": rows[:, None].astype(np.float32)}
+        writer.add_episode({"observation.images.top": np.zeros((20, 16, 16, 3), np.uint8), **columns}, "lift the red cube")
+    data = EpisodeDataset(writer.finalize())
+    constant = open_loop.constant_baseline(data, [0, 1, 2], [3])
+    x = names[3 + (layout == "quat_wxyz")]
+    assert constant.loc[constant["dimension"] == x, "first"].mean() < 0.05
+
+    smooth = action * np.where(np.arange(7) > 2, np.sign(action[:, [names.index(x)]]), 1)
+    opposite = smooth * np.where(np.arange(7) < 3, -1, 1)
+    for acted, fault in ((np.tile(smooth.mean(0), (80, 1)), "not learned"), (opposite, "sign of a dimension"), (smooth, None)):
+        assert policy_checks.check_open_loop(DiagnosisInputs(Known(acted), data)).fault == fault
