@@ -6,7 +6,7 @@ dataset.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from rvlm.data.spec_dimensions import PlacedGroups
 _OPTIONAL = {"floor", "reference"}  # fields of statistics
 NORMALIZATIONS = ("q01_q99", "mean_std", "min_max", "identity")
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+_NEGATED = {"min": "max", "max": "min", "q01": "q99", "q10": "q90", "q50": "q50", "q90": "q10", "q99": "q01"}
+_NEGATED |= {"mean": "mean", "reference": "reference"}  # what each is, with its sign changed, of values with theirs changed
 
 
 def array_like(constant: Any, x: Any) -> Any:
@@ -163,6 +165,16 @@ class NormStats:
         self.require_kind(kind)
         offset, scale, y = *self.offset_and_scale(), self._require_width(y)
         return y * array_like(scale, y) + array_like(offset, y)
+
+    def nearer_to(self, reference: np.ndarray, placed: PlacedGroups) -> NormStats:
+        """Statistics of the same data with, of q and -q, the mean rotation nearer to another reference ``(d,)``."""
+        is_far = np.zeros(len(self.mean), bool)
+        for at in _quaternions(placed):
+            is_far[at] = self.reference is not None and self.reference[at] @ reference[at] < 0
+        if not is_far.any():
+            return self
+        negated = {name: np.where(is_far, -getattr(self, of), getattr(self, name)) for name, of in _NEGATED.items()}
+        return replace(self, **negated)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

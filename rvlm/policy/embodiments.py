@@ -86,15 +86,33 @@ def embodiments_of(config: Any) -> tuple[Embodiment, dict[str, Embodiment]]:
 
 def slots_of(specs: Sequence[ActionSpec]) -> tuple[list[list[Any]], list[str]]:
     """Dimensions of a policy of these robots: action slots (kind, name, is binary) and state names, in order of appearance."""
-    actions = [(group.kind, name, group.is_binary) for spec in specs for group in spec.action for name in group.names]
+    actions = [slot for spec in specs for slot in _action_slots(spec.action)]
     states = [name for spec in specs for name in spec.state_names]
     return [list(slot) for slot in dict.fromkeys(actions)], list(dict.fromkeys(states))
+
+
+def _action_slots(groups: tuple[Group, ...]) -> list[tuple[str, str, bool]]:
+    return [(group.kind, name, group.is_binary) for group in groups for name in group.names]
+
+
+def with_signs_of(robot: Embodiment, others: Sequence[Embodiment]) -> Embodiment:
+    """The robot with, of q and -q, the mean rotation nearer to that of the first other one in the same slots and state names."""
+    stats = {}
+    for column, own in robot.stats.items():
+        slots_in = (lambda spec: _action_slots(spec.action)) if column == "action" else (lambda spec: spec.state_names)
+        first: dict[Any, float] = {}
+        for other in others:
+            if column in other.stats and (reference := other.stats[column].reference) is not None:
+                first = {**dict(zip(slots_in(other.spec), reference, strict=True)), **first}
+        placed = robot.spec.placed_action if column == "action" else robot.spec.placed_state
+        stats[column] = own.nearer_to(np.array([first.get(slot, 0.0) for slot in slots_in(robot.spec)]), placed)
+    return dataclasses.replace(robot, stats=stats)
 
 
 @functools.lru_cache(maxsize=256)
 def _places(groups: tuple[Group, ...], slots: tuple[tuple[str, str, bool], ...]) -> list[int]:
     """The slot of each action dimension."""
-    return [slots.index((group.kind, name, group.is_binary)) for group in groups for name in group.names]
+    return [slots.index(slot) for slot in _action_slots(groups)]
 
 
 def _directions(groups: tuple[Group, ...]) -> list[int]:

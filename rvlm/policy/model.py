@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
-from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slot_directions, slots_of
+from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slot_directions, slots_of, with_signs_of
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.layer_mix import LayerMix
@@ -75,11 +75,13 @@ class VLA(SavedPolicy):
     def register_embodiments(self, robots: Sequence[Embodiment]) -> None:
         """Add embodiments to the policy; the first becomes its target robot.
 
-        Statistics of known robots are kept: the policy was trained with them. Those that the head cannot use are refused.
+        Statistics of known robots are kept: the policy was trained with them. Quaternions of new ones are trained on the half
+        sphere of robots before them. Statistics that the head cannot use are refused.
         """
         known = {self.spec.dataset: Embodiment(self.spec, self.stats), **self.embodiments}
         ids = list(dict.fromkeys([*self.conditioning.ids, *(robot.spec.dataset for robot in robots)]))
-        known = {**{robot.spec.dataset: robot for robot in robots}, **known}
+        for robot in robots:
+            known.setdefault(robot.spec.dataset, with_signs_of(robot, [known[name] for name in ids if name in known]))
         if self.embodiment_embedding is not None and len(ids) > MAX_EMBODIMENTS:
             raise ValueError(
                 f"expected at most {MAX_EMBODIMENTS} embodiments, got {len(ids)}; take embodiment_conditioning='name'"

@@ -223,20 +223,30 @@ def test_tokens_of_slots_that_a_robot_lacks_are_those_of_training(toy_vlm, tmp_p
             assert is_zero.all((0, 1))[~torch.tensor(is_present)].all() and not is_zero.all()
 
 
-def test_the_half_sphere_of_quaternions_travels_with_the_policy(toy_vlm, tmp_path):
-    names, units = ("x", "y", "z", "qx", "qy", "qz", "qw"), ("m",) * 3 + ("1",) * 4
-    held = Group("pose", names, units, frame="base", rotation="quat_xyzw")
+def turned_robot(dataset, order):
+    names, units = ("x", "y", "z", *(f"q{axis}" for axis in order)), ("m",) * 3 + ("1",) * 4
+    held = Group("pose", names, units, frame="base", rotation=f"quat_{order}")
     pose = replace(held, low=(-1.0,) * 7, high=(1.0,) * 7)
-    spec = ActionSpec("down", "arm", 10.0, tuple(SIZES), (pose,), (held,))
-    writer = EpisodeWriter(tmp_path / "d", spec)
+    return ActionSpec(dataset, "arm", 10.0, tuple(SIZES), (pose,), (held,))
+
+
+def record_turned(folder, spec, about):
+    """Poses about a quaternion x, y, z, w whose z and w change."""
+    writer = EpisodeWriter(folder, spec)
     for episode in range(4):
         rng = np.random.default_rng(episode)
         images = {f"observation.images.{c}": rng.integers(0, 255, (8, *size, 3), dtype=np.uint8) for c, size in SIZES.items()}
-        q = np.array([0.99, 0.1, 0, 0]) + rng.uniform(-0.1, 0.1, (8, 4)) * [0, 0, 1, 1]  # w about 0: the tool points down
-        values = np.concatenate([rng.uniform(-0.5, 0.5, (8, 3)), q / np.linalg.norm(q, axis=1, keepdims=True)], 1)
+        q = np.array(about) + rng.uniform(-0.1, 0.1, (8, 4)) * [0, 0, 1, 1]
+        q = (q / np.linalg.norm(q, axis=1, keepdims=True))[:, ["xyzw".index(name[1]) for name in spec.names[3:]]]
+        values = np.concatenate([rng.uniform(-0.5, 0.5, (8, 3)), q], 1)
         columns = dict.fromkeys(("action", "observation.state"), values.astype(np.float32))
         writer.add_episode({**images, **columns}, "lift it")
-    policy = load_policy(trained([str(writer.finalize())], toy_vlm, tmp_path / "out"))
+    return str(writer.finalize())
+
+
+def test_the_half_sphere_of_quaternions_travels_with_the_policy(toy_vlm, tmp_path):
+    spec = turned_robot("down", "xyzw")  # w about 0: the tool points down
+    policy = load_policy(trained([record_turned(tmp_path / "d", spec, [0.99, 0.1, 0, 0])], toy_vlm, tmp_path / "out"))
     data, seen = EpisodeDataset(tmp_path / "d"), observe(spec)
     seen["state"] = data.column("observation.state")[0]
     assert check_statistics(DiagnosisInputs(policy, data)).fault is None
@@ -246,6 +256,32 @@ def test_the_half_sphere_of_quaternions_travels_with_the_policy(toy_vlm, tmp_pat
     assert policy.expected.range_warning([opposite]) == ""
     recorded = predict_chunks(policy, policy_windows(policy, data))["recorded"]
     assert (recorded[..., 3] > 0.9).all(), "actions are learned as they were recorded, without a jump"
+
+
+def test_robots_that_share_slots_share_the_half_sphere_of_quaternions(toy_vlm, tmp_path):
+    """Which of two almost equal components is the larger, and so positive, is chance: the first robot's choice holds for all."""
+    abouts = {"first": ("xyzw", [0.72, -0.69, 0, 0]), "second": ("wxyz", [0.69, -0.72, 0, 0])}
+    specs = {name: turned_robot(name, order) for name, (order, _) in abouts.items()}
+    folders = {name: record_turned(tmp_path / name, specs[name], about) for name, (_, about) in abouts.items()}
+    sets = {name: EpisodeDataset(folder) for name, folder in folders.items()}
+    own = {name: data.stats(episodes=split(data)[0]) for name, data in sets.items()}
+    assert own["first"]["action"].reference[3:5] @ own["second"]["action"].reference[4:6] < 0
+    stage = Stage("both", ROBOT, tuple(folders.values()), str(toy_vlm), 24, policy=POLICY, batch_size=8, n_processes=1)
+    both, processor, *_ = STAGE_BUILDERS[ROBOT](stage)
+    joined = load_vla(trained([folders["first"]], toy_vlm, tmp_path / "out"))[0]
+    joined.register_embodiments([Embodiment(specs["second"], own["second"])])
+    for model in (both, joined):
+        actions, states = [], []
+        for name, spec in specs.items():
+            robot, raw = model.embodiment(spec), sets[name].column("action")
+            actions.append(model.conditioning.normalized_actions(robot, raw[:, None], raw)[:, 0])
+            state = spec.normalize_state(raw, robot.stats["observation.state"])
+            states.append(model.conditioning.align_state(robot, state))
+            inputs = DiagnosisInputs(Policy(model, processor, spec=spec), sets[name])
+            assert check_statistics(inputs).fault is None
+        for first, second in (actions, states):
+            assert np.allclose(first[:, 5:], second[:, 5:], atol=0.05), "the same turns are the same z and w"
+        assert np.array_equal(model.embodiment(specs["first"]).stats["action"].reference, own["first"]["action"].reference)
 
 
 def test_continuous_grippers_of_opposite_directions_share_one_meaning(toy_vlm, tmp_path):
