@@ -53,6 +53,7 @@ class VLAConfig(PreTrainedConfig):
         action_vocabulary: Byte pairs that head "fast" has learned from its training chunks, and the most tokens of a chunk.
         act_id: Id of `<act>`.
         action_slots: Kind, name and whether it is binary, of each dimension that the head predicts, for all its robots.
+        directions: Sign of each action slot (`rvlm.policy.embodiments.slot_directions`); None in policies of before.
         state_slots: Names of the state dimensions that it takes, of all its robots.
         spec: `ActionSpec` of the robot, as a dict.
         stats: `NormStats` of "action" and "observation.state" over the training episodes, as dicts.
@@ -86,6 +87,7 @@ class VLAConfig(PreTrainedConfig):
     action_vocabulary: dict | None = None
     act_id: int = 0
     action_slots: list | None = None
+    directions: list | None = None
     state_slots: list | None = None
     spec: dict | None = None
     stats: dict | None = None
@@ -114,7 +116,7 @@ class VLAConfig(PreTrainedConfig):
 
 # Not settings: derived from the backbone and the data.
 DERIVED_FIELDS = {"model_type", "backbone", "act_id", "vlm", "base_model"}
-DERIVED_FIELDS |= {"camera_sizes", "action_vocabulary", "action_slots", "state_slots"}
+DERIVED_FIELDS |= {"camera_sizes", "action_vocabulary", "action_slots", "directions", "state_slots"}
 DERIVED_FIELDS |= {"spec", "stats", "embodiments", "embodiment_ids"}
 POLICY_FIELDS = sorted(set(VLAConfig.__annotations__) - DERIVED_FIELDS)
 AutoConfig.register(VLAConfig.model_type, VLAConfig)  # AutoConfig recognises a policy's folder

@@ -130,6 +130,22 @@ def slot_directions(specs: Sequence[ActionSpec], slots: Sequence[tuple[str, str,
     return tuple(first.get(i, 1) for i in range(len(slots)))
 
 
+def refuse_opposite_grippers(specs: Sequence[ActionSpec], slots: Sequence[tuple[str, str, bool]]) -> None:
+    """Refuse continuous grippers of opposite directions in one slot, of a policy that does not say that it was trained in one.
+
+    Raises:
+        ValueError: With the robots that count otherwise than the first.
+    """
+    signs = np.array(slot_directions(specs, slots))
+    others = [s.dataset for s in specs if (signs[_places(s.action, tuple(slots))] != _directions(s.action)).any()]
+    if others:
+        raise ValueError(
+            "expected a policy whose configuration stores the 'directions' of its slots, as continuous grippers of its robots "
+            f"count in opposite ones, got one of before, in which open and closed of {others} may be exchanged; "
+            "train it again"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class EmbodimentConditioning:
     """Converts samples and actions of any robot for one policy; depends on its configuration, not on its network.

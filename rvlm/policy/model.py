@@ -17,7 +17,15 @@ from transformers.modeling_outputs import ModelOutput
 from rvlm.data.actions import ActionSpec, SpecMismatch
 from rvlm.policy.action_expert import ActionExpert
 from rvlm.policy.config import MAX_EMBODIMENTS, VLAConfig, check_structure
-from rvlm.policy.embodiments import Embodiment, EmbodimentConditioning, embodiments_of, slot_directions, slots_of, with_signs_of
+from rvlm.policy.embodiments import (
+    Embodiment,
+    EmbodimentConditioning,
+    embodiments_of,
+    refuse_opposite_grippers,
+    slot_directions,
+    slots_of,
+    with_signs_of,
+)
 from rvlm.policy.heads import HEADS, TokensHead
 from rvlm.policy.history_modules import HISTORIES
 from rvlm.policy.layer_mix import LayerMix
@@ -60,6 +68,9 @@ class VLA(SavedPolicy):
         width = self.backbone.config.get_text_config().hidden_size
         if config.action_slots is None or config.state_slots is None:
             config.action_slots, config.state_slots = slots_of([self.spec, *(robot.spec for robot in self.embodiments.values())])
+        if config.directions is None:
+            refuse_opposite_grippers(*self._specs_and_slots)
+        config.directions = list(slot_directions(*self._specs_and_slots))
         is_binary = [bool(slot[2]) for slot in config.action_slots]
         self.head: Any = HEADS[config.head](width, config.chunk_size, is_binary, **config.head_arguments)
         self.layer_mix = None if config.vlm_layers is None or self.is_expert else LayerMix(cast(Any, config.vlm_layers))
@@ -98,21 +109,27 @@ class VLA(SavedPolicy):
         self.spec, self.stats, self.embodiments, self.config.embodiment_ids = first.spec, first.stats, known, ids
         self.config.spec, self.config.stats = first.to_dict()["spec"], first.to_dict()["stats"]
         self.config.embodiments = {name: robot.to_dict() for name, robot in known.items()} or None
+        self.config.directions = list(slot_directions(*self._specs_and_slots))
         check_structure(cast(VLAConfig, self.config))
+
+    @property
+    def _specs_and_slots(self) -> tuple[list[ActionSpec], tuple[tuple[str, str, bool], ...]]:
+        """Of all its robots, in the order in which it was given them, and its action slots."""
+        slots = tuple((str(kind), str(name), bool(is_binary)) for kind, name, is_binary in self.config.action_slots)
+        specs = {self.spec.dataset: self.spec, **{name: robot.spec for name, robot in self.embodiments.items()}}
+        return [specs[name] for name in self.config.embodiment_ids or specs if name in specs], slots
 
     @property
     def conditioning(self) -> EmbodimentConditioning:
         """Conditions samples on their robot; holds nothing of the network, so a dataset can keep it."""
         ids = self.config.embodiment_ids or [self.spec.dataset, *self.embodiments]
-        slots = tuple((str(kind), str(name), bool(is_binary)) for kind, name, is_binary in self.config.action_slots)
-        specs = {self.spec.dataset: self.spec, **{name: robot.spec for name, robot in self.embodiments.items()}}
         return EmbodimentConditioning(
             self.config.embodiment_conditioning,
             tuple(self.config.state_slots),
             tuple(ids),
-            slots,
+            self._specs_and_slots[1],
             self.config.relative_chunk is not None,
-            slot_directions([specs[name] for name in ids if name in specs], slots),
+            tuple(self.config.directions),
         )
 
     def embodiment(self, spec: ActionSpec) -> Embodiment:

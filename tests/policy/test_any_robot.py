@@ -1,5 +1,6 @@
 """Robots of other dimensions and cameras: alone, in a mixture, relative to the state, with images of several sizes."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -305,3 +306,19 @@ def test_continuous_grippers_of_opposite_directions_share_one_meaning(toy_vlm, t
         alone = first.normalize(first.set_grippers(np.full((1, 3), 1.0), True), robots[first.dataset].stats["action"])
         assert opened[0] == alone[0, 2], "the first robot's numbers are as in a policy of its own"
         assert np.sign(opened).tolist() == [np.sign(opened[0])] * 2 and abs(opened[0]) > 0.5
+    for first, is_refused in ((JOINTS, True), (replace(JOINTS, dataset="twin"), False)):
+        other = closing if is_refused else JOINTS
+        model, processor = make_policy(toy_vlm, first, robots["joints"].stats, specs=[first, other], **POLICY)
+        model.register_embodiments([Embodiment(first, robots["joints"].stats), robots[other.dataset]])
+        model.save_pretrained(tmp_path / first.dataset, processor)
+        assert load_vla(tmp_path / first.dataset)[0].conditioning == model.conditioning
+        path = tmp_path / first.dataset / "config.json"
+        config = json.loads(path.read_text())
+        assert config.pop("directions") == [1, 1, 1]
+        path.write_text(json.dumps(config))
+        if not is_refused:
+            assert load_vla(path.parent)[0].conditioning == model.conditioning, "robots that count alike load as before"
+            continue
+        for load in (load_vla, modify_policy):
+            with pytest.raises(ValueError, match=r"'directions'.*open and closed of \['closing'\] may be.*train it again"):
+                load(path.parent)
