@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -120,13 +121,19 @@ def _check_kind(group: Group, at: str) -> None:
             f"({group.rotation}); got {list(group.names)}; reorder (or split) the column when you convert the data, and list "
             "the new order in the card"
         )
-    own, layout = [name[-1:] for name in group.names[group.n_position :]], group.rotation.removeprefix("quat_")
+    own, layout = [_axis(name) for name in group.names[group.n_position :]], group.rotation.removeprefix("quat_")
     if sorted(own) == sorted("wxyz") and own != list(layout):
         raise CardError(
             f"{at}: expected the names of a quaternion in the order of its rotation, {group.rotation}, got "
             f"{list(group.names[group.n_position :])}; write the rotation that the data is in, quat_xyzw or quat_wxyz, and the "
             "names in its order"
         )
+
+
+def _axis(name: str) -> str:
+    """Which number of a quaternion a name says: "x" of "qx", "QX", "qx.pos", "x_quat"; empty if it does not say."""
+    words = re.split("[^a-z]+", name.casefold())
+    return next((word[-1] for word in words if 0 < len(word) < 3 and word[-1] in "wxyz"), "")
 
 
 def _checked_state(group: Group, at: str) -> Group:

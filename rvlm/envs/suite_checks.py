@@ -6,9 +6,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.errors import SpecMismatch
+from rvlm.data.holding import hold_action
+from rvlm.data.rotations import from_rotation
 
 SEEDS = (900_000, 900_001)  # held out
 NO_TASK = "no such task"
@@ -43,16 +46,16 @@ def check_suite(suite: Any, env: gymnasium.Env) -> None:
         raise _error(
             suite, f"the same start after two resets with seed {SEEDS[0]}", f"others in {difference}", "seed all randomness"
         )
-    other_seed = _first_observation(suite, env, SEEDS[1], task, 0)
+    last = _first_observation(suite, env, SEEDS[1], task, 0)
     if suite.n_starts is None:
-        _require_other_start(suite, "seeds", begin, other_seed)
-    elif difference := _difference(begin, other_seed):
+        _require_other_start(suite, "seeds", begin, last)
+    elif difference := _difference(begin, last):
         expected = f"the initial state 'start' 0 alike with seeds {SEEDS[0]} and {SEEDS[1]}"
         raise _error(suite, expected, f"others in {difference}", "read the option 'start' in reset(), or leave n_starts out")
     elif suite.n_starts > 1:
         last = _first_observation(suite, env, SEEDS[0], task, suite.n_starts - 1)
         _require_other_start(suite, "initial states 'start'", begin, last)
-    _check_step(suite, env)
+    _check_step(suite, env, last)
     _check_unknown_task_is_refused(suite, env)
 
 
@@ -103,8 +106,20 @@ def _first_observation(suite: Any, env: gymnasium.Env, seed: int, task: str, sta
     return observation
 
 
-def _check_step(suite: Any, env: gymnasium.Env) -> None:
-    action = np.clip(np.zeros(suite.spec.n_dims, np.float32), suite.spec.low, suite.spec.high).astype(np.float32)
+def _resting_action(spec: ActionSpec, observation: dict[str, Any]) -> np.ndarray:
+    """An action ``(a,)`` that holds the robot; where its state does not tell the targets, 0 within range, without rotation."""
+    try:
+        return hold_action(spec, None, [np.asarray(observation["state"])])[0]
+    except SpecMismatch:
+        action = np.clip(np.zeros(spec.n_dims), spec.low, spec.high)
+    for at, group in spec.placed_action:
+        if group.rotation != "none":
+            action[at.start + group.n_position : at.stop] = from_rotation(Rotation.identity(), group.rotation)
+    return action.astype(np.float32)
+
+
+def _check_step(suite: Any, env: gymnasium.Env, observation: dict[str, Any]) -> None:
+    action = _resting_action(suite.spec, observation)
     asked = f"step({action.round(3).tolist()})"
     with in_words(f"suite {suite.name}: the environment refuses {asked}", "it must take the card's raw actions"):
         came: Any = env.step(action)

@@ -78,7 +78,9 @@ def permute_instructions(
     n, permuted = len(instructions), []
     for i, task in enumerate(tasks):
         others = (instructions[(i + step) % n] for step in range(1, n) if tasks[(i + step) % n] != task)
-        if (other := next(others, None) or fallback(i)) is None:
+        other = next(others, None)
+        other = fallback(i) if other is None else other  # '' is one
+        if other is None:
             raise ValueError(
                 f"shuffled_language: expected episodes of several tasks, all of {n} have {task!r}; add episodes of another one"
             )

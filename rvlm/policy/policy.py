@@ -143,8 +143,8 @@ class Policy:
             ValueError: More or fewer seeds than robots.
         """
         seeds = list(seeds)
-        if len(seeds) != self.n_robots:
-            raise ValueError(f"expected a seed of each of {self.n_robots} robots, got {len(seeds)}")
+        if len(seeds) != self.n_robots or any(not isinstance(seed, int | np.integer) or seed < 0 for seed in seeds):
+            raise ValueError(f"expected a seed from 0 on of each of {self.n_robots} robots, got {seeds}")
         self._seeds = seeds
 
     def select_action(self, observations: Observations) -> Float[np.ndarray, "n a"]:
@@ -275,7 +275,8 @@ class Policy:
         weights = torch.exp(-self.temporal_ensemble_coeff * torch.arange(n, device=candidates.device))
         mean = self._unnormalized(((weights[:, None, None] * candidates).sum(0) / weights.sum())[:, None])
         each, placed = self._unnormalized(candidates.transpose(0, 1)), self.robot.spec.placed_action
-        return average_rotations(placed, mean[:, 0], each, weights.cpu().numpy())[:, None]
+        averaged = average_rotations(placed, mean[:, 0], each, weights.cpu().numpy())
+        return (averaged * self.robot.spec.present)[:, None]
 
     def _unnormalized(self, chunk: torch.Tensor) -> np.ndarray:
         if not chunk.isfinite().all():

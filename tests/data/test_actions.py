@@ -505,8 +505,11 @@ def test_names_of_a_quaternion_in_another_order_than_its_layout_are_refused():
         speed = Group("base_velocity", ("v",), ("m/s",), low=(-1.0,), high=(1.0,))
         return ActionSpec("arm", "arm", 10.0, ("top",), (speed,), (pose,))
 
-    for names, layout in (("qx qy qz qw", "quat_wxyz"), ("qw qx qy qz", "quat_xyzw"), ("rw rz ry rx", "quat_wxyz")):
-        with pytest.raises(CardError, match=rf"state group 0 \(pose\).*order of its rotation, {layout}, got \['{names[:2]}', .*"):
+    wrong = (("qx qy qz qw", "quat_wxyz"), ("qw qx qy qz", "quat_xyzw"), ("rw rz ry rx", "quat_wxyz"))
+    forms = ("q{}.pos", "{}_quat", "q{}_target", "Q{}")
+    wrong += tuple((" ".join(form.format(axis) for axis in "xyzw"), "quat_wxyz") for form in forms)
+    for names, layout in wrong:
+        with pytest.raises(CardError, match=rf"state group 0 \(pose\).*order of its rotation, {layout}, got \['{names[:2]}.*"):
             card(names.split(), layout)
     for names, layout in (("qx qy qz qw", "quat_xyzw"), ("rw rx ry rz", "quat_wxyz"), ("a b c d", "quat_wxyz")):
         card(names.split(), layout)

@@ -7,11 +7,13 @@ import pytest
 
 from rvlm.data.actions import ActionSpec
 from rvlm.data.groups import Group
+from rvlm.data.rotations import LAYOUTS
 from rvlm.data.windows import EpisodeDataset
 from rvlm.diagnosis.checklist import diagnose, first_fault
 from rvlm.diagnosis.inputs import DiagnosisInputs
 from rvlm.envs.stand_in import TASKS, StandIn, record_stand_in, stand_in_suite
 from rvlm.envs.stand_in_expert import StandInExpert
+from rvlm.envs.suite_checks import check_suite
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.evaluation.rollouts import RandomPolicy, rollout
 from rvlm.files import CARDS
@@ -44,6 +46,18 @@ def test_the_suite_of_two_tasks_is_evaluated(tmp_path, monkeypatch):
     suite = stand_in_suite(ActionSpec.from_card("pusht"))
     rates = evaluate({name: Evaluation(name, 4, suite) for name in ("expert", "random")}, 1, False)
     assert rates.groupby("name")["is_success"].mean().to_dict() == {"expert": 1.0, "random": 0.0}
+
+
+@pytest.mark.parametrize("layout", ["axis_angle", "euler_xyz", "quat_xyzw", "quat_wxyz", "rot6d"])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_suite_of_targets_in_any_layout_is_tried_with_a_rotation(layout, is_told):
+    names = ("x", "y", "z", *(f"r{i}" for i in range(LAYOUTS[layout])))
+    units = ("m",) * 3 + ("rad" if LAYOUTS[layout] == 3 else "1",) * LAYOUTS[layout]
+    shown = Group("pose", names, units, frame="base", rotation=layout)
+    hand = dataclasses.replace(shown, low=(-3.2,) * len(names), high=(3.2,) * len(names))
+    state = shown if is_told else dataclasses.replace(shown, names=tuple(f"other_{name}" for name in names))
+    suite = stand_in_suite(ActionSpec("target", "arm", 10.0, ("front",), (hand,), (state,)))
+    check_suite(suite, suite.make())
 
 
 def euler_spec(kind, unit):

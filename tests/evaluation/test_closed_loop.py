@@ -22,7 +22,7 @@ from rvlm.evaluation import closed_loop
 from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH as BATCH
 from rvlm.evaluation.closed_loop import Evaluation, evaluate
 from rvlm.evaluation.replay import record_rollout, replay_episode
-from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, rollout
+from rvlm.evaluation.rollouts import INPUT_ABLATIONS, RandomPolicy, permute_instructions, rollout
 from rvlm.evaluation.success import success_differences, success_table
 from rvlm.policy.factory import make_policy
 from rvlm.policy.policy import load_policy
@@ -137,6 +137,7 @@ def test_an_ablation_of_language_that_changes_nothing_is_refused():
         INPUT_ABLATIONS["shuffled_language"](same)
     with pytest.raises(ValueError, match="must change every instruction; 3 of 3 stay ''"):
         INPUT_ABLATIONS["no_language"]([{"instruction": ""}] * 3)
+    assert permute_instructions(["lift it", ""], ["lift", "none"], lambda i: None) == ["", "lift it"]
     (first, *_, last) = INPUT_ABLATIONS["shuffled_language"]([*same, {"instruction": "open it"}])
     assert (first["instruction"], last["instruction"]) == ("open it", "lift it")
 

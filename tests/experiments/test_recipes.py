@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rvlm.data.errors import SpecMismatch
 from rvlm.data.windows import EpisodeDataset
 from rvlm.envs import FIRST_HELD_OUT_SEED
 from rvlm.envs.demonstrations import Collection
-from rvlm.experiments.dagger import FIRST_SEED, DAggerCollection, collect_corrections
+from rvlm.envs.tabletop.env import Tabletop
+from rvlm.experiments.dagger import FIRST_SEED, DAggerCollection, collect_corrections, rollout_with_expert_labels
 from rvlm.experiments.few_shot import FewShot, continual_learning, few_shot_experiment
 from rvlm.experiments.recipes import (
     POLICY,
@@ -27,6 +29,7 @@ from rvlm.experiments.recipes import (
 )
 from rvlm.experiments.release import release
 from rvlm.policy.model import VLAConfig
+from rvlm.policy.policy import load_policy
 from rvlm.training.stages import DETECTION, Stage
 from rvlm.vlm.backbones import SMALL_VLM
 
@@ -163,6 +166,8 @@ def test_corrections_are_the_experts_labels_in_the_states_that_the_policy_visits
     labels, executed = data.column("action"), data.column("action_executed")
     assert not np.allclose(labels, executed) and labels.shape == executed.shape
     assert DAggerCollection(str(SMALL_VLM), settings).folder != DAggerCollection(str(POLICY), settings).folder
+    with pytest.raises(SpecMismatch, match="policy vs environment"):
+        rollout_with_expert_labels(load_policy(POLICY), Tabletop("ur6"), 0, "lift")
 
 
 def test_a_release_is_one_complete_model_at_any_moment(home, tmp_path, monkeypatch):

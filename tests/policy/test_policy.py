@@ -107,6 +107,21 @@ def test_an_ensemble_averages_targets_of_rotations_as_rotations(toy_vlm, layout)
         assert np.abs(acted[i, 1:-1]).max() <= high
 
 
+def test_an_ensemble_leaves_what_the_robot_lacks_at_0(toy_vlm):
+    held = Group("pose", ("x", "rx", "ry", "rz"), ("m", *("rad",) * 3), frame="base", rotation="euler_xyz")
+    pose = dataclasses.replace(held, low=(-3.2,) * 4, high=(3.2,) * 4, absent=("ry",))
+    spec = ActionSpec("arm", "arm", 10.0, ("static",), (pose,), (held,))
+    values = np.random.default_rng(0).uniform(-1, 1, (99, 4)) * [1, 1, 0, 1]
+    placed = {"action": spec.placed_action, "observation.state": spec.placed_state}
+    stats = {key: StatsAccumulator().update(values).finish("min_max", placed=groups) for key, groups in placed.items()}
+    policy = Policy(*make_policy(toy_vlm, spec, stats, **{**ONE_STEP, "has_state": False}), temporal_ensemble_coeff=0.5)
+    chunks = iter(np.array([[0.0, -0.6, 0, 0.2], [0.0, 0.6, 0, 1.4]]))
+    policy._predict = lambda: torch.as_tensor(stats["action"].normalize(np.tile(next(chunks), (1, 3, 1))), dtype=torch.float32)
+    seen = {**observe(np.random.default_rng(0)), "state": np.ones(4, np.float32)}
+    seen["images"] = {"static": seen["images"]["static"]}
+    assert [policy.select_action([seen])[0][2] for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("wrong", [{"temporal_ensemble_coeff": 0.1, "n_action_steps": 2}, {"temporal_ensemble_coeff": -1.0}])
 def test_an_ensemble_of_chunks_that_do_not_overlap_is_refused(saved, wrong):
     with pytest.raises(ValueError, match="expected n_action_steps=1 and temporal_ensemble_coeff of at least 0; got"):

@@ -162,5 +162,5 @@ def test_each_chunk_of_each_episode_begins_with_noise_of_its_own(toy_vlm, toy_st
     assert np.allclose(once[:, 1:], chunks([7, 8], kept=[1]), atol=1e-5), "whatever became of the others"
     pairs = [(once[0, 0], once[1, 0]), (once[0, 0], once[0, 1]), (once[0, 0], chunks([9, 8])[0, 0])]
     assert [np.allclose(*pair, atol=1e-5) for pair in pairs] == [structure.endswith("mlp")] * 3
-    with pytest.raises(ValueError, match="a seed of each of 2 robots, got 3"):
+    with pytest.raises(ValueError, match="a seed from 0 on of each of 2 robots, got"):
         chunks([1, 2, 3])
