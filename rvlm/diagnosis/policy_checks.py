@@ -20,6 +20,7 @@ from rvlm.diagnosis.motion import held_targets
 from rvlm.diagnosis.motion_faults import explain_predictions
 from rvlm.diagnosis.results import CheckResult
 from rvlm.evaluation.open_loop import action_errors, policy_windows, predict_chunks
+from rvlm.evaluation.rollouts import begin_episodes
 from rvlm.policy.embodiments import Embodiment
 
 NO_POLICY = "skipped: no policy was given"
@@ -261,9 +262,7 @@ def _from_observations(inputs: DiagnosisInputs) -> Predict:
         for row in rows:
             images = change({camera: np.asarray(frames[camera][row]) for camera in inputs.cameras})
             observation = {"images": images, "state": state[row], "instruction": dataset.instruction(int(episode[row]))}
-            policy.reset(n_robots=1)
-            if hasattr(policy, "seed_episodes"):  # of noise, as each frame is an episode of its own
-                policy.seed_episodes([int(row)])
+            begin_episodes(policy, [int(row)])  # each frame is an episode of its own
             actions.append(np.asarray(policy.select_action([observation]))[0])
         return FirstActions(np.array(actions), recorded, rows)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from rvlm.data.observations import stack_images
 from rvlm.evaluation.closed_loop import EPISODES_PER_BATCH, Evaluation, run_batch, single_thread
-from rvlm.evaluation.rollouts import require_same_specs
+from rvlm.evaluation.rollouts import begin_episodes, require_same_specs
 
 
 def replay_episode(evaluation: Evaluation, seed: int) -> dict:
@@ -46,8 +46,7 @@ def record_rollout(policy: Any, env: Any, seed: int, task: str | None = None) ->
     """
     require_same_specs(policy, [env])
     observation, _ = env.reset(seed=seed, options=None if task is None else {"task": task})
-    policy.reset()
-    policy.seed_episodes([seed])
+    begin_episodes(policy, [seed])
     images: list[dict[str, np.ndarray]] = []
     steps: list[dict[str, np.ndarray]] = []
     info, is_over = {}, False

@@ -195,6 +195,13 @@ def require_same_specs(policy: Any, envs: Sequence[Any]) -> None:
             own.require_same(other)
 
 
+def begin_episodes(policy: Any, seeds: Sequence[int]) -> None:
+    """Reset a policy for an episode of each seed, which also seeds what it draws itself, if it draws anything."""
+    policy.reset(len(seeds))
+    if hasattr(policy, "seed_episodes"):
+        policy.seed_episodes(seeds)
+
+
 def _frames_and_actions(steps: Sequence[tuple[dict, np.ndarray]]) -> dict[str, Any]:
     images, actions = zip(*steps, strict=True)
     return {"frames": stack_images(images), "actions": np.stack(actions)}
@@ -222,9 +229,7 @@ def _reset(policy: Any, envs: Sequence[Any], episodes: Sequence[tuple], keep_sta
         row = {"seed": episode.seed, "task": episode.task, **start, "instruction": observations[-1]["instruction"]}
         rows.append({**row, "is_success": False, "failure": "", "n_steps": 0})
     if policy is not None:
-        policy.reset(len(rows))
-        if hasattr(policy, "seed_episodes"):
-            policy.seed_episodes([row["seed"] for row in rows])
+        begin_episodes(policy, [row["seed"] for row in rows])
     return observations, rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from rvlm.caches import Code, register, use_inputs
 from rvlm.data.writer import record_dataset
 from rvlm.envs.demonstrations import PER_SHARD, Collection, LabelledEpisode, labelled_rollout
-from rvlm.evaluation.rollouts import require_same_specs
+from rvlm.evaluation.rollouts import begin_episodes, require_same_specs
 from rvlm.files import artifacts_dir, commit_on_hub, config_hash, model_hash
 from rvlm.importing import code_roots
 from rvlm.policy.policy import Policy, load_policy
@@ -58,8 +58,7 @@ def rollout_with_expert_labels(policy: Policy, env: gymnasium.Env, seed: int, ta
         SpecMismatch: The environment's conventions differ from the policy's.
     """
     require_same_specs(policy, [env])
-    policy.reset()
-    policy.seed_episodes([seed])
+    begin_episodes(policy, [seed])
     return labelled_rollout(env, seed, task, lambda observation, _: policy.select_action([observation])[0])
 
 
