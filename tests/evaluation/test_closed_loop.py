@@ -454,7 +454,9 @@ class Ended(StubEnv):
 
 def test_an_end_is_no_success(monkeypatch):
     env = Ended(ActionSpec.from_card("libero"))
-    policy = SimpleNamespace(reset=lambda n_robots: None, predict_action_chunk=lambda observations: np.zeros((1, 2, 7), np.float32))
+    policy = SimpleNamespace(
+        reset=lambda n_robots: None, predict_action_chunk=lambda observations: np.zeros((1, 2, 7), np.float32)
+    )
     for outcome in (True, False, np.bool_(True)):
         monkeypatch.setattr(Ended, "outcome", outcome)
         assert record_rollout(policy, env, 0)["is_success"] is bool(outcome)

@@ -254,7 +254,7 @@ class Known:
 
 @pytest.mark.parametrize("layout", ["quat_xyzw", "quat_wxyz"])
 def test_the_mean_of_quaternions_is_that_of_rotations(layout, tmp_path):
-    """Of a tool that points down, recorded with w from 0 to 1: x jumps, and its plain mean and spread are those of no rotation."""
+    """Of a tool that points down, recorded with w from 0 to 1: x jumps, and plain mean and spread are those of no rotation."""
     names = ("x", "y", "z", "q0", "q1", "q2", "q3")
     pose = Group("pose", names, ("m",) * 3 + ("1",) * 4, low=(-1.0,) * 7, high=(1.0,) * 7, frame="base", rotation=layout)
     spec = ActionSpec("down", "arm", 10.0, ("top",), (pose,), (Group("joint", ("a",), ("rad",)),))
