@@ -95,7 +95,7 @@ CHANGED: dict[str, set[str]] = {  # file -> caches that are recomputed after its
     "training/frozen_backbone.py": ROBOT_STAGES,
     "training/action_vocabulary.py": ROBOT_STAGES,
     "training/detection.py": {"detection"},
-    "evaluation/rollouts.py": ACTED,
+    "evaluation/rollouts.py": {*ACTED, "corrections"},
     "evaluation/chains.py": {"chains"},
     "envs/tabletop/tasks.py": {*ACTED, "questions", "varied", "demonstrations", "corrections", "scenes"},
     "envs/tabletop/experts.py": {*ACTED, "demonstrations", "corrections", "scenes"},

@@ -57,7 +57,7 @@ def test_a_repeatedly_killed_recording_equals_an_uninterrupted_one(tmp_path, uni
     """SIGKILL at random, also in finalize: each time all added episodes are there."""
     root, rng, kept, n_kills = tmp_path / "demos", np.random.default_rng(16), 0, 0
     while not root.exists() and n_kills < 40:
-        process = child(record, root, pause_s=0.02)
+        process = child(record, root, pause_s=0.05)
         process.join(timeout=rng.uniform(0.1, 0.6) + 0.05 * n_kills)
         process.kill()
         process.join()
