@@ -7,9 +7,8 @@ from functools import wraps
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = (
-    weakref.WeakKeyDictionary()
-)  # backbone -> its own; a model is copied without
+# Backbone -> its own; a model is copied without.
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def one_at_a_time(method: Callable[..., T]) -> Callable[..., T]:

@@ -63,7 +63,7 @@ def continue_chunk(
     padded = torch.cat([previous.clone(), previous.new_zeros(len(previous), k - n_overlap, previous.shape[2])], dim=1)
     target, binary = split_dims(padded, head.is_binary)
     weights = soft_mask(k, n_frozen, n_overlap).to(target)[:, None]
-    chunk = noise.to(target)
+    chunk = noise.to(target, copy=True)  # the caller's is not differentiated
     for step in range(head.n_euler_steps):
         time = step / head.n_euler_steps
         chunk.requires_grad_()
