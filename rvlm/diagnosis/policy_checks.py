@@ -119,7 +119,7 @@ def check_open_loop(inputs: DiagnosisInputs) -> CheckResult:
         return CheckResult("open loop", NO_POLICY)
     predict = _from_model(inputs) if inputs.trained else _from_observations(inputs)
     chosen = _on_one_half_sphere(inputs, predict(dict, None))
-    errors = _open_loop_errors(inputs, predict)
+    errors = _open_loop_errors(inputs, predict, chosen)
     evidence = pd.DataFrame({"candidate": list(errors), "error of the first action [spread of the actions]": errors.values()})
     without_images, current = errors.pop(NO_IMAGES), errors["as it is"]
     best = min(errors, key=errors.__getitem__)
@@ -158,9 +158,8 @@ ChangeImages = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]  #
 Predict = Callable[[ChangeImages, str | None], FirstActions]  # by images that are changed, and by statistics of another kind
 
 
-def _open_loop_errors(inputs: DiagnosisInputs, predict: Predict) -> dict[str, float]:
-    """Mean error of the first action, in spreads of the actions, for each way to read images and statistics."""
-    plain = predict(dict, None)
+def _open_loop_errors(inputs: DiagnosisInputs, predict: Predict, plain: FirstActions) -> dict[str, float]:
+    """Mean error of the first action, in spreads of the actions: `plain`, and by each other reading of images or statistics."""
     errors = {"as it is": _mean_error(inputs, plain.predicted, plain.recorded)}
     readings: dict[str, tuple[ChangeImages, str | None]] = {}
     if inputs.trained:
@@ -186,9 +185,12 @@ def _mean_error(inputs: DiagnosisInputs, predicted: np.ndarray, recorded: np.nda
 
 
 def _error_without_images(inputs: DiagnosisInputs, actions: FirstActions) -> float:
-    """Error of who stays where it is, or always takes the mean action, whichever is nearer in a dimension."""
+    """Error of who stays where it is, or always takes the mean action, whichever is nearer in a dimension.
+
+    Quaternions of the actions are on one half sphere.
+    """
     spec, state = inputs.dataset.require_spec(), inputs.dataset.column("observation.state")[actions.rows]
-    mean = np.broadcast_to(as_one_half_sphere(actions.recorded, spec.placed_action).mean(0), actions.recorded.shape)
+    mean = np.broadcast_to(actions.recorded.mean(0), actions.recorded.shape)
     stay = held_targets(spec, state)
     stay = np.where(np.isfinite(stay), stay, mean)
     return float(np.minimum(*(_errors(inputs, values, actions.recorded) for values in (mean, stay))).mean())
